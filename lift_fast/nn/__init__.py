@@ -1,0 +1,20 @@
+"""Models: the ViT, LIFT's head, CLIP's text tower, and the two models made of them."""
+
+from .config import PRESETS, Preset, TextConfig, VitConfig, preset
+from .head import Head
+from .models import Clip, Lift
+from .text import TextTransformer
+from .vit import Vit
+
+__all__ = [
+    "PRESETS",
+    "Clip",
+    "Head",
+    "Lift",
+    "Preset",
+    "TextConfig",
+    "TextTransformer",
+    "Vit",
+    "VitConfig",
+    "preset",
+]
