@@ -1,0 +1,25 @@
+"""Small data sets for the tests."""
+
+import io
+import random
+
+import numpy as np
+from PIL import Image
+
+from lift_fast.data.shards import Shards, ShardWriter
+
+
+def png(rng: random.Random, size=(12, 10)) -> bytes:
+    pixels = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size[1], size[0], 3)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def make_set(folder, count=10, per_shard=4, seed=0, broken=()):
+    rng = random.Random(seed)
+    with ShardWriter(folder, per_shard) as writer:
+        for i in range(count):
+            picture = b"no picture" if i in broken else png(rng)
+            writer.write(f"s{seed}-{i:03d}", picture, f"caption {i}", {"long": f"long caption {i}"})
+    return Shards(folder)
