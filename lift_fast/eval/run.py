@@ -1,0 +1,101 @@
+"""Evaluates one trained run on held-out sets: retrieval always, composition and zero-shot where a set has them."""
+
+import base64
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.host import load_pictures
+from ..data.shards import Shards
+from ..data.transforms import normalise
+from ..errors import CacheMismatch
+from ..nn import Clip, Lift
+from ..text.encoder import Encoder
+from ..text.spec import EncoderSpec
+from ..text.tokenizer import ClipTokenizer
+from ..train import checkpoint
+from . import composition, retrieval, zero_shot
+
+EncodeText = Callable[[Sequence[str]], Tensor]
+
+
+def text_side(model: Lift | Clip, run: dict[str, Any], device: torch.device) -> EncodeText:
+    """captions -> unit vectors float32 [captions, dim]: LIFT's fixed encoder, or CLIP's tower.
+
+    Raises EncoderError, or CacheMismatch when the encoder's dim is not the head's.
+    """
+    if isinstance(model, Lift):
+        encoder = Encoder(EncoderSpec(**run["encoder"]), device=device)
+        if encoder.dim != run["text_dim"]:
+            raise CacheMismatch(
+                f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
+            )
+        return encoder.encode
+    tokenizer = ClipTokenizer(run["context"])
+
+    def encode(captions: Sequence[str]) -> Tensor:
+        parts = [model.encode_text(tokenizer(captions[i : i + 256]).to(device)) for i in range(0, len(captions), 256)]
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+    return encode
+
+
+@torch.no_grad()
+def evaluate(folder: Path, sets: dict[str, Path], device: torch.device, examples: int = 8) -> dict[str, Any]:
+    """folder: a trained run; sets: name -> folder of held-out shards.
+
+    Returns {"retrieval": {name: …}, "composition": …, "zero_shot": …, "pictures": […]}; composition and
+    zero_shot are null when no set has foils or groups. `pictures` holds the first `examples` of each set
+    with the caption this model ranks first among the set's captions.
+    """
+    held_out = {name: Shards(path) for name, path in sets.items()}
+    model, run = checkpoint.load(folder, device)
+    encode_text = text_side(model, run, device)
+    result: dict[str, Any] = {
+        "retrieval": {},
+        "composition": None,
+        "zero_shot": None,
+        "pictures": [],
+        "skipped": {},
+    }
+    for name, shards in held_out.items():
+        pixels, samples = load_pictures(shards, model.visual.config.image_size)
+        result["skipped"][name] = len(shards) - len(samples)
+        image = torch.cat([model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(256)])
+        image = F.normalize(image, dim=-1)
+        captions = [shards.caption(sample) for sample in samples]
+        text = encode_text(captions)
+        result["retrieval"][name] = retrieval.retrieval(image, text)
+
+        best = (image[:examples] @ text.T).argmax(dim=1).tolist()
+        for place, first in enumerate(best):
+            result["pictures"].append(
+                {
+                    "set": name,
+                    "png_base64": base64.b64encode(shards.image_bytes(samples[place])).decode(),
+                    "caption": captions[place],
+                    "first": captions[first],
+                    "right": first == place,
+                }
+            )
+
+        metas = [shards.meta(sample) for sample in samples]
+        if all("composition" in meta for meta in metas):
+            true, false = composition.pairs(metas)
+            result["composition"] = composition.composition(
+                image,
+                {task: encode_text(texts) for task, texts in true.items()},
+                {task: encode_text(texts) for task, texts in false.items()},
+            )
+        groups = sorted({meta["group"] for meta in metas if meta.get("group")})
+        if len(groups) > 1:
+            chosen = [place for place, meta in enumerate(metas) if meta.get("group")]
+            labels = torch.tensor([groups.index(metas[place]["group"]) for place in chosen])
+            templates = [prompt for group in groups for prompt in zero_shot.prompts(group)]
+            classes = encode_text(templates).view(len(groups), len(zero_shot.TEMPLATES), -1)
+            result["zero_shot"] = zero_shot.zero_shot(image[chosen], classes, labels)
+    return result

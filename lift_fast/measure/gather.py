@@ -1,0 +1,63 @@
+"""Puts the numbers of two runs together: run.json, eval.json and compare.json -> the report's dict."""
+
+from typing import Any
+
+from .machine import machine, versions
+from .paper import PAPER_RESULTS
+
+
+def gather(
+    runs: dict[str, dict[str, Any]],
+    evals: dict[str, dict[str, Any]],
+    compared: dict[str, Any],
+    data: dict[str, dict[str, int]],
+    command: str,
+) -> dict[str, Any]:
+    """runs and evals: "lift" and "clip" -> the content of their run.json and eval.json; compared: compare.json;
+    data: set -> split -> samples. Returns what `measure.report` renders."""
+    report: dict[str, Any] = {}
+    for model, run in runs.items():
+        report[model] = {
+            **{key: run[key] for key in _FROM_RUN},
+            **{key: evals[model][key] for key in ("retrieval", "composition", "zero_shot")},
+            **compared["runs"][model],
+        }
+    return report | {
+        "savings": compared["savings"],
+        "paper_scale": compared["paper_scale"],
+        "cost_against_length": compared["cost_against_length"],
+        "paper_results": PAPER_RESULTS,
+        "pictures": _pictures(evals),
+        "data": data,
+        "machine": machine(),
+        "versions": versions(),
+        "seed": runs["lift"]["config"]["seed"],
+        "command": command,
+    }
+
+
+_FROM_RUN = (
+    "params",
+    "samples_seen",
+    "seconds",
+    "images_per_s",
+    "skipped_pictures",
+    "precision",
+    "device",
+    "config",
+    "loss",
+)
+
+
+def _pictures(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The example pictures with what each model ranks first."""
+    return [
+        {
+            **{key: lift[key] for key in ("set", "png_base64", "caption")},
+            "lift": lift["first"],
+            "lift_right": lift["right"],
+            "clip": clip["first"],
+            "clip_right": clip["right"],
+        }
+        for lift, clip in zip(evals["lift"]["pictures"], evals["clip"]["pictures"], strict=True)
+    ]

@@ -1,0 +1,63 @@
+"""Every setting of a training run; the command line is made from this class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults are the paper's (arXiv 2506.04209, section 4) but for sizes that fit one small machine."""
+
+    model: Literal["lift", "clip"]
+    data: tuple[Path, ...]
+    """Folders of training shards, read as one set."""
+    out: Path
+    """Folder the run is written to; must not exist."""
+    cache: tuple[Path, ...] = ()
+    """LIFT: one text cache for each data folder, in the same order."""
+    preset: str = "tiny"
+    text_dim: int | None = None
+    """LIFT: output width of the head. Default: the caches'."""
+    context: int = 77
+    """CLIP: caption length in tokens."""
+    field: str = "txt"
+    """CLIP: caption to train on, the .txt or an entry of the .json. LIFT: the cache has chosen."""
+    loss: Literal["contrastive", "cosine"] = "contrastive"
+    steps: int = 200
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    warmup: int = 20
+    """Steps of linear warm-up; then a cosine to zero."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocasts; auto is bf16 where the processor multiplies it natively."""
+    checkpointing: bool = False
+    """Recompute activations in backward."""
+    min_crop_area: float = 0.9
+    """Random crops keep at least this part of a picture."""
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.model == "lift" and len(self.cache) != len(self.data):
+            raise ConfigError(
+                f"LIFT needs one --cache for each --data: got {len(self.cache)} for {len(self.data)}; "
+                "make one with: lift-fast embed"
+            )
+        if self.model == "clip" and self.cache:
+            raise ConfigError("CLIP trains its own text tower; leave out --cache")
+        if self.model == "clip" and self.loss == "cosine":
+            raise ConfigError(
+                "the cosine loss has no negatives: with a trained text tower it collapses; use contrastive"
+            )
+        for name in ("steps", "batch_size", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -1,0 +1,218 @@
+"""The trainer: LIFT against cached text, or CLIP with a text tower, over the same pictures in the same order."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..cache import Cache
+from ..data.host import Collection, HostPipeline
+from ..data.shards import Shards
+from ..data.transforms import normalise
+from ..errors import CacheMismatch, ConfigError, TrainingError
+from ..losses import ClipLoss, CosineLoss
+from ..nn import Clip, Lift
+from ..quantized import QuantizedRows
+from ..text.tokenizer import ClipTokenizer
+from . import checkpoint
+from .config import TrainConfig
+
+
+class CachedText:
+    """LIFT's text side: row numbers -> vectors of a frozen encoder, read from one cache for each data set.
+
+    Raises CacheMismatch when a cache belongs to other data, or when the caches differ in dim or encoder.
+    """
+
+    def __init__(self, caches: Sequence[Cache], data: Collection, text_dim: int | None):
+        self.caches, self.data = list(caches), data
+        for cache, shards in zip(caches, data.sets, strict=True):
+            cache.check_keys(shards)
+        first = self.caches[0]
+        for cache in self.caches[1:]:
+            if cache.manifest.encoder != first.manifest.encoder:
+                raise CacheMismatch(
+                    f"{cache.folder} and {first.folder} hold vectors of different encoders "
+                    f"({cache.manifest.encoder} and {first.manifest.encoder}); embed both with the same settings"
+                )
+        self.dim, self.encoder = first.dim, first.manifest.encoder
+        if text_dim is not None:
+            first.check_dim(text_dim, "the head (--text-dim)")
+
+    def __call__(self, rows: Tensor, device: torch.device) -> QuantizedRows:
+        """rows int64 [batch] on the CPU -> their text, still as codes, on the device."""
+        if len(self.caches) == 1:
+            return self.caches[0].take(rows).to(device)
+        places = [self.data.locate(row) for row in rows.tolist()]
+        order, parts = [], []
+        for number, cache in enumerate(self.caches):
+            chosen = [i for i, (owner, _) in enumerate(places) if owner == number]
+            if chosen:
+                parts.append(cache.take(torch.tensor([places[i][1] for i in chosen])))
+                order.extend(chosen)
+        back = torch.empty(len(order), dtype=torch.int64)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return QuantizedRows.cat(parts)[back].to(device)
+
+
+class TrainedText:
+    """CLIP's text side: row numbers -> captions -> tokens -> the text tower, forward and backward."""
+
+    def __init__(self, model: Clip, data: Collection, config: TrainConfig):
+        data.check_captions(config.field)
+        self.model, self.data, self.field = model, data, config.field
+        self.tokenizer = ClipTokenizer(config.context)
+
+    def __call__(self, rows: Tensor, device: torch.device) -> Tensor:
+        """rows int64 [batch] on the CPU -> text features [batch, embed_dim] on the device, with gradient."""
+        tokens = self.tokenizer([self.data.caption(row, self.field) for row in rows.tolist()])
+        return self.model.encode_text(tokens.to(device))
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Trains one model and writes config.out: metrics.jsonl, TensorBoard events, model.safetensors, run.json.
+
+    Everything is checked before the first file is written. Returns run.json's content.
+    Raises LiftFastError's kinds for bad input, TrainingError when the loss is no longer finite.
+    """
+    device = pick_device(config.device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16(config.precision, device))
+    if config.out.exists():
+        raise ConfigError(f"{config.out} exists already; remove it or name another --out")
+    data = Collection([Shards(folder) for folder in config.data])
+    run: dict[str, Any] = {"model": config.model, "preset": config.preset, "config": asdict(config)}
+
+    torch.manual_seed(config.seed)
+    text: CachedText | TrainedText
+    if config.model == "lift":
+        text = CachedText([Cache(folder) for folder in config.cache], data, config.text_dim)
+        run |= {"text_dim": text.dim, "encoder": text.encoder}
+        model = checkpoint.build(run).to(device)
+    else:
+        run |= {"context": config.context}
+        model = checkpoint.build(run).to(device)
+        assert isinstance(model, Clip)
+        text = TrainedText(model, data, config)
+    model.set_checkpointing(config.checkpointing)
+    loss_of: nn.Module = ClipLoss() if config.loss == "contrastive" else CosineLoss()
+    optimizer = make_optimizer(model, config)
+    pipeline = HostPipeline(
+        data,
+        batch_size=config.batch_size,
+        image_size=model.visual.config.image_size,
+        seed=config.seed,
+        min_crop_area=config.min_crop_area,
+    )
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    losses: list[float] = []
+    step_ms: list[float] = []
+    config.out.mkdir(parents=True)
+    started = time.perf_counter()
+    with (
+        open(config.out / "metrics.jsonl", "w") as metrics,
+        SummaryWriter(str(config.out)) as board,
+        tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not progress) as bar,
+    ):
+        batches = iter(pipeline)
+        for step in range(config.steps):
+            begun = time.perf_counter()
+            batch = next(batches)
+            loaded = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * schedule(step, config.warmup, config.steps)
+            with autocast:
+                image_features = model.encode_image(normalise(batch.pixels.to(device, non_blocking=True)))
+                text_features = text(batch.rows, device)
+                loss = loss_of(image_features, text_features, model.logit_scale.exp())
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            model.clamp_logit_scale()
+            losses.append(loss.item())  # waits for the device
+            step_ms.append(1e3 * (time.perf_counter() - begun))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss is {losses[-1]} at step {step}; lower --lr (now {config.lr}) or use --precision fp32. "
+                    f"The steps until then are in {config.out / 'metrics.jsonl'}"
+                )
+            record = {
+                "step": step,
+                "samples": (step + 1) * config.batch_size,
+                "loss": losses[-1],
+                "lr": optimizer.param_groups[0]["lr"],
+                "logit_scale": model.logit_scale.exp().item(),
+                "grad_norm": grad_norm.item(),
+                "data_ms": 1e3 * (loaded - begun),
+                "step_ms": step_ms[-1],
+                "skipped_pictures": len(pipeline.skipped),
+            }
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            for name in ("loss", "lr", "logit_scale", "grad_norm", "step_ms"):
+                board.add_scalar(name, record[name], step)
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {1e3 * config.batch_size / step_ms[-1]:.0f} images/s")
+            bar.update()
+        batches.close()
+
+    # The first steps fill caches and allocate: they are no measure of the others.
+    settled = step_ms[min(3, len(step_ms) - 1) :]
+    run |= {
+        "samples_seen": config.steps * config.batch_size,
+        "params": sum(p.numel() for p in model.parameters()),
+        "seconds": time.perf_counter() - started,
+        "step_ms": statistics.median(settled),
+        "images_per_s": 1e3 * config.batch_size / statistics.median(settled),
+        "precision": "bf16" if use_bf16(config.precision, device) else "fp32",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "loss": losses,
+        **pipeline.report(),
+    }
+    checkpoint.save(config.out, model, run)
+    return run
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> a GPU where there is one. Raises ConfigError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no device {name!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, and torch sees no GPU here")
+    return device
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16."""
+    if precision == "auto":
+        return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return precision == "bf16"
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; gains, biases and the logit scale are not decayed, as in open_clip."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    free = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

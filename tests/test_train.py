@@ -1,0 +1,252 @@
+"""The trainer: same seed same losses, same pictures for both models, learning, and what it writes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_sets import make_set
+
+from lift_fast.cache import Cache, CacheWriter, encode_int8, key_hash
+from lift_fast.data.host import Collection, HostPipeline
+from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
+from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
+from lift_fast.train import checkpoint
+from lift_fast.train.config import TrainConfig
+from lift_fast.train.loop import CachedText, make_optimizer, pick_device, schedule, train, use_bf16
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    small = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(width=16, layers=1, heads=2), embed_dim=16, text_dim=24)
+    monkeypatch.setitem(PRESETS, "small", small)
+
+
+def make_cache(folder, data, dim=24, seed=0, name="test"):
+    vectors = torch.nn.functional.normalize(torch.randn(len(data), dim, generator=torch.Generator().manual_seed(seed)))
+    source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
+    writer = CacheWriter(folder, dim, "int8", {"name": name}, source, "txt")
+    start = 0
+    for shard, size in enumerate(data.shard_sizes):
+        keys = [key_hash(key) for key in data.keys[start : start + size]]
+        writer.write_shard(shard, encode_int8(vectors[start : start + size]), keys)
+        start += size
+    writer.finish()
+    return vectors
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """(config of a LIFT run, config of a CLIP run) over two data sets with their caches."""
+    data, caches = [], []
+    for seed, count in ((1, 21), (2, 14)):
+        shards = make_set(tmp_path / f"data{seed}", count, per_shard=8, seed=seed)
+        make_cache(tmp_path / f"cache{seed}", shards, seed=seed)
+        data.append(shards.folder)
+        caches.append(tmp_path / f"cache{seed}")
+    shared = {"data": tuple(data), "preset": "small", "steps": 4, "batch_size": 8, "warmup": 2, "precision": "fp32"}
+    lift = TrainConfig(model="lift", out=tmp_path / "lift", cache=tuple(caches), **shared)
+    return lift, TrainConfig(model="clip", out=tmp_path / "clip", context=12, **shared)
+
+
+def again(config, out, **changes):
+    return type(config)(**{**config.__dict__, "out": out, **changes})
+
+
+def quiet(config):
+    return train(config, progress=False)
+
+
+def test_same_seed_same_losses(two_sets, tmp_path):
+    for config in two_sets:
+        first, second = quiet(config), quiet(again(config, tmp_path / f"{config.model}-2"))
+        other = quiet(again(config, tmp_path / f"{config.model}-3", seed=1))
+        assert first["loss"] == second["loss"]
+        assert first["loss"] != other["loss"]
+
+
+def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
+    seen = []
+    original = HostPipeline._epoch
+
+    def spy(self, epoch, pool):
+        for batch in original(self, epoch, pool):
+            seen.append((batch.rows.tolist(), int(batch.pixels.long().sum())))
+            yield batch
+
+    monkeypatch.setattr(HostPipeline, "_epoch", spy)
+    for config in two_sets:
+        quiet(config)
+    assert len(seen) == 8
+    assert seen[:4] == seen[4:]
+
+
+def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
+    lift, _ = two_sets
+    from lift_fast.data.shards import Shards
+
+    data = Collection([Shards(folder) for folder in lift.data])
+    vectors = torch.cat([make_cache(tmp_path / f"again{seed}", data.sets[seed - 1], seed=seed) for seed in (1, 2)])
+    text = CachedText([Cache(folder) for folder in lift.cache], data, None)
+    for rows in (torch.randperm(35), torch.tensor([34, 0, 34, 20, 21]), torch.tensor([3]), torch.tensor([30])):
+        got = text(rows, torch.device("cpu")).widen(torch.float32)
+        torch.testing.assert_close(got, vectors[rows], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "cosine"])
+def test_it_learns(two_sets, tmp_path, loss):
+    """35 random pictures against 35 random vectors: a model that learns can remember them."""
+    lift, _ = two_sets
+    run = quiet(again(lift, tmp_path / loss, steps=150, loss=loss, batch_size=16, lr=3e-3, weight_decay=0.0))
+    if loss == "contrastive":
+        assert run["loss"][-1] < 0.5 * run["loss"][0]
+    else:
+        assert run["loss"][0] > -0.2
+        assert run["loss"][-1] < -0.5
+
+
+def test_what_a_run_writes(two_sets):
+    for config in two_sets:
+        run = quiet(config)
+        lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1, 2, 3]
+        assert [line["loss"] for line in lines] == run["loss"]
+        assert [line["lr"] for line in lines] == pytest.approx([0.0005, 0.001, 0.001, 0.0005])
+        assert list(config.out.glob("events.out.tfevents.*"))
+        assert not list(config.out.glob("*.part"))
+        model, read = checkpoint.load(config.out)
+        assert read["samples_seen"] == 32
+        assert read["params"] == sum(p.numel() for p in model.parameters())
+        assert not model.training
+        assert read["step_ms"] > 0
+        assert read["loss"] == run["loss"]
+
+
+def test_trained_weights_come_back(two_sets):
+    lift, _ = two_sets
+    quiet(lift)
+    model, _ = checkpoint.load(lift.out)
+    torch.manual_seed(lift.seed)
+    fresh = checkpoint.build({"model": "lift", "preset": "small", "text_dim": 24})
+    assert not torch.equal(model.head.fc_1.weight, fresh.head.fc_1.weight)
+    pixels = torch.randn(2, 3, 16, 16)
+    once, twice = checkpoint.load(lift.out)[0].encode_image(pixels), model.encode_image(pixels)
+    torch.testing.assert_close(once, twice)
+
+
+def test_broken_pictures_are_counted_and_training_goes_on(tmp_path):
+    shards = make_set(tmp_path / "data", 20, broken={4, 11})
+    make_cache(tmp_path / "cache", shards)
+    config = TrainConfig(
+        "lift", (shards.folder,), tmp_path / "run", (tmp_path / "cache",), preset="small", steps=4, batch_size=6
+    )
+    run = quiet(config)
+    assert run["skipped_pictures"] == 2
+    assert "s0-004" in run["skipped"][0]["sample"]
+    assert len(run["loss"]) == 4
+
+
+def test_a_cache_of_other_data_is_refused_before_anything_is_written(two_sets, tmp_path):
+    lift, _ = two_sets
+    with pytest.raises(CacheMismatch, match="first difference|shards"):
+        quiet(again(lift, tmp_path / "x", cache=lift.cache[::-1]))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_cache_that_does_not_fit_the_head_is_refused(two_sets, tmp_path):
+    lift, _ = two_sets
+    with pytest.raises(CacheMismatch, match="24.*32"):
+        quiet(again(lift, tmp_path / "x", text_dim=32))
+    assert not (tmp_path / "x").exists()
+
+
+def test_caches_of_two_encoders_are_refused(two_sets, tmp_path):
+    lift, _ = two_sets
+    from lift_fast.data.shards import Shards
+
+    make_cache(tmp_path / "other", Shards(lift.data[1]), name="another")
+    with pytest.raises(CacheMismatch, match="different encoders"):
+        quiet(again(lift, tmp_path / "x", cache=(lift.cache[0], tmp_path / "other")))
+
+
+def test_settings_that_cannot_work(two_sets, tmp_path):
+    lift, clip = two_sets
+    for changes, match in (
+        ({"cache": lift.cache[:1]}, "one --cache for each"),
+        ({"steps": 0}, "steps"),
+        ({"preset": "huge"}, "no preset"),
+        ({"device": "tpu9"}, "device"),
+        ({"batch_size": 100}, "larger than the data"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            quiet(again(lift, tmp_path / "x", **changes))
+    with pytest.raises(ConfigError, match="collapses"):
+        again(clip, tmp_path / "x", loss="cosine")
+    with pytest.raises(ConfigError, match="leave out --cache"):
+        again(clip, tmp_path / "x", cache=lift.cache)
+    quiet(lift)
+    with pytest.raises(ConfigError, match="exists already"):
+        quiet(lift)
+    assert not (tmp_path / "x").exists()
+
+
+def test_clip_names_a_caption_that_is_missing(two_sets, tmp_path):
+    _, clip = two_sets
+    with pytest.raises(DataError, match="no caption 'title'"):
+        quiet(again(clip, tmp_path / "x", field="title"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_loss_that_explodes_stops_the_run(two_sets, tmp_path):
+    lift, _ = two_sets
+    with pytest.raises(TrainingError, match=r"lower --lr"):
+        quiet(again(lift, tmp_path / "x", lr=float("inf")))
+    assert (tmp_path / "x" / "metrics.jsonl").exists()
+    with pytest.raises(DataError, match="no finished run"):
+        checkpoint.load(tmp_path / "x")
+
+
+def test_a_checkpoint_that_does_not_fit_is_told(two_sets):
+    lift, _ = two_sets
+    quiet(lift)
+    file = lift.out / "run.json"
+    file.write_text(file.read_text().replace('"text_dim": 24', '"text_dim": 25'))
+    with pytest.raises(ConfigError, match="does not fit"):
+        checkpoint.load(lift.out)
+
+
+def test_schedule():
+    factors = [schedule(step, 10, 110) for step in range(110)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.001
+    assert np.all(np.diff(factors[10:]) < 0)
+    assert schedule(0, 0, 1) == 1
+
+
+def test_gains_and_biases_do_not_decay(two_sets):
+    lift, _ = two_sets
+    model = checkpoint.build({"model": "lift", "preset": "small", "text_dim": 24})
+    decayed, free = make_optimizer(model, lift).param_groups
+    assert decayed["weight_decay"] == lift.weight_decay
+    assert free["weight_decay"] == 0
+    assert any(p is model.logit_scale for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_devices_and_precision():
+    cpu = torch.device("cpu")
+    assert pick_device("cpu") == cpu
+    assert use_bf16("bf16", cpu) and not use_bf16("fp32", cpu)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            pick_device("cuda")
+
+
+def test_bf16_stays_near_fp32(two_sets, tmp_path):
+    lift, _ = two_sets
+    exact, rounded = (quiet(again(lift, tmp_path / p, precision=p))["loss"] for p in ("fp32", "bf16"))
+    assert exact != rounded
+    assert all(math.isclose(a, b, abs_tol=0.05) for a, b in zip(exact, rounded, strict=True))
