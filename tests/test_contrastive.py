@@ -79,7 +79,4 @@ def test_shapes_that_do_not_match_are_refused(shapes):
 
 
 def test_reference_is_float64_able():
-    assert (
-        reference(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 2.0).dtype
-        == torch.float64
-    )
+    assert reference(torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), 2.0).dtype == torch.float64

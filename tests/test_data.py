@@ -79,9 +79,7 @@ def test_a_tar_cut_anywhere_is_told(tmp_path):
     make_set(tmp_path / "set", count=3, per_shard=100)
     file = tmp_path / "set" / "00000.tar"
     data = file.read_bytes()
-    whole = (
-        len(data.rstrip(b"\0")) // 512 * 512 + 512 + 1024
-    )  # behind its end mark tarfile pads to 10 240 bytes
+    whole = len(data.rstrip(b"\0")) // 512 * 512 + 512 + 1024  # behind its end mark tarfile pads to 10 240 bytes
     for size in [*range(0, whole, 512), *random.Random(0).sample(range(whole), 50), whole - 1]:
         file.write_bytes(data[:size])
         with pytest.raises(DataError, match=r"00000\.tar"):
@@ -196,9 +194,7 @@ def test_batches_depend_on_the_seed_alone(tmp_path):
     data = Collection([make_set(tmp_path / "a", 10, seed=1), make_set(tmp_path / "b", 9, seed=2)])
 
     def batches(seed, threads, ahead):
-        return take(
-            HostPipeline(data, batch_size=4, image_size=8, seed=seed, threads=threads, ahead=ahead), 12
-        )
+        return take(HostPipeline(data, batch_size=4, image_size=8, seed=seed, threads=threads, ahead=ahead), 12)
 
     first, again, other = batches(5, 1, 1), batches(5, 3, 3), batches(6, 1, 1)
     for x, y in zip(first, again, strict=True):
@@ -279,9 +275,7 @@ def test_openmoji(tmp_path, monkeypatch):
     sizes = openmoji.write(tmp_path / "set", heldout=20, seed=3, px=32)
     train, heldout = (Shards(tmp_path / "set" / split) for split in ("train", "heldout"))
     assert (
-        sizes
-        == {"train": len(train), "heldout": len(heldout)}
-        == {"train": len(everything[::40]) - 20, "heldout": 20}
+        sizes == {"train": len(train), "heldout": len(heldout)} == {"train": len(everything[::40]) - 20, "heldout": 20}
     )
     names = [{shards.caption(i) for i in range(len(shards))} for shards in (train, heldout)]
     assert not names[0] & names[1]

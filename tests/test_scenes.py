@@ -66,11 +66,7 @@ def test_the_evaluator_catches_wrong_claims():
     stars = Entity("blue", "small", "star", ((0.8, 0.4), (0.8, 0.6)))
     scene = Scene((circle, stars))
     a, b = Noun("circle", 1, "large", "red"), Noun("star", 2, "small", "blue")
-    assert (
-        holds(Exists(a), scene)
-        and holds(Related(a, "left", b), scene)
-        and holds(Related(b, "right", a), scene)
-    )
+    assert holds(Exists(a), scene) and holds(Related(a, "left", b), scene) and holds(Related(b, "right", a), scene)
     for wrong in (
         replace(b, count=3),
         replace(b, count=1),
@@ -84,9 +80,7 @@ def test_the_evaluator_catches_wrong_claims():
     assert not holds(scenes.Placed(a, "right"), scene) and not holds(scenes.Placed(a, "middle"), scene)
     assert not holds(scenes.Totals(2, 2), scene) and holds(scenes.Totals(2, 3), scene)
     assert not holds(scenes.Lined("column"), scene) and holds(scenes.Lined("column", b), scene)
-    assert not holds(scenes.Compared("size", b, a), scene) and not holds(
-        scenes.Compared("count", a, b), scene
-    )
+    assert not holds(scenes.Compared("size", b, a), scene) and not holds(scenes.Compared("count", a, b), scene)
     assert not holds(scenes.Absent("red", "ring"), scene) and not holds(scenes.Absent("pink", "star"), scene)
     assert not holds(scenes.OnlyColours(frozenset({"red"})), scene)
     assert not holds(scenes.Apart(), Scene((circle, replace(stars, at=((0.3, 0.5),)))))
@@ -116,9 +110,7 @@ def _parse(text: str) -> tuple[list[tuple[str | None, ...]], list[tuple[int, str
     nouns = [(_COUNT[m[1]], m[2], m[3], m[4]) for m in _NOUN.finditer(text)]
     marks = iter(range(9))
     skeleton = _NOUN.sub(lambda m: str(next(marks)), text)
-    skeleton = re.sub(
-        r"\b(a picture (of|in which|with)|there|is|are|also|to the(?= left| right)) ?", "", skeleton
-    )
+    skeleton = re.sub(r"\b(a picture (of|in which|with)|there|is|are|also|to the(?= left| right)) ?", "", skeleton)
     of = "|".join(_OF)
     chain = [(i, i + 1) for i in range(len(nouns) - 1)]
     if m := re.fullmatch(rf"(\d) ({of}) (\d)(?: and (\d))?(?:, and \d ?)?", skeleton):
@@ -233,9 +225,7 @@ def test_lengths_in_both_tokenizers(samples):
         ([sample.long for sample in samples[:1500]], low, high),
         ([sample.short for sample in samples[:1500]], 8, 30),
     ):
-        lengths = [len(ids) for ids in bert(texts)["input_ids"]] + [
-            len(clip.encode(text)) + 2 for text in texts
-        ]
+        lengths = [len(ids) for ids in bert(texts)["input_ids"]] + [len(clip.encode(text)) + 2 for text in texts]
         assert least <= min(lengths) and max(lengths) <= most, (min(lengths), max(lengths))
 
 
@@ -255,9 +245,7 @@ def test_verbs_and_articles_agree(samples):
         rf"|the \w+ ({shapes}) are|the \w+ ({shapes})e?s is"
     )
     for sample in samples[:1000]:
-        texts = [
-            text for foil in sample.foils.values() for text in (foil.base, foil.caption, foil.foil) if text
-        ]
+        texts = [text for foil in sample.foils.values() for text in (foil.base, foil.caption, foil.foil) if text]
         for text in (sample.short, sample.long.lower(), *texts):
             numbered = _NOUN.sub(lambda m: "1" if _COUNT[m[1]] == 1 else "2", text)
             assert not wrong.search(text) and not wrong.search(numbered), text
@@ -336,9 +324,7 @@ def test_lengths_and_words_of_captions_and_foils_are_alike(samples):
             singular = [[re.sub(_SHAPE, r"\1", text) for text in texts] for texts in (captions, foils)]
             for caption, foil in zip(*singular, strict=True):
                 caption, foil = (re.sub(r"\b(an|one)\b", "a", text) for text in (caption, foil))
-                bags = [
-                    Counter(re.findall(r"\w+", re.sub(r"\bare\b", "is", text))) for text in (caption, foil)
-                ]
+                bags = [Counter(re.findall(r"\w+", re.sub(r"\bare\b", "is", text))) for text in (caption, foil)]
                 assert bags[0] == bags[1], (task, caption, foil)
 
 
@@ -347,9 +333,7 @@ def test_lengths_and_words_of_captions_and_foils_are_alike(samples):
 
 def test_write_and_read_back(tmp_path):
     seen = []
-    captions = write(
-        tmp_path / "train", 25, seed=5, first_index=100, samples_per_shard=10, progress=seen.append
-    )
+    captions = write(tmp_path / "train", 25, seed=5, first_index=100, samples_per_shard=10, progress=seen.append)
     shards = Shards(tmp_path / "train")
     assert shards.shard_sizes == [10, 10, 5] and seen == list(range(1, 26))
     assert [shards.caption(i) for i in range(25)] == captions

@@ -133,9 +133,7 @@ class HostPipeline:
 
     def report(self) -> dict[str, Any]:
         """What was left out: {"skipped_pictures": n, "skipped": [{"sample": where, "reason": …}, …]} (first 20)."""
-        first = [
-            {"sample": self.data.where(row), "reason": why} for row, why in sorted(self.skipped.items())[:20]
-        ]
+        first = [{"sample": self.data.where(row), "reason": why} for row, why in sorted(self.skipped.items())[:20]]
         return {"skipped_pictures": len(self.skipped), "skipped": first}
 
 

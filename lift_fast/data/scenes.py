@@ -263,12 +263,8 @@ class _Words:
 
 
 _WORDS = {
-    "left": _Words(
-        "right", ("to the left of", "left of"), "on the left", "on the left", "from left to right"
-    ),
-    "right": _Words(
-        "left", ("to the right of", "right of"), "on the right", "on the right", "from right to left"
-    ),
+    "left": _Words("right", ("to the left of", "left of"), "on the left", "on the left", "from left to right"),
+    "right": _Words("left", ("to the right of", "right of"), "on the right", "on the right", "from right to left"),
     "above": _Words("below", ("above", "over"), "at the top", "above", "from top to bottom"),
     "below": _Words("above", ("below", "under"), "at the bottom", "below", "from bottom to top"),
 }
@@ -471,9 +467,7 @@ def _short(state: _State, plan: _Plan) -> Text:
     return Text(_fill(text, state.where, state.things, plan), claims)
 
 
-def _foil(
-    task: str, state: _State, plan: _Plan, rng: random.Random, lay_out: Callable[[_State], Scene]
-) -> Foil:
+def _foil(task: str, state: _State, plan: _Plan, rng: random.Random, lay_out: Callable[[_State], Scene]) -> Foil:
     """Draws counterfactuals of `state` until caption and foil are each false of the other's scene."""
     scene = lay_out(state)
     while True:
@@ -512,9 +506,7 @@ def _counterfactual(task: str, state: _State, plan: _Plan, rng: random.Random) -
             other = _replace_attribute(kind, i, state, rng)
         else:
             assert task == "swap_att", task
-            differ = [
-                k for k in ("colour", "size", "count") if getattr(things[i], k) != getattr(things[j], k)
-            ]
+            differ = [k for k in ("colour", "size", "count") if getattr(things[i], k) != getattr(things[j], k)]
             kind = rng.choice(differ)
             other = state.exchange(i, j, kind)
         if kind == "count":  # "a star" is arguable when there are two; "one star" is not
@@ -584,8 +576,7 @@ def _long(state: _State, rng: random.Random) -> Text:
         (
             "this picture shows {kinds} kinds of shapes on a plain light background, {total} shapes in all, "
             "arranged in a {line} {order}",
-            "on a plain light background there are {total} shapes of {kinds} kinds, arranged in a {line} "
-            "{order}",
+            "on a plain light background there are {total} shapes of {kinds} kinds, arranged in a {line} {order}",
             "a simple picture of {total} shapes, of {kinds} different kinds, which stand in a {line} {order} "
             "on a light background",
         )
@@ -638,9 +629,7 @@ def _compare_sizes(a: Noun, b: Noun) -> Text:
     if a.size == b.size:
         return Text(f"{_definite(a)} and {_definite(b)} have the same size", (Compared("size", a, b, True),))
     more, less = (a, b) if a.size == "large" else (b, a)
-    return Text(
-        f"{_definite(more)} {_is(more)} larger than {_definite(less)}", (Compared("size", more, less),)
-    )
+    return Text(f"{_definite(more)} {_is(more)} larger than {_definite(less)}", (Compared("size", more, less),))
 
 
 def _compare_counts(a: Noun, b: Noun) -> Text:
@@ -748,9 +737,7 @@ def write(
             if sample.short not in excluded:
                 excluded.add(sample.short)
                 captions.append(sample.short)
-                writer.write(
-                    f"scenes-{seed}-{index:06d}", render(sample.scene, px), sample.short, _meta(sample)
-                )
+                writer.write(f"scenes-{seed}-{index:06d}", render(sample.scene, px), sample.short, _meta(sample))
                 if progress:
                     progress(len(captions))
             index += 1

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 from ..quantized import QuantizedRows
 
 
-def reference(
-    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float = 0.0
-) -> Tensor:
+def reference(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float = 0.0) -> Tensor:
     """The definition: dense, in the dtype of its inputs (float64 for tests).
 
     image, text: [rows, dim], need not be normalised; logit_scale: the scale itself, not its log.
@@ -39,8 +37,6 @@ def contrastive(
     if isinstance(text, QuantizedRows):
         text = text.widen(dtype)
     if image.shape != text.shape or image.dim() != 2 or not len(image):
-        raise ValueError(
-            f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]"
-        )
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]")
     with torch.autocast(image.device.type, enabled=False):
         return reference(image.to(dtype), text.to(dtype), logit_scale, logit_bias)

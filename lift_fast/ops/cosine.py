@@ -22,8 +22,6 @@ def cosine(image: Tensor, text: Tensor | QuantizedRows) -> Tensor:
     if isinstance(text, QuantizedRows):
         text = text.widen(dtype)
     if image.shape != text.shape or image.dim() != 2 or not len(image):
-        raise ValueError(
-            f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]"
-        )
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]")
     with torch.autocast(image.device.type, enabled=False):
         return reference(image.to(dtype), text.to(dtype))

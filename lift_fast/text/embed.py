@@ -25,9 +25,7 @@ def embed(
     cache cannot be written.
     """
     captions = [data.caption(sample, field) for sample in range(len(data))]
-    source = [
-        {"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)
-    ]
+    source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
     writer = CacheWriter(out, encoder.dim, "int8", encoder.spec.as_dict(), source, field)
     missing = set(writer.missing())
     start = 0

@@ -30,9 +30,7 @@ class Encoder:
     Raises EncoderError when the model, its package, or its own pooling cannot be found.
     """
 
-    def __init__(
-        self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         path, gguf = _locate(spec)  # before the imports: a wrong name is told at once
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
@@ -72,11 +70,7 @@ class Encoder:
         Captions of like length share a batch, so little is spent on padding.
         """
         texts = [self.spec.prompt + caption for caption in captions]
-        ids = (
-            self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"]
-            if texts
-            else []
-        )
+        ids = self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"] if texts else []
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
         out = torch.empty(len(texts), self.dim)
         for start in range(0, len(order), batch_size):
@@ -85,16 +79,12 @@ class Encoder:
                 vectors = self._encode_own([texts[i] for i in chosen])
             else:
                 batch = self.tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
-                vectors = self._pool(
-                    batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-                )
+                vectors = self._pool(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
             out[chosen] = F.normalize(vectors.float(), dim=-1).cpu()
             done(len(chosen))
         if not torch.isfinite(out).all():
             bad = int((~torch.isfinite(out).all(dim=1)).nonzero()[0])
-            raise EncoderError(
-                f"{self.spec.name} gave a vector that is not finite for caption {captions[bad]!r}"
-            )
+            raise EncoderError(f"{self.spec.name} gave a vector that is not finite for caption {captions[bad]!r}")
         return out
 
     def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:

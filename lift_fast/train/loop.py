@@ -19,7 +19,7 @@ from ..data.shards import Shards
 from ..data.transforms import normalise
 from ..errors import CacheMismatch, ConfigError, TrainingError
 from ..losses import ClipLoss, CosineLoss
-from ..nn import Clip, Lift
+from ..nn import Clip
 from ..quantized import QuantizedRows
 from ..text.tokenizer import ClipTokenizer
 from . import checkpoint

@@ -1,0 +1,1 @@
+"""`python -m benchmarks NAME [--quick] --json FILE`; each suite also runs under `pytest benchmarks/`."""

@@ -1,0 +1,74 @@
+"""Measures, and writes what was measured: {"machine", "versions", "rows", "bars"}."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lift_fast.measure.machine import machine, versions
+from lift_fast.measure.time import Timing, interleaved_ms
+
+
+class Suite:
+    """The rows and bars of one run. quick: fewer repeats, for a machine that is shared."""
+
+    def __init__(self, name: str, quick: bool):
+        self.name = name
+        self.quick = quick
+        self.repeats = 7 if quick else 25
+        self.rows: list[dict[str, Any]] = []
+        self.bars: list[dict[str, Any]] = []
+
+    def compare(
+        self,
+        case: Mapping[str, Any],
+        rivals: Mapping[str, Callable[[], object]],
+        moved: int,
+        device: str = "cpu",
+    ) -> dict[str, Timing]:
+        """Times rivals in turn and adds a row for each: the case, what, median and spread, GB/s of `moved`."""
+        timings = interleaved_ms(rivals, self.repeats, warmup=2, device=device)
+        for what, (median, spread) in timings.items():
+            self.rows.append(
+                {
+                    **case,
+                    "what": what,
+                    "device": device,
+                    "repeats": self.repeats,
+                    "median_ms": median,
+                    "spread_ms": spread,
+                    "gb_per_s": moved / median / 1e6,
+                }
+            )
+        return timings
+
+    def bar(self, name: str, value: float, bar: float) -> None:
+        """A promise: value is at least bar."""
+        self.bars.append({"name": name, "value": value, "bar": bar, "ok": value >= bar})
+
+    def write(self, file: Path | None) -> None:
+        result = {
+            "suite": self.name,
+            "quick": self.quick,
+            "machine": machine(),
+            "versions": versions(),
+            "rows": self.rows,
+            "bars": self.bars,
+        }
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result, indent=1) + "\n")
+
+    def print(self) -> None:
+        table = [[_cell(value) for value in row.values()] for row in self.rows]
+        for line in [list(self.rows[0]), *table] if table else []:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, self._widths(table), strict=True)).rstrip())
+        for bar in self.bars:
+            print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar['value']:.2f} (bar {bar['bar']:g})")
+
+    def _widths(self, table: list[list[str]]) -> list[int]:
+        return [max(map(len, column)) for column in zip(list(self.rows[0]), *table, strict=True)]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

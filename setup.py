@@ -1,0 +1,158 @@
+"""Builds lift_fast._C: C++ always, CUDA when a toolkit is found. No torch is needed.
+
+LIFT_FAST_CUDA=auto|0|1        auto (default): with CUDA if nvcc is there and works, else without; 1: or fail.
+LIFT_FAST_CUDA_ARCHS="80;90a"  default "80;90a;100", less what the toolkit does not know. Machine code for
+                               each, and PTX of the last, which newer GPUs compile for themselves.
+CUDA_HOME                      where the toolkit is; else the nvcc on PATH; else /usr/local/cuda.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+DEFAULT_ARCHS = "80;90a;100"
+CSRC = Path("csrc")
+CUDA_SOURCES = [str(path) for path in sorted(CSRC.glob("*.cu"))]
+
+
+class NoCuda(Exception):
+    """Why this build has no CUDA, in one line."""
+
+
+def find_nvcc() -> str:
+    """Raises NoCuda when there is no toolkit."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+        where = f"in {home}"
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        where = "on PATH or in /usr/local/cuda"
+    if not nvcc:
+        raise NoCuda(f"no nvcc {where}")
+    return nvcc
+
+
+def run(command: list[str]) -> str:
+    """Output of a command. Raises NoCuda with its first error line."""
+    pipe = subprocess.PIPE
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if re.search(r"error|fatal|unsupported", line, re.I)]
+        raise NoCuda(f"nvcc failed: {(errors or lines or [f'exit status {done.returncode}'])[0][:200]}")
+    return done.stdout
+
+
+def archs_for(nvcc: str) -> list[str]:
+    asked = os.environ.get("LIFT_FAST_CUDA_ARCHS")
+    archs = [arch for arch in re.split(r"[;,\s]+", asked or DEFAULT_ARCHS) if arch]
+    if asked:
+        wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+        if wrong or not archs:
+            raise NoCuda(f"LIFT_FAST_CUDA_ARCHS={asked!r} is not a list such as {DEFAULT_ARCHS!r}")
+        return archs
+    known = run([nvcc, "--list-gpu-code"]).split()
+    archs = [arch for arch in archs if f"sm_{arch.rstrip('af')}" in known]
+    if not archs:
+        raise NoCuda(f"{nvcc} compiles for none of {DEFAULT_ARCHS}; set LIFT_FAST_CUDA_ARCHS")
+    return archs
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def static_runtime(nvcc: str) -> str:
+    """The folder of libcudart_static.a; nvcc itself knows where its toolkit is."""
+    top = re.search(r"TOP=(.*)", run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]))
+    root = Path(top.group(1).strip() if top else Path(nvcc).resolve().parents[1])
+    for library in [root / "lib64", root / "lib", *root.glob("targets/*/lib")]:
+        if (library / "libcudart_static.a").is_file():
+            return str(library.resolve())
+    raise NoCuda(f"no libcudart_static.a in {root.resolve()}")
+
+
+class Build(build_ext):
+    """One extension: C++ by the host compiler, CUDA objects by nvcc, the static CUDA runtime linked in."""
+
+    def build_extension(self, ext):
+        # What an earlier build left says nothing about what this environment asks for.
+        self.force = True
+        temp = Path(self.build_temp)
+        temp.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("LIFT_FAST_CUDA", "auto")
+        archs: list[str] = []
+        try:
+            if mode not in ("auto", "0", "1"):
+                raise CompileError(f"LIFT_FAST_CUDA={mode!r} must be auto, 0 or 1")
+            if mode == "0":
+                raise NoCuda("LIFT_FAST_CUDA=0 asked for none")
+            archs = self.add_cuda(ext, temp)
+            reason = f"built by {run([find_nvcc(), '--version']).splitlines()[-1]}"
+        except NoCuda as error:
+            reason = str(error)
+            if mode == "1":
+                raise CompileError(f"LIFT_FAST_CUDA=1, and the CUDA part cannot be built: {reason}") from None
+        with_cuda = f"with CUDA for {';'.join(archs)}" if archs else "without CUDA, for the CPU only"
+        print(f"lift-fast: lift_fast._C is built {with_cuda} ({reason})", file=sys.stderr, flush=True)
+        literal = reason.replace("\\", "\\\\").replace('"', '\\"')
+        (temp / "build_info.h").write_text(
+            f"#define LIFT_FAST_CUDA {int(bool(archs))}\n"
+            f'#define LIFT_FAST_CUDA_ARCHS "{";".join(archs)}"\n'
+            f'#define LIFT_FAST_CUDA_REASON "{literal}"\n'
+        )
+        ext.include_dirs.append(str(temp))
+        super().build_extension(ext)
+
+    def add_cuda(self, ext, temp: Path) -> list[str]:
+        """Compiles every .cu and hands the objects to the linker; returns the architectures."""
+        nvcc = find_nvcc()
+        archs = archs_for(nvcc)
+        library = static_runtime(nvcc)
+        objects = []
+        for source in CUDA_SOURCES:
+            target = str(temp / (Path(source).stem + ".cu.o"))
+            flags = ["-O3", "-std=c++17", "--threads", "2", "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC"]
+            run([nvcc, *flags, *gencode(archs), "-c", source, "-o", target])
+            objects.append(target)
+        ext.extra_objects += objects
+        # exclude-libs: torch loads its own libcudart for everyone to see, and ours must not be mixed with it.
+        ext.extra_link_args += [f"-L{library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        ext.extra_link_args += ["-Wl,--exclude-libs,ALL"]
+        return archs
+
+
+# Not build/: what an earlier build left there, a module since removed say, would be installed again.
+scratch = tempfile.TemporaryDirectory(prefix="lift-fast-build-")
+
+setup(
+    options={"build": {"build_base": scratch.name}},
+    packages=[*find_packages(include=["lift_fast", "lift_fast.*"]), "lift_fast.kernels"],
+    # kernels/ is a room of its own in the tree and a sub-package when installed: a top-level `kernels` would
+    # be taken for Hugging Face's.
+    package_dir={"lift_fast.kernels": "kernels"},
+    package_data={"lift_fast": ["py.typed", "*.pyi"]},
+    ext_modules=[
+        Pybind11Extension(
+            "lift_fast._C",
+            [str(path) for path in sorted(CSRC.glob("*.cpp"))],
+            include_dirs=[str(CSRC)],
+            depends=[str(path) for path in sorted(CSRC.iterdir())],
+            extra_compile_args=["-O3", "-g0", "-pthread"],
+            extra_link_args=["-pthread"],
+            cxx_std=17,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

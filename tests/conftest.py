@@ -1,0 +1,86 @@
+"""Shared by all tests: what needs a GPU is skipped without one, and Triton's two ways to run without a GPU.
+
+Interpreted: Triton decides between its compiler and its CPU interpreter when it is imported, so tests marked
+`interpret` run in a process of their own, started with TRITON_INTERPRET=1 by `run_interpreted`; elsewhere
+they are not collected. Compiled: `triton_usage` compiles a kernel for a GPU that is not there and reads the
+binary.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config):
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+    unwanted = [item for item in items if bool(item.get_closest_marker("interpret")) != INTERPRETING]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
+
+
+@pytest.fixture
+def run_interpreted():
+    """run_interpreted(file): runs the file's `interpret` tests in Triton's interpreter and passes if they do."""
+
+    def run(file: str) -> None:
+        triton = pytest.importorskip("triton")
+        if triton.__version__.startswith("3.6."):
+            pytest.skip("the interpreter of Triton 3.6 fails under NumPy 2.4")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # pytest leaves with 5 when it ran nothing.
+        assert done.returncode == 0, done.stdout[-4000:]
+
+    return run
+
+
+@pytest.fixture
+def triton_usage(tmp_path, monkeypatch):
+    """triton_usage(kernel, signature, constexprs, capability, aligned) -> {"registers", "shared", "spills"}.
+
+    signature: argument name -> Triton type ("*i8", "i64", "constexpr"); capability: 80, 90, 100; aligned:
+    the arguments that divide by 16, which is what Triton finds out at a launch. In bytes, but for registers;
+    "spills" is all the local memory of a thread, which ptxas counts as stack.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+    def usage(kernel, signature: dict, constexprs: dict, capability: int, aligned=()) -> dict[str, int]:
+        triton = pytest.importorskip("triton")
+        from triton.backends import nvidia
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        attrs = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        binary = tmp_path / f"kernel-{capability}.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [str(cuobjdump), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+        ).stdout
+        found = {name: int(value) for name, value in re.findall(r"(REG|SHARED|STACK|LOCAL):(\d+)", text)}
+        spills = found["STACK"] + found["LOCAL"]
+        return {"registers": found["REG"], "shared": found["SHARED"], "spills": spills}
+
+    return usage

@@ -1,0 +1,154 @@
+"""The build as a user meets it: with and without a CUDA toolkit, installed, editable, and from the root."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lift_fast
+
+ROOT = Path(__file__).parent.parent
+WHERE = """
+import json, lift_fast, lift_fast.kernels, lift_fast._C as c
+print(json.dumps([lift_fast.__file__, lift_fast.kernels.__file__, c.__file__, c.build_info()]))
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build reads, so that the tree under test stays as it is."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    for name in ("csrc", "kernels", "lift_fast", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+def build(tree, hook, **env):
+    """Calls a PEP 517 hook as pip does, writing to tree/out; returns its process."""
+    code = f"import setuptools.build_meta as b, os; os.makedirs('out', exist_ok=True); b.{hook}('out')"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LIFT_FAST", "CUDA_"))}
+    return subprocess.run([sys.executable, "-c", code], cwd=tree, env={**clean, **env}, capture_output=True, text=True)
+
+
+def unpacked(tree):
+    (wheel,) = (tree / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tree / "site")
+    return tree / "site"
+
+
+def imported(site, cwd):
+    """[lift_fast, lift_fast.kernels, lift_fast._C, build_info] as a fresh interpreter sees them."""
+    import json
+
+    code = f"import site; site.addsitedir({str(site)!r}){WHERE}"
+    # -S: nothing of this environment's own, where lift_fast is installed already.
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def said(process):
+    """The lines the build wrote about CUDA."""
+    return [line for line in process.stderr.splitlines() if line.startswith("lift-fast:")]
+
+
+def toolkit(folder, script):
+    """A CUDA_HOME whose nvcc is a shell script."""
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    return str(folder)
+
+
+def test_a_wheel_without_cuda(tree, tmp_path):
+    process = build(tree, "build_wheel", LIFT_FAST_CUDA="0")
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert said(process) == [
+        "lift-fast: lift_fast._C is built without CUDA, for the CPU only (LIFT_FAST_CUDA=0 asked for none)"
+    ]
+    site = unpacked(tree)
+    # No top-level kernels, tests or benchmarks.
+    assert {path.name for path in site.iterdir()} == {"lift_fast", f"lift_fast-{lift_fast.__version__}.dist-info"}
+    *files, info = imported(site, tmp_path)
+    assert all(Path(file).is_relative_to(site) for file in files)
+    assert info == {"cuda": False, "archs": "", "reason": "LIFT_FAST_CUDA=0 asked for none"}
+
+
+def test_an_editable_install_when_the_toolkit_is_broken(tree, tmp_path):
+    home = toolkit(tmp_path / "cuda", "echo 'nvcc fatal   : no licence today'; exit 1")
+    process = build(tree, "build_editable", CUDA_HOME=home)
+    assert process.returncode == 0, process.stderr[-2000:]
+    reason = "nvcc failed: nvcc fatal   : no licence today"
+    assert said(process) == [f"lift-fast: lift_fast._C is built without CUDA, for the CPU only ({reason})"]
+    site = unpacked(tree)
+    for cwd in (tmp_path, tree):  # from anywhere, and from the root of the tree
+        package, kernels, extension, info = imported(site, cwd)
+        assert Path(package).samefile(tree / "lift_fast" / "__init__.py")
+        assert Path(kernels).samefile(tree / "kernels" / "__init__.py")
+        assert Path(extension).parent.samefile(tree / "lift_fast")
+        assert info["cuda"] is False and info["reason"] == reason
+
+
+@pytest.mark.parametrize("case", ["no toolkit", "broken", "bad archs"])
+def test_cuda_that_was_demanded_and_cannot_be_is_one_clear_line(tree, tmp_path, case):
+    home = str(tmp_path / "cuda")
+    env, words = {}, f"no nvcc in {home}"
+    if case == "broken":
+        toolkit(tmp_path / "cuda", "echo 'x.cu(3): error: not today'; echo more; exit 2")
+        words = "nvcc failed: x.cu(3): error: not today"
+    if case == "bad archs":
+        toolkit(tmp_path / "cuda", "exit 0")
+        env, words = {"LIFT_FAST_CUDA_ARCHS": "sm_80"}, "LIFT_FAST_CUDA_ARCHS='sm_80' is not a list such as"
+    process = build(tree, "build_wheel", LIFT_FAST_CUDA="1", CUDA_HOME=home, **env)
+    assert process.returncode != 0
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: LIFT_FAST_CUDA=1, and the CUDA part cannot be built: {words}")
+    assert "Traceback" not in process.stderr
+    assert not list((tree / "out").glob("*.whl"))
+
+
+def test_cuda_builds_and_imports_without_a_driver(tree, tmp_path):
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")):
+        pytest.skip("no nvcc here")
+    process = build(tree, "build_wheel", LIFT_FAST_CUDA="1", LIFT_FAST_CUDA_ARCHS="80;90a")
+    assert process.returncode == 0, process.stderr[-2000:]
+    site = unpacked(tree)
+    *_, extension, info = imported(site, tmp_path)
+    assert info["cuda"] is True and info["archs"] == "80;90a"
+    needed = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
+    assert "libcudart" not in needed and "libcuda.so" not in needed
+    # torch loads a libcudart for everyone to see: ours must export and import no symbol of that name.
+    symbols = subprocess.run(["nm", "-D", extension], capture_output=True, text=True).stdout
+    assert not [line for line in symbols.splitlines() if line.split()[-1].startswith("cuda")]
+
+
+def test_the_version_has_one_place():
+    from importlib.metadata import version
+
+    assert version("lift-fast") == lift_fast.__version__
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, lift_fast, lift_fast._C; print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_nobody_takes_our_kernels_for_hugging_faces():
+    code = "from transformers.utils import is_kernels_available as here; print(here())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    from importlib.metadata import packages_distributions
+
+    assert done.stdout.strip() == str("kernels" in packages_distributions()), done.stderr
