@@ -277,7 +277,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Folder for everything; a demo that is there already is made anew."""
-    steps: int = 200
+    steps: int = 150
     batch_size: int = 128
     scenes: int = 4000
     """Generated pictures to train on."""
@@ -345,14 +345,14 @@ Command = (
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `lift-fast`."""
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="lift-fast",
-        description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
-        args=args,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
+        command = tyro.cli(
+            Command,
+            prog="lift-fast",
+            description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command()
     except LiftFastError as error:
         sys.exit(_told(str(error)))

@@ -6,10 +6,10 @@ CLIP so see the same pictures in the same order.
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,9 @@ class Batch:
 class HostPipeline:
     """Endless shuffled batches of a Collection; every epoch visits each sample at most once.
 
-    A picture that does not decode is left out, its place taken by the next one, and recorded in `skipped`
-    (row number -> reason). A batch never holds a sample twice.
+    `ahead` batches are decoded while the model works on one: for a GPU. On the CPU both would fight for the same
+    cores, so 0 is faster there. A picture that does not decode is left out, its place taken by the next one, and
+    recorded in `skipped` (row number -> reason). A batch never holds a sample twice.
 
     Raises ConfigError when a batch is larger than the data; DataError when too few pictures decode to fill one.
     """
@@ -84,7 +85,7 @@ class HostPipeline:
         seed: int,
         min_crop_area: float = 0.9,
         threads: int = 2,
-        ahead: int = 2,
+        ahead: int = 0,
     ):
         if batch_size > len(data):
             raise ConfigError(f"a batch of {batch_size} is larger than the data ({len(data)} samples)")
@@ -92,12 +93,12 @@ class HostPipeline:
         self.seed, self.min_crop_area, self.threads, self.ahead = seed, min_crop_area, threads, ahead
         self.skipped: dict[int, str] = {}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             for epoch in count():
                 yield from self._epoch(epoch, pool)
 
-    def _epoch(self, epoch: int, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, pool: ThreadPoolExecutor) -> Generator[Batch, None, None]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data)).tolist()
         queue: deque[tuple[int, Future[np.ndarray]]] = deque()
         upcoming = iter(order)
@@ -105,11 +106,9 @@ class HostPipeline:
         pixels: list[np.ndarray] = []
         filled = False
         while True:
-            while len(queue) < self.ahead * self.batch_size:
-                row = next(upcoming, None)
-                if row is None:
-                    break
-                queue.append((row, pool.submit(self._load, row, epoch)))
+            if not rows or not queue:
+                for row in islice(upcoming, (1 + self.ahead) * self.batch_size - len(queue)):
+                    queue.append((row, pool.submit(self._load, row, epoch)))
             if not queue:
                 break
             row, future = queue.popleft()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .config import Preset
 from .head import Head
 from .text import TextTransformer
+from .transformer import Transformer
 from .vit import Vit
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -27,7 +28,7 @@ class _Scaled(nn.Module):
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the blocks' activations in backward: less memory, a third more FLOPs."""
         for module in self.modules():
-            if hasattr(module, "checkpointing"):
+            if isinstance(module, Transformer):
                 module.checkpointing = enabled
 
 

@@ -34,16 +34,16 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, *, causal: bool = False):
         super().__init__()
         self.checkpointing = False
-        self.blocks = nn.ModuleList(Block(width, heads, causal) for _ in range(layers))
+        blocks = [Block(width, heads, causal) for _ in range(layers)]
         # open_clip's initialisation: residual branches shrink with depth.
-        attn_std, proj_std = width**-0.5, width**-0.5 * (2 * layers) ** -0.5
-        for block in self.blocks:
-            nn.init.normal_(block.qkv.weight, std=attn_std)
-            nn.init.normal_(block.proj.weight, std=proj_std)
+        for block in blocks:
+            nn.init.normal_(block.qkv.weight, std=width**-0.5)
             nn.init.normal_(block.fc_1.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.fc_2.weight, std=proj_std)
+            for linear in (block.proj, block.fc_2):
+                nn.init.normal_(linear.weight, std=(2 * layers * width) ** -0.5)
             for linear in (block.qkv, block.proj, block.fc_1, block.fc_2):
                 nn.init.zeros_(linear.bias)
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

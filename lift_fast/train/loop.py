@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -110,6 +111,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         image_size=model.visual.config.image_size,
         seed=config.seed,
         min_crop_area=config.min_crop_area,
+        threads=os.cpu_count() or 1,
+        ahead=2 if device.type == "cuda" else 0,
     )
 
     if device.type == "cuda":
