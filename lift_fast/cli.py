@@ -203,15 +203,17 @@ class Compare:
     def __call__(self) -> None:
         from .measure import compare
 
+        measured: dict[str, Any] = {}
+        if self.lift and self.clip and self.data and len(self.cache) == len(self.context):
+            measured = self.measure(self.lift, self.clip, self.data)
+        elif self.lift or self.clip or self.data or self.cache:
+            raise ConfigError("measuring runs takes --lift, --clip, --data, and one --cache for each --context")
         scale = compare.paper_scale(self.preset, self.context, self.batch_size)
         print(compare.format_table(scale))
-        result = {"paper_scale": scale}
-        if self.lift or self.clip or self.data or self.cache:
-            result |= self.measure()
         if self.json:
-            write_json(self.json, result)
+            write_json(self.json, {"paper_scale": scale, **measured})
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""
         from .cache import Cache
         from .data.shards import Shards
@@ -219,18 +221,14 @@ class Compare:
         from .train import checkpoint
         from .train.loop import pick_device
 
-        if not (self.lift and self.clip and self.data) or len(self.cache) != len(self.context):
-            raise ConfigError("measuring runs takes --lift, --clip, --data, and one --cache for each --context")
-        data = Shards(self.data)
-        caches = [Cache(folder) for folder in self.cache]
-        for cache in caches:
-            cache.check_keys(data)
-        captions = {
-            context: [data.caption(sample, cache.manifest.field) for sample in range(len(data))]
-            for context, cache in zip(self.context, caches, strict=True)
-        }
-        runs = {"lift": checkpoint.load_run(self.lift), "clip": checkpoint.load_run(self.clip)}
-        return compare_runs(runs, dict(zip(self.context, caches, strict=True)), captions, pick_device(self.device))
+        shards = Shards(data)
+        caches = dict(zip(self.context, map(Cache, self.cache), strict=True))
+        captions = {}
+        for context, cache in caches.items():
+            cache.check_keys(shards)
+            captions[context] = [shards.caption(sample, cache.manifest.field) for sample in range(len(shards))]
+        runs = {"lift": checkpoint.load_run(lift), "clip": checkpoint.load_run(clip)}
+        return compare_runs(runs, caches, captions, pick_device(self.device))
 
 
 @dataclass(frozen=True)
