@@ -202,6 +202,7 @@ class Compare:
 
     def __call__(self) -> None:
         from .measure import compare
+        from .measure.machine import machine, versions
 
         measured: dict[str, Any] = {}
         if self.lift and self.clip and self.data and len(self.cache) == len(self.context):
@@ -211,7 +212,7 @@ class Compare:
         scale = compare.paper_scale(self.preset, self.context, self.batch_size)
         print(compare.format_table(scale))
         if self.json:
-            write_json(self.json, {"paper_scale": scale, **measured})
+            write_json(self.json, {"paper_scale": scale, **measured, "machine": machine(), "versions": versions()})
 
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""

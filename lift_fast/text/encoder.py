@@ -31,7 +31,9 @@ class Encoder:
     """
 
     def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-        path, gguf = _locate(spec)  # before the imports: a wrong name is told at once
+        # Before the imports and the weights: a wrong name or pooling is told at once.
+        path, gguf = _locate(spec)
+        pooling = _own_pooling(spec, path) if spec.pooling == "own" else spec.pooling
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
@@ -51,7 +53,7 @@ class Encoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
-        self.pooling = _own_pooling(path, self.model) if spec.pooling == "own" else spec.pooling
+        self.pooling = pooling
 
     @property
     def dim(self) -> int:
@@ -97,20 +99,24 @@ class Encoder:
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
     def _encode_own(self, texts: list[str]) -> Tensor:
+        if not callable(getattr(self.model, "encode", None)):
+            raise EncoderError(f"{self.spec.name} brings no `encode`; choose --pooling last, mean or cls")
         return torch.as_tensor(self.model.encode(texts, max_length=self.spec.max_length))
 
 
-def _own_pooling(path: str, model: Any) -> str:
-    """The pooling that a model's repository declares: sentence-transformers' file, or an `encode` of its code."""
-    if callable(getattr(model, "encode", None)):
-        return "encode"
+def _own_pooling(spec: EncoderSpec, path: str) -> str:
+    """What a model's repository declares: sentence-transformers' file, or an `encode` in code of its own."""
+    if spec.name == "gemma-3-270m":
+        return "last"  # a language model: what LIFT's authors take of one
     declared = Path(path) / "1_Pooling" / "config.json"
     if declared.is_file():
         modes = json.loads(declared.read_text())
         for pooling, key in {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}.items():
             if modes.get(f"pooling_mode_{key}"):
                 return pooling
-    raise EncoderError(f"{path} declares no pooling of its own; choose one with --pooling last, mean or cls")
+    if spec.trust_remote_code:
+        return "encode"
+    raise EncoderError(f"{spec.name} declares no pooling of its own; choose one with --pooling last, mean or cls")
 
 
 def _locate(spec: EncoderSpec) -> tuple[str, str | None]:
