@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import resource
 import tarfile
 import threading
 
@@ -116,6 +117,16 @@ def test_metadata_that_does_not_parse(tmp_path):
     for i, match in ((0, "parse"), (1, "object")):
         with pytest.raises(DataError, match=match):
             Shards(tmp_path).meta(i)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shards = make_set(tmp_path / "set", 200, per_shard=1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        assert Shards(shards.folder).caption(199) == "caption 199"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):

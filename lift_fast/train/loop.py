@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -125,8 +126,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         open(config.out / "metrics.jsonl", "w") as metrics,
         SummaryWriter(str(config.out)) as board,
         tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not progress) as bar,
+        closing(iter(pipeline)) as batches,
     ):
-        batches = iter(pipeline)
         for step in range(config.steps):
             begun = time.perf_counter()
             batch = next(batches)
@@ -166,7 +167,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
                 board.add_scalar(name, record[name], step)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {1e3 * config.batch_size / step_ms[-1]:.0f} images/s")
             bar.update()
-        batches.close()
 
     # The first steps fill caches and allocate: they are no measure of the others.
     settled = step_ms[min(3, len(step_ms) - 1) :]
