@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3
+# The first that runs: instant-clip-tokenizer has no wheel for Python 3.13 and later, and needs Rust there.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
 OUT ?= runs/demo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -26,18 +28,20 @@ campaign: .venv/.test
 	$(BIN)/python -m pytest -m campaign
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { echo "no python3 here; install Python 3.10, 3.11 or 3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || \
+		echo "$(PYTHON) is newer than 3.12: instant-clip-tokenizer has no wheel for it and needs Rust;" \
+			"else choose another, as in: make PYTHON=/path/to/python3.12"
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-.venv/.demo: .venv/bin/python $(SOURCES)
-	$(PIP) -e '.[demo]'
-	@touch $@
-
-.venv/.test: .venv/bin/python $(SOURCES)
-	$(PIP) -e '.[demo,test]'
-	@touch $@
-
-.venv/.check: .venv/bin/python $(SOURCES)
-	$(PIP) -e '.[demo,test,check]'
+# One recipe for the three. Its last line says what the build said of CUDA, which pip does not show.
+.venv/.demo: EXTRAS := demo
+.venv/.test: EXTRAS := demo,test
+.venv/.check: EXTRAS := demo,test,check
+.venv/.demo .venv/.test .venv/.check: .venv/bin/python $(SOURCES)
+	$(PIP) -e '.[$(EXTRAS)]'
+	@$(BIN)/python -c "from lift_fast._C import build_info as b; \
+		print('lift-fast: CUDA for ' + (b()['archs'] or 'no GPU'), b()['reason'], sep=', ')"
 	@touch $@
 
 clean:

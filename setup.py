@@ -2,7 +2,8 @@
 
 LIFT_FAST_CUDA=auto|0|1        auto (default): with CUDA if nvcc is there and works, else without; 1: or fail.
 LIFT_FAST_CUDA_ARCHS="80;90a"  default "80;90a;100", less what the toolkit does not know. Machine code for
-                               each, and PTX of the last, which newer GPUs compile for themselves.
+                               each, and PTX for the last without its a or f, whose PTX no newer GPU takes:
+                               here compute_90, which newer GPUs compile for themselves.
 CUDA_HOME                      where the toolkit is; else the nvcc on PATH; else /usr/local/cuda.
 """
 
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -70,7 +72,19 @@ def archs_for(nvcc: str) -> list[str]:
 
 def gencode(archs: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    newest = archs[-1].rstrip("af")
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def refuse_without_headers() -> None:
+    """Raises CompileError in one line, before the compiler fills a page, when Python's own headers are missing."""
+    folder = sysconfig.get_path("include")
+    if not Path(folder, "Python.h").is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise CompileError(
+            f"no Python.h in {folder}, which compiling lift_fast._C needs; it comes with {python}-dev (Debian, Ubuntu)"
+            " or python3-devel (Fedora)"
+        )
 
 
 def static_runtime(nvcc: str) -> str:
@@ -89,6 +103,7 @@ class Build(build_ext):
     def build_extension(self, ext):
         # What an earlier build left says nothing about what this environment asks for.
         self.force = True
+        refuse_without_headers()
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("LIFT_FAST_CUDA", "auto")

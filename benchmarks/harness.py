@@ -43,9 +43,16 @@ class Suite:
             )
         return timings
 
-    def bar(self, name: str, value: float, bar: float) -> None:
-        """A promise: value is at least bar."""
-        self.bars.append({"name": name, "value": value, "bar": bar, "ok": value >= bar})
+    def bar(self, name: str, value: float, bar: float, tolerance: float | None = None, at_most: bool = False) -> None:
+        """A promise: value is at least bar; or within tolerance of it, on either side; or at most bar."""
+        entry: dict[str, Any] = {"name": name, "value": value, "bar": bar}
+        if tolerance is not None:
+            entry |= {"tolerance": tolerance, "ok": abs(value - bar) <= tolerance}
+        elif at_most:
+            entry |= {"at_most": True, "ok": value <= bar}
+        else:
+            entry["ok"] = value >= bar
+        self.bars.append(entry)
 
     def write(self, file: Path | None) -> None:
         result = {
@@ -68,7 +75,10 @@ class Suite:
             for line in table:
                 print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         for bar in self.bars:
-            print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar['value']:.3g} (bar {bar['bar']:g})")
+            promise = f"{'at most' if 'at_most' in bar else 'bar'} {bar['bar']:g}"
+            if "tolerance" in bar:
+                promise += f" +- {bar['tolerance']:g}"
+            print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar['value']:.4g} ({promise})")
 
 
 def _cell(value: Any) -> str:

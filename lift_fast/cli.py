@@ -56,6 +56,11 @@ class Data:
     """Width and height of a picture."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in {"train": 1, "heldout": 1, "px": 8}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
     def __call__(self) -> None:
         from .data import openmoji, scenes
 
@@ -152,13 +157,16 @@ class Eval:
     """Name and folder of each held-out set: --data openmoji DIR scenes DIR."""
     json: Path | None = None
     """File for the figures."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with LIFT's text encoder."""
     device: str = "auto"
 
     def __call__(self) -> None:
         from .eval.run import evaluate
         from .train.loop import pick_device
 
-        result = evaluate(self.run, self.data, pick_device(self.device))
+        device = pick_device(self.device)
+        result = evaluate(self.run, self.data, device, trust_remote_code=self.trust_remote_code)
         for name, scores in result["retrieval"].items():
             i2t, t2i = scores["i2t"], scores["t2i"]
             print(
@@ -217,8 +225,10 @@ class Compare:
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""
         from .cache import Cache
+        from .data.host import Collection
         from .data.shards import Shards
-        from .measure.runs import compare_runs
+        from .measure.runs import check_pair, compare_runs
+        from .text.cached import CachedText
         from .train import checkpoint
         from .train.loop import pick_device
 
@@ -229,7 +239,12 @@ class Compare:
             cache.check_keys(shards)
             captions[context] = [shards.caption(sample, cache.manifest.field) for sample in range(len(shards))]
         runs = {"lift": checkpoint.load_run(lift), "clip": checkpoint.load_run(clip)}
-        return compare_runs(runs, caches, captions, pick_device(self.device))
+        check_pair(runs)
+        config = runs["lift"]["config"]
+        training = CachedText(
+            [Cache(folder) for folder in config["cache"]], Collection([Shards(folder) for folder in config["data"]])
+        )
+        return compare_runs(runs, training, caches, captions, pick_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -256,7 +271,9 @@ class Report:
         folders = {"lift": self.lift, "clip": self.clip}
         runs = {name: checkpoint.load_run(folder) for name, folder in folders.items()}
         evals = {
-            name: read_json(folder / "eval.json", f"lift-fast eval --run {folder} --json {folder / 'eval.json'}")
+            name: read_json(
+                folder / "eval.json", f"lift-fast eval --run {folder} --data NAME DIR --json {folder / 'eval.json'}"
+            )
             for name, folder in folders.items()
         }
         compared = read_json(self.compare, "lift-fast compare --lift … --clip … --json")
@@ -286,25 +303,13 @@ class Demo:
     seed: int = 0
 
     def __call__(self) -> None:
-        marker = self.out / ".lift-fast-demo"
-        if self.out.exists():
-            if not marker.exists() and any(self.out.iterdir()):
-                raise ConfigError(f"{self.out} exists and holds no demo; name another --out")
-            shutil.rmtree(self.out)
-        marker.parent.mkdir(parents=True)
-        marker.touch()
         data, cache = self.out / "data", self.out / "cache"
         lift, clip = self.out / "lift", self.out / "clip"
         sets = {name: data / name for name in ("openmoji", "scenes")}
         held_out = {name: folder / "heldout" for name, folder in sets.items()}
-
-        step("drawings", Data("openmoji", sets["openmoji"], heldout=self.heldout, seed=self.seed))
-        step("scenes", Data("scenes", sets["scenes"], self.scenes, self.heldout, seed=self.seed))
-        for name in sets:
-            step(f"text of {name}, once", Embed(sets[name] / "train", cache / name, self.encoder))
-        short, long = cache / "scenes-heldout", cache / "scenes-heldout-long"
-        step("short captions to time", Embed(held_out["scenes"], short, self.encoder))
-        step("long captions to time", Embed(held_out["scenes"], long, self.encoder, field="long"))
+        # Settings are checked before anything that is there is removed.
+        drawings = Data("openmoji", sets["openmoji"], heldout=self.heldout, seed=self.seed)
+        scenes = Data("scenes", sets["scenes"], self.scenes, self.heldout, seed=self.seed)
         shared = TrainConfig(
             model="clip",
             data=tuple(folder / "train" for folder in sets.values()),
@@ -313,6 +318,24 @@ class Demo:
             batch_size=self.batch_size,
             seed=self.seed,
         )
+        command = "lift-fast demo " + " ".join(
+            f"--{key.replace('_', '-')} {value}" for key, value in vars(self).items()
+        )
+        marker = self.out / ".lift-fast-demo"
+        if self.out.exists():
+            if not marker.exists() and any(self.out.iterdir()):
+                raise ConfigError(f"{self.out} exists and holds no demo; name another --out")
+            shutil.rmtree(self.out)
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+
+        step("drawings", drawings)
+        step("scenes", scenes)
+        for name in sets:
+            step(f"text of {name}, once", Embed(sets[name] / "train", cache / name, self.encoder))
+        short, long = cache / "scenes-heldout", cache / "scenes-heldout-long"
+        step("short captions to time", Embed(held_out["scenes"], short, self.encoder))
+        step("long captions to time", Embed(held_out["scenes"], long, self.encoder, field="long"))
         step("LIFT", Train(replace(shared, model="lift", out=lift, cache=tuple(cache / name for name in sets))))
         step("CLIP", Train(shared))
         for folder in (lift, clip):
@@ -322,7 +345,7 @@ class Demo:
             "compare",
             Compare(lift=lift, clip=clip, data=held_out["scenes"], cache=(short, long), json=compare),
         )
-        step("report", Report(lift, clip, compare, self.out, sets, "lift-fast demo"))
+        step("report", Report(lift, clip, compare, self.out, sets, command))
 
 
 def step(title: str, command: Any) -> None:

@@ -1,6 +1,7 @@
 """The build as a user meets it: with and without a CUDA toolkit, installed, editable, and from the root."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -32,9 +33,9 @@ def tree(tmp_path):
     return folder
 
 
-def build(tree, hook, **env):
-    """Calls a PEP 517 hook as pip does, writing to tree/out; returns its process."""
-    code = f"import setuptools.build_meta as b, os; os.makedirs('out', exist_ok=True); b.{hook}('out')"
+def build(tree, hook, before="", **env):
+    """Calls a PEP 517 hook as pip does, after a line of Python, writing to tree/out; returns its process."""
+    code = f"{before}\nimport setuptools.build_meta as b, os; os.makedirs('out', exist_ok=True); b.{hook}('out')"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LIFT_FAST", "CUDA_"))}
     return subprocess.run([sys.executable, "-c", code], cwd=tree, env={**clean, **env}, capture_output=True, text=True)
 
@@ -132,6 +133,97 @@ def test_cuda_builds_and_imports_without_a_driver(tree, tmp_path):
     # torch loads a libcudart for everyone to see: ours must export and import no symbol of that name.
     symbols = subprocess.run(["nm", "-D", extension], capture_output=True, text=True).stdout
     assert not [line for line in symbols.splitlines() if line.split()[-1].startswith("cuda")]
+    # Newer GPUs compile the PTX for themselves, and would not take that of 90a.
+    nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump; not every toolkit does
+    cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    for what, archs in (("-lelf", {"80", "90a"}), ("-lptx", {"90"})):
+        done = subprocess.run([cuobjdump, what, extension], capture_output=True, text=True, check=True)
+        assert set(re.findall(r"\.sm_(\w+)\.", done.stdout)) == archs
+
+
+def test_missing_python_headers_are_one_clear_line(tree):
+    before = "import sysconfig; real = sysconfig.get_path\n"
+    before += "sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include' else real(name, *a, **k)"
+    process = build(tree, "build_wheel", before, LIFT_FAST_CUDA="0")
+    assert process.returncode != 0
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    package = f"python3.{sys.version_info.minor}-dev"
+    words = f"error: no Python.h in /nowhere, which compiling lift_fast._C needs; it comes with {package}"
+    assert len(errors) == 1 and errors[0].startswith(words)
+    assert "Traceback" not in process.stderr
+
+
+def make_venv(folder, pythons):
+    """`make .venv/bin/python` in a folder of its own, where PATH's Pythons are shell scripts: name -> script."""
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    for name in ("python3.12", "python3.11", "python3.10", "python3"):
+        python = folder / "bin" / name
+        python.parent.mkdir(exist_ok=True)
+        python.write_text(f"#!/bin/sh\n{pythons.get(name, 'exit 127')}\n")
+        python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", folder)
+    env = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    for name in ("PYTHON", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL"):
+        env.pop(name, None)
+    return subprocess.run(["make", ".venv/bin/python"], cwd=folder, env=env, capture_output=True, text=True)
+
+
+# What a Python does with `-m venv .venv`: Debian's without python3-venv leaves a broken one.
+MAKES = 'case "$1" in -m) mkdir -p .venv/bin; touch .venv/bin/python; echo "$0";; esac'
+BREAKS = 'case "$1" in -m) mkdir -p .venv/bin; touch .venv/bin/python; exit 1;; esac'
+NEWER = 'case "$2" in *version_info*) exit 1;; esac\n' + MAKES
+WARNING = "is newer than 3.12: instant-clip-tokenizer has no wheel"
+
+
+def test_make_takes_the_first_python_that_runs(tmp_path):
+    # python3.12 is there but does not run, as pyenv's shim of a version that is not chosen.
+    process = make_venv(tmp_path, {"python3.11": MAKES, "python3.10": MAKES, "python3": MAKES})
+    assert process.returncode == 0, process.stderr
+    assert "bin/python3.11" in process.stdout and WARNING not in process.stdout
+
+
+def test_make_says_that_only_a_newer_python_is_here(tmp_path):
+    process = make_venv(tmp_path, {"python3": NEWER})
+    assert process.returncode == 0, process.stderr
+    assert f"python3 {WARNING}" in process.stdout
+
+
+def test_make_without_any_python_says_so(tmp_path):
+    process = make_venv(tmp_path, {})
+    assert process.returncode != 0 and "no python3 here" in process.stdout
+
+
+def test_make_leaves_no_broken_venv(tmp_path):
+    process = make_venv(tmp_path, {"python3": BREAKS})
+    assert process.returncode != 0 and not (tmp_path / ".venv").exists()
+
+
+def test_bars_have_three_forms(capsys):
+    from benchmarks.harness import Suite
+
+    suite = Suite("bars", quick=True)
+    suite.bar("least", 3, 2)
+    suite.bar("near", 0.1441, 0.146, tolerance=0.002)
+    suite.bar("far", 0.15, 0.146, tolerance=0.002)
+    suite.bar("most", 61, 60, at_most=True)
+    assert [bar["ok"] for bar in suite.bars] == [True, True, False, False]
+    assert all(bar.keys() >= {"name", "value", "bar", "ok"} for bar in suite.bars)
+    suite.print()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "ok   near: 0.1441 (bar 0.146 +- 0.002)"
+    assert lines[3] == "MISS most: 61 (at most 60)"
+
+
+def test_a_report_that_lacks_figures_is_bars_missed(tmp_path, monkeypatch):
+    from benchmarks import bench_demo
+    from benchmarks.harness import Suite
+
+    monkeypatch.setattr(bench_demo, "REPORT", tmp_path / "report.json")
+    (tmp_path / "report.json").write_text('{"lift": {"loss": [4, 1, 1, 1, 1, 1], "new": 1}}')
+    suite = Suite("demo", quick=True)
+    bench_demo.run(suite)
+    assert len(suite.bars) == 6 and not any(bar["ok"] for bar in suite.bars)
 
 
 def test_the_version_has_one_place():

@@ -57,6 +57,12 @@ def write(folder, sizes, dim, shards=None, finish=True, seed=0):
     return vectors
 
 
+def write_missing(folder, sizes, dim):
+    """write(), which must find something to do."""
+    assert writer_for(folder, sizes, dim).missing()
+    return write(folder, sizes, dim)
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
@@ -236,6 +242,13 @@ def test_another_format_version(tmp_path):
         lambda m: m["shards"][0].update(rows=None),
         lambda m: m["shards"].reverse(),
         lambda m: m.update(shards=[1, 2]),
+        lambda m: m.update(encoder=["mean"]),
+        lambda m: m.update(encoder=None),
+        lambda m: m.update(field=None),
+        lambda m: m.update(dim=2**70),
+        lambda m: m["shards"][0].update(source=3),
+        lambda m: m["shards"][0].update(sha256=None),
+        lambda m: m["shards"][0].update(captions=[1]),
     ],
 )
 def test_a_manifest_that_is_wrong(tmp_path, change):
@@ -246,6 +259,8 @@ def test_a_manifest_that_is_wrong(tmp_path, change):
     path.write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="manifest.json|codec"):
         Cache(tmp_path / "c")
+    with pytest.raises(CacheError, match="manifest.json|codec"):
+        writer_for(tmp_path / "c", [2, 3], 4)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": 1}', "\xff"])
@@ -332,6 +347,108 @@ def test_misaligned_data_is_caught_with_the_first_difference(tmp_path):
     cache.check_keys(data_of([5, 6]))
 
 
+def test_the_remedy_for_other_data_is_a_whole_command(tmp_path):
+    write(tmp_path / "c", [5], 4)
+    with pytest.raises(CacheMismatch, match=r"lift-fast embed --data 'my data' --out ANOTHER-FOLDER$"):
+        Cache(tmp_path / "c").check_keys(Data(data_of([6]).keys, [6], Path("my data")))
+    writer_for(tmp_path / "none", [0], 4, field="long").write_shard(0, encode_int8(vectors_of(0, 4)), [])
+    writer_for(tmp_path / "none", [0], 4, field="long").finish()
+    with pytest.raises(CacheMismatch, match=r"--data some/data --out ANOTHER-FOLDER --field long$"):
+        Cache(tmp_path / "none").check_keys(data_of([6]))
+    with pytest.raises(CacheError, match=r"lift-fast embed --data DATA --out nowhere$"):
+        Cache("nowhere")
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "flipped"])
+def test_a_harmed_shard_is_mended_as_the_message_says(tmp_path, harm):
+    write(tmp_path / "c", [3, 4, 2], 16)
+    before = contents(tmp_path / "c")
+    path = tmp_path / "c" / "text-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if harm == "cut" else data)
+    with pytest.raises(CacheError, match=r"text-00001.*; (remove it and )?run the same lift-fast embed again$"):
+        Cache(tmp_path / "c").verify()
+    path.unlink(missing_ok=True)
+    with pytest.raises(KeyboardInterrupt):  # the mending may be killed too
+        assert writer_for(tmp_path / "c", [3, 4, 2], 16).missing() == [1]
+        raise KeyboardInterrupt
+    with pytest.raises(CacheError, match="unfinished: 1 of 3 shards are missing, the first is text-00001"):
+        Cache(tmp_path / "c")
+    write_missing(tmp_path / "c", [3, 4, 2], 16)
+    assert contents(tmp_path / "c") == before
+
+
+def test_mending_one_shard_does_not_bless_another(tmp_path):
+    write(tmp_path / "c", [3, 4], 16)
+    other = tmp_path / "c" / "text-00001.safetensors"
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    (tmp_path / "c" / "text-00000.safetensors").unlink()
+    write(tmp_path / "c", [3, 4], 16)
+    with pytest.raises(CacheError, match="text-00001.safetensors is damaged: its checksum"):
+        Cache(tmp_path / "c").verify()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_manifest_is_never_a_traceback(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("cache")
+    finished = data.draw(st.booleans(), label="finished")
+    write(folder, [2, 3], 4, finish=finished, shards=[0, 1] if finished else [0])
+    path = folder / ("manifest.json" if finished else "partial.json")
+    manifest = json.loads(path.read_text())
+    at = data.draw(st.sampled_from([manifest, manifest["shards"][1]]))
+    at[data.draw(st.sampled_from(sorted(at)))] = data.draw(JSON)
+    text = json.dumps(manifest).encode()
+    path.write_bytes(text[: data.draw(st.sampled_from([len(text), len(text) // 2]))])
+    for use in (
+        lambda: Cache(folder).take(torch.arange(5)),
+        lambda: Cache(folder).check_keys(data_of([2, 3])),
+        lambda: Cache(folder).verify(),
+        lambda: write(folder, [2, 3], 4),
+    ):
+        try:
+            use()
+        except (CacheError, IndexError) as error:  # IndexError: a count that is smaller than it was
+            assert str(error)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "partial.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"format": 1}', None])
+def test_a_manifest_of_rubbish_says_what_to_remove(tmp_path, name, content):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    if content is None:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_bytes(content)
+    for use in (lambda: Cache(folder), lambda: write(folder, [2, 3], 4)):
+        with pytest.raises(CacheError, match=f"{name}.*remove the folder {folder} and embed the captions again"):
+            use()
+
+
+@pytest.mark.parametrize("offset", ["Infinity", "NaN", "null", "[]", "[" * 50_000])
+def test_a_shard_with_rubbish_offsets(tmp_path, offset):
+    write(tmp_path / "c", [3], 4)
+    path = tmp_path / "c" / "text-00000.safetensors"
+    header = b'{"codes": {"dtype": "I8", "shape": [3, 4], "data_offsets": [0, %s]}}' % offset.encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CacheError, match="text-00000.safetensors is damaged"):
+        Cache(tmp_path / "c").take(torch.tensor([0]))
+
+
 # writing
 
 
@@ -371,6 +488,34 @@ def test_a_folder_of_another_cache_is_refused(tmp_path, finish):
         with pytest.raises(CacheMismatch, match=words):
             writer_for(tmp_path / "c", **{"sizes": [3, 2], "dim": 4, **change})
     assert contents(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_other_captions_under_the_same_keys_are_refused(tmp_path, finish):
+    def writer(*captions):
+        source = [{"name": f"{k}.tar", "samples": 2, "captions": c} for k, c in enumerate(captions)]
+        return CacheWriter(tmp_path / "c", 4, "int8", ENCODER, source, "txt")
+
+    first = writer("aa", "bb")
+    for shard in (0, 1) if finish else (0,):
+        first.write_shard(shard, encode_int8(vectors_of(2, 4)), [1, 2])
+    if finish:
+        first.finish()
+    before = contents(tmp_path / "c")
+    with pytest.raises(CacheMismatch, match="captions of 1.tar: other texts there than here"):
+        writer("aa", "cc")
+    # Who was told no captions finds no difference, and what is known of them stays.
+    assert writer("", "").missing() == writer("aa", "bb").missing() == ([] if finish else [1])
+    assert contents(tmp_path / "c") == before
+
+
+def test_captions_are_not_claimed_for_shards_of_an_older_run(tmp_path):
+    write(tmp_path / "c", [2, 3], 4, shards=[0], finish=False)
+    source = [{"name": f"{k:05d}.tar", "samples": n, "captions": "aa"} for k, n in enumerate([2, 3])]
+    writer = CacheWriter(tmp_path / "c", 4, "int8", ENCODER, source, "txt")
+    writer.write_shard(1, encode_int8(vectors_of(3, 4)), [1, 2, 3])
+    writer.finish()
+    assert [shard.captions for shard in Cache(tmp_path / "c").manifest.shards] == ["", ""]
 
 
 def test_shards_without_a_manifest_are_not_built_upon(tmp_path):

@@ -233,6 +233,30 @@ def test_what_exists_is_not_overwritten(tmp_path, capfd, scenes):
     assert files(tmp_path) == ["mine"]
 
 
+def test_runs_that_do_not_belong_together(report, scenes, tmp_path, capfd):
+    lift, clip = scenes / "lift", scenes / "clip"
+    text = f"--data {scenes}/data/heldout --cache {scenes}/short {scenes}/long"
+    assert "--lift names a run of clip" in told(capfd, f"compare --preset tiny --lift {clip} --clip {lift} {text}")
+    run(f"compare --preset tiny --batch-size 2 --json {tmp_path}/counted.json")
+    rest = f"--out {tmp_path}/out --data scenes {scenes}/data"
+    message = told(capfd, f"report --lift {lift} --clip {clip} --compare {tmp_path}/counted.json {rest}")
+    assert "measured no runs" in message
+    shutil.copytree(clip, tmp_path / "clip")
+    file = tmp_path / "clip/run.json"
+    file.write_text(file.read_text().replace('"batch_size": 8', '"batch_size": 9'))
+    message = told(capfd, f"report --lift {lift} --clip {tmp_path}/clip --compare {scenes}/compare.json {rest}")
+    assert "differ in batch_size: 8 and 9" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_of_an_encoder_needs_permission(report, scenes, tmp_path, capfd):
+    shutil.copytree(scenes / "lift", tmp_path / "lift")
+    file = tmp_path / "lift/run.json"
+    file.write_text(file.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
+    message = told(capfd, f"eval --run {tmp_path}/lift --data scenes {scenes}/data/heldout")
+    assert "--trust-remote-code" in message
+
+
 def test_settings_that_do_not_go_together(capfd, scenes, tmp_path):
     assert "one --cache for each" in told(capfd, f"train --model lift --data {scenes} --out {tmp_path}/x")
     assert "takes --lift, --clip" in told(capfd, f"compare --preset tiny --lift {scenes}")

@@ -211,6 +211,42 @@ def test_a_backend_that_is_not_here_says_what_brings_it(monkeypatch):
         module._choose("cuda", "cuda")
 
 
+@pytest.mark.parametrize(
+    ("archs", "served", "not_served"),
+    [
+        ("80;90a;100", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 0), (7, 5)]),
+        ("80;90a", [(8, 6), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+        ("90a", [(9, 0), (10, 0)], [(7, 0), (8, 0), (8, 9)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(7, 5), (8, 0)]),
+        ("100;80", [(8, 0), (9, 0), (10, 0)], [(7, 5)]),
+        ("120a;100f;90", [(9, 0), (10, 3), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for_does_not_get_it(archs, served, not_served, monkeypatch):
+    class Built:
+        build_info = staticmethod(lambda: {"cuda": True, "archs": archs, "reason": ""})
+        cuda_device_count = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(module, "_C", Built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    for capability in served + not_served:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
+        why_not = module._why_no_cuda()
+        if capability in served:
+            assert why_not is None
+        else:
+            major, minor = capability
+            assert f"Some GPU has compute capability {major}.{minor}" in why_not
+            assert f"compiled for {archs}; install again with" in why_not
+            assert why_not.endswith(f'LIFT_FAST_CUDA_ARCHS="{major}{minor}"')
+    monkeypatch.setattr(module, "_chosen", {})
+    with pytest.raises(BackendError, match="compute capability"):
+        module._choose("cuda", "cuda")
+    monkeypatch.setattr(module, "_why_no_triton", lambda: None)
+    assert module._choose("cuda", "") is not module._cuda
+
+
 def test_compile_fake_and_opcheck_see_through_it():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -148,7 +148,7 @@ def test_peak_is_what_mem_tracker_sees_in_a_second_step(kind, checkpointing):
         for _ in two_steps(kind, ODD, 13, checkpointing, {"fused": True}):
             tracker.reset_mod_stats()
     seen = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-    ours = peak_training_memory(kind, ODD, 13, checkpointing=checkpointing)
+    ours = peak_training_memory(kind, ODD, 13, checkpointing=checkpointing, autocast="cpu")
     assert ours == pytest.approx(seen, rel=0.01)
 
 
@@ -191,7 +191,8 @@ def test_the_losss_tensors_are_in_the_peak():
 def test_peaks_are_near_those_found_with_open_clips_towers(kind, context, checkpointing, batch, gib):
     """Those were taken with the float32 pixels left out, which are 0.14 GiB at 256 and 1.15 at 2 048."""
     pixels = batch * 3 * 224**2 * 4 / GIB
-    peak = peak_training_memory(kind, VIT_B16.with_context(context), batch, checkpointing=checkpointing)
+    sizes = VIT_B16.with_context(context)
+    peak = peak_training_memory(kind, sizes, batch, checkpointing=checkpointing, autocast="cpu")
     assert peak / GIB - pixels == pytest.approx(gib, rel=0.02)
 
 
@@ -205,6 +206,15 @@ def test_peak_grows_with_batch_and_context_and_falls_with_checkpointing():
         assert peak(kind, 63, 77, checkpointing=True) < one < peak(kind, 63, 77, precision="fp32")
     assert peak("clip", 63, 76) < peak("clip", 63, 77) < peak("clip", 63, 323)
     assert peak("lift", 63, 16) == peak("lift", 63, 323) < peak("lift", 63, 77, text_dim=5000)
+
+
+@pytest.mark.parametrize("kind", ["lift", "clip"])
+def test_cuda_s_autocast_keeps_a_float32_stream(kind):
+    def peak(**how):
+        return peak_training_memory(kind, ODD, 63, **how)
+
+    assert peak(autocast="cpu") < peak(autocast="cuda") < peak(precision="fp32")
+    assert peak(autocast="cpu", precision="fp32") == peak(autocast="cuda", precision="fp32")
 
 
 @pytest.mark.parametrize(

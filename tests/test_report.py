@@ -200,6 +200,14 @@ def example_report(rng: random.Random) -> dict:
     }
 
 
+def with_new_keys(report: dict) -> dict:
+    """The report as newer runs write it: where memory is from, spreads, and what the embedding cost."""
+    for i, m in enumerate((report["lift"], report["clip"])):
+        m |= {"peak_memory_from": "fake tensors", "device": "cpu", "step_ms_spread": 12.5 + i}
+    report["lift"] |= {"captions": 11_500, "embed_ms_per_caption": 4.0, "encoder": {"name": "a-frozen-encoder"}}
+    return report
+
+
 class Balance(HTMLParser):
     """Collects every tag left open or closed twice, all text, and all attributes."""
 
@@ -229,8 +237,32 @@ class Balance(HTMLParser):
 
 
 @pytest.fixture
-def report() -> dict:
+def old_report() -> dict:
     return example_report(random.Random(7))
+
+
+@pytest.fixture(params=["old keys", "new keys"])
+def report(request, old_report) -> dict:
+    return with_new_keys(old_report) if request.param == "new keys" else old_report
+
+
+@pytest.fixture
+def new_report() -> dict:
+    return with_new_keys(example_report(random.Random(7)))
+
+
+def page_text(report: dict) -> str:
+    return "".join(Balance(render_html(report)).text).replace("\u00a0", " ").replace("\u202f", " ")
+
+
+def table_text(report: dict) -> str:
+    out = io.StringIO()
+    print_table(report, out)
+    return out.getvalue()
+
+
+def cost(report: dict, name: str):
+    return next((m for m in report_module.costs(report) if m.name == name), None)
 
 
 def swapped(report: dict) -> dict:
@@ -359,28 +391,29 @@ def test_not_a_number_becomes_null(report, tmp_path):
     assert not re.search(r"\b(nan|inf)\b", render_html(report))
 
 
-def test_the_sentence_says_who_is_ahead_and_flips_with_the_numbers(report):
-    other = swapped(report)
-    ours, theirs = verdict(report), verdict(other)
+def test_the_sentence_says_who_is_ahead_and_flips_with_the_numbers(old_report):
+    other = swapped(old_report)
+    ours, theirs = verdict(old_report), verdict(other)
     names = {side: [m.name for m in found] for side, found in ours.items()}
     assert [m.name for m in theirs["clip"]] == names["lift"] and [m.name for m in theirs["lift"]] == names["clip"]
     assert [m.name for m in theirs["close"]] == names["close"]
-    assert "scenes picture → text R@1" in names["clip"] and "step time" in names["lift"]
-    assert f"LIFT is ahead on {len(names['lift'])} of" in summary(report)
+    assert "scenes picture → text R@1" in names["clip"] and "step time, whole step" in names["lift"]
+    assert f"LIFT is ahead on {len(names['lift'])} of" in summary(old_report)
     assert f"CLIP on {len(names['lift'])} (" in summary(other)
-    assert summary(report) in "".join(Balance(render_html(report)).text)
+    assert summary(old_report) in "".join(Balance(render_html(old_report)).text)
 
 
 def test_a_loss_is_printed_as_a_loss(report):
     report["savings"] = dict.fromkeys(report["savings"], -0.123)
+    report["lift"]["embed_ms_per_caption"] = 1e3
     text = " ".join(Balance(render_html(report)).text)
     assert "12.3\u00a0% more" in text and "% less" not in text
 
 
-def test_equal_and_nearly_equal_are_too_close_to_call(report):
-    report["clip"] = copy.deepcopy(report["lift"])
-    report["clip"]["composition"]["mean"] += 0.001
-    sides = verdict(report)
+def test_equal_and_nearly_equal_are_too_close_to_call(old_report):
+    old_report["clip"] = copy.deepcopy(old_report["lift"])
+    old_report["clip"]["composition"]["mean"] += 0.001
+    sides = verdict(old_report)
     assert len(sides["close"]) == 10 and not sides["lift"] and not sides["clip"]
 
 
@@ -440,3 +473,153 @@ def test_a_chart_of_few_or_flat_points_stays_in_its_frame(points, from_zero):
 def test_a_long_run_makes_a_small_page(report):
     report["lift"]["loss"] = [1 / (1 + i) for i in range(200_000)]
     assert len(render_html(report)) < 200_000
+
+
+# ------------------------------------------------------------------ no more than was measured is claimed
+
+
+@pytest.mark.parametrize(
+    ("lift", "clip", "name"),
+    [
+        ("fake tensors", "fake tensors", "peak memory, counted"),
+        ("measured", "measured", "peak memory"),
+        (None, None, "peak memory"),
+        ("fake tensors", "measured", "peak memory, counted for LIFT"),
+        ("measured", "fake tensors", "peak memory, counted for CLIP"),
+    ],
+)
+def test_memory_from_fake_tensors_is_called_counted_everywhere(new_report, lift, clip, name):
+    new_report["lift"]["peak_memory_from"], new_report["clip"]["peak_memory_from"] = lift, clip
+    new_report["paper_scale"] = None
+    table, page = table_text(new_report), render_html(new_report)
+    assert [m.name for m in report_module.costs(new_report) if m.kind == "bytes"] == [name]
+    assert re.search(rf"^{name}  ", table, re.M)
+    assert f"<h3>{name}</h3>" in page and f">{name}</text>" in page
+    assert re.search(rf"[(;] ?{name}[;)]", summary(new_report))
+    for text in (table, page, summary(new_report)):
+        assert text.count("peak memory") == text.count(name)
+    assert ("fake tensors" in page) == ("counted" in name)
+
+
+def test_the_paper_scale_part_says_forward_and_counted(report):
+    report = {"paper_scale": report["paper_scale"]}
+    page = render_html(report)
+    part = page[page.index("At the paper’s scale") :]
+    assert "forward FLOPs a sample" in part and "peak memory, counted" in part and "training FLOPs" not in part
+
+
+def test_flops_say_what_they_count(report):
+    assert cost(report, "training FLOPs a sample") and not cost(report, "FLOPs a sample")
+    page, table = page_text(report), table_text(report)
+    assert "Training FLOPs a sample, counted" in page and "training FLOPs a sample" in table
+    assert len(re.findall("FLOPs a sample", page)) == len(re.findall("(?:[Tt]raining|forward) FLOPs a sample", page))
+
+
+def test_text_over_the_whole_run_holds_the_embedding(new_report):
+    lift, clip = new_report["lift"], new_report["clip"]
+    lift |= {"loss": [1.0] * 100, "captions": 8_000, "embed_ms_per_caption": 2.5, "text_ms_per_step": 40.0}
+    clip |= {"loss": [1.0] * 100, "text_ms_per_step": 300.0}
+    measure = cost(new_report, "text over the whole run")
+    assert measure.lift == pytest.approx(20 + 4) and measure.clip == pytest.approx(30)
+    assert measure.saved == pytest.approx(0.2) and measure in verdict(new_report)["lift"]
+    page, table = page_text(new_report), table_text(new_report)
+    assert "8 000 captions × 2.50 ms = 20.0 s" in page
+    assert "100 × 40.0 ms = 4.00 s" in page and "100 × 300 ms = 30.0 s" in page
+    once = "embedding is paid once per caption and encoder, whatever the number of epochs and runs."
+    assert page.count(once) == table.count(once) == 1
+    assert re.search(r"^text over the whole run +24\.0 s \* +30\.0 s +20\.0 % less$", table, re.M)
+    assert "8 000 captions x 2.50 ms = 20.0 s of embedding" in table
+
+    lift["embed_ms_per_caption"] = 5.0  # 44 s against 30: the text a step is still LIFT's, the whole run is not
+    assert [m.name for m in verdict(new_report)["clip"] if m.kind == "s"] == ["text over the whole run"]
+    assert "text time a step" in [m.name for m in verdict(new_report)["lift"]]
+    assert "text over the whole run" in summary(new_report).split("CLIP on")[1]
+    assert "46.7 % more" in page_text(new_report)
+
+    clip["loss"] = [1.0] * 300  # the steps of each are its own
+    assert cost(new_report, "text over the whole run").clip == pytest.approx(90)
+
+
+@pytest.mark.parametrize("key", ["captions", "embed_ms_per_caption"])
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_without_the_embedding_there_is_no_whole_run(new_report, key, how):
+    if how == "null":
+        new_report["lift"][key] = None
+    else:
+        del new_report["lift"][key]
+    assert cost(new_report, "text over the whole run") is None
+    assert "whole run" not in page_text(new_report) and "whole run" not in table_text(new_report)
+
+
+@pytest.mark.parametrize("model", ["lift", "clip"])
+def test_a_run_without_losses_has_no_whole_run_to_compare(new_report, model):
+    new_report[model]["loss"] = []
+    measure = cost(new_report, "text over the whole run")
+    assert getattr(measure, model) is None and measure.saved is None and measure.ahead is None
+    assert Balance(render_html(new_report)).wrong == []
+    table_text(new_report)
+
+
+@pytest.mark.parametrize(
+    ("lift_spread", "clip_spread", "side"),
+    [(9.0, 9.0, "lift"), (11.0, 0.0, "close"), (0.0, 11.0, "close"), (None, 11.0, "close"), (None, None, "lift")],
+)
+def test_step_times_within_the_larger_spread_are_too_close_to_call(new_report, lift_spread, clip_spread, side):
+    new_report["lift"] |= {"step_ms": 100.0, "step_ms_spread": lift_spread}
+    new_report["clip"] |= {"step_ms": 110.0, "step_ms_spread": clip_spread}
+    assert cost(new_report, "step time, whole step").ahead == side
+    assert "step time, whole step" in [m.name for m in verdict(new_report)[side]]
+    known = (lift_spread, clip_spread) != (None, None)
+    assert ("larger distance between the quartiles" in page_text(new_report)) == known
+
+
+def test_a_spread_as_large_as_the_difference_does_not_hide_it(new_report):
+    new_report["lift"] |= {"step_ms": 100.0, "step_ms_spread": 10.0}
+    new_report["clip"] |= {"step_ms": 110.0, "step_ms_spread": 10.0}
+    assert cost(new_report, "step time, whole step").ahead == "lift"
+
+
+def test_the_page_says_what_text_time_and_parameters_leave_out(new_report):
+    page = page_text(new_report)
+    assert "LIFT’s text time is gather and widen from the training caches." in page
+    assert "leaves out reading captions from disk, and the optimizer’s work on the text tower" in page
+    assert "LIFT’s frozen text encoder, a-frozen-encoder, is not counted." in page
+    assert "<td>trained parameters</td>" in render_html(new_report)
+    del new_report["lift"]["encoder"]
+    assert "LIFT’s frozen text encoder is not counted." in page_text(new_report)
+
+
+def test_the_composition_note_tells_of_the_common_base(report):
+    page = page_text(report)
+    assert "In the add tasks both sides add to a common base" in page
+    assert "the caption something that is in the picture, the foil something that is not" in page
+
+
+CORES = "2 cores of AMD EPYC 9R14"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "devices", "place"),
+    [
+        (None, ("cpu", "cpu"), CORES),
+        ("NVIDIA H100", ("cpu", "cpu"), CORES),  # the machine has a GPU, and the runs did not use it
+        ("NVIDIA H100", ("NVIDIA H100", "NVIDIA H100"), "NVIDIA H100"),
+        (None, ("NVIDIA H100", "NVIDIA H100"), "NVIDIA H100"),
+        ("NVIDIA H100", ("NVIDIA H100", "cpu"), f"NVIDIA H100 (LIFT) and {CORES} (CLIP)"),
+        ("NVIDIA H100", (None, "cpu"), CORES),
+        ("NVIDIA H100", (None, None), "NVIDIA H100"),
+        (None, (None, None), CORES),
+    ],
+)
+def test_the_sentence_names_the_device_of_the_runs(new_report, gpu, devices, place):
+    new_report["machine"]["gpu"] = gpu
+    new_report["lift"]["device"], new_report["clip"]["device"] = devices
+    assert f"pictures, on {place}: LIFT is ahead" in summary(new_report)
+
+
+def test_nearly_all_is_not_printed_as_all(new_report):
+    new_report["savings"] |= {"text_time": 0.99968, "step_time": -1.0}
+    table = table_text(new_report)
+    assert "99.968 % less" in table and "100.0 % less" not in table and "100.0 % more" in table
+    new_report["savings"]["text_time"] = 1.0
+    assert "100.0 % less" in table_text(new_report)

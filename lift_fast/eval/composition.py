@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..errors import DataError
+
 TASKS = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
 
 
@@ -23,7 +25,11 @@ def composition(image: Tensor, captions: dict[str, Tensor], foils: dict[str, Ten
 
 
 def pairs(metas: Sequence[dict]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Samples' metadata -> (task -> captions, task -> foils)."""
+    """Samples' metadata -> (task -> captions, task -> foils). Raises DataError when one lacks a task."""
+    for number, meta in enumerate(metas):
+        for task in TASKS:
+            if not {"caption", "foil"} <= set(meta["composition"].get(task, ())):
+                raise DataError(f"sample {number} has no caption and foil for the composition task {task!r}")
     captions = {task: [meta["composition"][task]["caption"] for meta in metas] for task in TASKS}
     foils = {task: [meta["composition"][task]["foil"] for meta in metas] for task in TASKS}
     return captions, foils

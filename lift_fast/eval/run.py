@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from ..data.host import load_pictures
 from ..data.shards import Shards
 from ..data.transforms import normalise
-from ..errors import CacheMismatch
+from ..errors import CacheMismatch, ConfigError
 from ..nn import Clip, Lift
 from ..text.encoder import Encoder
 from ..text.spec import EncoderSpec
@@ -23,13 +24,20 @@ from . import composition, retrieval, zero_shot
 EncodeText = Callable[[Sequence[str]], Tensor]
 
 
-def text_side(model: Lift | Clip, run: dict[str, Any], device: torch.device) -> EncodeText:
+def text_side(
+    model: Lift | Clip, run: dict[str, Any], device: torch.device, trust_remote_code: bool = False
+) -> EncodeText:
     """captions -> unit vectors float32 [captions, dim]: LIFT's fixed encoder, or CLIP's tower.
 
-    Raises EncoderError, or CacheMismatch when the encoder's dim is not the head's.
+    Raises EncoderError; ConfigError when the encoder's code is not trusted; CacheMismatch when the encoder's dim
+    is not the head's.
     """
     if isinstance(model, Lift):
-        encoder = Encoder(EncoderSpec(**run["encoder"]), device=device)
+        # A run's own word is no permission to run code: it may come from somebody else.
+        spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
+        if run["encoder"]["trust_remote_code"] and not trust_remote_code:
+            raise ConfigError(f"{spec.name} runs code from its repository; allow it with --trust-remote-code")
+        encoder = Encoder(spec, device=device)
         if encoder.dim != run["text_dim"]:
             raise CacheMismatch(
                 f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
@@ -45,16 +53,19 @@ def text_side(model: Lift | Clip, run: dict[str, Any], device: torch.device) -> 
 
 
 @torch.no_grad()
-def evaluate(folder: Path, sets: dict[str, Path], device: torch.device, examples: int = 8) -> dict[str, Any]:
+def evaluate(
+    folder: Path, sets: dict[str, Path], device: torch.device, *, trust_remote_code: bool = False, examples: int = 8
+) -> dict[str, Any]:
     """folder: a trained run; sets: name -> folder of held-out shards.
 
     Returns {"retrieval": {name: …}, "composition": …, "zero_shot": …, "pictures": […]}; composition and
     zero_shot are null when no set has foils or groups. `pictures` holds the first `examples` of each set
     with the caption this model ranks first among the set's captions.
+    Raises ConfigError when two sets have foils, or two have groups: a figure belongs to one set.
     """
     held_out = {name: Shards(path) for name, path in sets.items()}
     model, run = checkpoint.load(folder, device)
-    encode_text = text_side(model, run, device)
+    encode_text = text_side(model, run, device, trust_remote_code)
     result: dict[str, Any] = {
         "retrieval": {},
         "composition": None,
@@ -85,6 +96,7 @@ def evaluate(folder: Path, sets: dict[str, Path], device: torch.device, examples
 
         metas = [shards.meta(sample) for sample in samples]
         if all("composition" in meta for meta in metas):
+            _once(result, "composition", name)
             true, false = composition.pairs(metas)
             result["composition"] = composition.composition(
                 image,
@@ -93,9 +105,15 @@ def evaluate(folder: Path, sets: dict[str, Path], device: torch.device, examples
             )
         groups = sorted({meta["group"] for meta in metas if meta.get("group")})
         if len(groups) > 1:
+            _once(result, "zero_shot", name)
             chosen = [place for place, meta in enumerate(metas) if meta.get("group")]
             labels = torch.tensor([groups.index(metas[place]["group"]) for place in chosen])
             templates = [prompt for group in groups for prompt in zero_shot.prompts(group)]
             classes = encode_text(templates).view(len(groups), len(zero_shot.TEMPLATES), -1)
             result["zero_shot"] = zero_shot.zero_shot(image[chosen], classes, labels)
     return result
+
+
+def _once(result: dict[str, Any], task: str, name: str) -> None:
+    if result[task] is not None:
+        raise ConfigError(f"{name} is the second set for {task}; evaluate the sets one at a time")

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from .machine import machine, versions
+from ..errors import ConfigError, DataError
 from .paper import PAPER_RESULTS
+from .runs import check_pair
 
 
 def gather(
@@ -14,11 +15,20 @@ def gather(
     command: str,
 ) -> dict[str, Any]:
     """runs and evals: "lift" and "clip" -> the content of their run.json and eval.json; compared: compare.json;
-    data: set -> split -> samples. Returns what `measure.report` renders."""
+    data: set -> split -> samples. Returns what `measure.report` renders.
+
+    Raises ConfigError when the runs do not belong together, DataError when compare.json is not of two runs.
+    """
+    check_pair(runs)
+    if "runs" not in compared:
+        raise DataError("this compare.json measured no runs; make it with: lift-fast compare --lift … --clip … --json")
+    sets = {model: list(scores["retrieval"]) for model, scores in evals.items()}
+    if sets["lift"] != sets["clip"]:
+        raise ConfigError(f"the runs were evaluated on different sets: {sets['lift']} and {sets['clip']}")
     report: dict[str, Any] = {}
     for model, run in runs.items():
         report[model] = {
-            **{key: run[key] for key in _FROM_RUN},
+            **{key: run.get(key) for key in _FROM_RUN},
             **{key: evals[model][key] for key in ("retrieval", "composition", "zero_shot")},
             **compared["runs"][model],
         }
@@ -29,8 +39,8 @@ def gather(
         "paper_results": PAPER_RESULTS,
         "pictures": _pictures(evals),
         "data": data,
-        "machine": machine(),
-        "versions": versions(),
+        "machine": runs["lift"]["machine"],
+        "versions": runs["lift"]["versions"],
         "seed": runs["lift"]["config"]["seed"],
         "command": command,
     }
@@ -46,6 +56,10 @@ _FROM_RUN = (
     "device",
     "config",
     "loss",
+    "field",
+    "captions",
+    "encoder",
+    "step_ms_spread",
 )
 
 

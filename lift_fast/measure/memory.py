@@ -4,15 +4,15 @@ Counted: parameters, gradients, AdamW's two moments, the batch (float32 pixels; 
 activation autograd keeps, and every tensor that lives for a moment in between. Not counted: scratch inside
 one kernel, the allocator's rounding and fragmentation, and the CUDA context.
 
-The fakes are CPU tensors, so the figure does not depend on the machine. CPU autocast keeps layer norms in
-bfloat16, CUDA autocast widens them to float32, so a GPU's residual stream takes more, in both models.
+Autocast differs: CUDA's computes layer norms in float32, and so keeps the residual stream in float32; the CPU's
+leaves a bfloat16 stream in bfloat16. `autocast` says whose rules are counted; the fakes are CPU tensors either way.
 """
 
 import weakref
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,6 +64,7 @@ def peak_training_memory(
     text_dim: int | None = None,
     checkpointing: bool = False,
     precision: Literal["bf16", "fp32"] = "bf16",
+    autocast: Literal["cuda", "cpu"] = "cuda",
 ) -> int:
     """Bytes at the peak of a step that is not the first: forward, symmetric InfoNCE, backward, AdamW.
 
@@ -81,6 +82,10 @@ def peak_training_memory(
     with FakeTensorMode(), live:
         model = Lift(preset, text_dim) if kind == "lift" else Clip(preset)
         model.set_checkpointing(checkpointing)
+        if autocast == "cuda":
+            for module in model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # one op a step, no temporaries
         # What a first step leaves behind, without its forward: AdamW makes its moments at its first step.
         for parameter in model.parameters():

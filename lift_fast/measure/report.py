@@ -1,8 +1,9 @@
 """The report of `lift-fast report`: one dict of numbers as JSON, as a page, and as a table in the terminal.
 
 The page is one file without a script or an outside reference; its charts are SVG written here. It prints what
-was measured, whoever wins: `verdict` sorts the measures, and the page's first sentence is built from it. A
-number that is null, or a part that is missing, is left out or shown as a dash.
+was measured or counted, says which of the two it was, and whoever wins: `verdict` sorts the measures, and the
+page's first sentence is built from it. A number that is null, or a part that is missing, is left out or shown
+as a dash.
 """
 
 import json
@@ -29,10 +30,12 @@ TASKS = {
     "swap_att": "swap attributes",
 }
 DIRECTIONS = {"i2t": "picture → text", "t2i": "text → picture"}
+PAID_ONCE = "LIFT’s embedding is paid once per caption and encoder, whatever the number of epochs and runs."
 UNITS = {
     "flops": [(10.0**e, u) for e, u in ((0, "FLOP"), (3, "kFLOP"), (6, "MFLOP"), (9, "GFLOP"), (12, "TFLOP"))],
     "bytes": [(1024.0**e, u) for e, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))],
     "ms": [(1e-3, "µs"), (1.0, "ms"), (1e3, "s")],
+    "s": [(1.0, "s")],
 }
 
 
@@ -91,7 +94,8 @@ def _percent(share: float | None, digits: int = 1) -> str:
 def _saved(share: float | None) -> str:
     if share is None:
         return DASH
-    return f"{abs(100 * share):.1f}{HARD}% {'less' if share >= 0 else 'more'}"
+    digits = 3 if 0.9995 <= share < 1 else 1  # "100.0 % less" is left to a cost that is nothing
+    return f"{abs(100 * share):.{digits}f}{HARD}% {'less' if share >= 0 else 'more'}"
 
 
 def _points(lift: float | None, clip: float | None) -> str:
@@ -109,21 +113,23 @@ def _joined(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """What both were measured by. kind: flops, bytes, ms (less is better) or share (more is better)."""
+    """What both are compared by. kind: flops, bytes, ms, s (less is better) or share (more is better)."""
 
     name: str
     kind: str
     lift: float | None
     clip: float | None
-    saved: float | None = None  # of a cost: the report's own fraction
+    saved: float | None = None  # of a cost: the fraction of CLIP's that LIFT does without
     n: int | None = None  # of a share: how many answers it was counted over
+    spread: float | None = None  # of a cost: the larger distance between the quartiles, in the cost's own unit
 
     @property
     def ahead(self) -> str | None:
         """ "lift", "clip", "close", or None where one was not measured.
 
         Close: shares within 1.96 standard errors of a difference of two independent counts, costs equal to
-        0.05 %. The same pictures answer for both models and there is one seed: a guide, not a test.
+        0.05 % or within their spread. The same pictures answer for both models and there is one seed: a guide,
+        not a test.
         """
         if self.lift is None or self.clip is None:
             return None
@@ -131,7 +137,7 @@ class Measure:
             spread = sum(p * (1 - p) for p in (self.lift, self.clip))
             noise = 1.96 * math.sqrt(max(0.0, spread) / self.n) if self.n else 0.0
         else:
-            noise = 5e-4 * max(self.lift, self.clip)
+            noise = max(5e-4 * max(self.lift, self.clip), self.spread or 0.0)
         if self.lift == self.clip or abs(self.lift - self.clip) < noise:
             return "close"
         return "lift" if (self.lift > self.clip) == (self.kind == "share") else "clip"
@@ -147,15 +153,42 @@ class Measure:
 
 def costs(report: dict) -> list[Measure]:
     rows = (
-        ("FLOPs a sample", "flops", "flops_per_sample", "flops"),
-        ("peak memory", "bytes", "peak_memory_bytes", "memory"),
-        ("step time", "ms", "step_ms", "step_time"),
+        ("training FLOPs a sample", "flops", "flops_per_sample", "flops"),
+        (_memory_name(report), "bytes", "peak_memory_bytes", "memory"),
+        ("step time, whole step", "ms", "step_ms", "step_time"),
         ("text time a step", "ms", "text_ms_per_step", "text_time"),
     )
-    return [
-        Measure(name, kind, _get(report, "lift", key), _get(report, "clip", key), _get(report, "savings", saving))
-        for name, kind, key, saving in rows
-    ]
+    found = []
+    for name, kind, key, saving in rows:
+        lift, clip = (_get(report, m, key) for m, _ in MODELS)
+        spread = max((s for m, _ in MODELS if (s := _get(report, m, f"{key}_spread")) is not None), default=None)
+        found.append(Measure(name, kind, lift, clip, _get(report, "savings", saving), spread=spread))
+    if (once := _embedding_s(report)) is not None:
+        steps, clip = (_text_steps_s(report, m) for m, _ in MODELS)
+        lift = None if steps is None else once + steps
+        saved = 1 - lift / clip if lift is not None and clip else None
+        found.append(Measure("text over the whole run", "s", lift, clip, saved))
+    return found
+
+
+def _memory_name(report: dict) -> str:
+    """Says which figures come from fake tensors: bytes a step would allocate, counted and not measured."""
+    counted = [word for m, word in MODELS if _get(report, m, "peak_memory_from") == "fake tensors"]
+    if not counted:
+        return "peak memory"
+    return "peak memory, counted" + ("" if len(counted) == len(MODELS) else f" for {counted[0]}")
+
+
+def _embedding_s(report: dict) -> float | None:
+    """Seconds LIFT spent on its captions before the first step; None where the report does not say."""
+    captions, ms = (_get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
+    return None if captions is None or ms is None else captions * ms / 1e3
+
+
+def _text_steps_s(report: dict, model: str) -> float | None:
+    """Seconds the steps of a run spend on text."""
+    loss, ms = (_get(report, model, key) for key in ("loss", "text_ms_per_step"))
+    return None if not loss or ms is None else len(loss) * ms / 1e3
 
 
 def qualities(report: dict) -> list[Measure]:
@@ -196,11 +229,16 @@ def summary(report: dict) -> str:
         amount = f"{_count(seen[0])} (LIFT) and {_count(seen[1])} (CLIP) samples"
     sources = [f"{_count(_get(d, 'train'))} {name}" for name, d in data.items()]
     origin = f" of {_joined(sources)} pictures" if sources else ""
-    place = machine.get("gpu") or f"{_count(machine.get('cores'))} cores of {machine.get('cpu') or 'an unnamed CPU'}"
+    cores = f"{_count(machine.get('cores'))} cores of {machine.get('cpu') or 'an unnamed CPU'}"
+    places = {word: cores if on == "cpu" else on for m, word in MODELS if (on := _get(report, m, "device"))}
+    if len(set(places.values())) == 2:
+        place = _joined([f"{where} ({word})" for word, where in places.items()])
+    else:
+        place = next(iter(places.values()), machine.get("gpu") or cores)
 
     sides = verdict(report)
     total = sum(map(len, sides.values()))
-    named = {k: f" ({', '.join(m.name for m in side)})" if side else "" for k, side in sides.items()}
+    named = {k: f" ({'; '.join(m.name for m in side)})" if side else "" for k, side in sides.items()}
     outcome = (
         f"LIFT is ahead on {len(sides['lift']) or 'none'} of {total} measures{named['lift']}, "
         f"CLIP on {len(sides['clip']) or 'none'}{named['clip']}"
@@ -294,7 +332,8 @@ def line_chart(
 
 def _bars(measures: Sequence[Measure]) -> str:
     """Paired bars, each pair to its own scale: the larger of the two is full length."""
-    left, full, row, width = 150, 560, 66, 1000
+    left = max(172, 8 + 7 * max((len(m.name) for m in measures), default=0))
+    full, row, width = 712 - left, 66, 1000
     height = row * len(measures)
     svg = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="cost of LIFT and CLIP">']
     for i, m in enumerate(measures):
@@ -406,12 +445,15 @@ def _header(report: dict) -> str:
             items.append(f"<li><span>{_e(m.name)}</span>{values}</li>")
         listed = f"<ul>{''.join(items)}</ul>" if items else '<p class="none">nothing</p>'
         columns.append(f'<div class="side {side}"><h3>{title}</h3>{listed}</div>')
+    steps = ""
+    if any(m.spread is not None for m in costs(report)):
+        steps = "the step time where the medians differ by less than the larger distance between the quartiles; "
     return (
         f'<header><h1><span class="lift">LIFT</span> beside <span class="clip">CLIP</span></h1>'
         f'<p class="summary">{_e(summary(report))}</p></header>'
         f'<div class="tiles">{"".join(cards)}</div><div class="sides">{"".join(columns)}</div>'
         '<p class="small">Less is better for the costs, more for the rest. '
-        "A share is too close to call within 1.96 standard errors of the difference; "
+        f"A share is too close to call within 1.96 standard errors of the difference; {steps}"
         "one seed, so read small gaps with care.</p>"
     )
 
@@ -420,7 +462,7 @@ def _training(report: dict) -> str:
     lines = [line for m, _ in MODELS for line in _loss_lines(m, _get(report, m, "loss") or [])]
     lines.sort(key=lambda line: not line.faint)  # the means lie on top
     rows = (
-        ("parameters", "params", _count),
+        ("trained parameters", "params", _count),
         ("samples seen", "samples_seen", _count),
         ("pictures a second", "images_per_s", lambda v: DASH if v is None else _decimals(v)),
         ("seconds", "seconds", lambda v: DASH if v is None else _count(round(v))),
@@ -437,18 +479,55 @@ def _training(report: dict) -> str:
             f'<td class="n {m}">{_amount(_get(report, m, "text_ms_by_context", n), "ms")}</td>' for m, _ in MODELS
         )
         body.append(f"<tr><td>text a step, n = {_e(n)}</td>{cells}</tr>")
+    if any(_get(report, m, "step_ms_spread") is not None for m, _ in MODELS):
+        cells = "".join(f'<td class="n {m}">{_amount(_get(report, m, "step_ms_spread"), "ms")}</td>' for m, _ in MODELS)
+        body.append(f"<tr><td>step time, between the quartiles</td>{cells}</tr>")
     head = '<tr><th>run</th><th class="n lift">LIFT</th><th class="n clip">CLIP</th></tr>'
+    name = _get(report, "lift", "encoder", "name")
+    encoder = f"LIFT’s frozen text encoder{'' if name is None else f', {_e(name)},'} is not counted"
     chart = line_chart("training loss", "step", "loss", lines, width=600, height=300)
     return _section(
         "Training",
         f'<div class="two wide">{_figure("Training loss", chart)}{_table(head, body)}</div>',
         note="Bold lines are running means over the raw losses. The two learn against different texts: "
-        "compare the shapes, not the heights.",
+        f"compare the shapes, not the heights. Trained parameters: {encoder}.",
     )
 
 
 def _costs(report: dict) -> str:
-    return _section("What a step costs", _bars(costs(report)), note="Each pair is drawn to its own scale.")
+    memory = ", memory on fake tensors" if "counted" in _memory_name(report) else ""
+    return _section(
+        "What training costs",
+        _bars(costs(report)),
+        '<p class="small">LIFT’s text time is gather and widen from the training caches. CLIP’s leaves out reading '
+        "captions from disk, and the optimizer’s work on the text tower.</p>",
+        _whole_run(report),
+        note="Each pair is drawn to its own scale. Times are measured; FLOPs, forward and backward, are counted "
+        f"by torch’s counter{memory}.",
+    )
+
+
+def _whole_run(report: dict) -> str:
+    """What text costs each run from the first caption to the last step: LIFT's embedding stands beside its steps."""
+    once = _embedding_s(report)
+    if once is None:
+        return ""
+    total = costs(report)[-1]
+    rows = []
+    for (model, word), whole in zip(MODELS, (total.lift, total.clip), strict=True):
+        steps, ms = len(_get(report, model, "loss") or []), _get(report, model, "text_ms_per_step")
+        before = "nothing"
+        if model == "lift":
+            captions, each = (_get(report, model, key) for key in ("captions", "embed_ms_per_caption"))
+            before = f"{_count(captions)} captions × {_amount(each, 'ms')} = {_amount(once, 's')}"
+        rows.append(
+            f'<tr><td class="{model}">{word}</td><td class="n">{before}</td>'
+            f'<td class="n">{_count(steps)} × {_amount(ms, "ms")} = {_amount(_text_steps_s(report, model), "s")}</td>'
+            f'<td class="n {model} best">{_amount(whole, "s")}</td></tr>'
+        )
+    head = '<tr><th>model</th><th class="n">once</th><th class="n">steps</th><th class="n">whole run</th></tr>'
+    title = "<h3>Text over the whole run, from the times a caption and a step</h3>"
+    return f'{title}{_table(head, rows)}<p class="note">{PAID_ONCE}</p>'
 
 
 def _lengths(report: dict) -> str:
@@ -457,7 +536,7 @@ def _lengths(report: dict) -> str:
         return ""
     charts = []
     for title, y_name, key, kind in (
-        ("FLOPs a sample", "a sample", "flops", "flops"),
+        ("Training FLOPs a sample, counted", "a sample", "flops", "flops"),
         ("Text time a step, measured", "a step", "text_ms", "ms"),
     ):
         known = {
@@ -517,7 +596,8 @@ def _composition(report: dict) -> str:
     )
     n = next((n for m, _ in MODELS if (n := _get(report, m, "composition", "n"))), None)
     note = (
-        "The true caption against one with a word added, replaced or swapped: "
+        "The true caption against a foil with something replaced, swapped or added. In the add tasks both sides "
+        "add to a common base: the caption something that is in the picture, the foil something that is not. "
         f"{_count(n)} choices of two, chance 50{HARD}%."
     )
     return _section("Composition", _table(head, rows), note=note)
@@ -580,14 +660,16 @@ def _paper_scale(report: dict) -> str:
         head = (
             '<tr><th rowspan="2" class="n">n</th><th rowspan="2">checkpointing</th>'
             '<th rowspan="2" class="n">batch</th>'
-            '<th colspan="3" class="mid">FLOPs a sample</th><th colspan="3" class="mid">peak memory</th></tr>'
+            '<th colspan="3" class="mid">forward FLOPs a sample</th>'
+            '<th colspan="3" class="mid">peak memory, counted</th></tr>'
             f"<tr>{triple * 2}</tr>"
         )
         parts.append(f"<h3>In each regime</h3>{_table(head, rows)}")
     return _section(
         "At the paper’s scale",
         *parts,
-        note="ViT-B/16, 224 px, not trained here. Ours: FLOPs by torch’s counter, memory from fake tensors.",
+        note="ViT-B/16, 224 px, not trained here. Ours: forward FLOPs by torch’s counter, memory counted on fake "
+        "tensors.",
     )
 
 
@@ -714,8 +796,8 @@ i{font-style:normal}
 h1 .lift,td.lift,th.lift,tspan.lift,.guess.lift i,.side.lift h3,li .lift{color:var(--lift)}
 h1 .clip,td.clip,th.clip,tspan.clip,.guess.clip i,.side.clip h3,li .clip{color:var(--clip)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:24px 0 14px}
-.tile{border:1px solid var(--rule);border-radius:6px;padding:12px 12px 10px}
-.tile h3{margin:0 0 6px;font-size:12.5px;color:var(--soft);font-weight:500}
+.tile{border:1px solid var(--rule);border-radius:6px;padding:12px 12px 10px;display:flex;flex-direction:column}
+.tile h3{flex:1;margin:0 0 6px;font-size:12.5px;color:var(--soft);font-weight:500}
 .tile div{font-size:16.5px;line-height:1.4;font-weight:650;white-space:nowrap}
 .tile div.lift{color:var(--lift)}
 .tile div.clip{color:var(--clip)}
@@ -865,6 +947,10 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
         f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
+    if (once := _embedding_s(report)) is not None:
+        captions, each = (_get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
+        paid = f"{_count(captions)} captions x {_amount(each, 'ms')} = {_amount(once, 's')} of embedding"
+        lines += ["", f"Text over the whole run holds {paid}.", PAID_ONCE]
     text = "\n".join([*lines, "", summary(report)])
-    plain = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "→": "->", "µ": "u"})
+    plain = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "→": "->", "µ": "u", "’": "'"})
     print(text.translate(plain), file=file or sys.stdout)

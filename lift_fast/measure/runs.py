@@ -1,65 +1,87 @@
-"""Two trained runs side by side on this machine: FLOPs, memory, step time, and the time a step spends on text."""
+"""Two trained runs side by side on this machine: FLOPs, memory, step time, and the time spent on text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..cache import Cache
 from ..errors import ConfigError
-from ..nn import Clip, preset
+from ..nn import PRESETS, Clip, preset
+from ..text.cached import CachedText
+from ..text.encoder import Encoder
+from ..text.spec import EncoderSpec
 from .compare import CONTEXTS, cost_against_length
 from .flops import clip_flops, lift_flops
 from .memory import peak_training_memory
-from .time import clip_text_ms, lift_text_ms
+from .time import clip_text_ms, lift_text_ms, median_ms
+
+# What two runs must share for their figures to stand side by side.
+_SHARED = ("steps", "batch_size", "seed", "data")
+
+
+def check_pair(runs: Mapping[str, dict[str, Any]]) -> None:
+    """Raises ConfigError unless `runs` is a LIFT and a CLIP run that differ in their text side alone."""
+    for name, run in runs.items():
+        if run["model"] != name:
+            raise ConfigError(f"--{name} names a run of {run['model']}")
+    lift, clip = runs["lift"], runs["clip"]
+    for key in ("preset", "precision", "device", "machine"):
+        if lift[key] != clip[key]:
+            raise ConfigError(f"the runs differ in {key}: {lift[key]} and {clip[key]}; train both alike")
+    for key in _SHARED:
+        ours, theirs = lift["config"][key], clip["config"][key]
+        if ours != theirs:
+            raise ConfigError(f"the runs differ in {key}: {ours} and {theirs}; train both alike")
 
 
 def compare_runs(
     runs: Mapping[str, dict[str, Any]],
+    training: CachedText,
     caches: Mapping[int, Cache],
     captions: Mapping[int, Sequence[str]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """runs: "lift" and "clip" -> run.json; caches and captions: CLIP's context -> texts of about that length.
+    """runs: "lift" and "clip" -> run.json; training: LIFT's own text side; caches and captions: CLIP's context ->
+    texts of about that length, to time the text side at.
 
     FLOPs and, without a GPU, peak memory are counted for the runs' own settings; step time is the runs' own
-    median; text time is measured here, at each context. Returns {"runs", "savings", "cost_against_length"}.
-    Raises ConfigError when CLIP's own context is not among the contexts, or a set is smaller than a batch.
+    median; text time and the cost of embedding a caption once are measured here.
+    Returns {"runs", "savings", "cost_against_length"}.
+    Raises ConfigError when the runs do not belong together or CLIP's own context is not among the contexts.
     """
+    check_pair(runs)
     lift, clip = runs["lift"], runs["clip"]
     own, batch = clip["context"], clip["config"]["batch_size"]
     if own not in caches:
         raise ConfigError(f"CLIP was trained at context {own}; name it in --context, not only {list(caches)}")
-    for context, texts in captions.items():
-        if len(texts) < batch:
-            raise ConfigError(f"{len(texts)} captions for context {context} are fewer than a batch of {batch}")
     sizes = preset(clip["preset"])
 
-    lift_ms = {n: timing.median for n, timing in lift_text_ms(caches, batch, device=device).items()}
-    towers = {
-        n: (Clip(sizes.with_context(n)).to(device), captions.get(n, captions[own])[:batch])
-        for n in sorted({*CONTEXTS, *captions})
-    }
-    clip_ms = {n: timing.median for n, timing in clip_text_ms(towers, clip["precision"], device, 3).items()}
-
-    cost = cost_against_length(sizes, sorted(towers), lift["text_dim"])
+    timed: dict[int, Cache | CachedText] = {0: training, **caches}
+    lift_ms = {n: timing.median for n, timing in lift_text_ms(timed, batch, device=device).items()}
+    clip_ms = _clip_text_ms(clip, captions, own, batch, device)
+    cost = cost_against_length(sizes, sorted({*CONTEXTS, *clip_ms}), lift["text_dim"])
     for row in cost:
-        row["lift_text_ms"], row["clip_text_ms"] = lift_ms.get(row["context"]), clip_ms[row["context"]]
-    recompute = {name: runs[name]["config"]["checkpointing"] for name in runs}
+        row["lift_text_ms"], row["clip_text_ms"] = lift_ms.get(row["context"]), clip_ms.get(row["context"])
+
+    recompute = {name: run["config"]["checkpointing"] for name, run in runs.items()}
     flops = {
         "lift": lift_flops(sizes, lift["text_dim"], training=True, checkpointing=recompute["lift"]).total,
         "clip": clip_flops(sizes.with_context(own), training=True, checkpointing=recompute["clip"]).total,
     }
-    compared = {}
-    for name, run, ms in (("lift", lift, lift_ms), ("clip", clip, clip_ms)):
+    compared: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        ms = lift_ms if name == "lift" else clip_ms
         compared[name] = {
             "flops_per_sample": flops[name],
-            "peak_memory_bytes": run["peak_memory_bytes"] or _counted_memory(name, run),
+            "peak_memory_bytes": run["peak_memory_bytes"] or _counted_memory(run),
             "peak_memory_from": "measured" if run["peak_memory_bytes"] else "fake tensors",
             "step_ms": run["step_ms"],
-            "text_ms_per_step": ms[own],
+            "text_ms_per_step": lift_ms[0] if name == "lift" else clip_ms[own],
             "text_ms_by_context": {str(n): ms[n] for n in caches},
         }
+    compared["lift"]["embed_ms_per_caption"] = _embed_ms(lift["encoder"], captions[own][:batch], device)
     savings = {
         saving: 1 - compared["lift"][figure] / compared["clip"][figure]
         for saving, figure in (
@@ -72,13 +94,38 @@ def compare_runs(
     return {"runs": compared, "savings": savings, "cost_against_length": cost}
 
 
-def _counted_memory(name: str, run: dict[str, Any]) -> int:
+def _clip_text_ms(
+    clip: dict[str, Any], captions: Mapping[int, Sequence[str]], own: int, batch: int, device: torch.device
+) -> dict[int, float]:
+    """CLIP's milliseconds on text at each context, and at the usual lengths below the longest."""
+    # Only the text tower is timed: the smallest image tower stands beside it.
+    sizes = replace(preset(clip["preset"]), vit=PRESETS["tiny"].vit)
+    towers = {}
+    for n in sorted({*captions, *(usual for usual in CONTEXTS if usual < max(captions))}):
+        tower = Clip(sizes.with_context(n)).to(device)
+        tower.set_checkpointing(clip["config"]["checkpointing"])
+        texts = captions.get(n, captions[own])
+        towers[n] = (tower, [texts[i % len(texts)] for i in range(batch)])
+    return {n: timing.median for n, timing in clip_text_ms(towers, clip["precision"], device, 3).items()}
+
+
+def _embed_ms(encoder: dict[str, Any], captions: Sequence[str], device: torch.device) -> float | None:
+    """Milliseconds to embed one caption with LIFT's encoder; None where that would run code from a hub."""
+    if encoder["trust_remote_code"]:
+        return None
+    encode = Encoder(EncoderSpec(**encoder), device=device).encode
+    return median_ms(lambda: encode(captions), repeats=3, warmup=1, device=device) / len(captions)
+
+
+def _counted_memory(run: dict[str, Any]) -> int:
+    """The peak of a run on the CPU, where nothing measures it."""
     config = run["config"]
     return peak_training_memory(
-        "lift" if name == "lift" else "clip",
+        "lift" if run["model"] == "lift" else "clip",
         preset(run["preset"]).with_context(run.get("context", 1)),
         config["batch_size"],
         text_dim=run.get("text_dim"),
         checkpointing=config["checkpointing"],
         precision=run["precision"],
+        autocast="cpu",
     )

@@ -62,10 +62,10 @@ def interleaved_ms(
             elapsed = perf_counter() - start
             if turn >= 0:
                 samples[name].append(elapsed * 1e3)
-    return {name: Timing(median(times), _quartile_distance(times)) for name, times in samples.items()}
+    return {name: Timing(median(times), quartile_distance(times)) for name, times in samples.items()}
 
 
-def _quartile_distance(times: list[float]) -> float:
+def quartile_distance(times: list[float]) -> float:
     if len(times) < 2:
         return 0.0
     low, _, high = quantiles(times, n=4, method="inclusive")

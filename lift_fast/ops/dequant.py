@@ -156,7 +156,29 @@ def _why_no_cuda() -> str | None:
     if _C is None or not _C.build_info()["cuda"]:
         why = _C.build_info()["reason"] if _C else "lift_fast._C is not built"
         return f"{why}; install again with LIFT_FAST_CUDA=1 and a CUDA toolkit"
-    return None if _C.cuda_device_count() else "its CUDA runtime finds no GPU, or the driver is older than it"
+    if not _C.cuda_device_count():
+        return "its CUDA runtime finds no GPU, or the driver is older than it"
+    archs = _C.build_info()["archs"]
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not _serves(archs.split(";"), (major, minor)):
+            here = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+            wanted = f'LIFT_FAST_CUDA=1 LIFT_FAST_CUDA_ARCHS="{major}{minor}"'
+            return f"{here}, and lift_fast._C is compiled for {archs}; install again with {wanted}"
+    return None
+
+
+def _serves(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for archs, made as setup.py makes it, has code for a GPU of this (major, minor).
+
+    Machine code serves its own major from its minor on; of "90a" only 9.0. The PTX of the last, without its
+    a or f, serves everything from there on.
+    """
+    for arch in archs:
+        least = divmod(int(arch.rstrip("af")), 10)
+        if capability == least or (not arch.endswith("a") and capability[0] == least[0] and capability > least):
+            return True
+    return capability >= divmod(int(archs[-1].rstrip("af")), 10)
 
 
 def _why_no_triton() -> str | None:

@@ -1,5 +1,8 @@
 """Captions of a data set -> a text cache, shard by shard. What is already written is not computed again."""
 
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from tqdm import tqdm
@@ -7,6 +10,7 @@ from tqdm import tqdm
 from ..cache import Cache, CacheWriter, encode_int8, key_hash
 from ..data.shards import Shards
 from .encoder import Encoder
+from .spec import check_batch_size
 
 
 def embed(
@@ -21,11 +25,16 @@ def embed(
     """Embeds every caption of `data` once and writes the cache at `out`; returns it opened.
 
     Cache shard k holds the captions of data shard k in its order. A run that was killed goes on at the first
-    missing shard. Raises DataError for a missing caption (before anything is written) and CacheError when the
+    missing shard. Raises ConfigError for a batch_size below 1 and DataError for a missing caption (both before
+    anything is written), CacheMismatch when `out` was made from other keys or captions, and CacheError when the
     cache cannot be written.
     """
+    check_batch_size(batch_size)
     captions = [data.caption(sample, field) for sample in range(len(data))]
-    source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
+    source, start = [], 0
+    for path, size in zip(data.paths, data.shard_sizes, strict=True):
+        source.append({"name": path.name, "samples": size, "captions": _digest(captions[start : start + size])})
+        start += size
     writer = CacheWriter(out, encoder.dim, "int8", encoder.spec.as_dict(), source, field)
     missing = set(writer.missing())
     start = 0
@@ -39,4 +48,11 @@ def embed(
                 writer.write_shard(shard, encode_int8(vectors), keys)
             start += size
     writer.finish()
-    return Cache(out)
+    cache = Cache(out)
+    cache.check_keys(data)  # a cache that was there already may come from other samples
+    return cache
+
+
+def _digest(captions: Sequence[str]) -> str:
+    """128 bits that tell a shard's captions from others, in hex."""
+    return blake2b(json.dumps(captions).encode(), digest_size=16).hexdigest()

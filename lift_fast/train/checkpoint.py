@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TrainingError
 from ..nn import Clip, Lift, preset
 
 
@@ -22,14 +22,21 @@ def build(run: dict[str, Any]) -> Lift | Clip:
 
 
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
-    """Writes the weights, then run.json: a folder that has run.json is whole."""
+    """Writes the weights, then run.json: a folder that has run.json is whole. Raises TrainingError (full disk)."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    partial = folder / "model.safetensors.part"
-    save_file(tensors, partial)
-    os.replace(partial, folder / "model.safetensors")
-    partial = folder / "run.json.part"
-    partial.write_text(json.dumps(run, indent=1, default=str))
-    os.replace(partial, folder / "run.json")
+    text = json.dumps(run, indent=1, default=str)
+    for name, write in (
+        ("model.safetensors", lambda file: save_file(tensors, file)),
+        ("run.json", lambda file: file.write_text(text)),
+    ):
+        partial = folder / f"{name}.part"
+        try:
+            write(partial)
+            os.replace(partial, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"cannot write {folder / name}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -37,7 +44,10 @@ def load_run(folder: Path) -> dict[str, Any]:
     file = Path(folder) / "run.json"
     if not file.is_file():
         raise DataError(f"no finished run in {folder}: it has no run.json; train one with: lift-fast train")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}); train again with: lift-fast train") from error
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip, dict[str, Any]]:

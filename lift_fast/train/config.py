@@ -44,6 +44,7 @@ class TrainConfig:
     min_crop_area: float = 0.9
     """Random crops keep at least this part of a picture."""
     seed: int = 0
+    """Same seed, same machine: the same losses (on a GPU up to the order in which its atomics add)."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -58,6 +59,13 @@ class TrainConfig:
             raise ConfigError(
                 "the cosine loss has no negatives: with a trained text tower it collapses; use contrastive"
             )
-        for name in ("steps", "batch_size", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        least_of = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("lr", "clip_grad", "min_crop_area"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("beta1", "beta2", "min_crop_area"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)}")

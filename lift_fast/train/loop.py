@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -19,64 +18,28 @@ from ..cache import Cache
 from ..data.host import Collection, HostPipeline
 from ..data.shards import Shards
 from ..data.transforms import normalise
-from ..errors import CacheMismatch, ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError
 from ..losses import ClipLoss, CosineLoss
+from ..measure.machine import machine, versions
+from ..measure.time import quartile_distance
 from ..nn import Clip
-from ..quantized import QuantizedRows
+from ..text.cached import CachedText
 from ..text.tokenizer import ClipTokenizer
 from . import checkpoint
 from .config import TrainConfig
 
 
-class CachedText:
-    """LIFT's text side: row numbers -> vectors of a frozen encoder, read from one cache for each data set.
+class TokenizedText:
+    """CLIP's text side in training: row numbers -> captions -> tokens, which the text tower takes."""
 
-    Raises CacheMismatch when a cache belongs to other data, or when the caches differ in dim or encoder.
-    """
-
-    def __init__(self, caches: Sequence[Cache], data: Collection, text_dim: int | None):
-        self.caches, self.data = list(caches), data
-        for cache, shards in zip(caches, data.sets, strict=True):
-            cache.check_keys(shards)
-        first = self.caches[0]
-        for cache in self.caches[1:]:
-            if cache.manifest.encoder != first.manifest.encoder:
-                raise CacheMismatch(
-                    f"{cache.folder} and {first.folder} hold vectors of different encoders "
-                    f"({cache.manifest.encoder} and {first.manifest.encoder}); embed both with the same settings"
-                )
-        self.dim, self.encoder = first.dim, first.manifest.encoder
-        if text_dim is not None:
-            first.check_dim(text_dim, "the head (--text-dim)")
-
-    def __call__(self, rows: Tensor, device: torch.device) -> QuantizedRows:
-        """rows int64 [batch] on the CPU -> their text, still as codes, on the device."""
-        if len(self.caches) == 1:
-            return self.caches[0].take(rows).to(device)
-        places = [self.data.locate(row) for row in rows.tolist()]
-        order, parts = [], []
-        for number, cache in enumerate(self.caches):
-            chosen = [i for i, (owner, _) in enumerate(places) if owner == number]
-            if chosen:
-                parts.append(cache.take(torch.tensor([places[i][1] for i in chosen])))
-                order.extend(chosen)
-        back = torch.empty(len(order), dtype=torch.int64)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return QuantizedRows.cat(parts)[back].to(device)
-
-
-class TrainedText:
-    """CLIP's text side: row numbers -> captions -> tokens -> the text tower, forward and backward."""
-
-    def __init__(self, model: Clip, data: Collection, config: TrainConfig):
+    def __init__(self, data: Collection, config: TrainConfig):
         data.check_captions(config.field)
-        self.model, self.data, self.field = model, data, config.field
+        self.data, self.field = data, config.field
         self.tokenizer = ClipTokenizer(config.context)
 
-    def __call__(self, rows: Tensor, device: torch.device) -> Tensor:
-        """rows int64 [batch] on the CPU -> text features [batch, embed_dim] on the device, with gradient."""
-        tokens = self.tokenizer([self.data.caption(row, self.field) for row in rows.tolist()])
-        return self.model.encode_text(tokens.to(device))
+    def take(self, rows: Tensor) -> Tensor:
+        """rows int64 [batch] on the CPU -> their captions' tokens int64 [batch, context]."""
+        return self.tokenizer([self.data.caption(row, self.field) for row in rows.tolist()])
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -93,16 +56,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     run: dict[str, Any] = {"model": config.model, "preset": config.preset, "config": asdict(config)}
 
     torch.manual_seed(config.seed)
-    text: CachedText | TrainedText
+    text: CachedText | TokenizedText
     if config.model == "lift":
         text = CachedText([Cache(folder) for folder in config.cache], data, config.text_dim)
         run |= {"text_dim": text.dim, "encoder": text.encoder}
-        model = checkpoint.build(run).to(device)
     else:
+        text = TokenizedText(data, config)
         run |= {"context": config.context}
-        model = checkpoint.build(run).to(device)
-        assert isinstance(model, Clip)
-        text = TrainedText(model, data, config)
+    model = checkpoint.build(run).to(device)
     model.set_checkpointing(config.checkpointing)
     loss_of: nn.Module = ClipLoss() if config.loss == "contrastive" else CosineLoss()
     optimizer = make_optimizer(model, config)
@@ -118,6 +79,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    batches = iter(pipeline)
+    first = next(batches)  # whatever is wrong with the pictures shows here
+
     losses: list[float] = []
     step_ms: list[float] = []
     config.out.mkdir(parents=True)
@@ -126,17 +90,18 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         open(config.out / "metrics.jsonl", "w") as metrics,
         SummaryWriter(str(config.out)) as board,
         tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not progress) as bar,
-        closing(iter(pipeline)) as batches,
+        closing(batches),
     ):
         for step in range(config.steps):
             begun = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches) if step else first
             loaded = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * schedule(step, config.warmup, config.steps)
             with autocast:
                 image_features = model.encode_image(normalise(batch.pixels.to(device, non_blocking=True)))
-                text_features = text(batch.rows, device)
+                text_batch: Any = text.take(batch.rows).to(device)
+                text_features = model.encode_text(text_batch) if isinstance(model, Clip) else text_batch
                 loss = loss_of(image_features, text_features, model.logit_scale.exp())
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
@@ -171,39 +136,48 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     # The first steps fill caches and allocate: they are no measure of the others.
     settled = step_ms[min(3, len(step_ms) - 1) :]
     run |= {
+        "field": text.field,
+        "captions": len(data),
         "samples_seen": config.steps * config.batch_size,
         "params": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - started,
         "step_ms": statistics.median(settled),
+        "step_ms_spread": quartile_distance(settled),
         "images_per_s": 1e3 * config.batch_size / statistics.median(settled),
         "precision": "bf16" if use_bf16(config.precision, device) else "fp32",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "loss": losses,
         **pipeline.report(),
+        "machine": machine(),
+        "versions": versions(),
     }
     checkpoint.save(config.out, model, run)
     return run
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> a GPU where there is one. Raises ConfigError for a device that is not here."""
+    """`auto` -> a GPU where there is one. Raises ConfigError for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"no device {name!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, and torch sees no GPU here")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"no device {name!r}; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs here")
     return device
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16."""
-    if precision == "auto":
-        return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return precision == "bf16"
+    """Whether to autocast to bfloat16; `auto`: where the processor multiplies it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
