@@ -365,17 +365,21 @@ Command = (
 )
 
 
+def parse(args: list[str] | None = None) -> Command:
+    """Arguments, the process's own without any, -> the command they name. Raises ConfigError, SystemExit."""
+    return tyro.cli(
+        Command,
+        prog="lift-fast",
+        description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of `lift-fast`."""
     try:
-        command = tyro.cli(
-            Command,
-            prog="lift-fast",
-            description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        command()
+        parse(args)()
     except LiftFastError as error:
         sys.exit(_told(str(error)))
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_sets import make_set, png
 
-from lift_fast.cli import main
+from lift_fast.cli import main, parse
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.eval.composition import TASKS
 
@@ -126,6 +126,18 @@ def test_help_is_quick_and_names_every_command():
     for command in ("data", "embed", "train", "eval", "compare", "report", "demo"):
         assert command in out.stdout
     assert not re.search(r"\| +(torch|transformers)$", out.stderr, re.M)
+
+
+def test_the_readme_s_commands_parse():
+    """Every `lift-fast …` line of the README's code blocks, and every command of its table."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", readme, re.M | re.S))
+    commands = re.findall(r"^lift-fast ([^#\n]+)", blocks, re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        parse(shlex.split(command))
+    listed = set(re.findall(r"^\| `lift-fast (\w+)`", readme, re.M))
+    assert listed == {"data", "embed", "train", "eval", "compare", "report", "demo"}
 
 
 # ---- bad input
