@@ -15,7 +15,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "ops"},
     "cache": {"errors", "ops", "quantized"},
     "data": {"errors"},
-    "text": {"errors", "cache", "data"},
+    "text": {"errors", "quantized", "cache", "data"},
     "measure": {"errors", "ops", "quantized", "losses", "nn", "cache", "text"},
     "train": {"errors", "quantized", "losses", "nn", "cache", "data", "text", "measure"},
     "eval": {"errors", "quantized", "losses", "nn", "cache", "data", "text", "measure", "train"},

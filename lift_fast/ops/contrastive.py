@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantized import QuantizedRows
+from .pairs import widened_pair
 
 
 def reference(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float = 0.0) -> Tensor:
@@ -33,10 +34,5 @@ def contrastive(
 
     Raises ValueError when the shapes do not match.
     """
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    if isinstance(text, QuantizedRows):
-        text = text.widen(dtype)
-    if image.shape != text.shape or image.dim() != 2 or not len(image):
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]")
     with torch.autocast(image.device.type, enabled=False):
-        return reference(image.to(dtype), text.to(dtype), logit_scale, logit_bias)
+        return reference(*widened_pair(image, text), logit_scale, logit_bias)

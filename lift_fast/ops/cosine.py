@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantized import QuantizedRows
+from .pairs import widened_pair
 
 
 def reference(image: Tensor, text: Tensor) -> Tensor:
@@ -18,10 +19,5 @@ def cosine(image: Tensor, text: Tensor | QuantizedRows) -> Tensor:
     Computed in float32 (float64 for float64 inputs), also under autocast. Returns a scalar.
     Raises ValueError when the shapes do not match.
     """
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    if isinstance(text, QuantizedRows):
-        text = text.widen(dtype)
-    if image.shape != text.shape or image.dim() != 2 or not len(image):
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be [rows > 0, dim]")
     with torch.autocast(image.device.type, enabled=False):
-        return reference(image.to(dtype), text.to(dtype))
+        return reference(*widened_pair(image, text))
