@@ -112,8 +112,10 @@ class Embed:
         from .data.shards import Shards
         from .text.embed import embed
         from .text.encoder import Encoder
+        from .text.spec import check_batch_size
         from .train.loop import pick_device
 
+        check_batch_size(self.batch_size)
         data = Shards(self.data)
         spec = EncoderSpec(
             self.encoder, self.pooling, self.prompt, self.max_length, self.revision, self.trust_remote_code
