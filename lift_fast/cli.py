@@ -4,7 +4,6 @@ A command that cannot go on prints one message and leaves with exit status 2.
 """
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import ConfigError, DataError, LiftFastError
+from .files import write_whole
 from .text.spec import EncoderSpec, Pooling
 from .train.config import TrainConfig
 
@@ -23,12 +23,7 @@ from .train.config import TrainConfig
 def write_json(path: Path, content: Any) -> None:
     """Writes all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole({path: json.dumps(content, indent=1, default=str).encode()})
 
 
 def read_json(path: Path, made_by: str) -> Any:

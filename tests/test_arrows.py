@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "kernels": set(),
     "ops": {"errors", "kernels", "_C", "quantized"},
     "quantized": {"errors", "ops"},
     "losses": {"errors", "ops", "quantized"},
     "nn": {"errors", "ops"},
-    "cache": {"errors", "ops", "quantized"},
+    "cache": {"errors", "files", "ops", "quantized"},
     "data": {"errors"},
     "text": {"errors", "quantized", "cache", "data"},
-    "measure": {"errors", "ops", "quantized", "losses", "nn", "cache", "text"},
-    "train": {"errors", "quantized", "losses", "nn", "cache", "data", "text", "measure"},
+    "measure": {"errors", "files", "ops", "quantized", "losses", "nn", "cache", "text"},
+    "train": {"errors", "files", "quantized", "losses", "nn", "cache", "data", "text", "measure"},
     "eval": {"errors", "quantized", "losses", "nn", "cache", "data", "text", "measure", "train"},
 }
 TOP = {"cli", "__init__"}  # may import anything

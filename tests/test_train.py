@@ -1,5 +1,6 @@
 """The trainer: same seed same losses, same pictures for both models, learning, and what it writes."""
 
+import errno
 import io
 import json
 import math
@@ -8,7 +9,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from tiny_sets import make_set
 
 from lift_fast.cache import Cache, CacheWriter, encode_int8, key_hash
@@ -198,13 +198,12 @@ def test_pictures_that_are_missing_or_broken_are_told_before_anything_is_written
 
 
 def test_a_full_disk_at_the_end_is_told(two_sets, monkeypatch):
-    def full(tensors, file):
-        file.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     lift, _ = two_sets
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainingError, match=r"cannot write .*model\.safetensors.*No space left"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrainingError, match=r"cannot write the run to .*No space left"):
         quiet(lift)
     assert sorted(path.name for path in lift.out.iterdir() if "tfevents" not in path.name) == ["metrics.jsonl"]
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,28 +111,6 @@ class Manifest:
 
 def shard_name(number: int) -> str:
     return f"text-{number:05d}.safetensors"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all: written beside its place, forced to disk, renamed.
-
-    Raises OSError, having removed what it wrote.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def file_sha256(path: Path) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from ..errors import CacheError, CacheMismatch
+from ..files import write_whole
 from ..quantized import QuantizedRows
-from .manifest import MANIFEST, PARTIAL, Manifest, Shard, file_sha256, shard_name, write_whole
+from .manifest import MANIFEST, PARTIAL, Manifest, Shard, file_sha256, shard_name
 from .reader import map_shard
 
 _FULL = {
@@ -64,7 +65,7 @@ class CacheWriter:
                 raise CacheError(f"{self.folder} has shards and no manifest; remove it or name another")
             with self._explained(PARTIAL):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self.folder / PARTIAL, self._intent.to_json())
+                write_whole({self.folder / PARTIAL: self._intent.to_json()})
         self._finished = (self.folder / MANIFEST).exists()
         if self._finished:  # a run may have been killed between its manifest and its tidying
             self._tidy()
@@ -97,7 +98,7 @@ class CacheWriter:
         }
         data = save(tensors)
         with self._explained(shard.name):
-            write_whole(self.folder / shard.name, data)
+            write_whole({self.folder / shard.name: data})
         self._checksums[number] = hashlib.sha256(data).hexdigest()
 
     def finish(self) -> None:
@@ -115,7 +116,7 @@ class CacheWriter:
                 self._checksums[number] = file_sha256(path)
             shards.append(replace(shard, sha256=self._checksums[number]))
         with self._explained(MANIFEST):
-            write_whole(self.folder / MANIFEST, replace(self._intent, shards=tuple(shards)).to_json())
+            write_whole({self.folder / MANIFEST: replace(self._intent, shards=tuple(shards)).to_json()})
         self._finished = True
         self._tidy()
 
@@ -141,7 +142,7 @@ class CacheWriter:
         self._checksums = {k: shard.sha256 for k, shard in enumerate(shards) if shard.sha256}
         if name == MANIFEST and lost:
             with self._explained(PARTIAL):
-                write_whole(self.folder / PARTIAL, self._intent.to_json())
+                write_whole({self.folder / PARTIAL: self._intent.to_json()})
                 (self.folder / MANIFEST).unlink()
 
     @contextmanager

@@ -97,12 +97,16 @@ def evaluate(
         metas = [shards.meta(sample) for sample in samples]
         if all("composition" in meta for meta in metas):
             _once(result, "composition", name)
-            true, false = composition.pairs(metas)
-            result["composition"] = composition.composition(
-                image,
-                {task: encode_text(texts) for task, texts in true.items()},
-                {task: encode_text(texts) for task, texts in false.items()},
+            sides = composition.pairs(metas)
+            # Several tasks share a sample's caption: each text is embedded once.
+            texts = list(dict.fromkeys(text for side in sides for task in side.values() for text in task))
+            number = {text: i for i, text in enumerate(texts)}
+            vectors = encode_text(texts)
+            true, false = (
+                {task: vectors[[number[text] for text in task_texts]] for task, task_texts in side.items()}
+                for side in sides
             )
+            result["composition"] = composition.composition(image, true, false)
         groups = sorted({meta["group"] for meta in metas if meta.get("group")})
         if len(groups) > 1:
             _once(result, "zero_shot", name)

@@ -8,13 +8,14 @@ as a dash.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, TextIO
+
+from ..files import write_whole
 
 DASH = "–"
 THIN = "\u202f"  # narrow space that does not break: 12 000
@@ -921,15 +922,7 @@ def write(report: dict, folder: Path) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in texts}
-    try:
-        for name, text in texts.items():
-            temporary[name].write_text(text, encoding="utf-8")
-        for name in texts:
-            os.replace(temporary[name], folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    write_whole({folder / name: text.encode() for name, text in texts.items()})
 
 
 def print_table(report: dict, file: TextIO | None = None) -> None:

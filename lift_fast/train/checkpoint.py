@@ -1,15 +1,16 @@
 """A run on disk: model.safetensors beside run.json (what was trained, on what, with which text encoder)."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 
 from ..errors import ConfigError, DataError, TrainingError
+from ..files import write_whole
 from ..nn import Clip, Lift, preset
 
 
@@ -24,19 +25,15 @@ def build(run: dict[str, Any]) -> Lift | Clip:
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
     """Writes the weights, then run.json: a folder that has run.json is whole. Raises TrainingError (full disk)."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    text = json.dumps(run, indent=1, default=str)
-    for name, write in (
-        ("model.safetensors", lambda file: save_file(tensors, file)),
-        ("run.json", lambda file: file.write_text(text)),
-    ):
-        partial = folder / f"{name}.part"
-        try:
-            write(partial)
-            os.replace(partial, folder / name)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"cannot write {folder / name}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+    try:
+        write_whole(
+            {
+                folder / "model.safetensors": serialise(tensors),
+                folder / "run.json": json.dumps(run, indent=1, default=str).encode(),
+            }
+        )
+    except OSError as error:
+        raise TrainingError(f"cannot write the run to {folder}: {error}") from error
 
 
 def load_run(folder: Path) -> dict[str, Any]:
