@@ -8,6 +8,9 @@
 #include "ops.h"
 
 namespace py = pybind11;
+void bind_pairs(py::module_& module);       // bind_pairs.cpp
+void bind_pairs_cuda(py::module_& module);  // bind_pairs_cuda.cpp
+
 using namespace lift_fast;
 
 namespace {
@@ -84,6 +87,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("dequant_cpu", &dequant_on_cpu, py::arg("codes"), py::arg("scales"), py::arg("rows"), py::arg("out"),
              py::arg("n"), py::arg("m"), py::arg("dim"), py::arg("codes_stride"), py::arg("scales_stride"),
              py::arg("type"), py::arg("threads"), py::arg("isa") = "");
+  bind_pairs(module);
+  bind_pairs_cuda(module);
 #if LIFT_FAST_CUDA
   module.def("dequant_cuda", &dequant_on_cuda, py::arg("codes"), py::arg("scales"), py::arg("rows"),
              py::arg("out"), py::arg("n"), py::arg("m"), py::arg("dim"), py::arg("codes_stride"),

@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "floats.h"
 #include "ops.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -32,36 +33,6 @@ constexpr int64_t kAhead = 2;  // rows
 
 template <Out T>
 using Element = std::conditional_t<T == Out::f32, float, uint16_t>;
-
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-inline uint16_t to_bf16(float x) {
-  const uint32_t u = bits_of(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-inline uint16_t to_f16(float x) {
-  const uint32_t u = bits_of(x), magnitude = u & 0x7fffffffu;
-  const uint32_t sign = (u >> 16) & 0x8000u;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal in the low bits, rounded
-    float f;
-    std::memcpy(&f, &magnitude, sizeof f);
-    half = bits_of(f + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-  }
-  return static_cast<uint16_t>(sign | half);
-}
 
 template <Out T>
 inline Element<T> widen(int8_t code, float scale) {
@@ -87,7 +58,7 @@ inline Row row_at(const Dequant& job, int64_t i, int64_t last) {
   const int64_t next = std::min(i + kAhead, last - 1);
   const int64_t ahead = job.rows ? job.rows[next] : next;
   return {job.codes + row * job.codes_stride, job.codes + ahead * job.codes_stride,
-          job.scales[row * job.scales_stride]};
+          job.scales ? job.scales[row * job.scales_stride] : 1.f};
 }
 
 template <Out T, bool Stream>

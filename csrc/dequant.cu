@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(32 * kWarps) dequant_kernel(
   if (i >= m) return;
   const int64_t row = rows ? rows[i] : i;
   const bool inside = row >= 0 && row < n;
-  const float scale = inside ? scales[row * scales_stride] : __int_as_float(0x7fffffff);
+  const float scale = inside ? (scales ? scales[row * scales_stride] : 1.f) : __int_as_float(0x7fffffff);
   // A row outside reads row 0 (there is one, or the launcher would not have come here) times NaN.
   const auto* from = reinterpret_cast<const Wide<int8_t, VEC>*>(codes + (inside ? row : 0) * codes_stride);
   auto* to = reinterpret_cast<Wide<T, VEC>*>(out + i * chunks * VEC);

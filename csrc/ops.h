@@ -9,7 +9,7 @@ enum class Out : int { f32 = 0, bf16 = 1, f16 = 2 };
 // out[i, :] = round(float(codes[rows[i], :]) * scales[rows[i]]); without `rows`, row i is row i.
 struct Dequant {
   const int8_t* codes;   // [n, dim], rows codes_stride apart, each row contiguous
-  const float* scales;   // [n], scales_stride apart
+  const float* scales;   // [n], scales_stride apart; null: ones, so that every code stays what it is
   const int64_t* rows;   // [m] or null (then m == n)
   void* out;             // [m, dim], contiguous
   int64_t n, m, dim, codes_stride, scales_stride;

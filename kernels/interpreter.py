@@ -1,7 +1,8 @@
 """Triton's CPU interpreter and bfloat16: what it gets wrong, mended in this one place.
 
-It cuts a float32 off where the compiler rounds it to nearest even, and misreads subnormals on the way. On a
-GPU the functions here are the plain operation.
+It cuts a float32 off where the compiler rounds it to nearest even, misreads subnormals on the way, turns an
+integer into a bit pattern of its own, and multiplies the raw 16-bit patterns in a dot. On a GPU the functions
+here are the plain operation.
 """
 
 import triton
@@ -20,3 +21,22 @@ def round_to(x, dtype: tl.constexpr):
     else:
         cast = x.to(dtype)
     return cast
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """int8 x as dtype, exactly; x of that dtype as it is."""
+    if INTERPRETING and x.dtype == tl.int8:
+        wide = round_to(x.to(tl.float32), dtype)
+    else:
+        wide = x.to(dtype)
+    return wide
+
+
+@triton.jit
+def dot(left, right, sums):
+    """sums + left @ right in float32, exact products: float32 operands are not cut to tf32."""
+    if INTERPRETING and left.dtype == tl.bfloat16:
+        left = (left.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        right = (right.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return tl.dot(left, right, sums, input_precision="ieee")

@@ -1,4 +1,4 @@
-# csrc/bindings.cpp. Pointers and streams are integers; see csrc/ops.h for shapes.
+# csrc/bindings.cpp and bind_pairs.cpp. Pointers and streams are integers; see csrc/ops.h and csrc/pairs.h for shapes.
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
@@ -11,4 +11,53 @@ def dequant_cuda(
     codes: int, scales: int, rows: int, out: int, n: int, m: int, dim: int, codes_stride: int,
     scales_stride: int, type: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip
+
+class Rows:
+    def __init__(self, data: int, type: int, count: int, stride: int, scales: int) -> None: ...
+
+class Pairs:
+    def __init__(self, x: Rows, t: Rows, dim: int, scale: float, bias: float, offset: int) -> None: ...
+
+class Gradient:
+    def __init__(
+        self, of_text: bool, factor: float, out: int, out_type: int, kept: int, kept_stride: int
+    ) -> None: ...  # fmt: skip
+
+class Scratch:
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def release_scratch() -> None: ...
+def pairs_isa_levels() -> list[str]: ...
+def pairs_stats(
+    pairs: Pairs, row: int, row_stride: int, col: int, col_stride: int, own: int, keep: int, keep_stride: int,
+    threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def pairs_softmax_gradient(
+    pairs: Pairs, gradient: Gradient, row_max: int, row_sum: int, col_max: int, col_sum: int, row_weight: float,
+    col_weight: float, own: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def pairs_sigmoid(
+    pairs: Pairs, gradient: Gradient, alpha: float, loss: int, d_scale: int, d_bias: int, keep: int,
+    keep_stride: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
 def cuda_device_count() -> int: ...
+def contrastive_stats_scratch(rows: int, cols: int) -> int: ...
+def sigmoid_scratch(rows: int, cols: int) -> int: ...
+def contrastive_stats_cuda(
+    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
+    row: int, row_stride: int, col: int, col_stride: int, own: int, scratch: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def contrastive_gradient_cuda(
+    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
+    row: int, row_stride: int, col: int, col_stride: int, row_weight: float, col_weight: float, own_g: int, out: int,
+    out_stride: int, type: int, left: int, right: int, factor: float, scaled: bool, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def sigmoid_cuda(
+    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
+    alpha: float, loss: int, d_scale: int, d_bias: int, scratch: int, out: int, out_stride: int, type: int,
+    left: int, right: int, factor: float, scaled: bool, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def widen_cuda(
+    codes: int, stride: int, rows: int, dim: int, out: int, type: int, device: int, stream: int,
+) -> None: ...  # fmt: skip

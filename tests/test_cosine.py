@@ -3,7 +3,8 @@ import torch
 
 from lift_fast.cache import encode_int8
 from lift_fast.losses import CosineLoss
-from lift_fast.ops.cosine import cosine
+from lift_fast.ops.cosine import cosine, reference
+from lift_fast.quantized import QuantizedRows
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1), (7, 5), (129, 384)])
@@ -28,8 +29,41 @@ def test_quantized_and_module():
     torch.manual_seed(0)
     image, text = torch.randn(5, 16), torch.randn(5, 16)
     rows = encode_int8(text)
-    assert CosineLoss()(image, rows, 3.0).item() == cosine(image, rows.widen(torch.float32)).item()
+    image.requires_grad_()
+    loss, widened = CosineLoss()(image, rows, 3.0), cosine(image, rows.widen(torch.float32))
+    assert loss.item() == pytest.approx(widened.item(), abs=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(one, image)[0] for one in (loss, widened)))
     assert CosineLoss()(text, text).item() == pytest.approx(-1, abs=1e-6)
+
+
+def test_zero_rows_and_large_entries():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 8), 1e4 * torch.randn(6, 8)
+    image[1], text[2] = 0, 0
+    inputs = image.requires_grad_(), text.requires_grad_()
+    got, want = cosine(*inputs), reference(image.double(), text.double())
+    assert got.item() == pytest.approx(want.item(), abs=1e-6)
+    for d, right in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(d, right, rtol=1e-4, atol=1e-6)
+
+
+def test_compiles_as_one_graph_and_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 8), encode_int8(torch.randn(6, 8))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(image, codes, scales):
+        return cosine(image, QuantizedRows(codes, scales, "int8", 8))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cosine(image, text).dtype == torch.float32
+        torch.testing.assert_close(step(image, text.codes, text.scales), cosine(image, text))
+
+
+def test_nan_does_not_become_a_number():
+    image = torch.randn(4, 3)
+    image[1, 1] = torch.nan
+    assert cosine(image, torch.randn(4, 3)).isnan()
 
 
 def test_shapes_that_do_not_match_are_refused():

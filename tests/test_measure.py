@@ -172,10 +172,10 @@ def test_a_batch_of_one_is_parameters_gradients_and_moments_at_least(kind, model
     assert 4 * parameters <= peak <= 4.2 * parameters
 
 
-def test_the_losss_tensors_are_in_the_peak():
-    """Dense float32 logits make it grow faster than the batch."""
+def test_the_loss_grows_no_faster_than_the_batch():
+    """Dense float32 logits of the larger one alone would be 37 GiB."""
     few, many = (peak_training_memory("lift", ODD, batch) for batch in (10_000, 100_000))
-    assert many - 10 * few > 4 * (100_000**2 - 10 * 10_000**2)
+    assert many <= 10 * few
 
 
 @pytest.mark.parametrize(
@@ -392,4 +392,4 @@ def test_cost_against_length_is_flat_for_lift_and_grows_for_clip():
 
 def test_memory_needs_no_memory():
     """A batch no machine holds."""
-    assert peak_training_memory("lift", TINY, 1_000_000, checkpointing=True) > 1e12
+    assert peak_training_memory("lift", TINY, 1_000_000, checkpointing=True) > 6e11

@@ -2,7 +2,8 @@
 
 Counted: parameters, gradients, AdamW's two moments, the batch (float32 pixels; cached rows or tokens), every
 activation autograd keeps, and every tensor that lives for a moment in between. Not counted: scratch inside
-one kernel, the allocator's rounding and fragmentation, and the CUDA context.
+one op (the loss keeps scores as its budget allows, see ops/policy.py), the allocator's rounding and fragmentation,
+and the CUDA context.
 
 Autocast differs: CUDA's computes layer norms in float32, and so keeps the residual stream in float32; the CPU's
 leaves a bfloat16 stream in bfloat16. `autocast` says whose rules are counted; the fakes are CPU tensors either way.
@@ -112,6 +113,6 @@ def _step(
             tokens = torch.empty(batch_size, preset.text.context, dtype=torch.long)
             image = model.encode_image(pixels)
             text = model.encode_text(tokens)
-        loss = contrastive(image, text, model.logit_scale.exp())
+        loss = contrastive(image, text, model.logit_scale.exp(), normalize=True)
     loss.backward()
     optimizer.step()

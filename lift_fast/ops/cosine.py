@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quantized import QuantizedRows
-from .pairs import widened_pair
+from .pairs import TINY, row_scales
 
 
 def reference(image: Tensor, text: Tensor) -> Tensor:
@@ -16,8 +16,20 @@ def reference(image: Tensor, text: Tensor) -> Tensor:
 def cosine(image: Tensor, text: Tensor | QuantizedRows) -> Tensor:
     """−cos of matching rows, averaged; image and text [rows, dim], text a Tensor or QuantizedRows.
 
+    Only matching rows are multiplied; codes of QuantizedRows are multiplied as they are, and their scales cancel.
     Computed in float32 (float64 for float64 inputs), also under autocast. Returns a scalar.
     Raises ValueError when the shapes do not match.
     """
+    t, scales = (text.codes, text.scales) if isinstance(text, QuantizedRows) else (text, None)
+    if image.shape != t.shape or image.dim() != 2 or not len(image):
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim]")
+    wide = torch.float64 if image.dtype == torch.float64 else torch.float32
     with torch.autocast(image.device.type, enabled=False):
-        return reference(*widened_pair(image, text))
+        x = image.to(wide)
+        if scales is None:
+            t = t.to(wide)
+            q: Tensor | None = t.norm(dim=1).clamp(min=TINY).reciprocal()
+        else:
+            q = row_scales(t, scales.to(wide), True, wide)
+        cosines = (x * t).sum(dim=1) / x.norm(dim=1).clamp(min=TINY) * q
+        return -cosines.mean()

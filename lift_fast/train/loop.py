@@ -65,7 +65,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         run |= {"context": config.context}
     model = checkpoint.build(run).to(device)
     model.set_checkpointing(config.checkpointing)
-    loss_of: nn.Module = ClipLoss() if config.loss == "contrastive" else CosineLoss()
+    loss_of: nn.Module = ClipLoss(normalize=True) if config.loss == "contrastive" else CosineLoss()
     optimizer = make_optimizer(model, config)
     pipeline = HostPipeline(
         data,

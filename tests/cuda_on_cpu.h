@@ -1,0 +1,176 @@
+// Enough of CUDA to run this project's kernels on a CPU, as they are written: every thread of a block is a fiber,
+// which runs until it meets others at a shuffle or a barrier. Blocks run one after another. For tests; slow.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace emulated {
+
+struct Gate {
+  int arrived = 0;
+  long generation = 0;
+};
+struct Fiber {
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on: unlike swapcontext, a jump is no system call
+  dim3 index;
+  int warp, lane, shuffles;
+  bool started, done;
+};
+constexpr int kStack = 1 << 16;
+
+inline Fiber* now;
+inline jmp_buf scheduler;
+inline std::function<void()> body;
+inline Gate gates[33];  // of each warp, and of the block
+inline float slots[32][2][32];
+inline dim3 block_index, block_size;
+inline bool moved;  // whether any fiber got anywhere in this round
+
+[[gnu::noinline]] inline void run(Fiber& fiber) {
+  now = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+[[gnu::noinline]] inline void pause() {
+  if (!_setjmp(now->place)) _longjmp(scheduler, 1);
+}
+
+inline void wait(Gate& gate, int count) {
+  const long generation = gate.generation;
+  moved = true;
+  if (++gate.arrived == count) {
+    gate.arrived = 0;
+    ++gate.generation;
+  } else {
+    while (gate.generation == generation) pause();
+    moved = true;
+  }
+}
+
+// Two sets of slots: a lane that is already at the next shuffle does not disturb one that still reads.
+inline float shuffle(float value, int from) {
+  float(&all)[32] = slots[now->warp][now->shuffles++ % 2];
+  all[now->lane] = value;
+  wait(gates[now->warp], 32);
+  return all[from & 31];
+}
+
+inline void start() {
+  body();
+  now->done = moved = true;
+  _longjmp(scheduler, 1);
+}
+
+template <typename F>
+void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
+  const int threads = block.x * block.y * block.z;
+  std::vector<Fiber> fibers(threads);
+  std::unique_ptr<char[]> stacks(new char[static_cast<std::size_t>(threads) * kStack]);
+  body = kernel;
+  block_size = block;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      block_index = dim3(x, y);
+      for (Gate& gate : gates) gate = Gate();
+      for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.index = dim3(i % block.x, i / block.x);
+        fiber.warp = i / 32, fiber.lane = i % 32, fiber.shuffles = 0;
+        fiber.started = fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stacks.get() + static_cast<std::size_t>(i) * kStack;
+        fiber.context.uc_stack.ss_size = kStack;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, start, 0);
+      }
+      for (int left = threads; left;) {
+        moved = false;
+        for (Fiber& fiber : fibers) {
+          if (fiber.done) continue;
+          run(fiber);
+          left -= fiber.done;
+        }
+        if (!moved) {
+          std::fprintf(stderr, "threads wait for others that have left, or that wait elsewhere\n");
+          std::abort();
+        }
+      }
+    }
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::now->index)
+#define blockIdx (emulated::block_index)
+#define blockDim (emulated::block_size)
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return emulated::shuffle(value, emulated::now->lane ^ mask);
+}
+inline float __shfl_sync(unsigned, float value, int from) { return emulated::shuffle(value, from); }
+inline void __syncthreads() {
+  emulated::wait(emulated::gates[32], emulated::block_size.x * emulated::block_size.y * emulated::block_size.z);
+}
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+struct __half {
+  std::uint16_t bits;
+};
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  std::uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  if (x != x) return {0x7fff};
+  return {static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+inline __half __float2half_rn(float x) {
+  const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return {0x7fff};
+  if (std::fabs(x) >= 65520.f) return {static_cast<std::uint16_t>(sign | 0x7c00)};
+  const int exponent = x == 0.f || std::ilogb(x) < -14 ? -14 : std::ilogb(x);
+  const long units = std::lrint(std::ldexp(static_cast<double>(std::fabs(x)), 10 - exponent));
+  return {static_cast<std::uint16_t>(sign | (units + ((exponent + 14) << 10)))};
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }

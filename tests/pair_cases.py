@@ -1,0 +1,114 @@
+"""What the tests of the losses over pairs share: features, the losses by hand in float64, and what is near enough."""
+
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+from lift_fast.ops import pairs
+
+SHAPES = [(rows, dim) for rows in (1, 2, 127, 129) for dim in (1, 100, 768, 4096)]
+LARGE = [(4097, dim) for dim in (1, 100, 768, 4096)]  # for the fastest backend
+SCALES = [1.0, 14.3, 100.0]
+BACKENDS = pairs.backends_here()
+GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
+PART = 200  # rows and columns of which the largest cases compare gradients
+
+
+@lru_cache(maxsize=2)
+def features(rows, dim, dtype=torch.float32):
+    """Unit rows."""
+    generator = torch.Generator().manual_seed(1000 * rows + dim)
+    image, text = (torch.randn(rows, dim, generator=generator) for _ in range(2))
+    return F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype)
+
+
+@lru_cache(maxsize=2)
+def products(rows, dim, dtype):
+    image, text = features(rows, dim, dtype)
+    return image.double() @ text.double().T
+
+
+def by_hand(loss, rows, dim, dtype, scale, bias):
+    """(loss, the first PART rows of d_image and d_text, d_scale, d_bias) in float64."""
+    image, text = (x.double() for x in features(rows, dim, dtype))
+    c = products(rows, dim, dtype)
+    z = scale * c + bias
+    if loss == "contrastive":
+        top = z.max()
+        e = (z - top).exp_()
+        row, col = e.sum(1, keepdim=True), e.sum(0, keepdim=True)
+        value = top + (row.log().mean() + col.log().mean()) / 2 - z.diagonal().mean()
+        p = [e[:PART] / row[:PART] + e[:PART] / col, e[:, :PART] / row + e[:, :PART] / col[:, :PART]]
+        e *= c
+        d_scale = ((e.sum(1) / row[:, 0]).mean() + (e.sum(0) / col[0]).mean()) / 2 - c.diagonal().mean()
+        d_bias = torch.zeros(())
+        p, own = [one / (2 * rows) for one in p], 1 / rows
+    else:
+        value = -(F.logsigmoid(-z).sum() + z.diagonal().sum()) / rows
+        s = z.sigmoid_() / rows
+        p, own = [s[:PART], s[:, :PART]], 1 / rows
+        d_bias = s.sum() - 1
+        d_scale = (s * c).sum() - c.diagonal().mean()
+    own = own * torch.eye(min(PART, rows), rows, dtype=torch.float64)
+    return value, scale * (p[0] - own) @ text, scale * (p[1] - own.T).T @ image, d_scale, d_bias
+
+
+def leaves(image, text, scale, bias):
+    """Tensors with a gradient each; scale and bias float32, or float64 with the features."""
+    wide = torch.float64 if image.dtype == torch.float64 else torch.float32
+    scale, bias = (torch.tensor(value, dtype=wide) for value in (scale, bias))
+    return [x.detach().clone().requires_grad_() for x in (image, text, scale, bias)]
+
+
+def check_loss(got, want):
+    assert abs(got.item() - want.item()) <= 1e-5 * max(1, abs(want.item()))
+
+
+def check_gradient(got, want, dtype=torch.float32):
+    """In relative norm. The floor: a scale's or bias's gradient is a sum of up to rows² entries of order one that may
+    cancel (1e-7 of one), as may all of a gradient that is zero (1e-6); any other has none but float32's least.
+    """
+    floor = 1e-7 if want.dim() == 0 else 1e-6 if want.norm() < 1e-12 else 1e-12
+    assert (got.double() - want).norm() <= GRADIENT[dtype] * want.norm() + floor
+
+
+def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True):
+    """One op against the float64 formula, with gradients for all (or all but the texts)."""
+    inputs = leaves(*features(rows, dim, dtype), scale, bias)
+    inputs[1].requires_grad_(trained)
+    loss = op(*inputs, backend=backend)
+    loss.backward()
+    want, *gradients = by_hand(op.__name__, rows, dim, dtype, scale, bias)
+    check_loss(loss, want)
+    for x, right in zip(inputs, gradients, strict=True):
+        if x.requires_grad:
+            assert x.grad.dtype == x.dtype
+            check_gradient(x.grad[:PART] if x.dim() else x.grad, right, x.dtype)
+
+
+class Spy:
+    """Notes the arguments of a backend's calls, by name, and passes them on."""
+
+    def __init__(self, monkeypatch, backend):
+        self.calls = []
+        self.real = pairs._load(backend)
+        monkeypatch.setitem(pairs._loaded, backend, self)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def stats(self, block, row, col, own, keep):
+        self.calls.append(("stats", {"block": block, "keep": keep}))
+        self.real.stats(block, row, col, own, keep)
+
+    def grads(self, block, row, col, row_weight, col_weight, own_g, alpha, kept, d_image, d_text):
+        self.calls.append(("grads", {"block": block, "kept": kept, "d_image": d_image, "d_text": d_text}))
+        self.real.grads(block, row, col, row_weight, col_weight, own_g, alpha, kept, d_image, d_text)
+
+    def sigmoid(self, block, alpha, loss, d_scale, d_bias, d_image, d_text):
+        self.calls.append(("sigmoid", {"block": block, "d_image": d_image, "d_text": d_text}))
+        self.real.sigmoid(block, alpha, loss, d_scale, d_bias, d_image, d_text)
+
+    def named(self, name):
+        return [arguments for called, arguments in self.calls if called == name]
