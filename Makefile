@@ -8,7 +8,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # What the package is built from; a change here builds it anew.
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check bench campaign clean
+# make gpu: in the Python that is there, with nothing downloaded; see benchmarks/gpu.py.
+gpu: PYTHON := python3
+gpu: OUT := runs/gpu
+
+.PHONY: demo test check bench campaign gpu clean
 
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
@@ -26,6 +30,9 @@ bench: .venv/.test
 
 campaign: .venv/.test
 	$(BIN)/python -m pytest -m campaign
+
+gpu:
+	@$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "no python3 here; install Python 3.10, 3.11 or 3.12"; exit 1; }

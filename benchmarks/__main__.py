@@ -1,29 +1,63 @@
-"""python -m benchmarks NAME [--quick] --json FILE: calls run(suite) of bench_NAME.py, which lies beside this."""
+"""python -m benchmarks NAME [--quick] --json FILE: calls run(suite) of bench_NAME.py, which lies beside this.
+
+python -m benchmarks plot FILE… --out PLOT.svg draws what such runs wrote. Exit status 2: a run that cannot be, with
+the reason; 3: a package is missing that the suite needs.
+"""
 
 import argparse
 import importlib
 import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
 
+from lift_fast.errors import LiftFastError
+
+from . import plot
 from .harness import Suite
 
 NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+NEEDS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller shapes")
-    parser.add_argument("--json", type=Path, help="where machine, versions, rows and bars are written")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name in NAMES:
+        suite = names.add_parser(name)
+        suite.add_argument("--quick", action="store_true", help="fewer repeats and smaller shapes")
+        suite.add_argument("--json", type=Path, help="where machine, versions, rows, bars and notes are written")
+        suite.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+        suite.add_argument("--seconds", type=float, help="begin no further case after so long")
+    plot.add_parser(names)
     arguments = parser.parse_args()
+    try:
+        if arguments.name == "plot":
+            plot.draw(arguments.results, arguments.out)
+        else:
+            _run(arguments)
+    except LiftFastError as error:
+        print(f"{arguments.name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("lift_fast", "benchmarks"):
+            raise
+        print(f"{arguments.name} needs {error.name}, which is not installed", file=sys.stderr)
+        sys.exit(NEEDS)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
-    suite = Suite(arguments.name, arguments.quick)
-    importlib.import_module(f"benchmarks.bench_{arguments.name}").run(suite)
-    suite.print()
-    suite.write(arguments.json)
+    run = importlib.import_module(f"benchmarks.bench_{arguments.name}").run
+    suite = Suite(arguments.name, arguments.quick, arguments.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        run(suite)
+    finally:  # what was measured before a case failed or time was up
+        suite.print()
+        suite.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""Symmetric InfoNCE, forward and backward: ours against open_clip's formula and whichever fused peers are installed.
+
+TFLOP/s and the fraction of the GEMM rate (torch.mm of B x D x B, timed in turn with the rivals) are on the fewest
+FLOPs there can be: two GEMMs with frozen text, three with trainable. Peak extra memory is what a call allocates
+beyond its inputs, gradients included. Errors are against float64 on the same features.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lift_fast.ops.contrastive import contrastive
+
+from .harness import Suite
+from .pairs import (
+    COMPILED,
+    GEMM,
+    LEAN,
+    LOGIT_SCALE,
+    OURS,
+    Case,
+    Key,
+    Loss,
+    Op,
+    Truth,
+    compiled,
+    device,
+    features,
+    fits,
+    measure,
+    parameters,
+    quantized,
+    relative_error,
+    step,
+)
+
+SIZES = 1024, 4096, 16384, 65536
+DIMS = 512, 768, 4096
+SPEED_ROWS, MEMORY_ROWS, MEMORY_DIM = 4096, 16384, 512
+FROZEN_BARS = {(4096, "fp32"): 2.3, (4096, "bf16"): 2.5, (512, "fp32"): 3.0, (512, "bf16"): 2.3}
+TRAINABLE_BAR = 1.7
+GPU_SIZES, GPU_DIMS = (16384, 32768, 65536), (768, 4096)
+
+Rows = Mapping[Key, Mapping[str, Any]]
+
+
+def open_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip 3.3's ClipLoss on one device: two GEMMs and two dense cross entropies in the features' dtype."""
+    per_image = logit_scale * image @ text.T
+    per_text = logit_scale * text @ image.T
+    labels = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+
+def rivals(where: str, note: Callable[[str], None]) -> dict[str, Loss]:
+    losses: dict[str, Loss] = {
+        OURS: contrastive,
+        LEAN: lambda image, text, scale: contrastive(image, text, scale, budget=0),
+        "open_clip": open_clip,
+        COMPILED: compiled(open_clip),
+    }
+    for name, build in {"inf_cl": _inf_cl, "memeff": _memeff, "liger_kernel": _liger}.items():
+        if where != "cuda":
+            note(f"{name}: runs on CUDA only")
+            continue
+        try:
+            losses[name] = build()
+        except ImportError as error:
+            note(f"{name}: {error}")
+    return losses
+
+
+def _inf_cl() -> Loss:
+    from inf_cl import cal_flash_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        both = cal_flash_loss(image, text, scale=scale), cal_flash_loss(text, image, scale=scale)
+        return (both[0] + both[1]).mean() / 2
+
+    return loss
+
+
+def _memeff() -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # Its temperature is a number, without a gradient; `stable` would scale the features' gradients.
+    module = MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False)
+    return lambda image, text, scale: module(image, text)
+
+
+def _liger() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        """Its cross entropy of a linear layer, once each way: (weight, input, target)."""
+        labels = torch.arange(len(image), device=image.device)
+        return (module(text, scale * image, labels) + module(image, scale * text, labels)) / 2
+
+    return loss
+
+
+def truth(image: Tensor, text: Tensor, scale: float, sample: Tensor) -> Truth:
+    """The definition in float64, over chunks of rows."""
+    n = len(image)
+    row = torch.empty(n, dtype=image.dtype, device=image.device)
+    col = torch.full_like(row, -torch.inf)
+    for part in torch.arange(n, device=image.device).split(1024):
+        z = scale * image[part] @ text.T
+        row[part] = z.logsumexp(1)
+        col = torch.logaddexp(col, z.logsumexp(0))
+    loss = ((row + col) / 2 - scale * (image * text).sum(1)).mean()
+
+    def grads(own: Tensor, others: Tensor, own_lse: Tensor, others_lse: Tensor) -> Tensor:
+        z = scale * own[sample] @ others.T
+        g = (z - own_lse[sample, None]).exp() + (z - others_lse).exp()
+        g[torch.arange(len(sample), device=sample.device), sample] -= 2
+        return scale / (2 * n) * g @ others
+
+    return Truth(loss, grads(image, text, row, col), grads(text, image, col, row))
+
+
+OP = Op("contrastive", (LOGIT_SCALE,), rivals, truth)
+
+
+def run(suite: Suite) -> None:
+    if device() == "cuda":
+        _on_gpu(suite)
+    else:
+        _on_cpu(suite)
+
+
+def _on_cpu(suite: Suite) -> None:
+    eager = frozenset({OURS, LEAN, "open_clip"})
+    for trainable in (False, True):
+        for dim in (4096, 512):
+            for dtype in ("fp32", "bf16"):
+                case = Case(SPEED_ROWS, dim, dtype, trainable)
+                few = frozenset({OURS, "open_clip"}) if trainable else eager
+                rows = measure(suite, OP, case, few if suite.quick else None, memory=not suite.quick)
+                bar = TRAINABLE_BAR if trainable else FROZEN_BARS[dim, dtype]
+                suite.bar(f"{case}: faster than open_clip's formula", _faster(rows, OURS, "open_clip"), bar)
+                suite.bar(f"{case}: fraction of the GEMM rate (aim)", _of_gemm(rows), 0.85)
+                if not trainable and dtype == "bf16":
+                    suite.bar(f"{case}: int8 text, speed against bf16 text", _int8(rows), 1.0)
+    _int8_error(suite)
+    for dtype in ("fp32", "bf16"):
+        case = Case(MEMORY_ROWS, MEMORY_DIM, dtype, False)
+        if not fits(case.rows):
+            suite.note(f"not enough memory for open_clip's formula: {case}")
+            continue
+        full = not suite.quick
+        rows = measure(suite, OP, case, None if full else eager, errors=full, int8=full, least_repeats=2)
+        for what, most in ((LEAN, 0.05), (OURS, 0.25)):
+            part = _memory(rows, what)
+            suite.bar(f"{case}: {what}: peak extra memory over open_clip's", part, most, at_most=True)
+        suite.bar(f"{case}: {LEAN}: faster than open_clip's formula", _faster(rows, LEAN, "open_clip"), 1.3)
+    if not suite.quick:
+        _the_rest(suite)
+
+
+def _on_gpu(suite: Suite) -> None:
+    for rows_ in GPU_SIZES[::2] if suite.quick else GPU_SIZES:
+        for dim in GPU_DIMS:
+            case = Case(rows_, dim, "bf16", False)
+            rows = measure(suite, OP, case)
+            if not rows:
+                continue
+            peers = [what for what, _ in rows if what not in (OURS, LEAN, GEMM)]
+            fastest = min(peers, key=lambda what: rows[what, "frozen"]["median_ms"], default="open_clip")
+            suite.bar(f"{case}: fraction of the GEMM rate", _of_gemm(rows), 0.85)
+            suite.bar(f"{case}: faster than the fastest peer ({fastest})", _faster(rows, OURS, fastest), 2)
+            suite.bar(f"{case}: int8 text, speed against bf16 text", _int8(rows), 1.2)
+            if ("open_clip", "frozen") in rows:
+                part = _memory(rows, LEAN)
+                suite.bar(f"{case}: {LEAN}: peak extra memory over open_clip's", part, 0.02, at_most=True)
+    _int8_error(suite)
+    if suite.quick:
+        for case in (Case(16384, 768, "bf16", True), Case(16384, 768, "fp32", False)):
+            measure(suite, OP, case)
+    else:
+        _the_rest(suite)
+
+
+def _the_rest(suite: Suite) -> None:
+    """Every case of the grid that has no row yet."""
+    done = {(row["rows"], row["dim"], row["dtype"], row["text"]) for row in suite.rows}
+    for rows in SIZES:
+        for dim in DIMS:
+            for dtype in ("fp32", "bf16"):
+                for trainable in (False, True):
+                    case = Case(rows, dim, dtype, trainable)
+                    if device() == "cpu" and not fits(rows):
+                        suite.note(f"not enough memory for open_clip's formula: B = {rows}")
+                    elif (rows, dim, dtype, case.text) not in done:
+                        measure(suite, OP, case)
+
+
+def _int8_error(suite: Suite) -> None:
+    """The images' gradient from int8 text against the one from the same rows widened to the images' float32."""
+    for dim in (4096, 512):
+        image, text = features(Case(SPEED_ROWS, dim, "fp32", False), device())
+        codes = quantized(text)
+        grads = [step(contrastive, image, t, parameters(OP, device()))()[1][0] for t in (codes, codes.widen())]
+        error = relative_error(grads[0], grads[1])
+        name = f"B = {SPEED_ROWS}, D = {dim}, fp32: int8 text: gradient's relative error against the widened text"
+        suite.bar(name, error, 1e-3, at_most=True)
+
+
+# Of the rows of a case; None for what was not measured: out of time, or it failed.
+def _faster(rows: Rows, what: str, than: str) -> float | None:
+    found = {key: row["median_ms"] for (key, text), row in rows.items() if text != "int8"}
+    return found[than] / found[what] if what in found and than in found else None
+
+
+def _of_gemm(rows: Rows) -> float | None:
+    row = rows.get((OURS, "frozen")) or rows.get((OURS, "trainable"))
+    return row["of_gemm"] if row else None
+
+
+def _int8(rows: Rows) -> float | None:
+    frozen, int8 = rows.get((OURS, "frozen")), rows.get((OURS, "int8"))
+    return frozen["median_ms"] / int8["median_ms"] if frozen and int8 else None
+
+
+def _memory(rows: Rows, what: str) -> float | None:
+    ours, theirs = rows.get((what, "frozen")), rows.get(("open_clip", "frozen"))
+    return ours["extra_mib"] / theirs["extra_mib"] if ours and theirs else None

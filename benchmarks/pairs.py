@@ -1,0 +1,338 @@
+"""What the benchmarks of the losses over all pairs share: inputs, rivals in turn, memory, errors; one row a rival.
+
+Every rival gets the same contiguous features and the same threads, is called once before it is timed, and computes
+its loss and the gradients for the images, the text where it is trained, logit_scale and logit_bias.
+
+`python -m benchmarks.pairs JSON` is one memory probe: the peak of a rival in a fresh process, on the CPU.
+"""
+
+import ctypes
+import importlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lift_fast.measure.machine import machine
+from lift_fast.measure.time import Timing, interleaved_ms, median_ms
+from lift_fast.quantized import QuantizedRows
+
+from .harness import Suite
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOGIT_SCALE = 1 / 0.07  # where CLIP begins
+OURS, LEAN, GEMM = "lift_fast", "lift_fast lean", "torch.mm"
+COMPILED = "open_clip compiled"
+SAMPLE = 256  # rows whose gradients are compared with float64
+
+Loss = Callable[..., Tensor]  # image, text, logit_scale[, logit_bias] -> the loss
+Step = Callable[[], tuple[Tensor, tuple[Tensor | None, ...]]]
+Key = tuple[str, str]  # the rival; "frozen", "trainable" or "int8" text
+
+
+class Case(NamedTuple):
+    rows: int
+    dim: int
+    dtype: str
+    trainable: bool
+
+    @property
+    def text(self) -> str:
+        return "trainable" if self.trainable else "frozen"
+
+    @property
+    def gemm_flops(self) -> int:
+        return 2 * self.rows**2 * self.dim
+
+    @property
+    def flops(self) -> int:
+        """The fewest: the scores, the images' gradient, and the text's where it is trained."""
+        return (3 if self.trainable else 2) * self.gemm_flops
+
+    def __str__(self) -> str:
+        return f"B = {self.rows}, D = {self.dim}, {self.dtype}, {self.text} text"
+
+
+class Truth(NamedTuple):
+    """In float64: the loss, and the gradients of the sampled rows."""
+
+    loss: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class Op(NamedTuple):
+    """A loss, its rivals on a device (ours among them), and its definition in float64."""
+
+    suite: str
+    parameters: tuple[float, ...]  # logit_scale[, logit_bias]
+    rivals: Callable[[str, Callable[[str], None]], dict[str, Loss]]  # (device, note)
+    truth: Callable[..., Truth]  # (image, text, *parameters, sample), float64
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fits(rows: int) -> bool:
+    """Whether half a dozen float32 matrices of rows x rows, which dense rivals keep, fit the memory of the CPU."""
+    return 6 * 4 * rows**2 < machine()["memory_gib"] * 2**30
+
+
+def features(case: Case, device: str) -> tuple[Tensor, Tensor]:
+    """Unit rows in the case's dtype; a pair's cosine is about 1/2, other rows' are those of random directions."""
+    generator = torch.Generator(device).manual_seed(case.rows + case.dim)
+    shape = case.rows, case.dim
+    text = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)
+    other = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)
+    image = F.normalize(text + 3**0.5 * other, dim=1)
+    dtype = DTYPES[case.dtype]
+    return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(case.trainable)
+
+
+def compiled(loss: Loss) -> Loss:
+    """torch.compile's, made when it is first called: importing the compiler takes seconds."""
+    made: list[Loss] = []
+
+    def call(*arguments: Any) -> Tensor:
+        if not made:
+            made.append(torch.compile(loss, dynamic=False))
+        return made[0](*arguments)
+
+    return call
+
+
+def quantized(text: Tensor) -> QuantizedRows:
+    wide = text.detach().float()
+    scales = wide.abs().amax(dim=1) / 127
+    return QuantizedRows((wide / scales[:, None]).round().to(torch.int8), scales, "int8", wide.shape[1])
+
+
+def parameters(op: Op, device: str) -> list[Tensor]:
+    return [torch.tensor(value, device=device, requires_grad=True) for value in op.parameters]
+
+
+def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[Tensor]) -> Step:
+    leaves = [x for x in (image, text, *scalars) if isinstance(x, Tensor) and x.requires_grad]
+
+    def run() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        value = loss(image, text, *scalars)
+        # Some peers have no gradient for the scale.
+        return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True)
+
+    return run
+
+
+def measure(
+    suite: Suite,
+    op: Op,
+    case: Case,
+    only: frozenset[str] | None = None,
+    errors: bool = True,
+    memory: bool = True,
+    int8: bool = True,
+    least_repeats: int = 3,
+) -> dict[Key, dict[str, Any]]:
+    """Adds a row for each rival, or each of `only`, and torch.mm of the same shape; returns them by rival and text.
+
+    With frozen text ours also has a row for int8 text, unless that is not wanted. A rival that fails (a shape it does
+    not take, no memory for it) is noted, and has no row.
+    """
+    where = device()
+    if suite.over():
+        suite.note(f"out of time: not measured: {case}")
+        return {}
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # each shape is compiled for itself
+    image, text = features(case, where)
+    scalars = parameters(op, where)
+    texts: dict[str, Tensor | QuantizedRows] = {case.text: text}
+    if int8 and not case.trainable:
+        texts["int8"] = quantized(text)
+    steps: dict[Key, Step] = {}
+    for what, loss in op.rivals(where, suite.note).items():
+        for kind in texts if what == OURS else (case.text,):
+            if only is None or what in only:
+                steps[what, kind] = step(loss, image, texts[kind], scalars)
+
+    found: dict[Key, dict[str, float]] = {}
+    seconds: dict[Key, float] = {}  # of the last call before the timing
+    truths: dict[str, Truth] = {}
+    sample = torch.arange(0, case.rows, -(-case.rows // SAMPLE), device=where)
+    for (what, kind), call in list(steps.items()):
+        if suite.over():
+            suite.note(f"out of time: not measured: {what}, {kind} text: {case}")
+            del steps[what, kind]
+            continue
+        try:
+            figures: dict[str, float] = {}
+            if what == COMPILED:
+                call()
+            begun = time.perf_counter()
+            result = call()
+            seconds[what, kind] = time.perf_counter() - begun
+            if errors:
+                if kind not in truths:
+                    truths[kind] = _truth(op, image, texts[kind], sample)
+                figures |= _errors(result, truths[kind], sample, case.trainable)
+            del result
+            if where == "cuda":  # called again, now that its kernels are compiled
+                figures["extra_mib"], seconds[what, kind] = _cuda_peak(call)
+            elif memory:
+                figures["extra_mib"] = cpu_peak(op, case, what, kind)
+            found[what, kind] = figures
+        except Exception as error:  # theirs, of any kind; the others go on
+            suite.note(f"{what}, {kind} text: {case}: {_in_a_line(error)}")
+            del steps[what, kind]
+            seconds.pop((what, kind), None)
+            if where == "cuda":
+                torch.cuda.empty_cache()
+    truths.clear()
+
+    calls: dict[Key, Callable[[], object]] = dict(steps)
+    product_key = GEMM, case.text
+    left, right = image.detach(), text.detach().T
+    # On the CPU into memory that is there already; a GPU's allocator hands its blocks on at no cost, to rivals too.
+    product = torch.empty((case.rows, case.rows), dtype=image.dtype) if where == "cpu" else None
+    calls[product_key] = lambda: torch.mm(left, right, out=product)
+    try:
+        seconds[product_key] = median_ms(calls[product_key], 1, 1, where) / 1e3
+        timings, repeats = _timed(suite, calls, seconds, where, least_repeats)
+    except torch.OutOfMemoryError as error:
+        suite.note(f"timing: {case}: {_in_a_line(error)}")
+        return {}
+    added = {}
+    rate = timings[product_key]
+    for (what, kind), (median, spread) in timings.items():
+        flops = case.gemm_flops if what == GEMM else case.flops
+        figures = found.get((what, kind), {})
+        added[what, kind] = {
+            "rows": case.rows,
+            "dim": case.dim,
+            "dtype": case.dtype,
+            "text": kind,
+            "what": what,
+            "device": where,
+            "threads": torch.get_num_threads() if where == "cpu" else None,
+            "repeats": repeats[what, kind],
+            "median_ms": median,
+            "spread_ms": spread,
+            "tflop_per_s": flops / median / 1e9,
+            "of_gemm": flops / case.gemm_flops * rate.median / median,
+            "extra_mib": figures.get("extra_mib"),
+            "loss_error": figures.get("loss_error"),
+            "grad_error": figures.get("grad_error"),
+        }
+    suite.rows += added.values()
+    return added
+
+
+def _timed(
+    suite: Suite,
+    calls: Mapping[Key, Callable[[], object]],
+    seconds: Mapping[Key, float],
+    where: str,
+    least: int,
+) -> tuple[dict[Key, Timing], dict[Key, int]]:
+    """Each call's timing in turn with the others, and how often: as often as fits the time for a case.
+
+    What is so slow that it would use up the others' time has the time of its last call before this.
+    """
+    spend, slow = (10.0, 120.0) if where == "cpu" else (2.0, 1.0)
+    spend *= 1 if suite.quick else 4
+    timings = {key: Timing(seconds[key] * 1e3, 0.0) for key in calls if seconds[key] > slow}
+    repeats = dict.fromkeys(timings, 1)
+    others = {key: call for key, call in calls.items() if key not in timings}
+    if others:
+        count = max(least, min(suite.repeats, int(spend / sum(seconds[key] for key in others))))
+        timings |= interleaved_ms(others, count, 0, where)
+        repeats |= dict.fromkeys(others, count)
+    return timings, repeats
+
+
+def _truth(op: Op, image: Tensor, text: Tensor | QuantizedRows, sample: Tensor) -> Truth:
+    wide = text.widen(torch.float64) if isinstance(text, QuantizedRows) else text.detach().double()
+    return op.truth(image.detach().double(), wide, *op.parameters, sample)
+
+
+def _errors(
+    result: tuple[Tensor, tuple[Tensor | None, ...]], truth: Truth, sample: Tensor, trainable: bool
+) -> dict[str, float]:
+    """The loss's absolute error, and the gradients' relative error in the norm, the worse of images' and text's."""
+    loss, grads = result
+    pairs = list(zip(grads, truth[1:], strict=False))[: 2 if trainable else 1]
+    worst = max(relative_error(grad[sample], right) for grad, right in pairs if grad is not None)
+    return {"loss_error": abs(float(loss.double() - truth.loss)), "grad_error": worst}
+
+
+def relative_error(value: Tensor, right: Tensor) -> float:
+    return float((value.double() - right.double()).norm() / right.double().norm())
+
+
+def _in_a_line(error: Exception) -> str:
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0][:160]}"
+
+
+def _cuda_peak(call: Step) -> tuple[float, float]:
+    """MiB above what was allocated before, and seconds, of one call."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - begun
+    return (torch.cuda.max_memory_allocated() - before) / 2**20, elapsed
+
+
+def cpu_peak(op: Op, case: Case, what: str, kind: str) -> float:
+    """MiB by which one call of a rival grows the resident set of a fresh process at its peak, gradients included.
+
+    Raises RuntimeError with its last line when that process fails.
+    """
+    request = {"suite": op.suite, "case": case, "what": what, "kind": kind, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "benchmarks.pairs", json.dumps(request)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory probe failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return float(done.stdout.split()[-1])
+
+
+def _probe(request: dict[str, Any]) -> float:
+    torch.set_num_threads(request["threads"])
+    op: Op = importlib.import_module(f"benchmarks.bench_{request['suite']}").OP
+    loss = op.rivals("cpu", print)[request["what"]]
+
+    def call(case: Case) -> Step:
+        image, text = features(case, "cpu")
+        return step(loss, image, quantized(text) if request["kind"] == "int8" else text, parameters(op, "cpu"))
+
+    case = Case(*request["case"])
+    # Thread pools and libraries are there before the count begins; and code compiled for the very shape.
+    call(case if request["what"] == COMPILED else case._replace(rows=64))()
+    measured = call(case)
+    ctypes.CDLL(None).malloc_trim(0)  # what the inputs' making left free
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again from here (proc(5))
+    measured()
+    return (_status("VmHWM") - before) / 2**10
+
+
+def _status(name: str) -> int:
+    """KiB, of /proc/self/status."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, name
+    return int(found.group(1))
+
+
+if __name__ == "__main__":
+    print(_probe(json.loads(sys.argv[1])))
