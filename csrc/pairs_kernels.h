@@ -38,7 +38,7 @@ INLINE float max_of(V v) {
   return most;
 }
 
-// e^x to 1e-7 of itself and of x: 2^n 2^f with |f| <= 1/2. Below 2^-126 it is 0, above 2^127 that; a NaN stays one.
+// e^x to 1e-7 (1 + |x|) of itself: 2^n 2^f with |f| <= 1/2. Below 2^-126 it is 0, above 2^127 that; a NaN stays one.
 INLINE V exp_of(V x) {
   const V wide = x * 1.44269504088896341f;
   V y = wide < -126.f ? splat(-126.f) : wide;
@@ -51,7 +51,7 @@ INLINE V exp_of(V x) {
   return wide < -126.f ? V{} : p;
 }
 
-// log(1 + e) for 0 <= e <= 1, to 1e-7 of itself.
+// log(1 + e) for 0 <= e <= 1, to 2e-7 of itself.
 INLINE V log1p_of(V e) {
   V p = e * kLog1p[9] + kLog1p[8];
   for (int k = 7; k >= 0; --k) p = p * e + kLog1p[k];

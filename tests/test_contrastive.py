@@ -299,3 +299,10 @@ def test_gradients_are_kept_for_a_second_backward():
     loss = contrastive(image, text, 2.0)
     first, second = (torch.autograd.grad(factor * loss, image, retain_graph=True)[0] for factor in (1, 2))
     assert torch.equal(2 * first, second)
+
+
+def test_features_without_a_dimension_and_a_negative_budget_are_refused():
+    with pytest.raises(ValueError, match="dim > 0"):
+        contrastive(torch.zeros(8, 0), torch.zeros(8, 0), 1.0)
+    with pytest.raises(ValueError, match="budget must be bytes"):
+        contrastive(torch.ones(8, 4), torch.ones(8, 4), 1.0, budget=-1)

@@ -16,6 +16,8 @@ STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a 
 SHAPES = [(1, 1, 1), (2, 3, 5), (127, 129, 100), (65, 200, 33)]
 FORMS = {"scores from cuBLAS": 0, "scores of its own": 1 << 30}
 
+CAMPAIGN = pytest.mark.campaign
+
 
 @pytest.fixture(autouse=True)
 def poisoned():
@@ -456,7 +458,9 @@ def usage(triton_usage, monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16 odd", "int8", "int8 odd", "fp32", "fp32 odd"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "int8", "fp32", *(pytest.param(f"{x} odd", marks=CAMPAIGN) for x in ("bf16", "int8", "fp32"))]
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_that_form_scores_compile_for_gpus_that_are_not_here(capability, name, usage):
     from lift_fast.kernels import contrastive, pairs, sigmoid

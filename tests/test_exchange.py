@@ -137,6 +137,14 @@ def refusals(rank, world):
         "uneven sigmoid": lambda: sigmoid(image, text, 1.0, group=dist.group.WORLD),
         "trained whole": lambda: contrastive(image[:3], whole, 1.0, group=dist.group.WORLD),
         "neither": lambda: contrastive(image[:3], text[:2], 1.0, group=dist.group.WORLD),
+        "no rows on one": lambda: contrastive(image[: 3 * rank], text[: 3 * rank], 1.0, group=dist.group.WORLD),
+        "one trained": lambda: contrastive(image[:3], text[:3].requires_grad_(rank == 0), 1.0, group=dist.group.WORLD),
+        "two dtypes": lambda: sigmoid(
+            image[:3].to(torch.bfloat16 if rank else torch.float64),
+            text[:3].to(torch.bfloat16 if rank else torch.float64),
+            1.0,
+            group=dist.group.WORLD,
+        ),
         "rank": lambda: ClipLoss(rank=world, world_size=world)(image[:3], text[:3], 1.0),
     }
     return {name: message_of(case) for name, case in cases.items()}
@@ -344,6 +352,8 @@ def test_every_rank_refuses(ranks):
     for rank in ranks:
         said = rank["refusals"]
         assert "as many rows" in said["uneven"] and "as many rows" in said["uneven sigmoid"]
+        assert "as many rows" in said["no rows on one"]
+        assert "the same kind" in said["one trained"] and "the same kind" in said["two dtypes"]
         assert "cannot be given a gradient" in said["trained whole"]
         assert said["neither"] == f"{world} ranks of 3 images need 3 or {3 * world} texts on each, not 2"
         assert f"rank {world} of {world} was said" in said["rank"]

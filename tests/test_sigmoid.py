@@ -23,7 +23,7 @@ def test_value_and_gradients(rows, dim, scale, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "dim"), LARGE)
+@pytest.mark.parametrize(("rows", "dim"), [*LARGE[:-1], pytest.param(*LARGE[-1], marks=pytest.mark.campaign)])
 def test_many_rows(rows, dim, dtype):
     for scale in SCALES:
         check_by_hand(sigmoid, rows, dim, dtype, scale, None, trained=dim < 4096)

@@ -121,11 +121,12 @@ def _contrastive(
     """The loss, the gradients of the features that need one (else empty) and logit_scale's."""
     with torch.autocast(image.device.type, enabled=False):
         x, t, wide = operands(image, text)
-        name, launch = choose(image.device.type, x.dtype, backend)
         a, q = row_scales(x, None, normalize, wide), row_scales(t, text_scales, normalize, wide)
         bias = scale.new_zeros(()) if bias is None else bias
         rows = len(x)
-        columns = exchange.columns(t, q, rows, need_text, group)
+        settings = normalize, need_image, local_loss, gather_with_grad
+        columns = exchange.columns(t, q, rows, need_text, group, settings)
+        name, launch = choose(image.device.type, x.dtype, backend)
         keep = need_image or need_text
         plan = policy.plan(rows, columns.count, x.element_size(), name, budget, keep, need_text)
 

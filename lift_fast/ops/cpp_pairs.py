@@ -14,7 +14,9 @@ except ImportError:  # a source tree that nobody built
 __all__ = ["grads", "operand", "room", "sigmoid", "stats", "why_not"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # `Element` of csrc/pairs.h
-KEEP_BYTES = 64 << 20  # of scores that a text's gradient of the sigmoid loss reads again instead of making them again
+# Scores that a text's gradient of the sigmoid loss reads again instead of making them again; every chunk of rows
+# packs the texts anew, so that it should not have few.
+KEEP_BYTES, KEEP_ROWS = 64 << 20, 1024
 
 
 def _pairs(block: Block) -> "_C.Pairs":
@@ -113,8 +115,8 @@ def sigmoid(
     d_text: Tensor | None,
 ) -> None:
     rows, cols = len(block.x), len(block.t)
-    step = rows if d_text is None else max(1, min(rows, KEEP_BYTES // (4 * cols)))
-    kept = None if d_text is None else torch.empty((step, cols))
+    step = rows if d_text is None else min(rows, max(KEEP_ROWS, KEEP_BYTES // (4 * cols)))
+    kept = None if d_text is None else room(step, cols, block.scale)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         here = Block(

@@ -133,21 +133,31 @@ class Ring(Columns):
         return values / self.world
 
 
-def columns(t: Tensor, q: Tensor | None, rows: int, trained: bool, group: str | None) -> Columns:
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+
+
+def columns(
+    t: Tensor, q: Tensor | None, rows: int, trained: bool, group: str | None, settings: tuple[bool, ...] = ()
+) -> Columns:
     """The columns for `rows` images and these texts: this rank's own, or those of all ranks.
 
-    Raises ValueError, on every rank, where ranks have different numbers of rows. On a GPU the host would have to
-    wait to find out: there it is found with TORCH_DISTRIBUTED_DEBUG set.
+    Raises ValueError, on every rank, where ranks differ in rows, in dtype, in whether texts are trained, or in
+    `settings`, since they would wait for each other for ever. On a GPU the host would have to wait to find out:
+    there it is found with TORCH_DISTRIBUTED_DEBUG set.
     """
     if group is None:
         return Columns(t, q)
     process_group = resolve(group)
     world = process_group.size()
-    shapes = [(rows, *t.shape)]
+    said = [(rows, *t.shape, DTYPES.index(t.dtype), q is not None, trained, *settings)]
     if t.device.type == "cpu" or dist.get_debug_level() != dist.DebugLevel.OFF:
-        shapes = gather(torch.tensor([shapes[0]], device=t.device), process_group).tolist()
-    if len({tuple(shape) for shape in shapes}) > 1:
-        raise ValueError(f"every rank must have as many rows as the others, not (images, texts, dim) {shapes}")
+        said = gather(torch.tensor([[int(x) for x in said[0]]], device=t.device), process_group).tolist()
+    if len({tuple(one) for one in said}) > 1:
+        shapes = [tuple(one[:3]) for one in said]
+        what = f"(images, texts, dim) {shapes}" if len(set(shapes)) > 1 else "dtypes, options or gradients"
+        raise ValueError(f"every rank must have as many rows as the others, and the same kind; not {what}")
+    if not rows:
+        raise ValueError("a loss of no rows on any rank")
     if len(t) not in (rows, world * rows):
         raise ValueError(f"{world} ranks of {rows} images need {rows} or {world * rows} texts on each, not {len(t)}")
     if world == 1:

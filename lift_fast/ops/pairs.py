@@ -155,8 +155,9 @@ def checked(
     rows; with `gathered` it is checked where all ranks see it. Raises ValueError for what does not fit.
     """
     t, scales = (text.codes, text.scales) if isinstance(text, QuantizedRows) else (text, None)
-    if image.dim() != 2 or t.dim() != 2 or not len(image) or image.shape[1] != t.shape[1]:
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim]")
+    fits = image.dim() == 2 == t.dim() and 0 < image.shape[1] == t.shape[1] and (gathered or len(image))
+    if not fits:
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim > 0]")
     if not gathered and len(image) != len(t):
         raise ValueError(f"image has {len(image)} rows and text {len(t)}; row i of one belongs to row i of the other")
     if image.device != t.device:

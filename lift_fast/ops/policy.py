@@ -44,6 +44,8 @@ def plan(
     would take in the features' dtype. keep: whether a second pass will ask for them. trained: the texts are.
     """
     scores = 4 * rows * cols
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget must be bytes, 0 or more, not {budget}")
     if budget is None:
         budget = scores if scores <= KEEP_ALL else rows * cols * itemsize * 3 // 4
     kept = min(rows, budget // (4 * cols)) if keep else 0

@@ -99,11 +99,11 @@ def _sigmoid(
     """The loss, the gradients of the features that need one (else empty), logit_scale's and logit_bias's."""
     with torch.autocast(image.device.type, enabled=False):
         x, t, wide = operands(image, text)
-        name, launch = choose(image.device.type, x.dtype, backend)
         a, q = row_scales(x, None, normalize, wide), row_scales(t, text_scales, normalize, wide)
         bias = scale.new_zeros(()) if bias is None else bias
         rows = len(x)
-        columns = exchange.columns(t, q, rows, need_text, group)
+        columns = exchange.columns(t, q, rows, need_text, group, (normalize, need_image))
+        name, launch = choose(image.device.type, x.dtype, backend)
         plan = policy.plan(rows, columns.width, x.element_size(), name, 0, False, need_text)
 
         sums = scale.new_zeros(3, rows)  # loss, d_scale, d_bias of each row
