@@ -242,7 +242,7 @@ def test_fake_tensors_and_flops():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_asked_for_is_computed(backend, monkeypatch):
     spy = Spy(monkeypatch, backend)
-    image, text = (torch.randn(9, 8, requires_grad=True) for _ in range(2))
+    image, text = (torch.randn(9, 80, requires_grad=True) for _ in range(2))
     for needs_image, needs_text in ((True, True), (True, False), (False, True), (False, False)):
         spy.calls.clear()
         scale = torch.tensor(2.0, requires_grad=True)
@@ -262,7 +262,7 @@ def test_only_what_is_asked_for_is_computed(backend, monkeypatch):
 @pytest.mark.parametrize("budget", [0, 4 * 9 * 5 + 3, None])
 def test_budget_bounds_what_is_kept(budget, backend, monkeypatch):
     spy = Spy(monkeypatch, backend)
-    contrastive(torch.randn(9, 8, requires_grad=True), torch.randn(9, 8), 2.0, budget=budget, backend=backend)
+    contrastive(torch.randn(9, 80, requires_grad=True), torch.randn(9, 80), 2.0, budget=budget, backend=backend)
     kept = [call["kept"] for call in spy.named("grads")]
     rows = sum(len(one) for one in kept if one is not None)
     assert rows == {0: 0, None: 9}.get(budget, 5)
@@ -272,13 +272,15 @@ def test_budget_bounds_what_is_kept(budget, backend, monkeypatch):
 def test_plan_covers_the_rows_within_the_budget(name, rows, cols):
     for budget in (None, 0, 10**6, 10**12):
         for itemsize in (2, 4):
-            plan = policy.plan(rows, cols, itemsize, name, budget, True)
+            plan = policy.plan(rows, cols, 768, itemsize, name, budget, True)
             assert [start for start, _ in plan.chunks] == [0, *(stop for _, stop in plan.chunks[:-1])]
             assert plan.chunks[-1][1] == rows
             assert all(start < stop for start, stop in plan.chunks)
             assert not any(start < plan.kept < stop for start, stop in plan.chunks)
             most = max(policy.KEEP_ALL, rows * cols * itemsize) if budget is None else budget
             assert 4 * plan.kept * cols <= most
+            few = policy.plan(rows, cols, 16, itemsize, name, None, True)
+            assert (few.kept == 0) == (name == "cpp")  # where recomputing a short product costs nothing
             if name != "cpp":
                 size, least, _ = policy.CHUNK[name]
                 assert max(stop - start for start, stop in plan.chunks) <= max(least, size // (4 * cols))

@@ -128,7 +128,7 @@ def _contrastive(
         columns = exchange.columns(t, q, rows, need_text, group, settings)
         name, launch = choose(image.device.type, x.dtype, backend)
         keep = need_image or need_text
-        plan = policy.plan(rows, columns.count, x.element_size(), name, budget, keep, need_text)
+        plan = policy.plan(rows, columns.count, x.shape[1], x.element_size(), name, budget, keep, need_text)
 
         # First pass.
         states = [_start(stop - start, scale) for start, stop in plan.chunks]
