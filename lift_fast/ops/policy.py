@@ -45,8 +45,9 @@ def plan(
 ) -> Plan:
     """The chunks of a [rows, cols] score matrix of features with this dim and itemsize.
 
-    budget: bytes for kept scores; None: none where that costs nothing, else all that need no more than KEEP_ALL, else
-    three quarters of what the scores would take in the features' dtype. keep: whether a second pass will ask for them. trained: the texts are.
+    budget: bytes for kept scores; None: none where that costs nothing, else all that need no more than KEEP_ALL,
+    else three quarters of what the scores would take in the features' dtype. keep: whether a second pass will ask
+    for them. trained: whether the texts are.
     """
     scores = 4 * rows * cols
     if budget is not None and budget < 0:
