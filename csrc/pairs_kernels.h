@@ -11,7 +11,6 @@ constexpr int kColumns = LANES * VECTORS;
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef float Vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Iu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE V load(const float* p) { return *reinterpret_cast<const Vu*>(p); }
 INLINE void store(float* p, V v) { *reinterpret_cast<Vu*>(p) = v; }
@@ -208,7 +207,8 @@ void pack_along(const Packing& p, int64_t task, int) {
 
 // products[m, n] of A's rows with panels of B: [rows, columns], rows kTileColumns apart.
 template <bool Bf16>
-void products(const float* a, int64_t lda, int64_t rows, const float* packed, int64_t words, int64_t columns, float* c) {
+void products(const float* a, int64_t lda, int64_t rows, const float* packed, int64_t words, int64_t columns,
+              float* c) {
   for (int64_t k = 0; k < words; k += kWords) {
     const int64_t kn = std::min(kWords, words - k);
     for (int64_t n = 0; n < columns; n += kColumns) {
