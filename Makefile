@@ -4,7 +4,8 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 OUT ?= runs/demo
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# --no-compile: the recipe below compiles Python's files on all cores.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 # What the package is built from; a change here builds it anew.
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
@@ -17,8 +18,9 @@ gpu: OUT := runs/gpu
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
 
+# Two processes, a file at a time. passive: threads that wait leave their core to the other process.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.check
 	$(BIN)/ruff check .
@@ -47,6 +49,7 @@ gpu:
 .venv/.check: EXTRAS := demo,test,check
 .venv/.demo .venv/.test .venv/.check: .venv/bin/python $(SOURCES)
 	$(PIP) -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@$(BIN)/python -c "from lift_fast._C import build_info as b; \
 		print('lift-fast: CUDA for ' + (b()['archs'] or 'no GPU'), b()['reason'], sep=', ')"
 	@touch $@

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -24,6 +25,8 @@ from setuptools.errors import CompileError
 DEFAULT_ARCHS = "80;90a;100"
 CSRC = Path("csrc")
 CUDA_SOURCES = [str(path) for path in sorted(CSRC.glob("*.cu"))]
+# As many compilers run side by side as this process may use cores.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class NoCuda(Exception):
@@ -128,19 +131,22 @@ class Build(build_ext):
             f'#define LIFT_FAST_CUDA_REASON "{literal}"\n'
         )
         ext.include_dirs.append(str(temp))
-        super().build_extension(ext)
+        with ParallelCompile(default=CORES):
+            super().build_extension(ext)
 
     def add_cuda(self, ext, temp: Path) -> list[str]:
         """Compiles every .cu and hands the objects to the linker; returns the architectures."""
         nvcc = find_nvcc()
         archs = archs_for(nvcc)
         library = static_runtime(nvcc)
-        objects = []
-        for source in CUDA_SOURCES:
-            target = str(temp / (Path(source).stem + ".cu.o"))
-            flags = ["-O3", "-std=c++17", "--threads", "2", "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC"]
-            run([nvcc, *flags, *gencode(archs), "-c", source, "-o", target])
-            objects.append(target)
+        flags = ["-O3", "-std=c++17", "--threads", str(CORES), "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC"]
+        objects = [str(temp / f"{Path(source).stem}.cu.o") for source in CUDA_SOURCES]
+        commands = [
+            [nvcc, *flags, *gencode(archs), "-c", source, "-o", target]
+            for source, target in zip(CUDA_SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(run, commands))  # raises what the first to fail raised, and begins no more
         ext.extra_objects += objects
         # exclude-libs: torch loads its own libcudart for everyone to see, and ours must not be mixed with it.
         ext.extra_link_args += [f"-L{library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]

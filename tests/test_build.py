@@ -18,6 +18,28 @@ WHERE = """
 import json, lift_fast, lift_fast.kernels, lift_fast._C as c
 print(json.dumps([lift_fast.__file__, lift_fast.kernels.__file__, c.__file__, c.build_info()]))
 """
+# Sources that stand for csrc/ where a test is about the build: what setup.py wrote for them, and one kernel.
+SMALL = {
+    "bindings.cpp": """
+#include <pybind11/pybind11.h>
+#include "build_info.h"
+void launch();
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["cuda"] = static_cast<bool>(LIFT_FAST_CUDA);
+    info["archs"] = LIFT_FAST_CUDA_ARCHS;
+    info["reason"] = LIFT_FAST_CUDA_REASON;
+    return info;
+  });
+#if LIFT_FAST_CUDA
+  module.def("launch", &launch);
+#endif
+}
+""",
+    "one.cu": "__global__ void one(float* x) { *x = 1; }\nvoid launch() { one<<<1, 1>>>(nullptr); }\n",
+    "two.cu": "__global__ void two(float* x) { *x = 2; }\nvoid launch_two() { two<<<1, 1>>>(nullptr); }\n",
+}
 
 
 @pytest.fixture
@@ -31,6 +53,16 @@ def tree(tmp_path):
     for name in ("csrc", "kernels", "lift_fast", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
+
+
+@pytest.fixture
+def small_tree(tree):
+    """`tree` with SMALL for its csrc/, which compiles in seconds."""
+    shutil.rmtree(tree / "csrc")
+    (tree / "csrc").mkdir()
+    for name, text in SMALL.items():
+        (tree / "csrc" / name).write_text(text)
+    return tree
 
 
 def build(tree, hook, before="", **env):
@@ -86,18 +118,18 @@ def test_a_wheel_without_cuda(tree, tmp_path):
     assert info == {"cuda": False, "archs": "", "reason": "LIFT_FAST_CUDA=0 asked for none"}
 
 
-def test_an_editable_install_when_the_toolkit_is_broken(tree, tmp_path):
+def test_an_editable_install_when_the_toolkit_is_broken(small_tree, tmp_path):
     home = toolkit(tmp_path / "cuda", "echo 'nvcc fatal   : no licence today'; exit 1")
-    process = build(tree, "build_editable", CUDA_HOME=home)
+    process = build(small_tree, "build_editable", CUDA_HOME=home)
     assert process.returncode == 0, process.stderr[-2000:]
     reason = "nvcc failed: nvcc fatal   : no licence today"
     assert said(process) == [f"lift-fast: lift_fast._C is built without CUDA, for the CPU only ({reason})"]
-    site = unpacked(tree)
-    for cwd in (tmp_path, tree):  # from anywhere, and from the root of the tree
+    site = unpacked(small_tree)
+    for cwd in (tmp_path, small_tree):  # from anywhere, and from the root of the tree
         package, kernels, extension, info = imported(site, cwd)
-        assert Path(package).samefile(tree / "lift_fast" / "__init__.py")
-        assert Path(kernels).samefile(tree / "kernels" / "__init__.py")
-        assert Path(extension).parent.samefile(tree / "lift_fast")
+        assert Path(package).samefile(small_tree / "lift_fast" / "__init__.py")
+        assert Path(kernels).samefile(small_tree / "kernels" / "__init__.py")
+        assert Path(extension).parent.samefile(small_tree / "lift_fast")
         assert info["cuda"] is False and info["reason"] == reason
 
 
@@ -120,14 +152,8 @@ def test_cuda_that_was_demanded_and_cannot_be_is_one_clear_line(tree, tmp_path, 
     assert not list((tree / "out").glob("*.whl"))
 
 
-def test_cuda_builds_and_imports_without_a_driver(tree, tmp_path):
-    if not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")):
-        pytest.skip("no nvcc here")
-    process = build(tree, "build_wheel", LIFT_FAST_CUDA="1", LIFT_FAST_CUDA_ARCHS="80;90a")
-    assert process.returncode == 0, process.stderr[-2000:]
-    site = unpacked(tree)
-    *_, extension, info = imported(site, tmp_path)
-    assert info["cuda"] is True and info["archs"] == "80;90a"
+def check_cuda(extension, archs, newest):
+    """An extension's CUDA: machine code for archs, PTX for the newest, and nothing of CUDA's to load or to be found."""
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
     assert "libcudart" not in needed and "libcuda.so" not in needed
     # torch loads a libcudart for everyone to see: ours must export and import no symbol of that name.
@@ -136,9 +162,44 @@ def test_cuda_builds_and_imports_without_a_driver(tree, tmp_path):
     # Newer GPUs compile the PTX for themselves, and would not take that of 90a.
     nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump; not every toolkit does
     cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    for what, archs in (("-lelf", {"80", "90a"}), ("-lptx", {"90"})):
+    for what, wanted in (("-lelf", set(archs)), ("-lptx", {newest})):
         done = subprocess.run([cuobjdump, what, extension], capture_output=True, text=True, check=True)
-        assert set(re.findall(r"\.sm_(\w+)\.", done.stdout)) == archs
+        assert set(re.findall(r"\.sm_(\w+)\.", done.stdout)) == wanted
+
+
+def skip_without_nvcc():
+    if not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")):
+        pytest.skip("no nvcc here")
+
+
+def test_cuda_builds_and_imports_without_a_driver(small_tree, tmp_path):
+    skip_without_nvcc()
+    process = build(small_tree, "build_wheel", LIFT_FAST_CUDA="1", LIFT_FAST_CUDA_ARCHS="80;90a")
+    assert process.returncode == 0, process.stderr[-2000:]
+    *_, extension, info = imported(unpacked(small_tree), tmp_path)
+    assert info["cuda"] is True and info["archs"] == "80;90a"
+    check_cuda(extension, ["80", "90a"], "90")
+
+
+def test_the_build_that_is_installed_has_cuda_where_nvcc_is():
+    """All of csrc/ in it, where the build above has two kernels."""
+    skip_without_nvcc()
+    from lift_fast import _C
+
+    info = _C.build_info()
+    assert not info["reason"].startswith("nvcc failed"), info["reason"]
+    if not info["cuda"]:
+        pytest.skip(info["reason"])
+    archs = info["archs"].split(";")
+    check_cuda(_C.__file__, archs, archs[-1].rstrip("af"))
+
+
+def test_a_kernel_that_does_not_compile_is_named(small_tree):
+    skip_without_nvcc()
+    (small_tree / "csrc" / "two.cu").write_text("__global__ void two() { not today; }\n")
+    process = build(small_tree, "build_wheel", LIFT_FAST_CUDA="1", LIFT_FAST_CUDA_ARCHS="80")
+    assert process.returncode != 0 and "Traceback" not in process.stderr
+    assert "cannot be built: nvcc failed: csrc/two.cu(1): error: " in process.stderr
 
 
 def test_missing_python_headers_are_one_clear_line(tree):

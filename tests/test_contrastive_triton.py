@@ -445,13 +445,12 @@ def usage(triton_usage, monkeypatch):
         even = [name for name, kind in signature.items() if kind[0] == "*" or (kind == "i32" and name != "offset")]
         compiled = []
 
-        def with_options(source, target):
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            compiled.append(compile(source, target=target, options=options))
+        def with_options(source, target, options):
+            compiled.append(compile(source, target=target, options=options | {"num_stages": tile.stages}))
             return compiled[0]
 
         monkeypatch.setattr(triton, "compile", with_options)
-        found = triton_usage(kernel, signature, constexprs, capability, even if aligned else [])
+        found = triton_usage(kernel, signature, constexprs, capability, even if aligned else [], tile.warps)
         # Shared memory beyond the static is in the launch, not in the binary.
         return found | {"shared": max(found["shared"], compiled[0].metadata.shared), "asm": compiled[0].asm}
 
