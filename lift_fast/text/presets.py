@@ -1,0 +1,95 @@
+"""How each known text encoder is to be read: data, one row a family, taken from the model's card.
+
+A caption is a document or passage to these models, never a query, so most take no prompt. Sources are the cards at
+huggingface.co/<owner>/<model> and LIFT's own code, github.com/Jingfeng0705/LIFT, utils/misc.py (`embed` below), which
+goes before a card where the two differ:
+
+    nv-embed     nvidia/NV-Embed-v2: `model.encode(passages, instruction="", max_length=…)`; `embed`: the same call. Run
+                 by nv_embed.py, to the same vectors except that a caption which is cut keeps its </s>; with
+                 trust_remote_code by its own code, which is of transformers 4.42's time and fails on 5
+                 (github.com/embeddings-benchmark/mteb, issues 3287 and 4334).
+    sfr, linq    Salesforce/SFR-Embedding-Mistral, Linq-AI-Research/Linq-Embed-Mistral: `last_token_pool`, "no need to
+                 add instruction for retrieval documents". `embed`: the same.
+    e5-mistral   intfloat/e5-mistral-7b-instruct: as the two above, which were trained from it.
+    mistral      mistralai/Mistral-7B-v0.1: a language model, its card has no recipe. `embed`: `</s>` added, which
+                 its tokenizer does not, and the state of that token.
+    vicuna       lmsys/vicuna-7b-v1.5: the same, and padding on the right, which `embed` counts on.
+    qwen3        Qwen/Qwen3-Embedding-0.6B, -4B, -8B: `last_token_pool`, padding_side="left", no instruction for
+                 documents. The last token is <|endoftext|> (github.com/QwenLM/Qwen3-Embedding, issues 54 and 122),
+                 not the tokenizer's eos_token, <|im_end|>; the first tokenizers published did not add it.
+    e5           intfloat/e5-base-v2, intfloat/multilingual-e5-base: `average_pool`, every text starts with "passage: "
+                 or "query: ", at most 512 tokens.
+    e5-instruct  intfloat/multilingual-e5-large-instruct: `average_pool`, documents as they are.
+    sbert        sentence-transformers/*: what the repository's files declare; all-MiniLM-L6-v2's card: "longer than
+                 256 word pieces is truncated".
+
+SFR, Linq and E5-Mistral say `add_eos_token` in tokenizer_config.json, which transformers 5 no longer heeds where
+tokenizer.json says otherwise (github.com/embeddings-benchmark/mteb, pull request 5237): hence their end_token.
+The cards of the language models allow 4 096 to 32 768 tokens; LIFT's authors cut captions at 323 (the longest that
+they embed, embed_label/configs), and so do their presets. `padding` is the card's, or the tokenizer class's.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .spec import EncoderSpec, Padding, Pooling
+
+
+@dataclass(frozen=True)
+class Preset:
+    """names: a regular expression of the model's names, without the owner, in small letters. The rest as in
+    EncoderSpec."""
+
+    names: str
+    pooling: Pooling
+    prompt: str = ""
+    end_token: str = ""
+    padding: Padding = "right"
+    max_length: int = 323
+
+
+PRESETS = {
+    "nv-embed": Preset(r"nv-embed-v[12]", "own", end_token="</s>"),
+    "sfr": Preset(r"sfr-embedding-(mistral|2_r)", "last", end_token="</s>", padding="left"),
+    "linq": Preset(r"linq-embed-mistral", "last", end_token="</s>", padding="left"),
+    "e5-mistral": Preset(r"e5-mistral-7b-instruct", "last", end_token="</s>", padding="left"),
+    "mistral": Preset(r"mistral-7b(-instruct)?-v0\.[123]", "last", end_token="</s>", padding="left"),
+    "vicuna": Preset(r"vicuna-(7|13)b-v1\.[135](-16k)?", "last", end_token="</s>"),
+    "qwen3": Preset(r"qwen3-embedding-(0\.6|4|8)b", "last", end_token="<|endoftext|>", padding="left"),
+    "e5": Preset(r"(multilingual-)?e5-(small|base|large)(-v2)?", "mean", prompt="passage: ", max_length=512),
+    "e5-instruct": Preset(r"multilingual-e5-large-instruct", "mean", max_length=512),
+    "sbert": Preset(r"sentence-transformers/.*", "own", max_length=256),
+}
+
+
+def preset_of(name: str) -> str | None:
+    """The key in PRESETS of a hub name (owner/model, whoever owns the copy) or of a folder called like the model."""
+    whole = name.lower()
+    for key, preset in PRESETS.items():
+        if re.fullmatch(preset.names, whole) or re.fullmatch(preset.names, Path(whole).name):
+            return key
+    return None
+
+
+def spec_for(name: str, *, preset: str | None = None, **overrides: Any) -> EncoderSpec:
+    """An encoder's spec: its preset where it has one, EncoderSpec's defaults where it has none.
+
+    preset: a key of PRESETS, for a folder whose name does not tell the model. overrides: fields of EncoderSpec, which
+    go before the preset's; None leaves a field alone.
+
+    Raises ConfigError for a preset that is none or a field of no use.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    key = preset or preset_of(name)
+    fields: dict[str, Any] = {"name": name}
+    if key is not None:
+        known = PRESETS[key]
+        fields |= {
+            field: getattr(known, field) for field in ("pooling", "prompt", "end_token", "padding", "max_length")
+        }
+    fields |= {field: value for field, value in overrides.items() if value is not None}
+    return EncoderSpec(**fields)
