@@ -73,7 +73,7 @@ def test_lift_text(benchmark):
     """pytest-benchmark: what `dequant` and the gather cost for one batch, from a cache of random vectors."""
     import torch
 
-    from lift_fast.cache import encode_int8
+    from lift_fast.cache import encode
 
-    rows = encode_int8(torch.randn(4096, 384))
+    rows = encode(torch.randn(4096, 384), "int8")
     benchmark(lambda: rows[torch.randint(4096, (256,))].widen(torch.float32))

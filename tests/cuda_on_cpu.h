@@ -27,6 +27,12 @@ struct dim3 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace emulated {
 
@@ -47,7 +53,7 @@ inline Fiber* now;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline Gate gates[33];  // of each warp, and of the block
-inline float slots[32][2][32];
+inline std::uint64_t slots[32][2][32];
 inline dim3 block_index, block_size;
 inline bool moved;  // whether any fiber got anywhere in this round
 
@@ -76,11 +82,13 @@ inline void wait(Gate& gate, int count) {
 }
 
 // Two sets of slots: a lane that is already at the next shuffle does not disturb one that still reads.
-inline float shuffle(float value, int from) {
-  float(&all)[32] = slots[now->warp][now->shuffles++ % 2];
-  all[now->lane] = value;
+template <typename T>
+T shuffle(T value, int from) {
+  std::uint64_t(&all)[32] = slots[now->warp][now->shuffles++ % 2];
+  std::memcpy(&all[now->lane], &value, sizeof value);
   wait(gates[now->warp], 32);
-  return all[from & 31];
+  std::memcpy(&value, &all[from & 31], sizeof value);
+  return value;
 }
 
 inline void start() {
@@ -132,14 +140,40 @@ void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
 #define blockIdx (emulated::block_index)
 #define blockDim (emulated::block_size)
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulated::shuffle(value, emulated::now->lane ^ mask);
 }
-inline float __shfl_sync(unsigned, float value, int from) { return emulated::shuffle(value, from); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulated::shuffle(value, from);
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
 inline void __syncthreads() {
   emulated::wait(emulated::gates[32], emulated::block_size.x * emulated::block_size.y * emulated::block_size.z);
 }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(y) << 32 | x;
+  unsigned picked = 0;
+  for (int k = 0; k < 4; ++k) picked |= (bytes >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+  return picked;
+}
+inline int __dp4a(int a, int b, int sum) {
+  for (int k = 0; k < 32; k += 8) sum += static_cast<std::int8_t>(a >> k) * static_cast<std::int8_t>(b >> k);
+  return sum;
+}
 inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -166,6 +200,16 @@ inline __half __float2half_rn(float x) {
   const long units = std::lrint(std::ldexp(static_cast<double>(std::fabs(x)), 10 - exponent));
   return {static_cast<std::uint16_t>(sign | (units + ((exponent + 14) << 10)))};
 }
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct __half2 {
+  __half x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };

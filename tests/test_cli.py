@@ -11,10 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import torch
+from pyarrow import parquet
 from tiny_sets import make_set, png
 
-from lift_fast.cli import main, parse
+from lift_fast.cache import Cache
+from lift_fast.cli import _duration, main, parse
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.eval.composition import TASKS
 
@@ -123,7 +127,7 @@ def test_compare_without_a_run(tmp_path, capsys):
 def test_help_is_quick_and_names_every_command():
     out = subprocess.run([sys.executable, "-X", "importtime", "-c", "from lift_fast.cli import main; main(['-h'])"],
                          capture_output=True, text=True, check=True)  # fmt: skip
-    for command in ("data", "embed", "train", "eval", "compare", "report", "demo"):
+    for command in ("data", "embed", "cache", "train", "eval", "compare", "report", "demo"):
         assert command in out.stdout
     assert not re.search(r"\| +(torch|transformers)$", out.stderr, re.M)
 
@@ -137,7 +141,69 @@ def test_the_readme_s_commands_parse():
     for command in commands:
         parse(shlex.split(command))
     listed = set(re.findall(r"^\| `lift-fast (\w+)`", readme, re.M))
-    assert listed == {"data", "embed", "train", "eval", "compare", "report", "demo"}
+    assert listed == {"data", "embed", "cache", "train", "eval", "compare", "report", "demo"}
+
+
+# ---- embed
+
+
+def test_embed_a_table_as_told_before(tmp_path, capfd, monkeypatch):
+    """Parquet, in two ranks; the dry run has told the size to the byte and written nothing."""
+    table = pa.table({"key": ["a", "b", "c"], "re_caption": ["a red star", "a blue star", "a red star"]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    command = (
+        f"embed --data {tmp_path}/t.parquet --column re_caption --out {tmp_path}/cache --codec int4r --batch-size 2"
+    )
+    run(f"{command} --dry-run --world 4")
+    out = capfd.readouterr().out
+    assert files(tmp_path) == ["t.parquet"]
+    assert "3 rows in 1 parquet files" in out and "captions/s (3 sampled)" in out and "with 4 ranks" in out
+    size = int(re.search(r"3 captions of dim 384 in int4r: .* on disk \((\d+) bytes\)", out)[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in [
+        (1, "rank 1 of 2: 1 of the shards are other ranks' still to write"),
+        (0, "rank 0 of 2: 2 captions computed, 1 repeats copied"),
+        (1, f"rank 1 of 2: 3 captions, dim 384, in {tmp_path}/cache"),
+    ]:
+        monkeypatch.setenv("RANK", str(rank))
+        run(command)
+        assert words in capfd.readouterr().out
+    assert sum((tmp_path / "cache" / name).stat().st_size for name in files(tmp_path / "cache")) == size
+    cache = Cache(tmp_path / "cache")
+    assert cache.find(["c", "a"]).tolist() == [2, 0] and cache.manifest.field == "re_caption"
+    assert torch.equal(cache.rows(torch.tensor([0])).codes, cache.rows(torch.tensor([2])).codes)
+
+
+def test_embed_settings_reach_the_encoder(tmp_path):
+    (tmp_path / "c.csv").write_text("id,text\n7,a star\n")
+    run(
+        f"embed --data {tmp_path}/c.csv --field text --key id --out {tmp_path}/cache --preset e5 --pooling cls "
+        "--max-length 9 --end-token [SEP] --padding left --dtype bfloat16 --shard-rows 5"
+    )
+    manifest = Cache(tmp_path / "cache").manifest
+    want = {"pooling": "cls", "prompt": "passage: ", "max_length": 9, "padding": "left", "dtype": "bfloat16"}
+    assert want.items() <= manifest.encoder.items()
+    assert (manifest.shards[0].source, manifest.codec) == ("c.csv#00000", "int8")
+
+
+def test_embed_of_what_it_cannot_read(tmp_path, capfd):
+    (tmp_path / "c.csv").write_text("id,text\n7,a star\n")
+    out = f"--out {tmp_path}/cache"
+    words = {
+        f"--data {tmp_path}/c.csv": "no column 'caption'; choose with --column among: id, text",
+        f"--data {tmp_path}/c.csv --column text --shard-rows 0": "shard_rows is 0",
+        f"--data {tmp_path}/c.csv --column text --batch-size 0": "batch_size is 0",
+        f"--data {tmp_path}/c.csv --column text --preset none": "no preset 'none'",
+        f"--data {tmp_path}": "holds no .tar shard and no .parquet file",
+    }
+    for options, message in words.items():
+        assert message in told(capfd, f"embed {options} {out}")
+    assert files(tmp_path) == ["c.csv"]
+
+
+def test_durations_are_told_in_two_units():
+    told = [_duration(seconds) for seconds in (0.2, 59.9, 60, 3700, 93784)]
+    assert told == ["0 s", "59 s", "1 min 0 s", "1 h 1 min", "1 d 2 h"]
 
 
 # ---- bad input

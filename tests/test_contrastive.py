@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lift_fast.cache import encode_int8
+from lift_fast.cache import encode
 from lift_fast.errors import BackendError
 from lift_fast.ops import policy
 from lift_fast.ops.contrastive import contrastive, reference
@@ -103,7 +103,7 @@ def test_nan_does_not_become_a_number(where, dtype, backend):
 def test_int8_text_is_its_widened_text(normalize, dtype, backend):
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(257, 100), dim=1) for _ in range(2))
-    image, rows = image.to(dtype), encode_int8(text)
+    image, rows = image.to(dtype), encode(text, "int8")
     got, want = leaves(image, text, 14.3, -0.7), leaves(image.double(), rows.widen(torch.float64), 14.3, -0.7)
     got[1] = rows
     contrastive(*got, normalize=normalize, backend=backend).backward()
@@ -155,7 +155,7 @@ def test_mixed_dtypes_meet_in_the_wider():
     assert loss.item() == contrastive(image.float(), text.float(), 2.0).item()
     loss.backward()
     assert image.grad.dtype == torch.bfloat16 and text.grad.dtype == torch.float16
-    assert contrastive(image.double(), encode_int8(text.detach().float()), 2.0).dtype == torch.float64
+    assert contrastive(image.double(), encode(text.detach().float(), "int8"), 2.0).dtype == torch.float64
 
 
 def test_autocast_multiplies_in_its_dtype_and_nothing_else():
@@ -196,7 +196,7 @@ def test_what_else_is_refused():
 def test_compiles_as_one_graph(compiler):
     torch.manual_seed(0)
     image, text = torch.randn(9, 10), torch.randn(9, 10)
-    rows = encode_int8(text)
+    rows = encode(text, "int8")
 
     def step(image, text, codes, scales, log_scale):
         whole = contrastive(2 * image, text, log_scale.exp(), -1.0, normalize=True)
@@ -216,7 +216,7 @@ def test_opcheck(dtype):
     torch.manual_seed(0)
     image, text = (torch.randn(6, 5).to(dtype).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(value, requires_grad=True) for value in (2.0, -1.0))
-    rows = encode_int8(text.detach().float())
+    rows = encode(text.detach().float(), "int8")
     op, rest = torch.ops.lift_fast.contrastive.default, (None, False, False, None, None)
     torch.library.opcheck(op, (image, text, None, scale, bias, True, True, True, *rest))
     torch.library.opcheck(op, (image, rows.codes, rows.scales, scale, None, False, True, False, *rest))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lift_fast.cache import encode_int8
+from lift_fast.cache import encode
 from lift_fast.losses import CosineLoss
 from lift_fast.ops.cosine import cosine, reference
 from lift_fast.quantized import QuantizedRows
@@ -28,7 +28,7 @@ def test_gradcheck():
 def test_quantized_and_module():
     torch.manual_seed(0)
     image, text = torch.randn(5, 16), torch.randn(5, 16)
-    rows = encode_int8(text)
+    rows = encode(text, "int8")
     image.requires_grad_()
     loss, widened = CosineLoss()(image, rows, 3.0), cosine(image, rows.widen(torch.float32))
     assert loss.item() == pytest.approx(widened.item(), abs=1e-6)
@@ -49,7 +49,7 @@ def test_zero_rows_and_large_entries():
 
 def test_compiles_as_one_graph_and_computes_in_float32_under_autocast():
     torch.manual_seed(0)
-    image, text = torch.randn(6, 8), encode_int8(torch.randn(6, 8))
+    image, text = torch.randn(6, 8), encode(torch.randn(6, 8), "int8")
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(image, codes, scales):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lift_fast.cache import encode_int8
+from lift_fast.cache import encode
 from lift_fast.losses import ClipLoss, SigLipLoss, cached_step
 from lift_fast.ops import policy
 from lift_fast.ops.contrastive import contrastive
@@ -45,7 +45,7 @@ def share(rows, rank, world):
 
 def text_for(kind, text, rank, world):
     if kind.startswith("int8"):
-        text = encode_int8(text.float())
+        text = encode(text.float(), "int8")
     if kind.endswith("whole"):
         return text
     text = share(text, rank, world)
@@ -110,7 +110,7 @@ class Tower(nn.Module):
 def run_ddp(rank, world, pieces):
     """Gradients of a tower over all ranks; `pieces` micro-batches a rank."""
     image, text = data(torch.float32)
-    image, text = share(image, rank, world), encode_int8(share(text, rank, world))
+    image, text = share(image, rank, world), encode(share(text, rank, world), "int8")
     model = Tower()
     if world > 1:
         model = DistributedDataParallel(model)
@@ -171,10 +171,17 @@ def run_compiled(rank, world):
     return torch.equal(got.grad, want.grad)
 
 
-def work(rank, world, folder):
+def work(rank, folder):
+    """A rank of every world that has it: one start of Python serves them all."""
     torch.set_num_threads(1)
+    for world in sorted(WORLDS, reverse=True):  # no rank waits for a world that it is not in
+        if rank < world:
+            work_in(world, rank, folder)
+
+
+def work_in(world, rank, folder):
     timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", f"file://{folder}/store", timeout, world, rank)
+    dist.init_process_group("gloo", f"file://{folder}/store-{world}", timeout, world, rank)
     found = {}
     for dtype, kind in itertools.product(DTYPES, TEXTS):
         for local, gathered in OPTIONS:
@@ -194,30 +201,33 @@ def work(rank, world, folder):
     found["refusals"] = refusals(rank, world)
     if world == 2:
         found["compiled"] = run_compiled(rank, world)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
-_found: dict[int, list[dict]] = {}
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """World -> what each of its ranks found."""
+    folder = tmp_path_factory.mktemp("worlds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+        mp.spawn(work, (str(folder),), nprocs=max(WORLDS))
+    return {
+        world: [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+        for world in WORLDS
+    }
 
 
 @pytest.fixture(params=WORLDS)
-def ranks(request, tmp_path_factory):
+def ranks(request, worlds):
     """What each rank of a world found."""
-    world = request.param
-    if world not in _found:
-        folder = tmp_path_factory.mktemp(f"world-{world}")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-            mp.spawn(work, (world, str(folder)), nprocs=world)
-        _found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    return _found[world]
+    return worlds[request.param]
 
 
 def leaves(kind, world, dtype=torch.float64):
     image, text = data(torch.float64)
     if kind.startswith("int8"):
-        rows = encode_int8(text.float())
+        rows = encode(text.float(), "int8")
         text = rows.codes.double() * rows.scales.double()[:, None]
     images, texts = (
         [share(rows, r, world).to(dtype).clone().requires_grad_() for r in range(world)] for rows in (image, text)
@@ -297,7 +307,7 @@ def test_many_processes_equal_one(ranks, kind, local, gathered):
     if kind in ("trained", "ring"):
         text = text.requires_grad_()
     elif kind.startswith("int8"):
-        text = encode_int8(text)
+        text = encode(text, "int8")
     loss = contrastive(image, text, 5.0, BIAS, normalize=True)
     loss.backward()
     found = [rank["contrastive", torch.float32, kind, local, gathered] for rank in ranks]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lift_fast.cache import encode_int8
+from lift_fast.cache import Rotation, encode
+from lift_fast.codecs import CODECS
 from lift_fast.losses import ClipLoss, CosineLoss, SigLipLoss, cached_step, contrastive, cosine, sigmoid
 
 
@@ -29,10 +30,29 @@ def test_modules_are_their_functions(module, function):
 def test_arguments_reach_the_op():
     image, text = features()
     for module, function in ((ClipLoss, contrastive), (SigLipLoss, sigmoid)):
-        got = module(normalize=True, budget=0, backend="torch")(3 * image, encode_int8(text), 10.0)
-        want = function(3 * image, encode_int8(text), 10.0, normalize=True, budget=0, backend="torch")
+        got = module(normalize=True, budget=0, backend="torch")(3 * image, encode(text, "int8"), 10.0)
+        want = function(3 * image, encode(text, "int8"), 10.0, normalize=True, budget=0, backend="torch")
         assert torch.equal(got, want)
     assert torch.equal(CosineLoss()(image, text, 3.0, output_dict=True)["contrastive_loss"], cosine(image, text))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("codec", CODECS)
+def test_text_of_every_codec_is_its_widened_text(codec, autocast):
+    image, text = features(rows=12, dim=20)
+    rows = encode(text, codec, Rotation(20) if CODECS[codec].rotated else None)
+    for loss_of in (ClipLoss(normalize=True), SigLipLoss(), CosineLoss()):
+        results = []
+        for given in (rows, rows.widen()):
+            x = image.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = loss_of(x, given, torch.tensor(10.0))
+            loss.backward()
+            results += [loss.detach(), x.grad]
+        for got, want in zip(results[:2], results[2:], strict=True):
+            torch.testing.assert_close(
+                got, want, atol=1e-6 if not autocast else 2e-3, rtol=1e-5 if not autocast else 2e-2
+            )
 
 
 def test_open_clips_constructors():
@@ -65,7 +85,7 @@ def gradients(model):
 def test_cached_step_is_the_whole_batch(loss_of, autocast):
     model = Tower().eval()
     other = copy.deepcopy(model)
-    pixels, text = torch.randn(13, 8), encode_int8(torch.randn(13, 16))
+    pixels, text = torch.randn(13, 8), encode(torch.randn(13, 16), "int8")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         whole = loss_of(model.layers(pixels), text, model.logit_scale.exp())
         whole.backward()

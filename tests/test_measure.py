@@ -281,14 +281,17 @@ def test_median_ms(monkeypatch):
 
 
 class MemoryCache:
-    """A cache's `rows` and `take`, in memory; notes the rows it was asked for."""
+    """A cache's length and `rows`, in memory; notes the rows it was asked for."""
 
     def __init__(self, rows, dim, seed):
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randint(-127, 128, (rows, dim), dtype=torch.int8, generator=generator)
-        self.all, self.rows, self.asked = QuantizedRows(codes, torch.rand(rows) + 0.1, "int8", dim), rows, []
+        self.all, self.asked = QuantizedRows(codes, torch.rand(rows) + 0.1, "int8", dim), []
 
-    def take(self, rows):
+    def __len__(self):
+        return len(self.all)
+
+    def rows(self, rows):
         self.asked.append(rows.tolist())
         return self.all[rows]
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lift_fast.cache import encode_int8
+from lift_fast.cache import encode
 
 RECIPES = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 
@@ -99,7 +99,7 @@ def test_sentence_transformers():
     loss = theirs.compute_loss_from_embeddings(embeddings, None)
     same_gradients([names["FusedRankingLoss"](model)(columns, None), loss], list(model.parameters()))
 
-    table, labels = encode_int8(torch.randn(80, 24)), torch.randperm(80)[:33]
+    table, labels = encode(torch.randn(80, 24), "int8"), torch.randperm(80)[:33]
     for rows in (table.__getitem__, table.widen().__getitem__):
         anchors = model(columns[0])["sentence_embedding"]
         loss = theirs.compute_loss_from_embeddings([anchors, table.widen()[labels]], None)

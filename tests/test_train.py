@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_sets import make_set
 
-from lift_fast.cache import Cache, CacheWriter, encode_int8, key_hash
+from lift_fast.cache import Cache, CacheWriter, Rotation, encode, key_hash
 from lift_fast.data.host import Collection, HostPipeline
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
@@ -27,14 +27,14 @@ def small_preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", small)
 
 
-def make_cache(folder, data, dim=24, seed=0, name="test"):
+def make_cache(folder, data, dim=24, seed=0, name="test", codec="int8", rotation=None):
     vectors = torch.nn.functional.normalize(torch.randn(len(data), dim, generator=torch.Generator().manual_seed(seed)))
     source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
-    writer = CacheWriter(folder, dim, "int8", {"name": name}, source, "txt")
+    writer = CacheWriter(folder, dim, codec, {"name": name}, source, "txt", rotation)
     start = 0
     for shard, size in enumerate(data.shard_sizes):
         keys = [key_hash(key) for key in data.keys[start : start + size]]
-        writer.write_shard(shard, encode_int8(vectors[start : start + size]), keys)
+        writer.write_shard(shard, encode(vectors[start : start + size], codec, rotation), keys)
         start += size
     writer.finish()
     return vectors
@@ -54,6 +54,12 @@ def two_sets(tmp_path):
     return lift, TrainConfig(model="clip", out=tmp_path / "clip", context=12, **shared)
 
 
+def data_of(config):
+    from lift_fast.data.shards import Shards
+
+    return Collection([Shards(folder) for folder in config.data])
+
+
 def again(config, out, **changes):
     return type(config)(**{**config.__dict__, "out": out, **changes})
 
@@ -68,6 +74,31 @@ def test_same_seed_same_losses(two_sets, tmp_path):
         other = quiet(again(config, tmp_path / f"{config.model}-3", seed=1))
         assert first["loss"] == second["loss"]
         assert first["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize(("codec", "within"), [("int8r", 0.02), ("int4r", 0.02), ("int2r", 0.05)])
+def test_rotated_training_and_plain_training_reach_the_same_loss(two_sets, tmp_path, codec, within):
+    lift, _ = two_sets
+    config = again(lift, tmp_path / "plain", steps=30, lr=3e-3, data=lift.data[:1], cache=lift.cache[:1])
+    losses = {}
+    for kind in ("f32", codec):
+        rotation = Rotation(24, seed=3) if kind == codec else None
+        make_cache(tmp_path / kind, data_of(config).sets[0], codec=kind, rotation=rotation)
+        run = quiet(again(config, tmp_path / f"run-{kind}", cache=(tmp_path / kind,)))
+        assert run["rotation"] == (None if rotation is None else {"kind": "hadamard", "seed": 3})
+        losses[kind] = run["loss"]
+    first, last = losses["f32"][0], sum(losses["f32"][-5:]) / 5
+    assert last < first - 0.5  # it learns: the comparison below says something
+    assert sum(losses[codec][-5:]) / 5 == pytest.approx(last, abs=within * first)
+
+
+def test_caches_of_other_rotations_are_not_mixed(two_sets, tmp_path):
+    lift, _ = two_sets
+    data = data_of(lift)
+    for seed, shards in enumerate(data.sets):
+        make_cache(tmp_path / f"r{seed}", shards, codec="int4r", rotation=Rotation(24, seed))
+    with pytest.raises(CacheMismatch, match="differ in encoder, caption field, codec or rotation"):
+        CachedText([Cache(tmp_path / "r0"), Cache(tmp_path / "r1")], data)
 
 
 def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
@@ -94,7 +125,7 @@ def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
     vectors = torch.cat([make_cache(tmp_path / f"again{seed}", data.sets[seed - 1], seed=seed) for seed in (1, 2)])
     text = CachedText([Cache(folder) for folder in lift.cache], data)
     for rows in (torch.randperm(35), torch.tensor([34, 0, 34, 20, 21]), torch.tensor([3]), torch.tensor([30])):
-        got = text.take(rows).widen(torch.float32)
+        got = text.rows(rows).widen(torch.float32)
         torch.testing.assert_close(got, vectors[rows], atol=0.01, rtol=0)
 
 

@@ -1,22 +1,25 @@
 """manifest.json: what a cache is, which shards it has, and which data shard each belongs to."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..codecs import codec_named
 from ..errors import CacheError
+from .rotation import Rotation
 
-FORMAT = 1
+FORMAT = 2
+ENDIAN = "little"
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"  # the same, while shards are still missing
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of codes. source: the data shard it belongs to; sha256: of the file, "" until written; captions:
-    a digest of the texts it was made from, "" where the writer was told none."""
+    """One file of codes. source: the data shard it belongs to; sha256: of its tensors, as they lie in the file, ""
+    until written; captions: a digest of the texts it was made from, "" where the writer was told none."""
 
     name: str
     rows: int
@@ -29,7 +32,7 @@ class Shard:
 class Manifest:
     """encoder: id, revision, pooling, prompt, max_length and whatever else tells how the text became vectors.
 
-    field: the caption field. rotation: None for codecs without one, else {"kind", "seed"}.
+    field: the caption field. rotation: {"kind", "seed"} for the codecs that rotate, else None.
     """
 
     dim: int
@@ -39,13 +42,25 @@ class Manifest:
     shards: tuple[Shard, ...]
     rotation: dict[str, Any] | None = None
     format: int = FORMAT
+    endian: str = ENDIAN
 
     @property
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def identity(self) -> str:
+        """128 bits, in hex, of everything that decides a vector and its codes; each shard holds them too."""
+        what = [self.format, self.dim, self.codec, self.rotation, self.field, self.encoder]
+        return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def rotated_by(self) -> Rotation | None:
+        """The rotation of the vectors, None for codecs without one."""
+        return None if self.rotation is None else Rotation.from_dict(self.rotation, self.dim)
+
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        entries = asdict(self)
+        return (json.dumps(entries | {"checksum": _checksum(entries)}, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
     def read(path: Path) -> "Manifest":
@@ -62,19 +77,32 @@ class Manifest:
                 f"{path} has format version {data['format']!r} and this lift-fast reads {FORMAT}; "
                 f"{again}, or read it with the version that wrote it"
             )
+        told = data.pop("checksum", None)
+        if told != _checksum(data):
+            raise CacheError(f"{path} is damaged: it is not what was written; {again}")
         try:
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = Manifest(shards=shards, **data)
-            counts = [manifest.dim, *(shard.rows for shard in shards)]
+            counts = [manifest.dim - 1, manifest.rows, *(shard.rows for shard in shards)]
             texts = [manifest.codec, manifest.field]
             texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions)]
             whole = all(type(n) is int and 0 <= n < 1 << 48 for n in counts) and isinstance(manifest.encoder, dict)
-            whole = whole and all(isinstance(text, str) for text in texts)
+            whole = whole and manifest.dim <= 1 << 24 and all(isinstance(text, str) for text in texts)
         except (TypeError, KeyError) as error:
             raise CacheError(f"{path} is not a whole manifest ({error}); {again}") from error
         # A name is joined to the folder: it must not lead out of it.
         if not whole or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
             raise CacheError(f"{path} is damaged: a count or a name in it is wrong; {again}")
+        if manifest.endian != ENDIAN:
+            raise CacheError(f"{path} says {manifest.endian!r}-endian; this format is {ENDIAN}-endian; {again}")
+        try:
+            codec = codec_named(manifest.codec)
+            if codec.rotated != (manifest.rotation is not None):
+                raise CacheError(f"codec {manifest.codec} {'needs a' if codec.rotated else 'has no'} rotation")
+            if manifest.rotation is not None:
+                Rotation.check(manifest.rotation)
+        except CacheError as error:
+            raise CacheError(f"{path}: {error}; {again}") from error
         return manifest
 
     def differences(self, other: "Manifest") -> list[str]:
@@ -109,14 +137,10 @@ class Manifest:
         return found
 
 
+def _checksum(entries: dict[str, Any]) -> str:
+    """128 bits, in hex, of a manifest's entries without this one: rows that moved between shards would move others."""
+    return blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def shard_name(number: int) -> str:
     return f"text-{number:05d}.safetensors"
-
-
-def file_sha256(path: Path) -> str:
-    """As sha256sum prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

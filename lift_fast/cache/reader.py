@@ -1,9 +1,10 @@
 """Reads a cache: the manifest on opening, a shard's header on first use, then the rows that are asked for."""
 
-import json
-import math
 import shlex
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, CacheMismatch
+from ..ops.table import KeyTable, Table, key_hashes
 from ..quantized import QuantizedRows
-from .codec import key_hash
-from .manifest import MANIFEST, PARTIAL, Manifest, file_sha256
+from .manifest import MANIFEST, PARTIAL, Manifest
+from .rotation import Rotation
+from .shard import AGAIN, MappedShard, check_content, map_shard
 
-_TYPES = {"codes": ("I8", torch.int8), "scales": ("F32", torch.float32), "keys": ("I64", torch.int64)}
-_LONGEST_HEADER = 1 << 20
-_AGAIN = "run the same lift-fast embed again"  # it writes the shards that are missing
+# Linux lets a process have 65 530 maps; the oldest of ours go when there are more than this.
+_MOST_MAPS = 30_000
 
 
 class Keyed(Protocol):
@@ -32,7 +34,7 @@ class Keyed(Protocol):
 class Cache:
     """A finished cache, opened for reading; the cost does not depend on its rows.
 
-    rows, dim: its size. manifest: what it is and how it was made.
+    len(cache), dim: its size. manifest: what it is and how it was made.
 
     Raises CacheError: no such folder, unfinished, damaged, or of another format version.
     """
@@ -45,57 +47,86 @@ class Cache:
         if not (self.folder / MANIFEST).exists():
             raise CacheError(_why_no_manifest(self.folder))
         self.manifest = Manifest.read(self.folder / MANIFEST)
-        if self.manifest.codec != "int8":
-            raise CacheError(f"{self.folder} holds codec {self.manifest.codec!r}; this lift-fast reads int8")
-        self.rows = self.manifest.rows
         self.dim = self.manifest.dim
         # Row r is in the shard k with starts[k] <= r < starts[k + 1].
         self._starts = np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
-        self._mapped: dict[int, MappedShard] = {}
+        self._table = Table(self.manifest.codec, self.dim, self._starts)
+        self._mapped: dict[int, MappedShard] = {}  # in the order in which they were mapped
+        self._pin = torch.cuda.is_available()
+        self._lock = threading.RLock()  # around the map and what reads through it
+        self._ahead: ThreadPoolExecutor | None = None
+        self._keys: KeyTable | None = None
+        self._rotation: Rotation | None = None
 
     def __len__(self) -> int:
-        return self.rows
+        return int(self._starts[-1])
 
-    def shard(self, number: int) -> "MappedShard":
+    def shard(self, number: int) -> MappedShard:
         """Shard `number`, mapped on first use. Raises CacheError when it is missing or damaged."""
-        if number not in self._mapped:
-            entry = self.manifest.shards[number]
-            self._mapped[number] = map_shard(self.folder / entry.name, entry.rows, self.dim)
-        return self._mapped[number]
+        with self._lock:
+            if number not in self._mapped:
+                path = self.folder / self.manifest.shards[number].name
+                mapped = self._mapped[number] = map_shard(self.manifest, number, path)
+                self._table.map(number, mapped.codes, mapped.scales)
+            return self._mapped[number]
 
-    def take(self, rows: Tensor | np.ndarray) -> QuantizedRows:
-        """Rows by number, any order, repeats allowed, as codes and scales in memory.
+    def rows(self, rows: Tensor | np.ndarray) -> QuantizedRows:
+        """Rows by number, any order, repeats allowed, as codes and scales in memory of their own: for training.
 
-        rows: int64 [m]. Raises IndexError for a row that is not in the cache.
+        rows: int64 [m]. The memory is pinned where there is a GPU. Raises IndexError for a row that is not in the
+        cache, CacheError for a shard that is missing or damaged.
         """
-        index = np.asarray(rows, dtype=np.int64)
-        if index.ndim != 1:
-            raise ValueError(f"rows must be [m], not {list(index.shape)}")
-        outside = (index < 0) | (index >= self.rows)
-        if outside.any():
-            first = int(outside.argmax())
-            raise IndexError(f"rows[{first}] is {index[first]}, outside a cache of {self.rows} rows")
-        codes = torch.empty((len(index), self.dim), dtype=torch.int8)
-        scales = torch.empty(len(index), dtype=torch.float32)
-        owner = np.searchsorted(self._starts, index, side="right") - 1
-        by_shard = np.argsort(owner, kind="stable")
-        numbers, first_of = np.unique(owner[by_shard], return_index=True)
-        groups = np.split(by_shard, first_of)[1:]
-        for number, places in zip(numbers.tolist(), groups, strict=True):
-            shard = self.shard(number)
-            local = torch.from_numpy(index[places] - self._starts[number])
-            if len(places) == len(index):
-                torch.index_select(shard.codes, 0, local, out=codes)
-                torch.index_select(shard.scales, 0, local, out=scales)
-            else:
-                where = torch.from_numpy(places)
-                codes.index_copy_(0, where, shard.codes.index_select(0, local))
-                scales.index_copy_(0, where, shard.scales.index_select(0, local))
+        index = self._index(rows)
+        with self._mapping(index):
+            codes, scales = self._table.codes(index, self._pin)
         return QuantizedRows(codes, scales, self.manifest.codec, self.dim)
 
+    def prefetch(self, rows: Tensor | np.ndarray) -> "Future[QuantizedRows]":
+        """rows(rows) on a thread of its own: the next batch's text while this one is trained on."""
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="lift-fast-cache")
+        return self._ahead.submit(self.rows, rows)
+
+    def widen(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32, normalize: bool = False) -> Tensor:
+        """Rows gathered and widened in one pass, [m, dim] of float32, bfloat16 or float16; in the space of the codes
+        (rotate brings queries there). normalize: each divided by its length.
+        """
+        index = self._index(rows)
+        with self._mapping(index):  # first: a dim that is not the shards' shall not be allocated
+            out = self._table.room(len(index), self.dim, dtype, self._pin)
+            self._table.widen(index, out, normalize)
+        return out
+
     def vectors(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        """take(rows), widened to [m, dim]: for people; training hands the codes on."""
-        return self.take(rows).widen(dtype)
+        """Rows as the encoder's vectors, [m, dim], rotated back where the codec rotates: for people."""
+        wide = self.widen(rows)
+        return (wide if self.rotation is None else self.rotation.undo(wide)).to(dtype)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The encoder's vectors x [..., dim] in the space of the codes, in which a head trained on them answers.
+
+        What codecs without a rotation return is x.
+        """
+        return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotation of the codes, None for codecs without one."""
+        if self._rotation is None and self.manifest.rotation is not None:
+            self._rotation = self.manifest.rotated_by()
+        return self._rotation
+
+    def find(self, keys: Sequence[str]) -> Tensor:
+        """The row numbers of samples by their keys, int64 [len(keys)]; -1 for a key that is not in the cache.
+
+        The first call reads all key hashes (8 bytes a row) into a table of about 8 bytes a row. Of two samples with
+        one key the first counts.
+        """
+        with self._lock:
+            if self._keys is None:
+                shards = [self.shard(number) for number in range(len(self.manifest.shards))]
+                self._keys = KeyTable([shard.keys for shard in shards])
+        return self._keys.find(key_hashes(keys))
 
     def check_dim(self, dim: int, what: str) -> None:
         """Raises CacheMismatch when `what` (the head, say) wants vectors of another length."""
@@ -120,7 +151,7 @@ class Cache:
         start = 0
         for number, (size, entry) in enumerate(zip(data.shard_sizes, self.manifest.shards, strict=True)):
             keys = data.keys[start : start + size]
-            hashes = np.fromiter(map(key_hash, keys), dtype=np.int64, count=size)
+            hashes = key_hashes(keys).numpy()
             common = min(size, entry.rows)
             differ = hashes[:common] != self.shard(number).keys.numpy()[:common]
             if size != entry.rows or differ.any():
@@ -136,53 +167,26 @@ class Cache:
     def verify(self) -> None:
         """Reads every shard and compares checksums. Raises CacheError naming the first that is damaged."""
         for number, entry in enumerate(self.manifest.shards):
-            self.shard(number)
-            path = self.folder / entry.name
-            if file_sha256(path) != entry.sha256:
-                raise CacheError(f"{path} is damaged: its checksum is not the manifest's; remove it and {_AGAIN}")
+            check_content(self.manifest, number, self.folder / entry.name)
 
+    def _index(self, rows: Tensor | np.ndarray) -> Tensor:
+        index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").contiguous()
+        if index.dim() != 1:
+            raise ValueError(f"rows must be [m], not {list(index.shape)}")
+        return index
 
-@dataclass(frozen=True)
-class MappedShard:
-    """codes int8 [rows, dim], scales float32 [rows], keys int64 [rows]: views of one mapped file."""
-
-    codes: Tensor
-    scales: Tensor
-    keys: Tensor
-
-
-def map_shard(path: Path, rows: int, dim: int) -> MappedShard:
-    """Maps a shard; reads its header and nothing else.
-
-    Raises CacheError: missing, cut short, or with a header that does not say what the manifest says.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-                raise ValueError("its header does not fit in it")
-            header = json.loads(file.read(length))
-        spans = {}
-        for name, (code, dtype) in _TYPES.items():
-            shape = [rows, dim] if name == "codes" else [rows]
-            entry = header[name]
-            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            if entry["dtype"] != code or entry["shape"] != shape:
-                raise ValueError(f"its {name} are {entry['dtype']} {entry['shape']}, not {code} {shape}")
-            if begin < 8 + length or end > size or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"its {name} do not fit in it")
-            if begin % dtype.itemsize:
-                raise ValueError(f"its {name} are not aligned")
-            spans[name] = (begin, end, dtype, shape)
-    except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing; {_AGAIN}") from error
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged: {error}; remove it and {_AGAIN}") from error
-    # A private map through torch: no file descriptor stays open, and a write would not reach the file.
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    views = {name: whole[begin:end].view(dtype).view(shape) for name, (begin, end, dtype, shape) in spans.items()}
-    return MappedShard(**views)
+    @contextmanager
+    def _mapping(self, rows: Tensor) -> Iterator[None]:
+        """Holds the shards of these rows mapped. Raises IndexError, CacheError."""
+        with self._lock:
+            needed = self._table.unmapped(rows)
+            for number in needed:
+                self.shard(number)
+            yield
+            while len(self._mapped) > _MOST_MAPS:
+                oldest = next(iter(self._mapped))
+                self._table.forget(oldest)
+                del self._mapped[oldest]
 
 
 def _why_no_manifest(folder: Path) -> str:
@@ -192,5 +196,5 @@ def _why_no_manifest(folder: Path) -> str:
     missing = [shard.name for shard in intent.shards if not (folder / shard.name).exists()]
     return (
         f"{folder} is unfinished: {len(missing)} of {len(intent.shards)} shards are missing"
-        f"{f', the first is {missing[0]}' if missing else ''}; {_AGAIN} to continue"
+        f"{f', the first is {missing[0]}' if missing else ''}; {AGAIN} to continue"
     )

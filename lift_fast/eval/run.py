@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cache import Rotation
 from ..data.host import load_pictures
 from ..data.shards import Shards
 from ..data.transforms import normalise
@@ -27,7 +28,8 @@ EncodeText = Callable[[Sequence[str]], Tensor]
 def text_side(
     model: Lift | Clip, run: dict[str, Any], device: torch.device, trust_remote_code: bool = False
 ) -> EncodeText:
-    """captions -> unit vectors float32 [captions, dim]: LIFT's fixed encoder, or CLIP's tower.
+    """captions -> unit vectors float32 [captions, dim]: LIFT's fixed encoder, rotated as the text was that it was
+    trained on, or CLIP's tower.
 
     Raises EncoderError; ConfigError when the encoder's code is not trusted; CacheMismatch when the encoder's dim
     is not the head's.
@@ -42,7 +44,10 @@ def text_side(
             raise CacheMismatch(
                 f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
             )
-        return encoder.encode
+        if run.get("rotation") is None:
+            return lambda captions: encoder.encode(captions).cpu()
+        rotation = Rotation.from_dict(run["rotation"], encoder.dim)
+        return lambda captions: rotation.apply(encoder.encode(captions)).cpu()
     tokenizer = ClipTokenizer(run["context"])
 
     def encode(captions: Sequence[str]) -> Tensor:

@@ -24,9 +24,9 @@ class Timing(NamedTuple):
 class Rows(Protocol):
     """What `lift_text_ms` needs of a cache (`cache.Cache` has it)."""
 
-    rows: int
+    def __len__(self) -> int: ...
 
-    def take(self, rows: torch.Tensor) -> QuantizedRows: ...
+    def rows(self, rows: torch.Tensor) -> QuantizedRows: ...
 
 
 def median_ms(
@@ -89,8 +89,8 @@ def lift_text_ms(
     generator = torch.Generator().manual_seed(seed)
 
     def step(cache: Rows) -> Callable[[], object]:
-        batches = iter(torch.randint(cache.rows, (warmup + repeats, batch_size), generator=generator))
-        return lambda: cache.take(next(batches)).to(device).widen(dtype)
+        batches = iter(torch.randint(len(cache), (warmup + repeats, batch_size), generator=generator))
+        return lambda: cache.rows(next(batches)).to(device).widen(dtype)
 
     with _one_thread():
         return interleaved_ms({name: step(cache) for name, cache in caches.items()}, repeats, warmup, device)

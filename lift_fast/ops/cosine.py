@@ -16,11 +16,11 @@ def reference(image: Tensor, text: Tensor) -> Tensor:
 def cosine(image: Tensor, text: Tensor | QuantizedRows) -> Tensor:
     """−cos of matching rows, averaged; image and text [rows, dim], text a Tensor or QuantizedRows.
 
-    Only matching rows are multiplied; codes of QuantizedRows are multiplied as they are, and their scales cancel.
+    Only matching rows are multiplied; integer codes are multiplied as they are, and their scales cancel.
     Computed in float32 (float64 for float64 inputs), also under autocast. Returns a scalar.
     Raises ValueError when the shapes do not match.
     """
-    t, scales = (text.codes, text.scales) if isinstance(text, QuantizedRows) else (text, None)
+    t, scales = text.factors(image.dtype) if isinstance(text, QuantizedRows) else (text, None)
     if image.shape != t.shape or image.dim() != 2 or not len(image):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim]")
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32

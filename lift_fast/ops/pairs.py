@@ -154,7 +154,7 @@ def checked(
     Both become the wider of their dtypes (codes stay codes), or what autocast would multiply them in. cols is
     rows; with `gathered` it is checked where all ranks see it. Raises ValueError for what does not fit.
     """
-    t, scales = (text.codes, text.scales) if isinstance(text, QuantizedRows) else (text, None)
+    t, scales = text.factors(image.dtype) if isinstance(text, QuantizedRows) else (text, None)
     fits = image.dim() == 2 == t.dim() and 0 < image.shape[1] == t.shape[1] and (gathered or len(image))
     if not fits:
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim > 0]")

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -37,7 +38,7 @@ class TokenizedText:
         self.data, self.field = data, config.field
         self.tokenizer = ClipTokenizer(config.context)
 
-    def take(self, rows: Tensor) -> Tensor:
+    def rows(self, rows: Tensor) -> Tensor:
         """rows int64 [batch] on the CPU -> their captions' tokens int64 [batch, context]."""
         return self.tokenizer([self.data.caption(row, self.field) for row in rows.tolist()])
 
@@ -59,7 +60,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     text: CachedText | TokenizedText
     if config.model == "lift":
         text = CachedText([Cache(folder) for folder in config.cache], data, config.text_dim)
-        run |= {"text_dim": text.dim, "encoder": text.encoder}
+        rotation = text.rotation.as_dict() if text.rotation else None
+        run |= {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation}
     else:
         text = TokenizedText(data, config)
         run |= {"context": config.context}
@@ -91,16 +93,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         SummaryWriter(str(config.out)) as board,
         tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not progress) as bar,
         closing(batches),
+        ThreadPoolExecutor(1) as ahead,
     ):
         for step in range(config.steps):
             begun = time.perf_counter()
             batch = next(batches) if step else first
             loaded = time.perf_counter()
+            # Read while the image tower runs.
+            text_ahead: Future[Any] = ahead.submit(text.rows, batch.rows)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * schedule(step, config.warmup, config.steps)
             with autocast:
                 image_features = model.encode_image(normalise(batch.pixels.to(device, non_blocking=True)))
-                text_batch: Any = text.take(batch.rows).to(device)
+                text_batch = text_ahead.result().to(device, non_blocking=True)
                 text_features = model.encode_text(text_batch) if isinstance(model, Clip) else text_batch
                 loss = loss_of(image_features, text_features, model.logit_scale.exp())
             loss.backward()

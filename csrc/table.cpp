@@ -1,0 +1,177 @@
+// A table in many mapped files: which shard a row is in, gathering across them, and advice to the page cache.
+//
+//   gather(rows):  are the pages of 4 to 64 of the rows in memory (mincore)? Where one is not, all are asked of the
+//                  disk at once, in its order (madvise), and read in that order. A fault reads one page, not 128 KB
+//                  around it, of which a row is a fraction. Who may not write a file is told that it is in memory.
+#include "table.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace lift_fast {
+namespace {
+
+constexpr int64_t kProbes = 64;
+constexpr int64_t kFewProbes = 4;
+constexpr int64_t kMostBytes = int64_t{1} << 56;  // more than an address space
+constexpr int64_t kBytesPerProbe = 1 << 20;  // a probe is a microsecond, gathering so much is 60
+
+uintptr_t page_size() {
+  static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+struct Pages {
+  uintptr_t from, to;
+};
+
+Pages pages_of(const uint8_t* at, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(at), mask = page_size() - 1;
+  return {from & ~mask, (from + bytes + mask) & ~mask};
+}
+
+void advise_pages(Pages pages, int advice) {
+  madvise(reinterpret_cast<void*>(pages.from), pages.to - pages.from, advice);  // where it is refused, nothing is lost
+}
+
+}  // namespace
+
+Starts::Starts(std::vector<int64_t> starts) : starts_(std::move(starts)) {
+  if (starts_.empty() || starts_[0] != 0) throw std::invalid_argument("starts must begin with 0");
+  for (size_t k = 1; k < starts_.size(); ++k)
+    if (starts_[k] < starts_[k - 1])
+      throw std::invalid_argument("starts must ascend: starts[" + std::to_string(k) + "] is " +
+                                  std::to_string(starts_[k]) + " after " + std::to_string(starts_[k - 1]));
+  while ((rows() >> shift_) > 2 * shards()) ++shift_;
+  int64_t shard = 0;
+  for (int64_t bucket = 0; bucket <= (rows() >> shift_); ++bucket) {
+    while (shard + 1 < shards() && starts_[shard + 1] <= bucket << shift_) ++shard;
+    first_.push_back(shard);
+  }
+  first_.push_back(std::max<int64_t>(shards() - 1, 0));
+}
+
+void Starts::check(const int64_t* rows, int64_t m) const {
+  if (m == 0) return;
+  if (!rows) {
+    if (m != this->rows())
+      throw std::invalid_argument("without rows m is the table's " + std::to_string(this->rows()) + " rows, not " +
+                                  std::to_string(m));
+    return;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t row = load<int64_t>(rows + i);
+    if (row < 0 || row >= this->rows())
+      throw std::out_of_range("rows[" + std::to_string(i) + "] is " + std::to_string(row) + ", outside a table of " +
+                              std::to_string(this->rows()) + " rows");
+  }
+}
+
+Table::Table(Codec codec, int64_t dim, Starts starts)
+    : codec_(codec), dim_(dim), row_bytes_(row_bytes(codec, dim)), starts_(std::move(starts)),
+      shards_(starts_.shards()), missing_(0) {
+  if (starts_.rows() > kMostBytes / row_bytes_)
+    throw std::invalid_argument("no machine maps " + std::to_string(starts_.rows()) + " rows of " +
+                                std::to_string(row_bytes_) + " bytes");
+  for (int64_t k = 0; k < starts_.shards(); ++k) missing_ += starts_.rows(k) > 0;
+}
+
+void Table::map(int64_t shard, const void* codes, const void* scales) {
+  const int64_t rows = starts_.rows(shard);
+  Shard& here = shards_[shard];
+  missing_ += rows > 0 ? (here.codes && !codes) - (!here.codes && codes) : 0;
+  here = {static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales)};
+  if (!rows) return;
+  if (here.codes) advise_pages(pages_of(here.codes, rows * row_bytes_), MADV_RANDOM);
+  if (here.scales) advise_pages(pages_of(here.scales, rows * 4), MADV_RANDOM);
+}
+
+std::vector<int64_t> Table::unmapped(const int64_t* rows, int64_t m) const {
+  starts_.check(rows, m);
+  std::vector<int64_t> missing;
+  if (!missing_ || m == 0) return missing;
+  if (!rows) {
+    for (int64_t k = 0; k < starts_.shards(); ++k)
+      if (starts_.rows(k) > 0 && !shards_[k].codes) missing.push_back(k);
+    return missing;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t shard = starts_.shard_of(load<int64_t>(rows + i));
+    if (!shards_[shard].codes && (missing.empty() || missing.back() != shard)) missing.push_back(shard);
+  }
+  std::sort(missing.begin(), missing.end());
+  missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+  return missing;
+}
+
+inline Place Table::locate(int64_t row) const {
+  const int64_t k = starts_.shard_of(row), at = row - starts_.start(k);
+  const Shard& shard = shards_[k];
+  return {shard.codes + at * row_bytes_,
+          shard.scales ? reinterpret_cast<const float*>(shard.scales + at * 4) : nullptr};
+}
+
+bool Table::cold(const int64_t* rows, int64_t m, int64_t probes) const {
+  probes = std::min(probes, m);
+  for (int64_t probe = 0; probe < probes; ++probe) {
+    const int64_t i = (2 * probe + 1) * m / (2 * probes);
+    const Pages pages = pages_of(locate(rows ? load<int64_t>(rows + i) : i).codes, 1);
+    unsigned char in_memory = 1;
+    if (mincore(reinterpret_cast<void*>(pages.from), 1, &in_memory) == 0 && !(in_memory & 1)) return true;
+  }
+  return false;
+}
+
+std::vector<int64_t> Table::by_address(const int64_t* rows, int64_t m) const {
+  std::vector<std::pair<const uint8_t*, int64_t>> places(m);
+  for (int64_t i = 0; i < m; ++i) places[i] = {locate(rows ? load<int64_t>(rows + i) : i).codes, i};
+  std::sort(places.begin(), places.end());
+  std::vector<int64_t> order(m);
+  for (int64_t i = 0; i < m; ++i) order[i] = places[i].second;
+  return order;
+}
+
+void Table::will_need(const int64_t* rows, const std::vector<int64_t>& order) const {
+  Pages codes{0, 0}, scales{0, 0};
+  const auto need = [](Pages& so_far, Pages more) {
+    if (more.from >= so_far.from && more.from <= so_far.to) {
+      so_far.to = std::max(so_far.to, more.to);
+    } else {
+      if (so_far.to) advise_pages(so_far, MADV_WILLNEED);
+      so_far = more;
+    }
+  };
+  for (const int64_t i : order) {
+    const Place place = locate(rows ? load<int64_t>(rows + i) : i);
+    if (place.scale) need(scales, pages_of(reinterpret_cast<const uint8_t*>(place.scale), 4));
+    need(codes, pages_of(place.codes, row_bytes_));
+  }
+  if (scales.to) advise_pages(scales, MADV_WILLNEED);
+  if (codes.to) advise_pages(codes, MADV_WILLNEED);
+}
+
+void Table::advise(const int64_t* rows, int64_t m) const {
+  if (m > 0 && unmapped(rows, m).empty() && cold(rows, m, kProbes)) will_need(rows, by_address(rows, m));
+}
+
+void Table::gather(const int64_t* rows, int64_t m, void* out, float* out_scales, Out type, bool normalize, int threads,
+                   Isa isa) const {
+  const std::vector<int64_t> missing = unmapped(rows, m);
+  if (!missing.empty())
+    throw std::runtime_error("shard " + std::to_string(missing[0]) + " of the table is not mapped (" +
+                             std::to_string(missing.size()) + " of those that these rows are in)");
+  if (m == 0) return;
+  std::vector<int64_t> order;
+  if (cold(rows, m, std::clamp(m * row_bytes_ / kBytesPerProbe, kFewProbes, kProbes))) {
+    order = by_address(rows, m);
+    will_need(rows, order);
+  }
+  const auto locate_of = [&](int64_t i) { return locate(rows ? load<int64_t>(rows + i) : i); };
+  lift_fast::gather({m, out, out_scales, order.empty() ? nullptr : order.data(),
+                     plan(codec_, type, normalize, dim_, out, m, isa)},
+                    locate_of, threads);
+}
+
+}  // namespace lift_fast

@@ -1,0 +1,306 @@
+"""Where captions come from: tar shards, parquet files, or one CSV, TSV or JSONL file.
+
+A source is cut into shards, and cache shard k holds the captions of its shard k. Opening one counts its samples; keys
+and captions are read a shard at a time.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from ..data.shards import Shards
+from ..errors import ConfigError, DataError
+
+SHARD_ROWS = 10_000
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+class Source(Protocol):
+    """path: for messages. field: what is embedded. names, sizes: of each shard, its name and its samples."""
+
+    path: Path
+    field: str
+    names: list[str]
+    sizes: list[int]
+
+    def read(self, number: int) -> tuple[list[str], list[str]]:
+        """The sample keys and the captions of shard `number`, in order; captions without the space around them.
+
+        Raises DataError naming the shard, the row and the key for a caption that is missing, blank or no text, a key
+        that is missing or occurs twice, and a shard that does not parse or has changed.
+        """
+
+    def __str__(self) -> str:
+        """What was found, in words."""
+
+
+def open_source(
+    path: str | Path, field: str | None = None, key: str | None = None, shard_rows: int | None = None
+) -> Source:
+    """The captions at `path`: a folder of tar shards or of parquet files, or one .parquet, .csv, .tsv or .jsonl file.
+
+    field: tars: "txt" (the default) or an entry of the .json; else a column: "re_caption" for parquet, "caption" for
+    the others without one named. key: the column of sample keys, not for tars; "key" where there is such a column,
+    else the number of the row in the whole source. shard_rows: samples in a shard of CSV, TSV or JSONL (10 000).
+
+    Raises DataError: nothing there, or not to be read, or no such column. ConfigError: a setting that it has no use
+    for.
+    """
+    path = Path(path)
+    lines = path.suffix.lower() in (*_DELIMITERS, *_JSON_LINES)
+    if shard_rows is not None and path.exists() and not (lines and path.is_file()):
+        raise ConfigError(f"--shard-rows cuts one CSV, TSV or JSONL file; the files at {path} are the shards")
+    if path.is_file():
+        if lines:
+            return Lines(path, field or "caption", key, SHARD_ROWS if shard_rows is None else shard_rows)
+        if path.suffix.lower() == ".parquet":
+            return Parquet(path, field or "re_caption", key)
+        kinds = ", ".join((".parquet", *_DELIMITERS, *_JSON_LINES))
+        raise DataError(f"{path} is no file of captions ({kinds}); a tar shard is read with its folder")
+    if path.is_dir() and not any(path.glob("*.tar")):
+        if any(path.glob("*.parquet")):
+            return Parquet(path, field or "re_caption", key)
+        raise DataError(f"{path} holds no .tar shard and no .parquet file; a CSV or JSONL file is named itself")
+    source = Tars(Shards(path), field or "txt")
+    if key is not None:
+        raise ConfigError(f"--key names a column; the samples of tar shards at {path} have their keys in their names")
+    return source
+
+
+class Tars:
+    """A Source of tar shards. field: "txt", or an entry of the .json."""
+
+    def __init__(self, data: Shards, field: str = "txt"):
+        self._data = data
+        self.path, self.field = data.folder, field
+        self.names, self.sizes = [path.name for path in data.paths], data.shard_sizes
+        self._starts = _starts(self.sizes)
+
+    def read(self, number: int) -> tuple[list[str], list[str]]:
+        start = self._starts[number]
+        samples = range(start, start + self.sizes[number])
+        captions = [self._data.caption(i, self.field) for i in samples]
+        return _checked(
+            self._data.keys[start : samples.stop], captions, self.field, lambda row: f"{self.names[number]}: row {row}"
+        )
+
+    def __str__(self) -> str:
+        what = "their .txt" if self.field == "txt" else f"{self.field!r} of their .json"
+        return f"{len(self._data)} samples in {len(self.names)} tar shards at {self.path}, captions from {what}"
+
+
+class Parquet:
+    """A Source of one parquet file or a folder of them; a file is a shard. Needs pyarrow."""
+
+    def __init__(self, path: str | Path, field: str = "re_caption", key: str | None = None):
+        self.path, self.field = Path(path), field
+        self._files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.parquet"))
+        self.names, self.sizes = [file.name for file in self._files], []
+        self._key = key
+        for file in self._files:
+            rows, columns = _parquet(file, lambda table: (table.metadata.num_rows, table.schema_arrow.names))
+            if key is None and file == self._files[0] and "key" in columns:
+                self._key = "key"
+            _check_columns(file, columns, field, self._key)
+            self.sizes.append(rows)
+        self._starts = _starts(self.sizes)
+        _check_not_empty(self)
+
+    def read(self, number: int) -> tuple[list[str], list[str]]:
+        wanted = [self.field] if self._key in (None, self.field) else [self.field, str(self._key)]
+        columns = _parquet(self._files[number], lambda table: table.read(columns=wanted).to_pydict())
+        captions = columns[self.field]
+        if len(captions) != self.sizes[number]:
+            raise DataError(f"{self._files[number]} has changed while it was read; run the command again")
+        keys = _numbers(self._starts[number], captions) if self._key is None else columns[self._key]
+        return _checked(keys, captions, self.field, lambda row: f"{self._files[number]}: row {row}")
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.sizes)} rows in {len(self.names)} parquet files at {self.path}, captions from the column "
+            f"{self.field!r}, {_told_key(self._key)}"
+        )
+
+
+class Lines:
+    """A Source of one CSV or TSV file with a header, or one JSONL file; every `shard_rows` samples are a shard.
+
+    UTF-8. Blank lines are no samples.
+    """
+
+    def __init__(self, path: str | Path, field: str = "caption", key: str | None = None, shard_rows: int = SHARD_ROWS):
+        if shard_rows < 1:
+            raise ConfigError(f"shard_rows is {shard_rows}: a shard holds at least 1 sample")
+        self.path, self.field, self._key = Path(path), field, key
+        self._delimiter = _DELIMITERS.get(self.path.suffix.lower())
+        self._columns: list[str] = []
+        self._places: list[tuple[int, int]] = []  # of each shard, the byte and the lines before it
+        self.sizes: list[int] = []
+        with self.path.open("rb") as file:
+            lines = _Decoded(file, self.path)
+            if self._delimiter:
+                self._columns = self._parsed(lines, lambda: next(self._rows(lines), []))
+                names = self._columns
+            else:
+                names = sorted(self._parsed(lines, lambda: next(self._objects(lines), {})))
+            if key is None and "key" in names:
+                self._key = "key"
+            _check_columns(self.path, names, field, self._key)
+            if not self._delimiter:
+                file.seek(0)
+                lines = _Decoded(file, self.path)
+            rows: Iterator[Any] = self._rows(lines) if self._delimiter else (line for line in lines if line.strip())
+            place = lines.place
+            while self._parsed(lines, lambda: next(rows, None)) is not None:
+                if not self.sizes or self.sizes[-1] == shard_rows:
+                    self._places.append(place)
+                    self.sizes.append(0)
+                self.sizes[-1] += 1
+                place = lines.place
+        self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
+        self._starts = _starts(self.sizes)
+        _check_not_empty(self)
+
+    def read(self, number: int) -> tuple[list[str], list[str]]:
+        keys: list[Any] = []
+        captions: list[Any] = []
+        numbers: list[int] = []  # of each row, the line that it ends on
+        with self.path.open("rb") as file:
+            lines = _Decoded(file, self.path, self._places[number])
+            rows = self._rows(lines) if self._delimiter else self._objects(lines)
+            while len(captions) < self.sizes[number]:
+                row = self._parsed(lines, lambda: next(rows, None))
+                if row is None:
+                    raise DataError(f"{self.path} has changed while it was read; run the command again")
+                if self._delimiter:
+                    row = dict(zip(self._columns, row, strict=True))
+                captions.append(row.get(self.field))
+                keys.append(row.get(self._key) if self._key else self._starts[number] + len(keys))
+                numbers.append(lines.number)
+        return _checked(keys, captions, self.field, lambda row: f"{self.path}: line {numbers[row]}")
+
+    def _rows(self, lines: "_Decoded") -> Iterator[list[str]]:
+        """The fields of each row of a CSV or TSV file, the header among them where `lines` begin with it."""
+        for row in csv.reader(lines, delimiter=str(self._delimiter), strict=True):
+            if row:
+                if self._columns and len(row) != len(self._columns):
+                    raise DataError(
+                        f"{self.path}: line {lines.number} has {len(row)} fields and the header has "
+                        f"{len(self._columns)}"
+                    )
+                yield row
+
+    def _objects(self, lines: "_Decoded") -> Iterator[dict[str, Any]]:
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("it is not a JSON object")
+                yield row
+
+    def _parsed(self, lines: "_Decoded", read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (csv.Error, ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: line {lines.number} does not parse ({error})") from error
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.sizes)} rows in {self.path}, captions from {self.field!r}, {_told_key(self._key)}, "
+            f"cut into {len(self.sizes)} shards"
+        )
+
+
+class _Decoded:
+    """The lines of a file that is read from `place` on, and how far they were taken."""
+
+    def __init__(self, file: BinaryIO, path: Path, place: tuple[int, int] = (0, 0)):
+        self._file, self._path = file, path
+        self._at, self.number = place
+        file.seek(self._at)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Bytes and lines before the next line."""
+        return self._at, self.number
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            encoding = "utf-8" if self._at else "utf-8-sig"
+            self._at += len(line)
+            self.number += 1
+            try:
+                yield line.decode(encoding)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self._path}: line {self.number} is not UTF-8 ({error.reason})") from error
+
+
+def _parquet(file: Path, read: Callable[[Any], Any]) -> Any:
+    """read(the opened file). Raises DataError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{file} needs pyarrow to be read; bring it with: pip install 'lift-fast[parquet]'") from error
+    try:
+        with parquet.ParquetFile(file) as table:
+            return read(table)
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} is not a whole parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _check_columns(path: Path, columns: Sequence[str], field: str, key: str | None) -> None:
+    for name, option in ((field, "--column"), (key, "--key")):
+        if name is not None and columns.count(name) != 1:
+            several = "several columns" if name in columns else "no column"
+            raise DataError(f"{path} has {several} {name!r}; choose with {option} among: {', '.join(columns)}")
+
+
+def _check_not_empty(source: Source) -> None:
+    if not sum(source.sizes):
+        raise DataError(f"{source.path} holds not one sample")
+
+
+def _checked(
+    keys: Sequence[Any], captions: Sequence[Any], field: str, where: Callable[[int], str]
+) -> tuple[list[str], list[str]]:
+    """Keys as text, captions stripped. Raises DataError for the first that is of no use."""
+    first: dict[str, int] = {}
+    texts = []
+    for row, (key, caption) in enumerate(zip(keys, captions, strict=True)):
+        if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
+            found = "no key" if key is None or key == "" else f"the key {key!r}, neither text nor a whole number"
+            raise DataError(f"{where(row)} has {found}")
+        name = str(key)
+        if name in first:
+            raise DataError(f"{where(row)} has the key {name!r}, as {where(first[name])} has")
+        first[name] = row
+        if caption is not None and not isinstance(caption, str):
+            raise DataError(f"{where(row)}, key {name!r}: {field!r} is {type(caption).__name__}, not text")
+        text = (caption or "").strip()
+        if not text:
+            raise DataError(f"{where(row)}, key {name!r} has no caption {field!r}; add one or drop the sample")
+        try:
+            (name + text).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where(row)}, key {name!r}: half a Unicode character ({error.reason})") from error
+        texts.append(text)
+    return list(first), texts
+
+
+def _numbers(start: int, rows: Sequence[Any]) -> range:
+    return range(start, start + len(rows))
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _told_key(key: str | None) -> str:
+    return "keys: the rows' numbers" if key is None else f"keys from {key!r}"

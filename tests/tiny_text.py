@@ -1,0 +1,96 @@
+"""Captions, an encoder that costs nothing, and a worker that embeds with it, for the tests."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lift_fast.text.embed import Rank, embed_share
+from lift_fast.text.sources import open_source
+
+DIM = 24
+
+
+@dataclass
+class Spec:
+    name: str = "tiny"
+
+    def as_dict(self):
+        return {"name": self.name}
+
+
+@dataclass
+class TinyEncoder:
+    """A caption's vector is its hash. mixed: with a little of the first caption of its batch, as the rounding of a
+    real encoder has: other batches give other codes."""
+
+    mixed: bool = True
+    spec: Spec = field(default_factory=Spec)
+    dim: int = DIM
+    device: torch.device = torch.device("cpu")
+    encoded: list[str] = field(default_factory=list)
+
+    def encode(self, captions, batch_size=64, done=lambda count: None):
+        self.encoded += captions
+        out = np.empty((len(captions), self.dim), dtype=np.float32)
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            out[start : start + len(batch)] = np.stack([self.vector(caption) for caption in batch])
+            if self.mixed:
+                out[start : start + len(batch)] += 0.1 * self.vector(f"{batch[0]} of {len(batch)}")
+            done(len(batch))
+        return torch.from_numpy(out)
+
+    def vector(self, caption):
+        return np.frombuffer(hashlib.shake_128(caption.encode()).digest(2 * self.dim), "<i2") / np.float32(1 << 15)
+
+
+def captions_of(count, kinds):
+    """`count` captions, of which about `kinds` differ."""
+    random = np.random.default_rng(count)
+    return [f"caption number {i}" for i in random.integers(0, kinds, count)]
+
+
+def write_lines(path: Path, captions) -> Path:
+    lines = (json.dumps({"key": f"k{i}", "caption": caption}) for i, caption in enumerate(captions))
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def work(path, out, shard_rows, rank=0, world=1, codec="int8"):
+    """One rank's share, quietly."""
+    source = open_source(path, shard_rows=shard_rows)
+    return embed_share(source, out, TinyEncoder(), codec=codec, rank=Rank(rank, world), progress=False)
+
+
+def work_until(step, *arguments):
+    """work(*arguments) that kills itself with SIGKILL before its rename number step / 2, or, step odd, after it."""
+    rename, done = os.replace, [0]
+
+    def renamed(source, target):
+        if done[0] == step / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+        if done[0] == (step - 1) / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done[0] += 1
+
+    os.replace = renamed
+    work(*arguments)
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["lift_fast.text.embed"])
+
+
+def start(target, *arguments):
+    """A process of its own that runs target; quick, but for the first."""
+    process = _SERVER.Process(target=target, args=arguments)
+    process.start()
+    return process
