@@ -168,7 +168,10 @@ class Embed:
             return self.tell(source, encoder)
         done = embed_share(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, rank=rank)
         who = f"{rank}: " if rank.world > 1 else ""
-        print(f"{who}{done.computed} captions computed, {done.copied} repeats copied")
+        kept = "" if done.cosine is None else f"; mean cosine of their codes to them {done.cosine:.5f}"
+        print(f"{who}{done.computed} captions computed, {done.copied} repeats copied{kept}")
+        if self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
+            print(f"{who}a few large coordinates set the step of int8 here; --codec int8r spreads them and loses less")
         if done.missing:
             print(
                 f"{who}{done.missing} of the shards are other ranks' still to write; if none of them is running, run "

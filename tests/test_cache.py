@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import sys
 import threading
 from hashlib import sha256
@@ -132,6 +133,16 @@ def test_of_two_samples_with_one_key_the_first_counts(tmp_path):
         writer.write_shard(shard, encode(vectors_of(2, 4), "int8"), [key_hash("a"), key_hash("ab"[shard])])
     writer.finish()
     assert Cache(tmp_path / "c").find(["a", "b", "a"]).tolist() == [0, 3, 0]
+
+
+def test_a_cache_is_sent_to_a_worker(tmp_path, monkeypatch):
+    write(tmp_path / "c", [4, 3], 6)
+    monkeypatch.chdir(tmp_path)
+    cache = Cache("c")
+    cache.prefetch(torch.arange(2)).result()  # it has a lock, a map and a thread, which do not travel
+    sent, vectors = pickle.dumps(cache), cache.vectors(torch.arange(7))
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(sent).vectors(torch.arange(7)), vectors)
 
 
 def test_rows_taken_are_the_callers_own(tmp_path):

