@@ -137,23 +137,31 @@ Floats padded(const float* from, int64_t count, float missing, float beyond) {
 }
 
 // task(pass, index, worker) for each index below tasks. Threads live for one call: nothing to break in a forked data
-// loader, no second OpenMP beside torch's.
+// loader, no second OpenMP beside torch's. in_turn: worker w does w, w + workers, …, so that what a worker adds up is
+// added in the same order every time; else whoever is free does the next.
 template <class Pass>
-void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const Pass&, int64_t, int)) {
+void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const Pass&, int64_t, int),
+              bool in_turn = false) {
+  const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), tasks));
   std::atomic<int64_t> next{0};
   const auto work = [&](int worker) {
-    for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(pass, i, worker);
+    if (in_turn)
+      for (int64_t i = worker; i < tasks; i += workers) task(pass, i, worker);
+    else
+      for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(pass, i, worker);
   };
   std::vector<std::thread> others;
   others.reserve(std::max(threads, 1));
-  for (int worker = 1; worker < std::min<int64_t>(threads, tasks); ++worker) {
+  int worker = 1;
+  for (; worker < workers; ++worker) {
     try {
       others.emplace_back(work, worker);
     } catch (const std::system_error&) {
-      break;  // no thread to be had: those that are here do the rest
+      break;  // no thread to be had: this one does the rest
     }
   }
   work(0);
+  for (; worker < workers; ++worker) work(worker);
   for (auto& other : others) other.join();
 }
 
@@ -429,7 +437,7 @@ void stats_cpu(const Pairs& pairs, const Stats& stats, int threads, PairsIsa isa
     std::fill(own, own + pass.column_stride, -INFINITY);
     std::fill(own + pass.column_stride, own + 3 * pass.column_stride, 0.f);
   }
-  parallel(blocks, threads, pass, kernels.stats);
+  parallel(blocks, threads, pass, kernels.stats, true);
   for (int64_t worker = 0; worker < workers; ++worker) {
     const float* own = state.get() + worker * 3 * pass.column_stride;
     for (int64_t j = 0; j < pairs.t.count; ++j)

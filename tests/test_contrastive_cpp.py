@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lift_fast import _C
 from lift_fast.ops import cpp_pairs
+from lift_fast.ops.contrastive import contrastive
 from lift_fast.ops.pairs import Block
 
 ISAS = _C.pairs_isa_levels()
@@ -231,6 +232,23 @@ def test_the_number_of_threads_does_not_change_an_images_gradient():
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_same_bits_every_time():
+    """Whichever thread is the faster: a run that is resumed must be the run that went on."""
+    torch.manual_seed(0)
+    text, values = F.normalize(torch.randn(1200, 16), dim=1), torch.randn(1200, 16)
+    scale, threads, seen = torch.tensor(14.3, requires_grad=True), torch.get_num_threads(), set()
+    torch.set_num_threads(5)  # more than there are cores, often: they come in any order
+    try:
+        for turn in range(60):
+            image = values.clone().requires_grad_()
+            loss = contrastive(image, text, scale, normalize=True)
+            d_image, d_scale = torch.autograd.grad(loss, (image, scale))
+            seen.add((loss.item(), d_scale.item(), d_image.numpy().tobytes()))
+            assert len(seen) == 1, turn
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_scratch_is_used_again_and_released():
