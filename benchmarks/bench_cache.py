@@ -4,7 +4,8 @@ what opening, finding and cold pages cost; and what each codec keeps of real emb
 Caches are made in a temporary folder. Those that are gathered from for their speed hold random codes: the time does not
 depend on them. "into" fills a buffer that is there already, as a trainer's is; the others also allocate the result,
 which on a CPU costs a page fault every 4 KB. The tables of 10^4 to 10^7 rows are sparse files: their holes are read as
-zeros, through the same page cache. TMPDIR says where; the suite needs about 3 GiB of disk (--quick: 1.5) and memory.
+zeros, through the same page cache. TMPDIR says where; the suite needs about 3 GiB of disk
+(--quick: 1.5) and memory. Gemma's embeddings need the `gemma` extra, Lance pylance.
 """
 
 import json
