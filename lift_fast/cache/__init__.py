@@ -6,10 +6,11 @@ codecs.py what a code stands for. All little-endian, as in safetensors. A cache 
 partial.json in place of manifest.json.
 """
 
+from ..ops.table import key_hashes
 from .codec import encode, key_hash
 from .manifest import Manifest, Shard
 from .reader import Cache
 from .rotation import Rotation
 from .writer import CacheWriter
 
-__all__ = ["Cache", "CacheWriter", "Manifest", "Rotation", "Shard", "encode", "key_hash"]
+__all__ = ["Cache", "CacheWriter", "Manifest", "Rotation", "Shard", "encode", "key_hash", "key_hashes"]

@@ -25,8 +25,8 @@ import numpy as np
 
 from ..errors import CacheError, CacheMismatch
 from ..files import write_whole
+from ..ops.table import key_hashes
 from ..quantized import QuantizedRows
-from .codec import key_hash
 from .manifest import MANIFEST, PARTIAL, Manifest, Shard, shard_name
 from .rotation import Rotation
 from .shard import check_content, content, describe, header, map_shard, tensors
@@ -97,7 +97,7 @@ class CacheWriter:
         with open(self.folder / entry.name, "rb") as file:
             file.seek(len(header(self._manifest, number, found)))  # the keys come first
             theirs = np.fromfile(file, dtype="<i8", count=entry.rows)
-        differ = np.array([key_hash(key) for key in keys], dtype=np.int64) != theirs
+        differ = key_hashes(keys).numpy() != theirs
         if differ.any():
             row = int(differ.argmax())
             raise CacheMismatch(

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..cache import Cache, CacheWriter, Rotation, encode, key_hash
+from ..cache import Cache, CacheWriter, Rotation, encode, key_hashes
 from ..codecs import codec_named
 from ..data.shards import Shards
 from ..errors import ConfigError, DataError
@@ -183,7 +183,7 @@ def embed_share(
                     continue
                 bar.set_postfix_str(f"{in_bytes(left)} to write")
                 rows = _with_copies(number, captions, first, coded, writer.written)
-                writer.write_shard(number, rows, [key_hash(key) for key in keys])
+                writer.write_shard(number, rows, key_hashes(keys).tolist())
                 left -= writer.size_on_disk([number])
                 copied += len(captions) - plan[number].new
         bar.set_postfix_str(f"{in_bytes(left)} to write")
