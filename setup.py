@@ -171,7 +171,7 @@ setup(
             include_dirs=[str(CSRC)],
             depends=[str(path) for path in sorted(CSRC.iterdir())],
             extra_compile_args=["-O3", "-g0", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
             cxx_std=17,
         )
     ],

@@ -4,33 +4,16 @@
 #include <stdexcept>
 #include <string>
 
-#include "pairs.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace lift_fast;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Element element(int type) {
   if (type < 0 || type > 3) throw std::invalid_argument("an element type is 0 (f32), 1 (bf16), 2 (f16) or 3 (int8)");
   return static_cast<Element>(type);
-}
-
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-
-PairsIsa isa_named(const std::string& wanted) {
-  const int best = static_cast<int>(best_pairs_isa());
-  if (wanted.empty()) return best_pairs_isa();
-  for (int i = 0; i <= best; ++i)
-    if (wanted == kNames[i]) return static_cast<PairsIsa>(i);
-  throw std::invalid_argument("this CPU has no '" + wanted + "'; its best is " + kNames[best]);
 }
 
 Rows rows_of(Address data, int type, int64_t count, int64_t stride, Address scales) {
@@ -63,7 +46,7 @@ void bind_pairs(py::module_& module) {
   module.def("release_scratch", &release_scratch);
   module.def("pairs_isa_levels", [] {
     py::list levels;
-    for (int i = 0; i <= static_cast<int>(best_pairs_isa()); ++i) levels.append(kNames[i]);
+    for (int i = 0; i <= static_cast<int>(best_pairs_isa()); ++i) levels.append(kIsaNames[i]);
     return levels;
   }, "Instruction sets of this CPU for the losses over pairs, slowest first.");
   module.def("pairs_stats", [](const Pairs& pairs, Address row, int64_t row_stride, Address col, int64_t col_stride,

@@ -12,17 +12,15 @@
 #include "pairs.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "floats.h"
+#include "parallel.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -134,35 +132,6 @@ Floats padded(const float* from, int64_t count, float missing, float beyond) {
   for (int64_t i = 0; i < count; ++i) out[i] = from ? from[i] : missing;
   std::fill(out.get() + count, out.get() + size, beyond);
   return out;
-}
-
-// task(pass, index, worker) for each index below tasks. Threads live for one call: nothing to break in a forked data
-// loader, no second OpenMP beside torch's. in_turn: worker w does w, w + workers, …, so that what a worker adds up is
-// added in the same order every time; else whoever is free does the next.
-template <class Pass>
-void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const Pass&, int64_t, int),
-              bool in_turn = false) {
-  const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), tasks));
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int worker) {
-    if (in_turn)
-      for (int64_t i = worker; i < tasks; i += workers) task(pass, i, worker);
-    else
-      for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(pass, i, worker);
-  };
-  std::vector<std::thread> others;
-  others.reserve(std::max(threads, 1));
-  int worker = 1;
-  for (; worker < workers; ++worker) {
-    try {
-      others.emplace_back(work, worker);
-    } catch (const std::system_error&) {
-      break;  // no thread to be had: this one does the rest
-    }
-  }
-  work(0);
-  for (; worker < workers; ++worker) work(worker);
-  for (auto& other : others) other.join();
 }
 
 // Blocks of at most kTileRows, as many as a multiple of the threads where there are rows enough.
