@@ -1,4 +1,4 @@
-# csrc/bind*.cpp. Pointers and streams are integers; see csrc/ops.h, csrc/table.h and csrc/pairs.h for shapes.
+# csrc/bind*.cpp. Pointers and streams are integers; shapes: csrc/ops.h, csrc/table.h, csrc/pairs.h and csrc/blocks.h.
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,32 @@ def pairs_sigmoid(
     pairs: Pairs, gradient: Gradient, alpha: float, loss: int, d_scale: int, d_bias: int, keep: int,
     keep_stride: int, threads: int, isa: str = "",
 ) -> None: ...  # fmt: skip
+
+class Attention:
+    def __init__(
+        self, qkv: int, type: int, batch: int, tokens: int, heads: int, dim: int, scale: float, causal: bool
+    ) -> None: ...  # fmt: skip
+
+def attention_forward(attention: Attention, out: int, lse: int, threads: int, isa: str = "") -> None: ...
+def attention_backward(
+    attention: Attention, d_out: int, lse: int, d_qkv: int, out: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def blocks_isa_levels() -> list[str]: ...
+def layernorm_cpu(
+    x: int, residual: int, weight: int, bias: int, eps: float, y: int, stream: int, mean: int, rstd: int,
+    rows: int, width: int, type: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def layernorm_backward_cpu(
+    dy: int, stream: int, mean: int, rstd: int, weight: int, bias: int, d_stream: int, dx: int, y: int,
+    d_weight: int, d_bias: int, rows: int, width: int, type: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def bias_act_cpu(
+    h: int, bias: int, a: int, rows: int, width: int, activation: int, type: int, threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
+def bias_act_backward_cpu(
+    da: int, h: int, bias: int, dh: int, a: int, d_bias: int, rows: int, width: int, activation: int, type: int,
+    threads: int, isa: str = "",
+) -> None: ...  # fmt: skip
 def cuda_device_count() -> int: ...
 def contrastive_stats_scratch(rows: int, cols: int) -> int: ...
 def sigmoid_scratch(rows: int, cols: int) -> int: ...
@@ -82,4 +108,22 @@ def sigmoid_cuda(
 ) -> None: ...  # fmt: skip
 def widen_cuda(
     codes: int, stride: int, rows: int, dim: int, out: int, type: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def layernorm_parts(rows: int, width: int, type: int, multiprocessors: int) -> int: ...
+def bias_act_parts(rows: int, width: int, type: int, multiprocessors: int) -> int: ...
+def layernorm_cuda(
+    x: int, residual: int, weight: int, bias: int, eps: float, y: int, s: int, mean: int, rstd: int, rows: int,
+    width: int, type: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def layernorm_backward_cuda(
+    dy: int, s: int, mean: int, rstd: int, weight: int, bias: int, d_s: int, dx: int, y: int, d_weight: int,
+    d_bias: int, scratch: int, parts: int, rows: int, width: int, type: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
+def bias_act_cuda(
+    h: int, bias: int, a: int, rows: int, width: int, multiprocessors: int, activation: int, type: int, device: int,
+    stream: int,
+) -> None: ...  # fmt: skip
+def bias_act_backward_cuda(
+    da: int, h: int, bias: int, dh: int, a: int, d_bias: int, scratch: int, parts: int, rows: int, width: int,
+    activation: int, type: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip

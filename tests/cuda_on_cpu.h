@@ -200,6 +200,13 @@ inline __half __float2half_rn(float x) {
   const long units = std::lrint(std::ldexp(static_cast<double>(std::fabs(x)), 10 - exponent));
   return {static_cast<std::uint16_t>(sign | (units + ((exponent + 14) << 10)))};
 }
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                    : std::ldexp(static_cast<float>(fraction + (exponent ? 1024 : 0)),
+                                                 (exponent ? exponent : 1) - 25);
+  return x.bits & 0x8000 ? -size : size;
+}
 struct __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
@@ -210,6 +217,8 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float __low2float(__half2 two) { return __half2float(two.x); }
+inline float __high2float(__half2 two) { return __half2float(two.y); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };

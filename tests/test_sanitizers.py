@@ -17,7 +17,9 @@ def library(name):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("tests", ["test_gather.py", "test_contrastive_cpp.py"])
+@pytest.mark.parametrize(
+    "tests", ["test_gather.py", "test_contrastive_cpp.py", "test_blocks_cpp.py", "test_attention_cpp.py"]
+)
 def test_the_engine_runs_clean(tmp_path, tests):
     tree = tmp_path / "tree"
     skip = shutil.ignore_patterns("*.so", "__pycache__")

@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from . import triton_blocks
 from .pairs import Block, exact_float32
 
 HALF = (torch.bfloat16, torch.float16)
@@ -25,18 +26,9 @@ FLOAT16_UP = 1024.0  # 1 / rows is subnormal in float16
 
 
 def why_not() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed; a CUDA build of torch brings it, or `pip install triton`"
-    if triton.knobs.runtime.interpret:
-        return None
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU here, and TRITON_INTERPRET=1 is not set"
-    major, minor = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
-    if major < 8:
-        return f"its kernels need compute capability 8.0, and there is a GPU of {major}.{minor} here"
-    if "dtype" not in torch.ops.aten.mm.overloads():
+    if reason := triton_blocks.why_not():
+        return reason
+    if torch.cuda.is_available() and "dtype" not in torch.ops.aten.mm.overloads():
         return f"torch {torch.__version__} has no torch.mm(..., out_dtype=...); install torch >= 2.8"
     return None
 
