@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+from ..ops import float8
+from ..ops.block import Checkpointing
 from .config import Preset
 from .head import Head
 from .text import TextTransformer
@@ -25,11 +28,19 @@ class _Scaled(nn.Module):
         """Keeps the scale within [1, 100] (arXiv 2103.00020, section 2.5); call it after every step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def set_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks' activations in backward: less memory, a third more FLOPs."""
+    def set_checkpointing(self, level: Checkpointing) -> None:
+        """What the backward computes again rather than keeps: none, mlp, branches or block (ops/block.py)."""
         for module in self.modules():
             if isinstance(module, Transformer):
-                module.checkpointing = enabled
+                module.checkpointing = level
+
+    def set_fp8(self, enabled: bool) -> None:
+        """Whether the blocks' linear layers multiply in float8 (ops/float8.py). Raises ConfigError where none can."""
+        if enabled and (reason := float8.why_not(self.logit_scale.device)):
+            raise ConfigError(f"fp8: {reason}; leave it out")
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.fp8 = enabled
 
 
 class Lift(_Scaled):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TextConfig
-from .transformer import Transformer
+from .transformer import LayerNorm, Transformer
 
 
 class TextTransformer(nn.Module):
@@ -16,7 +16,7 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, config.width))
         self.transformer = Transformer(config.width, config.layers, config.heads, causal=True)
-        self.ln_final = nn.LayerNorm(config.width)
+        self.ln_final = LayerNorm(config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -2,53 +2,96 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from ..ops.attention import choose, keeps_out
+from ..ops.block import Checkpointing, block, kept_bytes
+from ..ops.blocks import Activation
+from ..ops.layernorm import layernorm
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, by ops/layernorm.py: any backend, float32 statistics, out in its input's dtype also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = layernorm(x, self.weight, self.bias, self.eps)
+        assert isinstance(y, Tensor)
+        return y
 
 
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x)); x is [batch, tokens, width]."""
+    """The weights of x + Attention(LN(x)), then x + MLP(LN(x)), for ops/block.py; x is [batch, tokens, width]."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, mlp_dim: int, norm_eps: float):
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width)
-        self.fc_1 = nn.Linear(width, 4 * width)
-        self.fc_2 = nn.Linear(4 * width, width)
+        self.ln_2 = nn.LayerNorm(width, norm_eps)
+        self.fc_1 = nn.Linear(width, mlp_dim)
+        self.fc_2 = nn.Linear(mlp_dim, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.ln_1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens, head_dim]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.fc_2(F.gelu(self.fc_1(self.ln_2(x))))
+    def weights(self) -> tuple[Tensor, ...]:
+        """In the order that ops/block.py takes them."""
+        return tuple(p for layer in self.children() for p in (layer.weight, layer.bias))  # type: ignore[misc]
 
 
 class Transformer(nn.Module):
-    """`layers` blocks. With `checkpointing`, a block's activations are recomputed in backward."""
+    """`layers` blocks. x [batch, tokens, width] -> the same, in the dtype the blocks multiply in.
 
-    def __init__(self, width: int, layers: int, heads: int, *, causal: bool = False):
+    checkpointing: what the backward computes again, see ops/block.py. fp8: linear layers multiply in float8, see
+    ops/float8.py. backend, attention_backend: None for the first of each that is here. All may be set at any time.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        mlp_dim: int | None = None,
+        causal: bool = False,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
-        self.checkpointing = False
-        blocks = [Block(width, heads, causal) for _ in range(layers)]
+        self.width, self.heads, self.causal = width, heads, causal
+        self.mlp_dim, self.activation, self.norm_eps = mlp_dim or 4 * width, activation, norm_eps
+        self.checkpointing: Checkpointing = "none"
+        self.fp8 = False
+        self.backend: str | None = None
+        self.attention_backend: str | None = None
+        blocks = [Block(width, self.mlp_dim, norm_eps) for _ in range(layers)]
         # open_clip's initialisation: residual branches shrink with depth.
-        for block in blocks:
-            nn.init.normal_(block.qkv.weight, std=width**-0.5)
-            nn.init.normal_(block.fc_1.weight, std=(2 * width) ** -0.5)
-            for linear in (block.proj, block.fc_2):
+        for layer in blocks:
+            nn.init.normal_(layer.qkv.weight, std=width**-0.5)
+            nn.init.normal_(layer.fc_1.weight, std=(2 * width) ** -0.5)
+            for linear in (layer.proj, layer.fc_2):
                 nn.init.normal_(linear.weight, std=(2 * layers * width) ** -0.5)
-            for linear in (block.qkv, block.proj, block.fc_1, block.fc_2):
+            for linear in (layer.qkv, layer.proj, layer.fc_1, layer.fc_2):
                 nn.init.zeros_(linear.bias)
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+        branch: Tensor | None = None
+        for layer in self.blocks:
+            x, branch = block(
+                x,
+                branch,
+                *layer.weights(),  # type: ignore[operator]
+                heads=self.heads,
+                eps=self.norm_eps,
+                activation=self.activation,
+                causal=self.causal,
+                checkpointing=self.checkpointing,
+                fp8=self.fp8,
+                backend=self.backend,
+                attention_backend=self.attention_backend,
+            )
+        return x if branch is None else x + branch
+
+    def activation_bytes(self, batch: int, tokens: int, dtype: torch.dtype, device: str = "cpu") -> int:
+        """Bytes that the blocks keep for the backward of [batch, tokens] tokens in dtype, weights aside."""
+        head_dim = self.width // self.heads
+        name, _ = choose(device, tokens, head_dim, dtype, self.attention_backend)
+        sizes = batch * tokens, self.width, self.mlp_dim, self.heads, dtype.itemsize
+        return len(self.blocks) * kept_bytes(*sizes, self.checkpointing, keeps_out(name))
