@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lift_fast.errors import ConfigError
 from lift_fast.measure import compare, time
@@ -17,7 +18,7 @@ from lift_fast.measure.flops import clip_flops, count, lift_flops, saved
 from lift_fast.measure.memory import LiveBytes, peak_training_memory
 from lift_fast.measure.paper import PAPER_RESULTS, RETRIEVAL_TASKS, SUGARCREPE_TASKS
 from lift_fast.measure.time import Timing, clip_text_ms, interleaved_ms, lift_text_ms, median_ms
-from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig, preset
+from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig, preset, transformer
 from lift_fast.ops.contrastive import contrastive
 from lift_fast.quantized import QuantizedRows
 
@@ -44,12 +45,14 @@ def blocks_backward(tokens, width, layers):
     return layers * (2 * 2 * tokens * 12 * width**2 + 10 * tokens**2 * width)
 
 
-def recomputed(tokens, width, layers):
-    """Checkpointing recomputes a block up to the last tensor that backward needs: all but its last linear."""
-    return blocks(tokens, width, layers) - layers * 2 * tokens * 4 * width**2
+def recomputed(tokens, width, layers, checkpointing):
+    """Up to the last tensor that backward needs: never the last linear layer, nor the one before a kept sum."""
+    squares = {"none": 0, "mlp": 4, "branches": 7, "block": 8}[checkpointing]
+    attention = 4 * tokens**2 * width if checkpointing in ("branches", "block") else 0
+    return layers * (2 * tokens * squares * width**2 + attention)
 
 
-def by_hand(p: Preset, text_dim: int, training: bool, checkpointing: bool):
+def by_hand(p: Preset, text_dim: int, training: bool, checkpointing: str):
     """(LIFT image, CLIP image, CLIP text)"""
     v, t = p.vit, p.text
     patches = (v.image_size // v.patch_size) ** 2
@@ -63,13 +66,14 @@ def by_hand(p: Preset, text_dim: int, training: bool, checkpointing: bool):
         image += patch_embed + blocks_backward(*vit)
         text += blocks_backward(*txt) + 2 * text_projection
         head, image_projection = 3 * head, 3 * image_projection
-        if checkpointing:
-            image, text = image + recomputed(*vit), text + recomputed(*txt)
+        image, text = image + recomputed(*vit, checkpointing), text + recomputed(*txt, checkpointing)
     return image + head, image + image_projection, text
 
 
 @pytest.mark.parametrize("p", [TINY, VIT_B16, TINY.with_context(323), ODD], ids=["tiny", "b16", "long", "odd"])
-@pytest.mark.parametrize("training, checkpointing", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "training, checkpointing", [(False, "none"), (True, "none"), (True, "mlp"), (True, "branches"), (True, "block")]
+)
 def test_flops_are_the_hand_formulas(p, training, checkpointing):
     how = {"training": training, "checkpointing": checkpointing}
     lift, clip = lift_flops(p, **how), clip_flops(p, **how)
@@ -79,7 +83,7 @@ def test_flops_are_the_hand_formulas(p, training, checkpointing):
 
 
 def test_flops_of_another_head():
-    assert lift_flops(ODD, 13).image == by_hand(ODD, 13, False, False)[0]
+    assert lift_flops(ODD, 13).image == by_hand(ODD, 13, False, "none")[0]
 
 
 @pytest.mark.parametrize("context, fraction", [(77, 0.146), (128, 0.222)])
@@ -114,7 +118,7 @@ def test_measuring_leaves_the_random_state_alone():
 # Memory.
 
 
-def two_steps(kind: str, p: Preset, batch: int, checkpointing: bool, optimizer: dict):
+def two_steps(kind: str, p: Preset, batch: int, checkpointing: str, optimizer: dict):
     """Two whole training steps; yields after each."""
     model = Lift(p) if kind == "lift" else Clip(p)
     model.set_checkpointing(checkpointing)
@@ -140,7 +144,7 @@ def two_steps(kind: str, p: Preset, batch: int, checkpointing: bool, optimizer: 
 
 
 @pytest.mark.parametrize("kind", ["lift", "clip"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "branches", "block"])
 def test_peak_is_what_mem_tracker_sees_in_a_second_step(kind, checkpointing):
     tracker_module = pytest.importorskip("torch.distributed._tools.mem_tracker")
     tracker = tracker_module.MemTracker()
@@ -148,7 +152,7 @@ def test_peak_is_what_mem_tracker_sees_in_a_second_step(kind, checkpointing):
         for _ in two_steps(kind, ODD, 13, checkpointing, {"fused": True}):
             tracker.reset_mod_stats()
     seen = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-    ours = peak_training_memory(kind, ODD, 13, checkpointing=checkpointing, autocast="cpu")
+    ours = peak_training_memory(kind, ODD, 13, checkpointing=checkpointing)
     assert ours == pytest.approx(seen, rel=0.01)
 
 
@@ -181,19 +185,51 @@ def test_the_loss_grows_no_faster_than_the_batch():
 @pytest.mark.parametrize(
     "kind, context, checkpointing, batch, gib",
     [
-        ("lift", 77, False, 256, 15.8),
-        ("clip", 77, False, 256, 20.4),
-        ("clip", 128, False, 256, 23.1),
-        ("lift", 77, True, 2048, 20.9),
-        ("clip", 77, True, 2048, 21.6),
+        ("lift", 77, "none", 256, 15.8),
+        ("clip", 77, "none", 256, 20.4),
+        ("clip", 128, "none", 256, 23.1),
+        ("lift", 77, "block", 2048, 20.9),
+        ("clip", 77, "block", 2048, 21.6),
     ],
 )
-def test_peaks_are_near_those_found_with_open_clips_towers(kind, context, checkpointing, batch, gib):
+def test_peaks_of_plain_blocks_are_near_those_found_with_open_clips(
+    kind, context, checkpointing, batch, gib, monkeypatch
+):
     """Those were taken with the float32 pixels left out, which are 0.14 GiB at 256 and 1.15 at 2 048."""
+    monkeypatch.setattr(transformer, "block", plain_block)
+    monkeypatch.setattr(transformer.LayerNorm, "forward", nn.LayerNorm.forward)
     pixels = batch * 3 * 224**2 * 4 / GIB
     sizes = VIT_B16.with_context(context)
-    peak = peak_training_memory(kind, sizes, batch, checkpointing=checkpointing, autocast="cpu")
+    peak = peak_training_memory(kind, sizes, batch, checkpointing=checkpointing)
     assert peak / GIB - pixels == pytest.approx(gib, rel=0.02)
+
+
+def plain_block(x, branch, *weights, heads, causal, checkpointing, **_):
+    """What ops/block.py computes, by torch's functions under autocast; the sum first, then nothing to add."""
+
+    def run(x):
+        ln1_w, ln1_b, w_qkv, b_qkv, w_o, b_o, ln2_w, ln2_b, w1, b1, w2, b2 = weights
+        qkv = F.linear(F.layer_norm(x, x.shape[2:], ln1_w, ln1_b), w_qkv, b_qkv)
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + F.linear(attended.transpose(1, 2).flatten(2), w_o, b_o)
+        return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[2:], ln2_w, ln2_b), w1, b1)), w2, b2)
+
+    x = checkpoint(run, x, use_reentrant=False) if checkpointing == "block" else run(x)
+    return x, None
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "mlp", "branches", "block"])
+def test_a_sample_costs_what_the_tower_says_it_keeps(checkpointing):
+    few, many = (peak_training_memory("lift", VIT_B16, batch, checkpointing=checkpointing) for batch in (512, 1024))
+    with torch.device("meta"):
+        tower = Lift(VIT_B16).visual
+    tower.transformer.checkpointing = checkpointing
+    kept = tower.activation_bytes(512)
+    embedded = 512 * tower.config.tokens * 768 * 2
+    # Beside what the blocks keep: pixels, tokens before and after the first layernorm, and what one block's backward
+    # holds for a moment, 11 to 20 widths a token.
+    assert kept + 5 * embedded < many - few < kept + 27 * embedded
 
 
 def test_peak_grows_with_batch_and_context_and_falls_with_checkpointing():
@@ -203,18 +239,9 @@ def test_peak_grows_with_batch_and_context_and_falls_with_checkpointing():
     for kind in ("lift", "clip"):
         one = peak(kind, 63, 77)
         assert peak(kind, 62, 77) < one < peak(kind, 257, 77)
-        assert peak(kind, 63, 77, checkpointing=True) < one < peak(kind, 63, 77, precision="fp32")
+        assert peak(kind, 63, 77, checkpointing="block") < one < peak(kind, 63, 77, precision="fp32")
     assert peak("clip", 63, 76) < peak("clip", 63, 77) < peak("clip", 63, 323)
     assert peak("lift", 63, 16) == peak("lift", 63, 323) < peak("lift", 63, 77, text_dim=5000)
-
-
-@pytest.mark.parametrize("kind", ["lift", "clip"])
-def test_cuda_s_autocast_keeps_a_float32_stream(kind):
-    def peak(**how):
-        return peak_training_memory(kind, ODD, 63, **how)
-
-    assert peak(autocast="cpu") < peak(autocast="cuda") < peak(precision="fp32")
-    assert peak(autocast="cpu", precision="fp32") == peak(autocast="cuda", precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -343,10 +370,10 @@ def test_paper_scale(monkeypatch):
     scale = paper_scale(contexts=(77, 100), batch_size=96)
     json.dumps(scale)
     assert [(row["context"], row["checkpointing"], row["batch_size"]) for row in scale["rows"]] == [
-        (77, False, 96),
-        (77, True, 96),
-        (100, False, 96),
-        (100, True, 96),
+        (77, "none", 96),
+        (77, "block", 96),
+        (100, "none", 96),
+        (100, "block", 96),
     ]
     assert scale["batch_size"] == 96
     short, other = scale["n77"], scale["n100"]
@@ -367,7 +394,7 @@ def test_another_preset_at_an_odd_batch():
     assert scale["n77"]["paper_flops_saved"] is None  # the paper trains no such model
     assert scale["n77"]["memory_saved"] == scale["rows"][1]["memory_saved"] > 0
     assert scale["rows"][0]["clip_memory_bytes"] == peak_training_memory("clip", TINY, 37)
-    assert scale["rows"][1]["lift_memory_bytes"] == peak_training_memory("lift", TINY, 37, checkpointing=True)
+    assert scale["rows"][1]["lift_memory_bytes"] == peak_training_memory("lift", TINY, 37, checkpointing="block")
 
 
 def test_default_regimes(monkeypatch):
@@ -395,4 +422,4 @@ def test_cost_against_length_is_flat_for_lift_and_grows_for_clip():
 
 def test_memory_needs_no_memory():
     """A batch no machine holds."""
-    assert peak_training_memory("lift", TINY, 1_000_000, checkpointing=True) > 6e11
+    assert peak_training_memory("lift", TINY, 1_000_000, checkpointing="block") > 4e11

@@ -102,8 +102,8 @@ def example_report(rng: random.Random) -> dict:
     rows = []
     for context, text in ((77, 5.81e9), (128, 9.66e9)):
         for checkpointing, batch, lift_gib, clip_gib in (
-            (False, 256, 15.8, 20.4 if context == 77 else 23.1),
-            (True, 2048, 20.9, 21.6 if context == 77 else 22.7),
+            ("none", 256, 15.8, 20.4 if context == 77 else 23.1),
+            ("block", 2048, 20.9, 21.6 if context == 77 else 22.7),
         ):
             rows.append(
                 {

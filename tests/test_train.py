@@ -79,7 +79,7 @@ def test_same_seed_same_losses(two_sets, tmp_path):
 @pytest.mark.parametrize(("codec", "within"), [("int8r", 0.02), ("int4r", 0.02), ("int2r", 0.05)])
 def test_rotated_training_and_plain_training_reach_the_same_loss(two_sets, tmp_path, codec, within):
     lift, _ = two_sets
-    config = again(lift, tmp_path / "plain", steps=30, lr=3e-3, data=lift.data[:1], cache=lift.cache[:1])
+    config = again(lift, tmp_path / "plain", steps=60, lr=3e-3, data=lift.data[:1], cache=lift.cache[:1])
     losses = {}
     for kind in ("f32", codec):
         rotation = Rotation(24, seed=3) if kind == codec else None

@@ -51,6 +51,6 @@ def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W], ImageNet mean and std taken out."""
-    mean = torch.tensor(MEAN, device=pixels.device) * 255
-    std = torch.tensor(STD, device=pixels.device) * 255
+    # Filled on the device: a tensor made of a list would be copied there, and the host would wait.
+    mean, std = (torch.cat([pixels.new_full((1,), 255 * v, dtype=torch.float32) for v in vs]) for vs in (MEAN, STD))
     return ((pixels - mean) / std).permute(0, 3, 1, 2)

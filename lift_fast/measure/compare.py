@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from ..nn import Preset, preset
+from ..ops.block import Checkpointing
 from .flops import clip_flops, lift_flops, saved
 from .memory import peak_training_memory
 from .paper import SAVINGS, WHY
 
 # (checkpointing, batch) of the rows where no batch is asked for; the last is the paper's regime.
-REGIMES = ((False, 256), (False, 2048), (True, 256), (True, 2048))
+REGIMES: tuple[tuple[Checkpointing, int], ...] = (("none", 256), ("none", 2048), ("block", 256), ("block", 2048))
 CONTEXTS = (16, 32, 64, 77, 128, 192, 256, 323)
 
 
@@ -28,7 +29,7 @@ def paper_scale(
     base = preset(preset_name)
     if not contexts or min(contexts) < 1:
         raise ConfigError(f"contexts must be caption lengths of at least 1 token, not {list(contexts)}")
-    regimes = REGIMES if batch_size is None else ((False, batch_size), (True, batch_size))
+    regimes = REGIMES if batch_size is None else (("none", batch_size), ("block", batch_size))
     lift = lift_flops(base)
     # LIFT never sees a token, so its peak is one for all contexts.
     lift_memory = {
@@ -94,11 +95,11 @@ def format_table(scale: dict) -> str:
     """`paper_scale`'s figures as lines for a terminal."""
     lines = [
         f"{scale['preset']}: forward FLOPs of a sample, and peak memory of a bf16 training step",
-        "n      checkpoints   batch      LIFT     CLIP  saved        LIFT       CLIP  saved",
+        "n      checkpointing batch      LIFT     CLIP  saved        LIFT       CLIP  saved",
     ]
     for row in scale["rows"]:
         lines.append(
-            f"{row['context']:<6} {'yes' if row['checkpointing'] else 'no':>11} {row['batch_size']:>7}  "
+            f"{row['context']:<6} {row['checkpointing']:>11} {row['batch_size']:>7}  "
             f"{row['lift_flops'] / 1e9:>7.2f}G {row['clip_flops'] / 1e9:>7.2f}G {row['flops_saved']:>6.1%}  "
             f"{row['lift_memory_bytes'] / 2**30:>6.2f} GiB {row['clip_memory_bytes'] / 2**30:>6.2f} GiB "
             f"{row['memory_saved']:>6.1%}"

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..nn import Clip, Lift, Preset
+from ..ops.block import Checkpointing
 
 
 def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -56,7 +57,7 @@ def count(fn: Callable[[], object]) -> int:
 
 
 def lift_flops(
-    preset: Preset, text_dim: int | None = None, *, training: bool = False, checkpointing: bool = False
+    preset: Preset, text_dim: int | None = None, *, training: bool = False, checkpointing: Checkpointing = "none"
 ) -> Flops:
     """LIFT's FLOPs a sample: forward, or with `training` forward + backward. Its text costs none.
 
@@ -65,7 +66,7 @@ def lift_flops(
     return Flops(_lift_image(preset.with_context(1), text_dim or preset.text_dim, training, checkpointing), 0)
 
 
-def clip_flops(preset: Preset, *, training: bool = False, checkpointing: bool = False) -> Flops:
+def clip_flops(preset: Preset, *, training: bool = False, checkpointing: Checkpointing = "none") -> Flops:
     """CLIP's FLOPs a sample at `preset.text.context` tokens: forward, with `training` forward + backward."""
     image = _clip_image(preset.with_context(1), training, checkpointing)
     return Flops(image, _clip_text(preset, training, checkpointing))
@@ -80,7 +81,7 @@ def saved(lift: Flops, clip: Flops) -> float:
 
 
 @cache
-def _lift_image(preset: Preset, text_dim: int, training: bool, checkpointing: bool) -> int:
+def _lift_image(preset: Preset, text_dim: int, training: bool, checkpointing: Checkpointing) -> int:
     with FakeTensorMode():
         model = Lift(preset, text_dim)
         model.set_checkpointing(checkpointing)
@@ -88,7 +89,7 @@ def _lift_image(preset: Preset, text_dim: int, training: bool, checkpointing: bo
 
 
 @cache
-def _clip_image(preset: Preset, training: bool, checkpointing: bool) -> int:
+def _clip_image(preset: Preset, training: bool, checkpointing: Checkpointing) -> int:
     with FakeTensorMode():
         model = Clip(preset)
         model.set_checkpointing(checkpointing)
@@ -96,7 +97,7 @@ def _clip_image(preset: Preset, training: bool, checkpointing: bool) -> int:
 
 
 @cache
-def _clip_text(preset: Preset, training: bool, checkpointing: bool) -> int:
+def _clip_text(preset: Preset, training: bool, checkpointing: Checkpointing) -> int:
     with FakeTensorMode():
         model = Clip(preset)
         model.set_checkpointing(checkpointing)

@@ -20,6 +20,11 @@ PACKAGES = (
     "resvg-py",
     "pillow",
     "pandas",
+    "flash-attn",
+    "flash-attn-4",
+    "xformers",
+    "open_clip_torch",
+    "timm",
     "pyarrow",
     "pylance",
 )

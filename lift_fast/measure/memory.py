@@ -5,21 +5,23 @@ activation autograd keeps, and every tensor that lives for a moment in between. 
 one op (the loss keeps scores as its budget allows, see ops/policy.py), the allocator's rounding and fragmentation,
 and the CUDA context.
 
-Autocast differs: CUDA's computes layer norms in float32, and so keeps the residual stream in float32; the CPU's
-leaves a bfloat16 stream in bfloat16. `autocast` says whose rules are counted; the fakes are CPU tensors either way.
+The fakes are CPU tensors. A GPU's are the same: under either's autocast the towers' residual stream is bfloat16, and
+ops/block.py decides what is kept. Attention is the CPU's backend, which like Triton's keeps no output; the backends of
+libraries keep one width a token more.
 """
 
 import weakref
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
 from ..nn import Clip, Lift, Preset
+from ..ops.block import Checkpointing
 from ..ops.contrastive import contrastive
 from ..quantized import QuantizedRows
 
@@ -63,9 +65,8 @@ def peak_training_memory(
     batch_size: int,
     *,
     text_dim: int | None = None,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = "none",
     precision: Literal["bf16", "fp32"] = "bf16",
-    autocast: Literal["cuda", "cpu"] = "cuda",
 ) -> int:
     """Bytes at the peak of a step that is not the first: forward, symmetric InfoNCE, backward, AdamW.
 
@@ -83,10 +84,6 @@ def peak_training_memory(
     with FakeTensorMode(), live:
         model = Lift(preset, text_dim) if kind == "lift" else Clip(preset)
         model.set_checkpointing(checkpointing)
-        if autocast == "cuda":
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # one op a step, no temporaries
         # What a first step leaves behind, without its forward: AdamW makes its moments at its first step.
         for parameter in model.parameters():

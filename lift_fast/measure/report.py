@@ -645,7 +645,7 @@ def _paper_scale(report: dict) -> str:
         parts.append(f'<p class="note">{regime}{_e(scale.get("why") or "")}</p>')
     rows = [
         f'<tr><td class="n">{_count(_get(r, "context"))}</td>'
-        f"<td>{'yes' if _get(r, 'checkpointing') else 'no'}</td>"
+        f"<td>{_e(_get(r, 'checkpointing'))}</td>"
         f'<td class="n">{_count(_get(r, "batch_size"))}</td>'
         + "".join(
             f'<td class="n lift">{_amount(_get(r, f"lift_{key}"), kind)}</td>'

@@ -127,5 +127,4 @@ def _counted_memory(run: dict[str, Any]) -> int:
         text_dim=run.get("text_dim"),
         checkpointing=config["checkpointing"],
         precision=run["precision"],
-        autocast="cpu",
     )

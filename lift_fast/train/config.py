@@ -39,8 +39,14 @@ class TrainConfig:
     """Largest norm of the gradient."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocasts; auto is bf16 where the processor multiplies it natively."""
-    checkpointing: bool = False
-    """Recompute activations in backward."""
+    checkpointing: Literal["none", "mlp", "branches", "block"] = "none"
+    """What the backward computes again rather than keeps: 9, 5, 2 or 1 widths of activations a token and layer."""
+    fp8: bool = False
+    """The image tower's (CLIP: both towers') linear layers multiply in float8; on GPUs since Ada and Hopper."""
+    compile: bool = False
+    """The image side goes through torch.compile."""
+    graph: bool = False
+    """The whole step is captured as a CUDA graph and replayed."""
     min_crop_area: float = 0.9
     """Random crops keep at least this part of a picture."""
     seed: int = 0

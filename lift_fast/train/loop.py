@@ -5,7 +5,6 @@ import math
 import os
 import statistics
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -18,16 +17,15 @@ from tqdm import tqdm
 from ..cache import Cache
 from ..data.host import Collection, HostPipeline
 from ..data.shards import Shards
-from ..data.transforms import normalise
 from ..errors import ConfigError, TrainingError
 from ..losses import ClipLoss, CosineLoss
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
-from ..nn import Clip
 from ..text.cached import CachedText
 from ..text.tokenizer import ClipTokenizer
 from . import checkpoint
 from .config import TrainConfig
+from .step import Step
 
 
 class TokenizedText:
@@ -50,7 +48,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     Raises LiftFastError's kinds for bad input, TrainingError when the loss is no longer finite.
     """
     device = pick_device(config.device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16(config.precision, device))
+    if config.graph and device.type != "cuda":
+        raise ConfigError("--graph captures the step as a CUDA graph, and there is no CUDA device here; leave it out")
     if config.out.exists():
         raise ConfigError(f"{config.out} exists already; remove it or name another --out")
     data = Collection([Shards(folder) for folder in config.data])
@@ -67,8 +66,17 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         run |= {"context": config.context}
     model = checkpoint.build(run).to(device)
     model.set_checkpointing(config.checkpointing)
+    model.set_fp8(config.fp8)
     loss_of: nn.Module = ClipLoss(normalize=True) if config.loss == "contrastive" else CosineLoss()
-    optimizer = make_optimizer(model, config)
+    take_step = Step(
+        model,
+        loss_of,
+        make_optimizer(model, config),
+        precision=torch.bfloat16 if use_bf16(config.precision, device) else None,
+        clip_grad=config.clip_grad,
+        compiled=config.compile,
+        graphed=config.graph,
+    )
     pipeline = HostPipeline(
         data,
         batch_size=config.batch_size,
@@ -93,50 +101,51 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         SummaryWriter(str(config.out)) as board,
         tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not progress) as bar,
         closing(batches),
-        ThreadPoolExecutor(1) as ahead,
     ):
-        for step in range(config.steps):
-            begun = time.perf_counter()
-            batch = next(batches) if step else first
-            loaded = time.perf_counter()
-            # Read while the image tower runs.
-            text_ahead: Future[Any] = ahead.submit(text.rows, batch.rows)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * schedule(step, config.warmup, config.steps)
-            with autocast:
-                image_features = model.encode_image(normalise(batch.pixels.to(device, non_blocking=True)))
-                text_batch = text_ahead.result().to(device, non_blocking=True)
-                text_features = model.encode_text(text_batch) if isinstance(model, Clip) else text_batch
-                loss = loss_of(image_features, text_features, model.logit_scale.exp())
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            model.clamp_logit_scale()
-            losses.append(loss.item())  # waits for the device
-            step_ms.append(1e3 * (time.perf_counter() - begun))
-            if not math.isfinite(losses[-1]):
+
+        def report(step: int, stats: "Figures", lr: float, data_ms: float, skipped: int) -> None:
+            """Writes down a step; raises TrainingError if its loss is not finite."""
+            loss, grad_norm, logit_scale = stats.read()
+            losses.append(loss)
+            if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss is {losses[-1]} at step {step}; lower --lr (now {config.lr}) or use --precision fp32. "
+                    f"the loss is {loss} at step {step}; lower --lr (now {config.lr}) or use --precision fp32. "
                     f"The steps until then are in {config.out / 'metrics.jsonl'}"
                 )
             record = {
                 "step": step,
                 "samples": (step + 1) * config.batch_size,
-                "loss": losses[-1],
-                "lr": optimizer.param_groups[0]["lr"],
-                "logit_scale": model.logit_scale.exp().item(),
-                "grad_norm": grad_norm.item(),
-                "data_ms": 1e3 * (loaded - begun),
-                "step_ms": step_ms[-1],
-                "skipped_pictures": len(pipeline.skipped),
+                "loss": loss,
+                "lr": lr,
+                "logit_scale": logit_scale,
+                "grad_norm": grad_norm,
+                "data_ms": data_ms,
+                "step_ms": step_ms[step],
+                "skipped_pictures": skipped,
             }
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
             for name in ("loss", "lr", "logit_scale", "grad_norm", "step_ms"):
                 board.add_scalar(name, record[name], step)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {1e3 * config.batch_size / step_ms[-1]:.0f} images/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {1e3 * config.batch_size / step_ms[step]:.0f} images/s")
             bar.update()
+
+        # A step's figures are read when the next one has been started: a GPU never waits for the host.
+        unread: tuple[int, Figures, float, float, int] | None = None
+        for step in range(config.steps):
+            begun = time.perf_counter()
+            batch = next(batches) if step else first
+            pixels = batch.pixels.to(device, non_blocking=True)
+            other = text.rows(batch.rows).to(device, non_blocking=True)
+            data_ms = 1e3 * (time.perf_counter() - begun)
+            lr = config.lr * schedule(step, config.warmup, config.steps)
+            stats = Figures(take_step(pixels, other, lr))
+            if unread:
+                report(*unread)
+            unread = step, stats, lr, data_ms, len(pipeline.skipped)
+            step_ms.append(1e3 * (time.perf_counter() - begun))
+        if unread:
+            report(*unread)
 
     # The first steps fill caches and allocate: they are no measure of the others.
     settled = step_ms[min(3, len(step_ms) - 1) :]
@@ -159,6 +168,23 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     }
     checkpoint.save(config.out, model, run)
     return run
+
+
+class Figures:
+    """A step's loss, gradient norm and logit scale, on their way to the host."""
+
+    def __init__(self, stats: Tensor):
+        self.host, self.done = stats, None
+        if stats.is_cuda:
+            self.host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=True)
+            self.host.copy_(stats, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def read(self) -> list[float]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.host.tolist()
 
 
 def pick_device(name: str) -> torch.device:
@@ -186,11 +212,13 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; gains, biases and the logit scale are not decayed, as in open_clip."""
+    """AdamW; gains, biases and the logit scale are not decayed, as in open_clip. For a graph its lr is a tensor."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     free = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    lr = torch.tensor(config.lr, device=decayed[0].device) if config.graph else config.lr
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True, capturable=config.graph)
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
