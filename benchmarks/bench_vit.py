@@ -1,0 +1,266 @@
+"""The image tower, forward and backward, against torch's own modules and whichever other towers are installed.
+
+Whole blocks, their parts, attention by every backend that is here, whole towers; what a block keeps for its backward;
+and the peak of a training step of ViT-B/16, from fake tensors. Gradients are those of the input and of all weights.
+See vit_peers.py for the peers and for how they are measured.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lift_fast.measure.flops import count
+from lift_fast.nn import PRESETS, Vit, VitConfig
+from lift_fast.nn.transformer import Transformer
+from lift_fast.ops.attention import attention, backends_here
+from lift_fast.ops.layernorm import layernorm
+from lift_fast.ops.linear import input_product, product, weight_product
+from lift_fast.ops.mlp import mlp
+
+from .harness import Suite
+from .pairs import DTYPES, device
+from .vit_peers import (
+    COMPILED,
+    OURS,
+    TORCH,
+    Block,
+    Call,
+    LayerNorm,
+    Tower,
+    fake_peak,
+    faster,
+    fastest,
+    forward_backward,
+    kept_widths,
+    measure,
+    named,
+    native_dtype,
+    peers_here,
+)
+
+WIDTHS = {768: 12, 384: 6, 192: 3}  # and their heads
+TOKENS, HEADS, HEAD_DIM = 197, 12, 64
+OTHER_TOKENS = 50, 257, 577
+BATCH = {"cpu": 8, "cuda": 256}
+BASE, TINY = PRESETS["vit-b16"].vit, PRESETS["tiny"].vit
+FAKE_BATCH = 256
+SDPA = "torch sdpa"
+BLOCK_BAR, KEPT_BAR, PEAK_BAR, ATTENTION_BAR = 0.97, 0.62, 0.65, 1.3
+TOWER_MOST_S = 10.0  # the larger tower on the CPU, with --quick
+
+
+Modules = dict[str, Callable[[], nn.Module]]
+
+
+def run(suite: Suite) -> None:
+    where = device()
+    if where == "cuda":
+        _attention(suite, where, TOKENS)
+        _towers(suite, where, "vit-b16", BASE)
+        _memory(suite, where)
+        _blocks(suite, where)
+        _parts(suite, where)
+    else:
+        _blocks(suite, where)
+        _memory(suite, where)
+        _attention(suite, where, TOKENS)
+        _parts(suite, where)
+        _towers(suite, where, "tiny", TINY)
+        _towers(suite, where, "vit-b16", BASE, TOWER_MOST_S if suite.quick else None)
+    for tokens in OTHER_TOKENS:
+        _attention(suite, where, tokens)
+
+
+def _dtypes(suite: Suite, where: str) -> list[str]:
+    """bf16 alone on a GPU; on the CPU fp32 too, and bf16 where it is native."""
+    if where == "cuda":
+        return ["bf16"]
+    if native_dtype(where) == torch.float32:
+        suite.note("bf16: this processor does not multiply it natively")
+        return ["fp32"]
+    return ["fp32", "bf16"]
+
+
+def _builds(
+    suite: Suite, modules: Modules, inputs: tuple[Tensor, ...], where: str, dtype: torch.dtype
+) -> dict[str, Callable[[], Call]]:
+    """Each module's forward and backward; and by torch.compile, after all as they are.
+
+    Not compiled with --quick on the CPU, where that takes minutes.
+    """
+
+    def build(make: Callable[[], nn.Module], compile: bool) -> Call:
+        module = make().to(where).train()
+        if compile:
+            module.compile(dynamic=False)
+        return forward_backward(module, inputs, module.parameters(), dtype)
+
+    builds = {name: partial(build, make, False) for name, make in modules.items()}
+    if where == "cuda" or not suite.quick:
+        builds |= {name + COMPILED: partial(build, make, True) for name, make in modules.items()}
+    return builds
+
+
+def _blocks(suite: Suite, where: str) -> None:
+    for width, heads in WIDTHS.items():
+        for name in _dtypes(suite, where):
+            dtype, batch = DTYPES[name], BATCH[where]
+            x = torch.randn(batch, TOKENS, width, device=where).to(dtype).requires_grad_()
+            modules: Modules = {
+                OURS: partial(Transformer, width, 1, heads),
+                TORCH: partial(Block, width, heads, 4 * width),
+            }
+            builds = _builds(suite, modules, (x,), where, dtype)
+            flops = 3 * 2 * batch * TOKENS * (12 * width**2 + 2 * TOKENS * width)
+            case = {"what of": "block", "width": width, "tokens": TOKENS, "batch": batch, "dtype": name}
+            rows = measure(suite, case, builds, where, {"tflop_per_s": flops / 1e12})
+            if where == "cpu":
+                bar = f"block, width {width}, {name}: speed against {TORCH}"
+                suite.bar(bar, faster(rows, OURS, TORCH), BLOCK_BAR)
+
+
+def _memory(suite: Suite, where: str) -> None:
+    if suite.over():
+        suite.note("out of time: not measured: what a block keeps")
+        return
+    width, heads = min(WIDTHS.items())
+    x = torch.randn(2, TOKENS, width, device=where).bfloat16().requires_grad_()
+    modules = {OURS: Transformer(width, 1, heads), TORCH: Block(width, heads, 4 * width)}
+    kept = {what: kept_widths(module.to(where), x, torch.bfloat16) for what, module in modules.items()}
+    for what, widths in kept.items():
+        suite.rows.append({"what of": "block, bf16", "what": what, "device": where, "widths kept a token": widths})
+    suite.bar(f"block: activations kept, against {TORCH}", kept[OURS] / kept[TORCH], KEPT_BAR, at_most=True)
+
+    rivals: dict[str, tuple[Callable[[VitConfig], nn.Module], bool]] = {
+        OURS: (Vit, False),
+        TORCH: (Tower, False),
+        f"{TORCH}, CUDA's autocast": (Tower, True),
+    }
+    peaks: dict[str, int] = {}
+    for what, (build, wide) in rivals.items():
+        peaks[what] = fake_peak(build, BASE, FAKE_BATCH, wide)
+        case = f"vit-b16, batch {FAKE_BATCH}, bf16, peak of a step"
+        suite.rows.append({"what of": case, "what": what, "device": "fake", "peak_gib": peaks[what] / 2**30})
+    name = f"vit-b16, batch {FAKE_BATCH}, bf16: peak of a step against {TORCH}, both residual streams bf16"
+    suite.bar(name, peaks[OURS] / peaks[TORCH], PEAK_BAR, at_most=True)
+
+
+def _sdpa(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _attention(suite: Suite, where: str, tokens: int) -> None:
+    dtype = native_dtype(where)
+    batch = BATCH[where]
+    qkv = torch.randn(batch, tokens, 3, HEADS, HEAD_DIM, device=where).to(dtype).requires_grad_()
+
+    def build(fn: Callable[..., Tensor], **options: Any) -> Call:
+        return forward_backward(partial(fn, **options), (qkv,), (), torch.float32)
+
+    builds = {f"{OURS} {name}": partial(build, attention, backend=name) for name in backends_here(where)}
+    builds[SDPA] = partial(build, _sdpa)
+    flops = 4 * batch * HEADS * tokens**2 * HEAD_DIM * 3.5  # the backward has the scores to make again
+    case = {"what of": "attention", "width": HEADS * HEAD_DIM, "tokens": tokens, "batch": batch, "dtype": named(dtype)}
+    rows = measure(suite, case, builds, where, {"tflop_per_s": flops / 1e12}, spend=3.0)
+    if where == "cuda" and tokens == TOKENS:
+        ours = f"{OURS} triton"
+        other = fastest(rows, lambda what: what != ours)
+        name = f"attention, {tokens} tokens: triton against the best other ({other})"
+        suite.bar(name, faster(rows, ours, other), ATTENTION_BAR)
+
+
+class _LayerNormPart(nn.LayerNorm):
+    """ops/layernorm.py with the residual's addition; the sum is an output too."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return layernorm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+class _TorchLayerNormPart(LayerNorm):
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + residual
+        return super().forward(s), s
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, fp8: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.fp8 = fp8
+        return product(x, weight, bias, fp8)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        return input_product(g, weight, ctx.fp8), weight_product(g, x, ctx.fp8), g.sum(dim=0), None
+
+
+class _LinearPart(nn.Linear):
+    """ops/linear.py's three products, as block.py calls them."""
+
+    fp8 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.fp8)
+
+
+class _Float8Part(_LinearPart):
+    fp8 = True
+
+
+class _Mlp(nn.Sequential):
+    """ops/mlp.py, by the weights of its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, _, down = self
+        return mlp(x, up.weight, up.bias, down.weight, down.bias)
+
+
+def _mlp(width: int, kind: type[nn.Sequential]) -> nn.Module:
+    return kind(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def _parts(suite: Suite, where: str) -> None:
+    width, dtype = max(WIDTHS), native_dtype(where)
+    rows = BATCH[where] * TOKENS
+    x, residual = (torch.randn(rows, width, device=where).to(dtype).requires_grad_() for _ in range(2))
+
+    def part(name: str, modules: Modules, inputs: tuple[Tensor, ...], rates: dict[str, float]) -> None:
+        case = {"what of": name, "width": width, "rows": rows, "dtype": named(dtype)}
+        builds = _builds(suite, modules, inputs, where, dtype)
+        measure(suite, case, builds, where, rates, spend=3.0 if suite.quick else None)
+
+    norms: Modules = {OURS: partial(_LayerNormPart, width), TORCH: partial(_TorchLayerNormPart, width)}
+    moved = 8 * x.numel() * x.element_size()  # x, residual in, y, s out; s, dy, ds in, dx out
+    part("residual and layernorm", norms, (x, residual), {"gb_per_s": moved / 1e9})
+    linears: Modules = {OURS: partial(_LinearPart, width, 4 * width), TORCH: partial(nn.Linear, width, 4 * width)}
+    if where == "cuda":
+        linears[f"{OURS} fp8"] = partial(_Float8Part, width, 4 * width)
+    flops = 3 * 2 * rows * width * 4 * width
+    part("linear", linears, (x,), {"tflop_per_s": flops / 1e12})
+    mlps: Modules = {kind: partial(_mlp, width, module) for kind, module in ((OURS, _Mlp), (TORCH, nn.Sequential))}
+    part("mlp", mlps, (x,), {"tflop_per_s": 2 * flops / 1e12})
+
+
+def _towers(suite: Suite, where: str, name: str, config: VitConfig, most: float | None = None) -> None:
+    dtype, batch = native_dtype(where), BATCH[where]
+    pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=where)
+    modules: Modules = {OURS: partial(Vit, config)}
+    modules |= {peer: partial(build, config) for peer, build in peers_here(suite.note).items()}
+    builds = _builds(suite, modules, (pixels,), where, dtype)
+    case = {"what of": "tower", "preset": name, "batch": batch, "dtype": named(dtype)}
+    rates = {"images_per_s": batch, "tflop_per_s": batch * tower_flops(config) / 1e12}
+    measure(suite, case, builds, where, rates, most=most)
+
+
+def tower_flops(config: VitConfig) -> int:
+    """Of an image's forward and backward; nothing computed again counts but attention's scores, as in torch."""
+    with FakeTensorMode():
+        tower, pixels = Vit(config), torch.empty(1, 3, config.image_size, config.image_size)
+        return count(lambda: tower(pixels).sum().backward())
