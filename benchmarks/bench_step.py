@@ -7,7 +7,7 @@ tower, eager, each block checkpointed, AdamW not fused. All take bfloat16 where 
 FLOPs are the model's: forward and backward of the tower and the head as ours dispatches them, and the two products of
 the loss; what a rival computes again counts nothing, but for attention's scores in the backward, which torch counts
 too. MFU is on those, against the datasheet's peak and against torch.mm of square matrices, timed in turn with the
-rivals.
+rivals. At the end, what float8 does to the loss of a toy task.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lift_fast.losses import ClipLoss
 from lift_fast.measure.flops import count
 from lift_fast.measure.peaks import gemm, mfu, peak
-from lift_fast.nn import PRESETS, Lift, Preset, VitConfig
+from lift_fast.nn import PRESETS, Lift, Preset, Vit, VitConfig
+from lift_fast.ops import float8
 from lift_fast.train.step import Step
 
 from .harness import Suite
@@ -52,11 +53,58 @@ MFU_BAR, COMPILED_BAR, AUTHORS_BAR, CPU_BAR = 0.60, 1.25, 3.0, 0.97
 GEMM_SIZE: int | None = None  # the device's, see measure/peaks.py
 
 
+FLOAT8_VIT, FLOAT8_STEPS, FLOAT8_BAR = VitConfig(32, 8, 128, 4, 2), 150, 0.01
+
+
 def run(suite: Suite) -> None:
     where = device()
     cases = GPU_CASES if where == "cuda" else CPU_CASES
     for name, batch in cases[:1] if suite.quick else cases:
         _case(suite, where, name, PRESETS[name], batch)
+    _float8(suite, where)
+
+
+def _float8(suite: Suite, where: str) -> None:
+    """What multiplying in float8 does to the loss: a toy task, the same weights and batches."""
+    if reason := float8.why_not(torch.device(where)):
+        suite.note(f"the loss in float8: {reason}")
+        return
+    losses = {fp8: _toy_losses(where, fp8) for fp8 in (False, True)}
+    for fp8, curve in losses.items():
+        suite.rows.append(
+            {
+                "what of": f"loss of a toy task, {FLOAT8_STEPS} steps",
+                "what": "float8" if fp8 else "bf16",
+                "device": where,
+                "first 25 steps": sum(curve[:25]) / 25,
+                "last 25 steps": sum(curve[-25:]) / 25,
+            }
+        )
+    apart = sum(abs(a - b) for a, b in zip(*losses.values(), strict=True)) / FLOAT8_STEPS
+    suite.bar("a toy task's loss: float8 from bf16, mean over the steps", apart, FLOAT8_BAR, at_most=True)
+
+
+def _toy_losses(where: str, fp8: bool) -> list[float]:
+    """Of a small tower under bf16 autocast that tells 20 patterns in noise apart."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(20, 3, 32, 32, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tower, head = Vit(FLOAT8_VIT).to(where), nn.Linear(FLOAT8_VIT.width, len(patterns)).to(where)
+    tower.transformer.fp8 = fp8
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=5e-4)
+    losses = []
+    for _ in range(FLOAT8_STEPS):
+        labels = torch.randint(len(patterns), (32,), generator=generator)
+        pixels = 0.5 * patterns[labels] + torch.randn(32, 3, 32, 32, generator=generator)
+        with torch.autocast(where, torch.bfloat16):
+            logits = head(tower(pixels.to(where)))
+        loss = nn.functional.cross_entropy(logits.float(), labels.to(where))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def step_flops(preset: Preset, batch: int) -> int:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.errors import BackendError
 from lift_fast.ops import attention as module
+from lift_fast.ops import torch_attention
 from lift_fast.ops.attention import attention, reference
 
 
@@ -89,3 +90,17 @@ def test_fake_tensors_flops_and_refusals():
         attention(torch.zeros(2, 17, 3, 24))
     with pytest.raises(BackendError, match="no backend 'flash_attn_3' on cpu"):
         attention(torch.zeros(1, 2, 3, 1, 8), backend="flash_attn_3")
+
+
+def test_plain_torch_takes_a_few_pictures_at_a_time(monkeypatch):
+    qkv, d_out = torch.randn(5, 9, 3, 2, 8), torch.randn(5, 9, 2, 8)
+    whole = torch_attention.forward(qkv, 0.3, False)
+    gradients_of_all = torch_attention.backward(d_out, qkv, None, whole[1], 0.3, False, True)
+    monkeypatch.setattr(torch_attention, "SCORES", 2 * 4 * 2 * 9 * 9)  # two pictures
+    few = torch_attention.forward(qkv, 0.3, False)
+    for got, want in zip(few, whole, strict=True):
+        torch.testing.assert_close(got, want)
+    again = torch_attention.backward(d_out, qkv, None, few[1], 0.3, False, True)
+    for got, want in zip(again, gradients_of_all, strict=True):
+        torch.testing.assert_close(got, want)
+    assert [(s.start, s.stop) for s in torch_attention._few(qkv)] == [(0, 2), (2, 4), (4, 6)]

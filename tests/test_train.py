@@ -101,6 +101,24 @@ def test_caches_of_other_rotations_are_not_mixed(two_sets, tmp_path):
         CachedText([Cache(tmp_path / "r0"), Cache(tmp_path / "r1")], data)
 
 
+def test_options_of_the_image_tower(two_sets, tmp_path):
+    """What is computed again changes a loss by its rounding at most, and so does compiling; float8 by a little."""
+    lift, _ = two_sets
+    plain = quiet(lift)["loss"]
+    for level in ("mlp", "branches", "block"):
+        assert quiet(again(lift, tmp_path / level, checkpointing=level))["loss"] == pytest.approx(plain, rel=1e-4)
+    assert quiet(again(lift, tmp_path / "compiled", compile=True))["loss"] == pytest.approx(plain, rel=1e-4)
+    fp8 = quiet(again(lift, tmp_path / "fp8", fp8=True))["loss"]
+    assert fp8 != plain and fp8 == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_graph_needs_a_gpu(two_sets):
+    with pytest.raises(ConfigError, match="CUDA graph, and there is no CUDA device here"):
+        quiet(again(two_sets[0], two_sets[0].out, graph=True))
+    assert not two_sets[0].out.exists()
+
+
 def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
     seen = []
     original = HostPipeline._epoch

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from .time import median_ms
-
 # Dense FLOP/s (datasheets print twice as much, with sparsity), sums in float32:
 # A100: NVIDIA A100 Tensor Core GPU datasheet. H100 SXM, PCIe: NVIDIA H100 Tensor Core GPU Architecture, table 3.
 # H100 NVL, H200, H200 NVL: their datasheets. B200: NVIDIA DGX B200 datasheet, an eighth. L40S: its datasheet.
@@ -60,17 +58,6 @@ def gemm(
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out), 2 * size**3
-
-
-def gemm_rate(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    size: int | None = None,
-    repeats: int = 20,
-) -> float:
-    """FLOP/s of `gemm`, by the median of repeated calls."""
-    call, flops = gemm(device, dtype, size)
-    return flops / (median_ms(call, repeats, device=device) / 1e3)
 
 
 def mfu(flops: float, seconds: float, rate: float) -> float:
