@@ -84,47 +84,8 @@ Head head_of(const AttentionPass& pass, int64_t index) {
   return head;
 }
 
-#define INLINE static inline __attribute__((always_inline))
-
-namespace scalar {
-#define LANES 4
-#define VECTORS 2
-#define BF16_DOT 0
-#include "attention_kernels.h"
-#undef LANES
-#undef VECTORS
-}  // namespace scalar
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define LANES 8
-#define VECTORS 2
-#include "attention_kernels.h"
-#undef LANES
-#undef VECTORS
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
-namespace avx512 {
-#define LANES 16
-#define VECTORS 4
-#include "attention_kernels.h"
-#undef BF16_DOT
-}  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")
-namespace avx512_bf16 {
-#define BF16_DOT 1
-#include "attention_kernels.h"
-}  // namespace avx512_bf16
-#pragma GCC pop_options
-#endif
+#define KERNELS "attention_kernels.h"
+#include "isas.h"
 
 // The loops of one instruction set, for float words or for words of two bf16.
 struct Kernels {

@@ -1,33 +1,7 @@
-// The loops of attention.cpp, written once over vectors of LANES floats; attention.cpp includes this file once for
-// every instruction set, inside a namespace and a `#pragma GCC target` of its own: hence no include guard, no #include.
-// Set before: LANES, VECTORS (vectors of B that a micro-tile holds), BF16_DOT (1: products of bf16 pairs).
-//
-// A "word" is 32 bits: one float, or two bf16 neighbours along the summed dimension. Then one micro-tile does both:
-//   C[6, VECTORS LANES] += sum_k A[6, k] B[k, VECTORS LANES]
-// with its sums in registers. A is read where it lies, a broadcast a word. Where B's columns are tokens and the sum is
-// over dim it is packed "across", in panels [word of dim][tokens]; where the sum is over tokens, "along", [word of
-// tokens][dim].
-
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef float Vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE V load(const float* p) { return *reinterpret_cast<const Vu*>(p); }
-INLINE void store(float* p, V v) { *reinterpret_cast<Vu*>(p) = v; }
-INLINE V splat(float x) { return x - V{}; }
-INLINE V larger(V a, V b) { return a > b ? a : b; }
-
-INLINE float sum_of(V v) {
-  float sum = 0;
-  for (int k = 0; k < LANES; ++k) sum += v[k];
-  return sum;
-}
-
-INLINE float max_of(V v) {
-  float most = v[0];
-  for (int k = 1; k < LANES; ++k) most = v[k] > most ? v[k] : most;
-  return most;
-}
+// The loops of attention.cpp over words (words.h), for every instruction set: see isas.h. Of a micro-tile, A is read
+// where it lies, a broadcast a word. Where B's columns are tokens and the sum is over dim it is packed "across", in
+// panels [word of dim][tokens]; where the sum is over tokens, "along", [word of tokens][dim].
+#include "words.h"
 
 // e^x to 1e-7 of itself for -86 < x < 88, below that e^-86, which is nothing beside the largest of a row; a NaN stays
 // one. 2^n 2^f, |f| <= 1/2, with log2(e) in two parts.
@@ -38,14 +12,6 @@ INLINE V exp_of(V x) {
   V p = f * kExp2[6] + kExp2[5];
   for (int k = 4; k >= 0; --k) p = p * f + kExp2[k];
   return p * (V)(((I)shifted + 127) << 23);
-}
-
-template <bool Bf16>
-INLINE V multiply_add(float a, V b, V c) {
-#if BF16_DOT
-  if constexpr (Bf16) return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
-#endif
-  return a * b + c;
 }
 
 // a[m, k] lies at a[m * row + k * step], b's row k at b[k * ldb].
@@ -153,7 +119,7 @@ void store_row(const float* from, float factor, int64_t dim, void* out, Element 
   if (type == Element::f32) {
     for (; k < dim; ++k) static_cast<float*>(out)[k] = factor * from[k];
   } else if (type == Element::bf16) {
-#if BF16_DOT
+#if BF16
     for (; k + 16 <= dim; k += 16)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + k),
                           (__m256i)_mm512_cvtneps_pbh((__m512)(load(from + k) * factor)));
@@ -169,33 +135,7 @@ void store_row(const float* from, float factor, int64_t dim, void* out, Element 
   }
 }
 
-// to[k, c] = from[c, k] for LANES rows c and `count` <= LANES words k.
-INLINE void turn(const float* from, int64_t stride, float* to, int64_t to_stride, int64_t count) {
-#if LANES == 16
-  // Four times rows i and i + 8 are interleaved into rows 2 i and 2 i + 1.
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 rows[2][16];
-#pragma GCC unroll 16
-  for (int c = 0; c < 16; ++c) rows[0][c] = _mm512_loadu_ps(from + c * stride);
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; ++stage)
-#pragma GCC unroll 8
-    for (int c = 0; c < 8; ++c) {
-      const __m512 a = rows[stage % 2][c], b = rows[stage % 2][c + 8];
-      rows[1 - stage % 2][2 * c] = _mm512_permutex2var_ps(a, low, b);
-      rows[1 - stage % 2][2 * c + 1] = _mm512_permutex2var_ps(a, high, b);
-    }
-#pragma GCC unroll 16
-  for (int k = 0; k < 16; ++k)
-    if (k < count) _mm512_storeu_ps(to + k * to_stride, rows[0][k]);
-#else
-  for (int64_t k = 0; k < count; ++k)
-    for (int c = 0; c < LANES; ++c) to[k * to_stride + c] = from[c * stride + k];
-#endif
-}
-
-#if BF16_DOT
+#if BF16
 // 32 bf16 each: word i of `first` is low's and high's element i, of `second` their element 16 + i.
 INLINE void interleave(__m512i low, __m512i high, float* first, float* second) {
   const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
@@ -282,7 +222,7 @@ void pack_across(const float* rows, int64_t row, int64_t words, const Panels& pa
 template <bool Bf16>
 void pack_along([[maybe_unused]] const float* rows, [[maybe_unused]] int64_t row, [[maybe_unused]] int64_t count,
                 [[maybe_unused]] int64_t width, [[maybe_unused]] float* out) {
-#if BF16_DOT
+#if BF16
   if constexpr (Bf16)
     for (int64_t r = 0; r < count; r += 2, out += width)
       for (int64_t d = 0; d < width; d += 32)
@@ -313,7 +253,7 @@ INLINE void softmax_row(float* s, int64_t valid, int64_t end, float scale, float
     return p;
   };
   if constexpr (Bf16) {
-#if BF16_DOT
+#if BF16
     for (int64_t j = 0; j < end; j += 32) {
       const V low = exponential(j), high = exponential(j + 16);
       _mm512_storeu_si512(s + j / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -393,7 +333,7 @@ INLINE void gradient_row(float* s, float* dp, int64_t valid, int64_t end, float 
   }
 }
 
-#if BF16_DOT
+#if BF16
 // The same of two rows, as words of two columns in place, and as words of the two rows.
 INLINE void gradient_rows(float* s, float* dp, int64_t row, const int64_t* valid, int64_t end, const float* inverse,
                           const float* delta, float* s_pairs, float* dp_pairs) {
@@ -461,7 +401,7 @@ void backward_task(const AttentionPass& pass, int64_t head, int worker) {
         probabilities(s + i * room.scores, dp + i * room.scores, valid[i], end, job.scale,
                       pass.lse[head * job.tokens + r0 + r + i], inverse[i], delta[i]);
       }
-#if BF16_DOT
+#if BF16
       if constexpr (Bf16)
         gradient_rows(s, dp, room.scores, valid, end, inverse, delta, room.s_pairs + r / 2 * room.scores,
                       room.dp_pairs + r / 2 * room.scores);

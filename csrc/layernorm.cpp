@@ -48,7 +48,7 @@ struct Kernels {
 };
 
 #define KERNELS "layernorm_kernels.h"
-#include "isas.h"
+#include "blocks_isas.h"
 
 }  // namespace
 

@@ -56,7 +56,7 @@ struct Kernels {  // by Activation
 };
 
 #define KERNELS "mlp_kernels.h"
-#include "isas.h"
+#include "blocks_isas.h"
 
 }  // namespace
 

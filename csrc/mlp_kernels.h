@@ -1,4 +1,5 @@
 // The loops of mlp.cpp over vectors.h; see isas.h.
+#include "vectors.h"
 
 struct Left {
   V value, slope;  // of Phi(z), by which the activation multiplies z, and of the activation's derivative, at z = -t

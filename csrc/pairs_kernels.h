@@ -1,21 +1,9 @@
-// The loops of pairs.cpp, written once over vectors of LANES floats; pairs.cpp includes this file once for every
-// instruction set, inside a namespace and a `#pragma GCC target` of its own: hence no include guard, no #include.
-// Set before: LANES, VECTORS (vectors of B that a micro-tile holds), BF16_DOT (1: products of bf16 pairs).
-//
-// A "word" is 32 bits: one float, or two bf16 neighbours along the summed dimension. Then one micro-tile does both:
-//   C[6, VECTORS LANES] += sum_k A[6, k] B[k, VECTORS LANES]
-// with its sums in registers. A is read where it lies, a broadcast a word; B is packed in panels [k][columns].
+// The loops of pairs.cpp over words (words.h), for every instruction set: see isas.h. Of a micro-tile, A is read where
+// it lies, a broadcast a word; B is packed in panels [k][columns].
+#include "words.h"
 
 constexpr int kColumns = LANES * VECTORS;
 
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef float Vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE V load(const float* p) { return *reinterpret_cast<const Vu*>(p); }
-INLINE void store(float* p, V v) { *reinterpret_cast<Vu*>(p) = v; }
-INLINE V splat(float x) { return x - V{}; }
-INLINE V larger(V a, V b) { return a > b ? a : b; }
 // Where nothing was seen the maximum is -inf, and -inf - -inf would be NaN.
 INLINE V references_of(V m) { return m == -INFINITY ? V{} : m; }
 
@@ -23,18 +11,6 @@ INLINE V load_part(const float* p, int64_t n) {
   float part[LANES] = {};
   for (int64_t k = 0; k < n; ++k) part[k] = p[k];
   return load(part);
-}
-
-INLINE float sum_of(V v) {
-  float sum = 0;
-  for (int k = 0; k < LANES; ++k) sum += v[k];
-  return sum;
-}
-
-INLINE float max_of(V v) {
-  float most = v[0];
-  for (int k = 1; k < LANES; ++k) most = v[k] > most ? v[k] : most;
-  return most;
 }
 
 // e^x to 1e-7 (1 + |x|) of itself: 2^n 2^f with |f| <= 1/2. Below 2^-126 it is 0, above 2^127 that; a NaN stays one.
@@ -55,14 +31,6 @@ INLINE V log1p_of(V e) {
   V p = e * kLog1p[9] + kLog1p[8];
   for (int k = 7; k >= 0; --k) p = p * e + kLog1p[k];
   return p * e;
-}
-
-template <bool Bf16>
-INLINE V multiply_add(float a, V b, V c) {
-#if BF16_DOT
-  if constexpr (Bf16) return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
-#endif
-  return a * b + c;
 }
 
 // a[m, k] lies at a[m * row + k * step]. Fetches a line at `ahead` for every kLine words into L2.
@@ -135,32 +103,6 @@ void block_words(const Rows& from, int64_t first, int64_t rows, int64_t even, in
                  int64_t lda) {
   for (int64_t r = 0; r < rows; ++r) row_words<Bf16>(from, first + r, dim, 0, words, out + r * lda);
   for (int64_t r = rows; r < even; ++r) std::memset(out + r * lda, 0, words * sizeof *out);
-}
-
-// to[k, c] = from[c, k] for LANES rows c and `count` <= LANES words k.
-INLINE void turn(const float* from, int64_t stride, float* to, int64_t to_stride, int64_t count) {
-#if LANES == 16
-  // Four times rows i and i + 8 are interleaved into rows 2 i and 2 i + 1.
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512 rows[2][16];
-#pragma GCC unroll 16
-  for (int c = 0; c < 16; ++c) rows[0][c] = _mm512_loadu_ps(from + c * stride);
-#pragma GCC unroll 4
-  for (int stage = 0; stage < 4; ++stage)
-#pragma GCC unroll 8
-    for (int c = 0; c < 8; ++c) {
-      const __m512 a = rows[stage % 2][c], b = rows[stage % 2][c + 8];
-      rows[1 - stage % 2][2 * c] = _mm512_permutex2var_ps(a, low, b);
-      rows[1 - stage % 2][2 * c + 1] = _mm512_permutex2var_ps(a, high, b);
-    }
-#pragma GCC unroll 16
-  for (int k = 0; k < 16; ++k)
-    if (k < count) _mm512_storeu_ps(to + k * to_stride, rows[0][k]);
-#else
-  for (int64_t k = 0; k < count; ++k)
-    for (int c = 0; c < LANES; ++c) to[k * to_stride + c] = from[c * stride + k];
-#endif
 }
 
 // Rows as columns of B, summed over dim: [panel of rows][word of dim][row]. One task a panel.
@@ -333,7 +275,7 @@ INLINE V round_bits_bf16(V x) {  // a bf16 in the high half of each lane, the lo
 // Two vectors of g as words. Along: neighbours in a vector are neighbours in the sum; else those of low and high are.
 template <bool Along>
 INLINE void store_bf16(float* out, V low, V high) {
-#if BF16_DOT
+#if BF16
   if constexpr (Along) {
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     return;

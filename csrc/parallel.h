@@ -14,8 +14,8 @@ namespace lift_fast {
 bool on_team(void (*fn)(void*, int, int), void* data, int threads);
 
 // task(pass, index, worker) for each index below tasks. By torch's OpenMP threads, which wait busily for a while after
-// each of its ops, so that threads of our own would compete with them; where there are none (no torch, another OpenMP, a
-// forked process, whose team is gone) by threads that live for one call. in_turn: worker w does w, w + workers, …, so
+// each of its ops, so that threads of our own would compete with them; where there are none (no torch, another OpenMP,
+// a forked process, whose team is gone) by threads that live for one call. in_turn: worker w does w, w + workers, …, so
 // that what a worker adds up is added in the same order every time; else whoever is free does the next.
 template <class Pass>
 void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const Pass&, int64_t, int),

@@ -1,5 +1,4 @@
-// Vectors of LANES floats, and tokens read and written as such, for the loops of layernorm and mlp: included by isas.h
-// once for every instruction set, inside a namespace and a `#pragma GCC target` of its own.
+// Vectors of LANES floats, and tokens read and written as such, for the loops of layernorm and mlp: see isas.h.
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
