@@ -4,22 +4,18 @@ Every test of values runs twice: on a GPU, and here with the kernels compiled fo
 which runs them thread by thread as they are written.
 """
 
-import importlib.util
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator import emulate
 
 from lift_fast import _C
 from lift_fast.ops import cuda_blocks, torch_blocks
 from lift_fast.ops.blocks import ACTIVATIONS
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative norms of errors: of tokens, which are rounded once, and of float32 vectors.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -32,43 +28,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The kernels and their bindings, as a module that runs on the CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    folder = tmp_path_factory.mktemp("emulated")
-    (folder / "build_info.h").write_text("#define LIFT_FAST_CUDA 1\n")
-    for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
-        (folder / name).write_text(f'#include "{ROOT / "tests" / "cuda_on_cpu.h"}"\n')
-    launch = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\((.*?)\);", re.S)  # becomes a call
-    sources = [folder / "bind_blocks_cuda.cpp", folder / "module.cpp"]
-    for path in (CSRC / "layernorm.cu", CSRC / "mlp.cu", CSRC / "blocks.cuh"):
-        copy = folder / path.with_suffix(".cpp" if path.suffix == ".cu" else ".cuh").name
-        copy.write_text(launch.sub(r"emulated::launch(\2, [&] { \1(\3); });", path.read_text()))
-        sources += [copy] if path.suffix == ".cu" else []
-    shutil.copy(CSRC / "bind_blocks_cuda.cpp", folder)
-    (folder / "module.cpp").write_text(
-        "#include <pybind11/pybind11.h>\n#include <cuda_runtime.h>\nvoid bind_blocks_cuda(pybind11::module_&);\n"
-        "PYBIND11_MODULE(emulated, module) {\n  bind_blocks_cuda(module);\n"
-        '  module.def("last_block", [] { return emulated::block_index.x; });\n'
-        '  module.def("last_threads", [] { return emulated::block_size.x; });\n}\n'
-    )
-    library = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [folder, CSRC, sysconfig.get_path("include"), pybind11.get_include()]
-    done = subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DLIFT_FAST_CUDA=1"]
-        + [f"-I{path}" for path in includes]
-        + [str(path) for path in sources]
-        + ["-o", str(library)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    spec = importlib.util.spec_from_file_location("emulated", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    more = 'module.def("last_block", [] { return emulated::block_index.x; });'
+    more += 'module.def("last_threads", [] { return emulated::block_size.x; });'
+    return emulate(tmp_path_factory.mktemp("emulated"), ["layernorm", "mlp"], ["blocks"], "bind_blocks_cuda", more)
 
 
 @pytest.fixture

@@ -4,22 +4,18 @@ Every test of values runs twice: on a GPU, and here with the kernels compiled fo
 which runs them thread by thread as they are written.
 """
 
-import importlib.util
 import re
-import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator import emulate
 
 from lift_fast import _C
 from lift_fast.ops import cuda_pairs
 from lift_fast.ops.pairs import Block, exact_float32
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
 SHAPES = [(1, 1, 1), (3, 5, 7), (9, 128, 16), (17, 130, 33), (131, 515, 12), (20, 1100, 20), (290, 61, 9)]
@@ -28,42 +24,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The kernels and their bindings, as a module that runs on the CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    folder = tmp_path_factory.mktemp("emulated")
-    (folder / "build_info.h").write_text("#define LIFT_FAST_CUDA 1\n")
-    for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
-        (folder / name).write_text(f'#include "{ROOT / "tests" / "cuda_on_cpu.h"}"\n')
-    # A launch becomes a call. Thread blocks of tall bands are had with fewer of them than would fill a GPU.
-    launch = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\((.*?)\);", re.S)
-    for path in [*CSRC.glob("*.cu"), CSRC / "pairs.cuh"]:
-        text = launch.sub(r"emulated::launch(\2, [&] { \1(\3); });", path.read_text())
-        text = text.replace("kFill = 512", "kFill = 3")
-        (folder / path.with_suffix(".cpp" if path.suffix == ".cu" else ".cuh").name).write_text(text)
-    shutil.copy(CSRC / "bind_pairs_cuda.cpp", folder)
-    (folder / "module.cpp").write_text(
-        "#include <pybind11/pybind11.h>\nvoid bind_pairs_cuda(pybind11::module_&);\n"
-        "PYBIND11_MODULE(emulated, module) { bind_pairs_cuda(module); }\n"
+    # Thread blocks of tall bands are had with fewer of them than would fill a GPU.
+    return emulate(
+        tmp_path_factory.mktemp("emulated"),
+        ["contrastive", "sigmoid", "dequant"],
+        ["pairs"],
+        "bind_pairs_cuda",
+        edit=lambda text: text.replace("kFill = 512", "kFill = 3"),
     )
-    library = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [folder, CSRC, sysconfig.get_path("include"), pybind11.get_include()]
-    sources = ["contrastive.cpp", "sigmoid.cpp", "dequant.cpp", "bind_pairs_cuda.cpp", "module.cpp"]
-    done = subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DLIFT_FAST_CUDA=1"]
-        + [f"-I{path}" for path in includes]
-        + [str(folder / name) for name in sources]
-        + ["-o", str(library)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    spec = importlib.util.spec_from_file_location("emulated", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
