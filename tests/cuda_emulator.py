@@ -29,11 +29,12 @@ def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, mor
         text = LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", (CSRC / name).read_text())
         (folder / re.sub(r"\.cu$", ".cpp", name)).write_text(edit(text))
     shutil.copy(CSRC / f"{bind}.cpp", folder)
+    module_name = f"emulated_{bind}"  # pybind11 knows modules by name: two of one name would be one
     (folder / "module.cpp").write_text(
         f"#include <pybind11/pybind11.h>\n#include <cuda_runtime.h>\nvoid {bind}(pybind11::module_&);\n"
-        f"PYBIND11_MODULE(emulated, module) {{ {bind}(module); {more} }}\n"
+        f"PYBIND11_MODULE({module_name}, module) {{ {bind}(module); {more} }}\n"
     )
-    library = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [folder, CSRC, sysconfig.get_path("include"), pybind11.get_include()]
     done = subprocess.run(
         [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DLIFT_FAST_CUDA=1"]
@@ -44,7 +45,7 @@ def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, mor
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    spec = importlib.util.spec_from_file_location("emulated", library)
+    spec = importlib.util.spec_from_file_location(module_name, library)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

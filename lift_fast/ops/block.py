@@ -12,8 +12,8 @@ What is kept of a token, in units of its width (the hidden layer has 4), and wha
     "block"         s₁           1        W_qkv, W_o, W₁: two thirds; and attention
 
 torch's own modules keep 16: also both normalised inputs, attention's output and the activated hidden layer, which the
-backward's kernels have in hand on their way. Their checkpointing keeps 1 and computes all again. The gradients are
-those of the plain block; nothing is approximated.
+backward's kernels have in hand on their way. Their checkpointing keeps 1 and computes as much again as "block". The
+gradients are those of the plain block; nothing is approximated.
 """
 
 from typing import Any, Literal, get_args
