@@ -335,7 +335,9 @@ def test_lift_text_takes_fresh_rows_every_time():
 def test_lift_text_time_does_not_know_the_caption_length():
     caches = {77: MemoryCache(4000, 384, 0), 128: MemoryCache(4000, 384, 1)}
     threads = torch.get_num_threads()
-    short, long = (t.median for t in lift_text_ms(caches, batch_size=256).values())
+    # The least of three rounds: another process that tests beside this one disturbs some of them.
+    rounds = [[t.median for t in lift_text_ms(caches, batch_size=256).values()] for _ in range(3)]
+    short, long = map(min, zip(*rounds, strict=True))
     assert torch.get_num_threads() == threads
     assert long == pytest.approx(short, rel=0.1)
 
