@@ -92,8 +92,8 @@ class Spy:
 
     def __init__(self, monkeypatch, backend):
         self.calls = []
-        self.real = pairs._load(backend)
-        monkeypatch.setitem(pairs._loaded, backend, self)
+        self.real = pairs.BACKENDS.load(backend)
+        monkeypatch.setitem(pairs.BACKENDS.loaded, backend, self)
 
     def __getattr__(self, name):
         return getattr(self.real, name)

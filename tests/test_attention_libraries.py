@@ -81,7 +81,7 @@ def test_torchs_attention_on_the_cpu_at_extremes():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_by_a_library_is_differentiable(monkeypatch, causal):
     """By way of autograd's function and the custom ops, which keep `out` for it."""
-    monkeypatch.setitem(op._BACKENDS, "cpu", ("flash_cpu", "torch"))
+    monkeypatch.setitem(op.BACKENDS.by_device, "cpu", ("flash_cpu", "torch"))
     assert op.keeps_out("flash_cpu") and "flash_cpu" in op.backends_here("cpu")
     qkv, d_out = case(21, 16, torch.float32)
     grads = []

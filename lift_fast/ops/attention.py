@@ -7,9 +7,7 @@ nothing is transposed or copied around the kernels. Backends of this project kee
 has P, computes it again where the layer behind needs it. Those of libraries keep it.
 """
 
-import importlib
-import os
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import BackendError
+from .backends import Backends
 
 
 def reference(qkv: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
@@ -60,39 +59,21 @@ class Backend(Protocol):
 
 # device -> modules of this package in order of preference: NAME is NAME_attention.py. A library's backend must be here
 # and take the shape to be chosen; see each module for what it has been compared with.
-_BACKENDS: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp", "flash_cpu", "torch"),
-    "cuda": ("triton", "flash_attn_3", "cudnn", "flash", "flash_attn_2", "flash_attn_4", "xformers", "torch"),
-}
-_loaded: dict[str, Backend | str] = {}
-
-
-def load(name: str) -> Backend | str:
-    """The backend, or why it is not here."""
-    if name not in _loaded:
-        try:
-            backend = cast(Backend, importlib.import_module(f".{name}_attention", __package__))
-            _loaded[name] = backend.why_not() or backend
-        except ImportError as error:
-            _loaded[name] = str(error)
-    return _loaded[name]
-
-
-def offered(device: str) -> tuple[str, ...]:
-    names = _BACKENDS.get(device, ("torch",))
-    return (*names, "triton") if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else names
-
-
-def backends_here(device: str = "cpu") -> list[str]:
-    """The names of the backends that work on a device of this type here, in order of preference."""
-    return [name for name in offered(device) if not isinstance(load(name), str)]
+BACKENDS: Backends[Backend] = Backends(
+    "attention",
+    {
+        "cpu": ("cpp", "flash_cpu", "torch"),
+        "cuda": ("triton", "flash_attn_3", "cudnn", "flash", "flash_attn_2", "flash_attn_4", "xformers", "torch"),
+    },
+)
+load, backends_here = BACKENDS.load, BACKENDS.here
 
 
 def choose(
     device: str, tokens: int, head_dim: int, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[str, Backend]:
     """The named backend, or the first that is here and takes this. Raises BackendError."""
-    names = offered(device)
+    names = BACKENDS.offered(device)
     if backend and backend not in names:
         raise BackendError(f"attention has no backend {backend!r} on {device}; it has {', '.join(names)}")
     reason = None

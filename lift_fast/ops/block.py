@@ -109,7 +109,7 @@ class _Block(torch.autograd.Function):
         heads, eps, activation, causal, checkpointing, fp8, backend, attend = ctx.options
         ln1_w, ln1_b, ln2_w, ln2_b, w_qkv, b_qkv, w_o, b_o, w1, w2, b1, s1, *kept = ctx.saved_tensors
         rows, need = s1.shape, ctx.needs_input_grad[6:13]
-        need_qkv, _, need_o, _, need_1, need_2, _ = need
+        need_qkv, need_b_qkv, need_o, need_b_o, need_1, need_2, need_b2 = need
         g, d_s2 = g.contiguous().view(rows), d_s2.contiguous().view(rows)
 
         # What was not kept, by the forward's own steps.
@@ -136,7 +136,7 @@ class _Block(torch.autograd.Function):
             h = product(y, w1, None, fp8)
 
         dh, a, d_b1 = down_backward(g, w2, h, b1, activation, fp8, backend)
-        d_w2, d_b2 = weight_product(g, a, fp8) if need_2 else None, g.sum(dim=0)
+        d_w2, d_b2 = weight_product(g, a, fp8) if need_2 else None, g.sum(dim=0) if need_b2 else None
         del a, h
         d = input_product(dh, w1, fp8)
         d_ln2_w, d_ln2_b, y = torch.ops.lift_fast.layernorm_backward(
@@ -150,14 +150,14 @@ class _Block(torch.autograd.Function):
             d_out, qkv, out, lse, qkv.shape[-1] ** -0.5, causal, need_o, attend
         )
         out = again if out is None else out
-        d_w_o, d_b_o = weight_product(d, out.view(rows), fp8) if need_o else None, d.sum(dim=0)
+        d_w_o, d_b_o = weight_product(d, out.view(rows), fp8) if need_o else None, d.sum(dim=0) if need_b_o else None
         del out, again, d_out, qkv
         d_qkv = d_qkv.view(len(d), -1)
         dx = input_product(d_qkv, w_qkv, fp8)
         d_ln1_w, d_ln1_b, y = torch.ops.lift_fast.layernorm_backward(
             dx, s1, mean1, rstd1, ln1_w, ln1_b, d, need_qkv, backend
         )
-        d_w_qkv, d_b_qkv = weight_product(d_qkv, y, fp8) if need_qkv else None, d_qkv.sum(dim=0)
+        d_w_qkv, d_b_qkv = weight_product(d_qkv, y, fp8) if need_qkv else None, d_qkv.sum(dim=0) if need_b_qkv else None
         dx = dx.view(ctx.shape)
         d_norms = d_ln1_w, d_ln1_b, d_ln2_w, d_ln2_b
         d_linears = d_w_qkv, d_b_qkv, d_w_o, d_b_o, d_w1, d_w2, d_b2

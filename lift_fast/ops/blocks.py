@@ -8,14 +8,13 @@ statistics are float32. In between everything is computed in float32. Only "torc
 Attention has backends of its own, with another contract: ops/attention.py.
 """
 
-import importlib
-import os
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .backends import Backends
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 ACTIVATIONS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "quick_gelu")
@@ -75,37 +74,15 @@ class Backend(Protocol):
         """
 
 
-# device -> modules of this package in order of preference: NAME is NAME_blocks.py
-_BACKENDS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+BACKENDS: Backends[Backend] = Backends("blocks", {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")})
+load, backends_here = BACKENDS.load, BACKENDS.here
 # For mlp: Triton's, with the activation in the epilogue of the matrix products instead of a pass of its own.
 FUSED_GEMM = "triton_gemm"
-_loaded: dict[str, Backend | str] = {}
-
-
-def load(name: str) -> Backend | str:
-    """The backend, or why it is not here."""
-    if name not in _loaded:
-        try:
-            backend = cast(Backend, importlib.import_module(f".{name}_blocks", __package__))
-            _loaded[name] = backend.why_not() or backend
-        except ImportError as error:
-            _loaded[name] = str(error)
-    return _loaded[name]
-
-
-def offered(device: str) -> tuple[str, ...]:
-    names = _BACKENDS.get(device, ("torch",))
-    return (*names, "triton") if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else names
-
-
-def backends_here(device: str = "cpu") -> list[str]:
-    """The names of the backends that work on a device of this type here, fastest first."""
-    return [name for name in offered(device) if not isinstance(load(name), str)]
 
 
 def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> Backend:
     """The named backend, or the first that is here, for tokens of this dtype. Raises BackendError."""
-    names = offered(device) if dtype != torch.float64 else ("torch",)
+    names = BACKENDS.offered(device) if dtype != torch.float64 else ("torch",)
     backend = "triton" if backend == FUSED_GEMM else backend
     if backend and backend not in names:
         kind = f"{str(dtype).removeprefix('torch.')} on {device}"

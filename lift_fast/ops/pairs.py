@@ -8,11 +8,9 @@ dtype; with float64 features everything is float64.
 """
 
 import contextlib
-import importlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..quantized import QuantizedRows
 from . import policy
+from .backends import Backends
 
 TINY = 1e-12  # the least norm that is divided by, as in F.normalize
 
@@ -107,40 +106,18 @@ class Backend(Protocol):
         """
 
 
-# device -> modules of this package in order of preference: NAME is NAME_pairs.py
-_BACKENDS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
-_loaded: dict[str, Backend | str] = {}
-
-
-def _load(name: str) -> Backend | str:
-    """The backend, or why it is not here."""
-    if name not in _loaded:
-        try:
-            backend = cast(Backend, importlib.import_module(f".{name}_pairs", __package__))
-            _loaded[name] = backend.why_not() or backend
-        except ImportError as error:
-            _loaded[name] = str(error)
-    return _loaded[name]
-
-
-def _offered(device: str) -> tuple[str, ...]:
-    offered = _BACKENDS.get(device, ("torch",))
-    return (*offered, "triton") if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else offered
-
-
-def backends_here(device: str = "cpu") -> list[str]:
-    """The names of the backends that work on a device of this type here, fastest first."""
-    return [name for name in _offered(device) if not isinstance(_load(name), str)]
+BACKENDS: Backends[Backend] = Backends("pairs", {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")})
+backends_here = BACKENDS.here
 
 
 def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> tuple[str, Backend]:
     """The named backend, or the first that is here, for features of this dtype. Raises BackendError."""
-    offered = _offered(device) if dtype != torch.float64 else ("torch",)
+    offered = BACKENDS.offered(device) if dtype != torch.float64 else ("torch",)
     if backend and backend not in offered:
         kind = f"{str(dtype).removeprefix('torch.')} on {device}"
         raise BackendError(f"the pair losses have no backend {backend!r} for {kind}; they have {', '.join(offered)}")
     for name in [backend] if backend else offered:
-        found = _load(name)
+        found = BACKENDS.load(name)
         if not isinstance(found, str):
             return name, found
     raise BackendError(f"the pair losses' backend {backend!r} is not here: {found}")

@@ -1,0 +1,38 @@
+"""Backends by name: one module a backend, loaded when it is first asked for, on whichever machine has it."""
+
+import importlib
+import os
+from typing import Generic, TypeVar, cast
+
+B = TypeVar("B")  # the Protocol that the modules follow; it has why_not() -> str | None
+
+
+class Backends(Generic[B]):
+    """The backends of one kind of op.
+
+    kind: backend NAME is the module NAME_kind.py of this package. by_device: device type -> names in order of
+    preference; any other device has "torch".
+    """
+
+    def __init__(self, kind: str, by_device: dict[str, tuple[str, ...]]):
+        self.kind, self.by_device = kind, by_device
+        self.loaded: dict[str, B | str] = {}
+
+    def load(self, name: str) -> B | str:
+        """The backend, or why it is not here."""
+        if name not in self.loaded:
+            try:
+                module = importlib.import_module(f".{name}_{self.kind}", __package__)
+                self.loaded[name] = module.why_not() or cast(B, module)
+            except ImportError as error:
+                self.loaded[name] = str(error)
+        return self.loaded[name]
+
+    def offered(self, device: str) -> tuple[str, ...]:
+        """The names for a device of this type, here or not; Triton's also on a CPU that interprets it."""
+        names = self.by_device.get(device, ("torch",))
+        return (*names, "triton") if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else names
+
+    def here(self, device: str = "cpu") -> list[str]:
+        """The names of those that work on a device of this type here, in order of preference."""
+        return [name for name in self.offered(device) if not isinstance(self.load(name), str)]
