@@ -6,6 +6,8 @@ A command that cannot go on prints one message and leaves with exit status 2.
 import json
 import shutil
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,8 +20,10 @@ from .text.spec import Dtype, Padding, Pooling
 from .train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .data.sources import Source
     from .text.encoder import Encoder
-    from .text.sources import Source
 
 # Imports of torch and the rooms that need it stand inside the commands: `lift-fast --help` answers at once.
 
@@ -46,8 +50,7 @@ def read_json(path: Path, made_by: str) -> Any:
 class Data:
     """Write a built-in data set as WebDataset tar shards: OUT/train and OUT/heldout."""
 
-    kind: tyro.conf.Positional[Literal["openmoji", "scenes"]]
-    """openmoji: about 3 900 named drawings. scenes: generated pictures with captions and foils."""
+    kind: tyro.conf.Suppress[tyro.conf.Fixed[Literal["openmoji", "scenes"]]]
     out: Path
     train: int = 4000
     """scenes: samples to train on. openmoji trains on all that is not held out."""
@@ -80,6 +83,211 @@ class Data:
                 px=self.px,
                 exclude_captions=set(captions),
             )
+
+
+@dataclass(frozen=True)
+class DataIndex:
+    """Write the index of a folder of tars: opening it then costs the same for any number of samples."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder of tar shards. What is in its index and has not changed is not read again."""
+    threads: int | None = None
+    """Shards read at a time. Default: the processors."""
+
+    def __post_init__(self) -> None:
+        _check_threads(self.threads)
+
+    def __call__(self) -> None:
+        from .data.index import build_index
+
+        began = time.perf_counter()
+        told = build_index(self.data, self.threads)
+        print(
+            f"{self.data}: {_many(told.samples, 'sample')} in {_many(told.shards, 'shard')}, {told.read} read anew, in "
+            f"{time.perf_counter() - began:.1f} s; the index has {told.bytes} bytes"
+        )
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """Count a data set: samples, formats and sizes of pictures, captions. Headers are read, no picture is decoded."""
+
+    data: tyro.conf.Positional[Path]
+    """Folder of tars, of LIFT's authors' layout, or of pictures with a metadata.csv, .tsv or .jsonl; or such a file."""
+    pictures: Path | None = None
+    """Folder of the picture files, where it is another."""
+    sample: int | Literal["all"] = 10_000
+    """Samples that are looked at, drawn at random."""
+    threads: int | None = None
+    """Samples read at a time. Default: the processors, 32 at most."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __post_init__(self) -> None:
+        _check_threads(self.threads)
+
+    def __call__(self) -> None:
+        from .data.open import open_data
+        from .data.tools import SMALL, stats
+
+        told = stats(open_data(self.data, self.pictures), None if self.sample == "all" else self.sample, self.threads)
+        good = sum(told["formats"].values())
+        size = "" if told["bytes"] is None else f", {told['bytes'] / 1e6:.1f} MB"
+        shares = ", ".join(f"{name} {count / good:.1%}" for name, count in told["formats"].items())
+        lines = {
+            "samples": f"{told['samples']} in {_many(told['shards'], 'shard')} of {told['smallest_shard']} to "
+            f"{told['largest_shard']}{size}",
+            "looked at": f"{told['sampled']}, {told['picture_bytes'] / told['sampled'] / 1e3:.1f} kB a picture",
+            "formats": shares or "not one picture can be read",
+        }
+        for name in ("width", "height"):
+            if spread := told[name]:
+                lines[name] = f"{spread['min']} to {spread['max']} pixels, median {spread['median']}"
+        if good:
+            lines["small"] = f"{told[f'below_{SMALL}']:.1%} have a side below {SMALL} pixels"
+        for field, found in told["captions"].items():
+            lines[f"text {field!r}"] = (
+                f"{found['samples'] / told['sampled']:.1%} have it, of {found['median']} characters (median), "
+                f"{found['p95']} (95 %), {found['max']} (max); {found['repeats']:.1%} repeat another"
+            )
+        lines["no text"] = f"{told['no_text'] / told['sampled']:.1%}"
+        lines["bad"] = _counts(told["bad"])
+        width = max(map(len, lines))
+        for name, line in lines.items():
+            print(f"{name:{width}}  {line}")
+        if self.json:
+            write_json(self.json, told)
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Decode every picture and read every caption; exit status 1 when anything is bad."""
+
+    data: tyro.conf.Positional[Path]
+    """Data set, as in stats."""
+    pictures: Path | None = None
+    """Folder of the picture files, where it is another."""
+    field: str = "txt"
+    """Caption to read: txt, an entry of the .json, or a column. txt is caption or re_caption where there is no txt."""
+    bad: Path | None = None
+    """File for a JSON line of each bad sample: sample, row, cause, reason."""
+    threads: int | None = None
+    """Pictures decoded at a time. Default: the processors, 32 at most."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __post_init__(self) -> None:
+        _check_threads(self.threads)
+
+    def __call__(self) -> None:
+        from .data.tools import check
+
+        with open(self.bad, "w") if self.bad else nullcontext() as file:
+            told = check(self.data, self.field, self.pictures, file, self.threads)
+        print(
+            f"{self.data}: {_many(told['samples'], 'sample')} in {_many(told['shards'], 'shard')}, {told['bad']} bad "
+            f"({_counts(told['causes'])}); {told['images_per_s']:.0f} images/s"
+        )
+        for line in told["first"]:
+            print(f"  {line['sample']}: {line['cause']} ({line['reason']})")
+        if self.json:
+            write_json(self.json, told)
+        if told["causes"]:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class DataPack:
+    """Write pictures with captions as WebDataset tars and their index. Bad samples are left out and listed."""
+
+    source: tyro.conf.Positional[Path]
+    """Data set, as in stats."""
+    out: tyro.conf.Positional[Path]
+    """New folder for the tars."""
+    pictures: Path | None = None
+    """Folder of the picture files, where it is another."""
+    samples_per_shard: int = 10_000
+    size: int | None = None
+    """Pixels: a picture whose shorter side is larger is resized to it and written as JPEG. Default: none."""
+    quality: int = 95
+    """--size: of the JPEGs, 1 to 100."""
+    field: tuple[str, ...] = ("txt",)
+    """What becomes KEY.txt, as in check; of several the first that a sample has."""
+    threads: int | None = None
+    """Pictures worked on at a time. Default: the processors, 32 at most."""
+    json: Path | None = None
+    """File for the figures."""
+
+    def __post_init__(self) -> None:
+        _check_threads(self.threads)
+
+    def __call__(self) -> None:
+        from .data.open import open_data
+        from .data.tools import pack
+
+        told = pack(
+            open_data(self.source, self.pictures),
+            self.out,
+            self.field,
+            self.samples_per_shard,
+            self.size,
+            self.quality,
+            self.threads,
+        )
+        print(
+            f"{_many(told['samples'], 'sample')} in {_many(told['shards'], 'shard')}, {told['resized']} resized, in "
+            f"{self.out}"
+        )
+        if told["bad"]:
+            print(f"{told['bad']} left out ({_counts(told['causes'])}); {self.out / 'bad.jsonl'} lists them")
+        if self.json:
+            write_json(self.json, told)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}")
+
+
+def _many(count: int, noun: str) -> str:
+    """1, "shard" -> "1 shard"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """{"empty": 1, "corrupt": 2} -> "1 empty, 2 corrupt"."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+@dataclass(frozen=True)
+class DataTools:
+    """Write built-in data sets; index, count, check and pack your own."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[
+                Data,
+                tyro.conf.subcommand(
+                    "openmoji", default=Data("openmoji", tyro.MISSING), description="About 3 900 named drawings."
+                ),
+            ]
+            | Annotated[
+                Data,
+                tyro.conf.subcommand(
+                    "scenes",
+                    default=Data("scenes", tyro.MISSING),
+                    description="Generated pictures with captions and foils.",
+                ),
+            ]
+            | Annotated[DataIndex, tyro.conf.subcommand("index")]
+            | Annotated[DataStats, tyro.conf.subcommand("stats")]
+            | Annotated[DataCheck, tyro.conf.subcommand("check")]
+            | Annotated[DataPack, tyro.conf.subcommand("pack")]
+        ]
+    ]
+
+    def __call__(self) -> None:
+        self.command()
 
 
 @dataclass(frozen=True)
@@ -135,10 +343,10 @@ class Embed:
 
     def __call__(self) -> None:
         from .cache import Cache
+        from .data.sources import open_source
         from .text.embed import Rank, embed_share
         from .text.encoder import Encoder
         from .text.presets import spec_for
-        from .text.sources import open_source
         from .train.loop import pick_device
 
         rank = Rank.from_environment()
@@ -227,9 +435,10 @@ class Train:
         )
         if run["skipped_pictures"]:
             first = run["skipped"][0]
+            causes = ", ".join(f"{n} {cause}" for cause, n in run["skipped_causes"].items())
             print(
-                f"skipped {run['skipped_pictures']} pictures that do not decode; first: {first['sample']} "
-                f"({first['reason']})"
+                f"skipped {run['skipped_pictures']} pictures ({causes}), see {self.config.out / 'skipped.jsonl'}; "
+                f"first: {first['sample']} ({first['reason']})"
             )
 
 
@@ -243,6 +452,8 @@ class Eval:
     """Name and folder of each held-out set: --data openmoji DIR scenes DIR."""
     json: Path | None = None
     """File for the figures."""
+    loader: Literal["auto", "host", "dali"] = "auto"
+    """What decodes the pictures, as in train."""
     trust_remote_code: bool = False
     """Run Python code that comes with LIFT's text encoder."""
     device: str = "auto"
@@ -252,7 +463,8 @@ class Eval:
         from .train.loop import pick_device
 
         device = pick_device(self.device)
-        result = evaluate(self.run, self.data, device, trust_remote_code=self.trust_remote_code)
+        trust = self.trust_remote_code
+        result = evaluate(self.run, self.data, device, loader=self.loader, trust_remote_code=trust)
         for name, scores in result["retrieval"].items():
             i2t, t2i = scores["i2t"], scores["t2i"]
             print(
@@ -321,7 +533,7 @@ class CacheVerify:
     def __call__(self) -> None:
         from .cache import Cache
         from .cache.tools import verify
-        from .text.sources import open_source
+        from .data.sources import open_source
 
         cache = Cache(self.cache)
         verify(cache, self.threads)
@@ -421,7 +633,7 @@ class CacheSample:
     def __call__(self) -> None:
         from .cache import Cache
         from .cache.tools import sample
-        from .text.sources import open_source
+        from .data.sources import open_source
 
         cache = Cache(self.cache)
         told = sample(cache, self.rows, self.seed)
@@ -446,7 +658,15 @@ class SourceKeys:
 
     def __init__(self, source: "Source"):
         self.folder, self.shard_sizes = source.path, source.sizes
-        self.keys = [key for number in range(len(source.names)) for key in source.read(number)[0]]
+        self._source = source
+
+    def shard_keys(self, number: int) -> list[str]:
+        return self._source.read(number)[0]
+
+    def shard_hashes(self, number: int) -> "Tensor":
+        from .ops.table import key_hashes
+
+        return key_hashes(self.shard_keys(number))
 
 
 @dataclass(frozen=True)
@@ -511,24 +731,23 @@ class Compare:
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""
         from .cache import Cache
-        from .data.host import Collection
-        from .data.shards import Shards
+        from .data.open import open_data
         from .measure.runs import check_pair, compare_runs
         from .text.cached import CachedText
         from .train import checkpoint
-        from .train.loop import pick_device
+        from .train.loop import open_sets, pick_device
 
-        shards = Shards(data)
+        samples = open_data(data)
         caches = dict(zip(self.context, map(Cache, self.cache), strict=True))
         captions = {}
         for context, cache in caches.items():
-            cache.check_keys(shards)
-            captions[context] = [shards.caption(sample, cache.manifest.field) for sample in range(len(shards))]
+            cache.check_keys(samples)
+            captions[context] = [samples.caption(i, cache.manifest.field) for i in range(len(samples))]
         runs = {"lift": checkpoint.load_run(lift), "clip": checkpoint.load_run(clip)}
         check_pair(runs)
         config = runs["lift"]["config"]
         training = CachedText(
-            [Cache(folder) for folder in config["cache"]], Collection([Shards(folder) for folder in config["data"]])
+            [Cache(folder) for folder in config["cache"]], open_sets(config["data"], config["pictures"])
         )
         return compare_runs(runs, training, caches, captions, pick_device(self.device))
 
@@ -549,7 +768,7 @@ class Report:
     """Named in the report as what made it."""
 
     def __call__(self) -> None:
-        from .data.shards import Shards
+        from .data.open import open_data
         from .measure import report
         from .measure.gather import gather
         from .train import checkpoint
@@ -564,7 +783,7 @@ class Report:
         }
         compared = read_json(self.compare, "lift-fast compare --lift … --clip … --json")
         sizes = {
-            name: {split: len(Shards(folder / split)) for split in ("train", "heldout")}
+            name: {split: len(open_data(folder / split)) for split in ("train", "heldout")}
             for name, folder in self.data.items()
         }
         numbers = gather(runs, evals, compared, sizes, self.command)
@@ -641,7 +860,7 @@ def step(title: str, command: Any) -> None:
 
 
 Command = (
-    Annotated[Data, tyro.conf.subcommand("data")]
+    Annotated[DataTools, tyro.conf.subcommand("data")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[CacheTools, tyro.conf.subcommand("cache")]
     | Annotated[Train, tyro.conf.subcommand("train")]

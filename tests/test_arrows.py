@@ -16,7 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "losses": {"errors", "ops", "quantized"},
     "nn": {"errors", "ops"},
     "cache": {"errors", "files", "codecs", "ops", "quantized"},
-    "data": {"errors"},
+    "data": {"errors", "files", "ops"},
     "text": {"errors", "codecs", "quantized", "cache", "data"},
     "measure": {"errors", "files", "ops", "quantized", "losses", "nn", "cache", "text"},
     "train": {"errors", "files", "quantized", "losses", "nn", "cache", "data", "text", "measure"},

@@ -234,6 +234,14 @@ def test_make_gpu_leaves_out_tests_that_need_more(tmp_path):
     assert gpu.missing(tmp_path / "test_x.py") == ["absent", "nowhere"]
 
 
+def test_make_gpu_sees_what_our_modules_need(monkeypatch):
+    """test_dali imports data.dali, that data.pictures, that simplejpeg; test_step does not come to it."""
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "simplejpeg" else name)
+    assert gpu.missing(ROOT / "tests" / "test_dali.py") == ["simplejpeg"]
+    assert gpu.missing(ROOT / "tests" / "test_bench_data.py") == ["simplejpeg"]
+    assert gpu.missing(ROOT / "tests" / "test_step.py") == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_make_gpu_says_that_there_is_no_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]

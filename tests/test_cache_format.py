@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_caches import data_of, vectors_of, write
-from tiny_sets import make_set
+from tiny_caches import Data, data_of, vectors_of, write
+from tiny_sets import keys_of, make_set
 
 from lift_fast.cache import Cache, CacheWriter, encode, key_hash
 from lift_fast.cache.tools import verify
-from lift_fast.data.host import Collection
+from lift_fast.data.samples import Collection
 from lift_fast.errors import CacheError, CacheMismatch
 from lift_fast.text.cached import CachedText
 
@@ -485,11 +485,10 @@ def test_the_examples_of_docs_cache_md(tmp_path, codec, dim):
 def cache_of(folder, data, dim=8):
     """A cache of a data set of tar shards."""
     source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
-    writer, start = CacheWriter(folder, dim, "int8", {"id": "x"}, source, "txt"), 0
+    writer = CacheWriter(folder, dim, "int8", {"id": "x"}, source, "txt")
     for number in writer.missing():
-        keys = data.keys[start : start + data.shard_sizes[number]]
+        keys = data.shard_keys(number)
         writer.write_shard(number, encode(vectors_of(len(keys), dim), "int8"), [key_hash(key) for key in keys])
-        start += len(keys)
     writer.finish()
     return Cache(folder)
 
@@ -500,7 +499,8 @@ def test_a_misaligned_set_is_caught_before_the_first_step(tmp_path, change, firs
     sets = [make_set(tmp_path / f"d{k}", count=10, per_shard=5, seed=k) for k in range(2)]
     caches = [cache_of(tmp_path / f"c{k}", data) for k, data in enumerate(sets)]
     assert len(CachedText(caches, Collection(sets)).caches) == 2
-    data = sets[0 if first else 1]
+    at = 0 if first else 1
+    data = sets[at] = Data(keys_of(sets[at]), sets[at].shard_sizes, sets[at].folder)
     keys, sizes = data.keys, data.shard_sizes
     if change == "drop":
         keys.pop(2)

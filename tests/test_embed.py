@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_caches import contents
-from tiny_sets import make_set
+from tiny_sets import keys_of, make_set
 from tiny_text import TinyEncoder, captions_of, start, work, work_until, write_lines
 
 from lift_fast.cache import Cache, Manifest, encode, key_hash
 from lift_fast.codecs import CODECS
 from lift_fast.data.shards import Shards, ShardWriter
+from lift_fast.data.sources import open_source
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError
 from lift_fast.text.embed import Estimate, Rank, embed, embed_share, estimate, groups, in_bytes
-from lift_fast.text.sources import open_source
 
 SHARDS, ROWS = 36, 40  # rows: of a shard; 16 shards are a group, so there are three
 
@@ -360,7 +360,7 @@ def test_keys_are_hashed_as_the_reader_looks_for_them(tmp_path):
     data = make_set(tmp_path / "data", 6, per_shard=3)
     cache = embed(data, tmp_path / "c", TinyEncoder(), progress=False)
     keys = np.concatenate([cache.shard(number).keys.numpy() for number in range(2)])
-    assert keys.tolist() == [key_hash(key) for key in data.keys]
+    assert keys.tolist() == [key_hash(key) for key in keys_of(data)]
 
 
 @pytest.mark.parametrize(("codec", "low", "high"), [("f32", 1, 1), ("int8", 0.9999, 1), ("int2r", 0.9, 0.98)])

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_sets import keys_of
 
 from lift_fast.data import scenes
 from lift_fast.data.scenes import TASKS, Entity, Exists, Noun, Related, Scene, generate, holds, render, write
@@ -337,8 +338,9 @@ def test_write_and_read_back(tmp_path):
     shards = Shards(tmp_path / "train")
     assert shards.shard_sizes == [10, 10, 5] and seen == list(range(1, 26))
     assert [shards.caption(i) for i in range(25)] == captions
-    assert shards.keys[0] == "scenes-5-000100"
-    for i, key in enumerate(shards.keys):
+    keys = keys_of(shards)
+    assert keys[0] == "scenes-5-000100"
+    for i, key in enumerate(keys):
         sample = generate(5, int(key.rsplit("-")[-1]))
         assert shards.image_bytes(i) == render(sample.scene, 72)
         assert shards.caption(i) == sample.short and shards.caption(i, "long") == sample.long
@@ -369,5 +371,5 @@ def test_held_out_captions_are_new_and_unlike(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "generate", lambda seed, index: generate(seed, index // 3))
     captions = write(tmp_path / "repeats", 10, seed=6)
     assert len(set(captions)) == 10
-    keys = Shards(tmp_path / "repeats").keys
+    keys = keys_of(Shards(tmp_path / "repeats"))
     assert [int(key.rsplit("-")[-1]) for key in keys] == list(range(0, 30, 3))

@@ -10,8 +10,8 @@ from pyarrow import parquet
 from tiny_sets import make_set
 
 from lift_fast.data.shards import ShardWriter
+from lift_fast.data.sources import Lines, Parquet, open_source
 from lift_fast.errors import ConfigError, DataError
-from lift_fast.text.sources import Lines, Parquet, open_source
 
 AWKWARD = [
     "plain",

@@ -77,7 +77,7 @@ def test_the_test_sees_what_waits():
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_step_is_the_plain_one(kind, device):
     """The same as torch's own calls, one by one."""
-    from lift_fast.data.transforms import normalise
+    from lift_fast.data.pixels import normalise
 
     model, step = make(kind, device, clip_grad=0.3)
     other, _ = make(kind, device)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_sets import make_set
 
-from lift_fast.cache import Cache, CacheWriter, Rotation, encode, key_hash
-from lift_fast.data.host import Collection, HostPipeline
+from lift_fast.cache import Cache, CacheWriter, Rotation, encode
+from lift_fast.data.host import HostPipeline
+from lift_fast.data.samples import Collection
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
 from lift_fast.text.cached import CachedText
@@ -33,8 +34,8 @@ def make_cache(folder, data, dim=24, seed=0, name="test", codec="int8", rotation
     writer = CacheWriter(folder, dim, codec, {"name": name}, source, "txt", rotation)
     start = 0
     for shard, size in enumerate(data.shard_sizes):
-        keys = [key_hash(key) for key in data.keys[start : start + size]]
-        writer.write_shard(shard, encode(vectors[start : start + size], codec, rotation), keys)
+        rows = encode(vectors[start : start + size], codec, rotation)
+        writer.write_shard(shard, rows, data.shard_hashes(shard).tolist())
         start += size
     writer.finish()
     return vectors
@@ -121,14 +122,14 @@ def test_a_graph_needs_a_gpu(two_sets):
 
 def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
     seen = []
-    original = HostPipeline._epoch
+    original = HostPipeline.__iter__
 
-    def spy(self, epoch, pool):
-        for batch in original(self, epoch, pool):
+    def spy(self):
+        for batch in original(self):
             seen.append((batch.rows.tolist(), int(batch.pixels.long().sum())))
             yield batch
 
-    monkeypatch.setattr(HostPipeline, "_epoch", spy)
+    monkeypatch.setattr(HostPipeline, "__iter__", spy)
     for config in two_sets:
         quiet(config)
     assert len(seen) == 8
@@ -196,7 +197,10 @@ def test_broken_pictures_are_counted_and_training_goes_on(tmp_path):
     )
     run = quiet(config)
     assert run["skipped_pictures"] == 2
-    assert "s0-004" in run["skipped"][0]["sample"]
+    assert {line["row"] for line in run["skipped"]} == {4, 11}
+    lines = (config.out / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == run["skipped"]
+    assert run["loader"]["state"]["taken"] >= 6 and run["loader"]["kind"] == "HostPipeline"
     assert len(run["loss"]) == 4
 
 

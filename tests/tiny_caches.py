@@ -8,6 +8,7 @@ import torch
 
 from lift_fast.cache import CacheWriter, Rotation, encode, key_hash
 from lift_fast.codecs import CODECS
+from lift_fast.ops.table import key_hashes
 
 ENCODER = {"id": "some/encoder", "revision": "abc", "pooling": "mean", "prompt": "", "max_length": 128}
 
@@ -19,6 +20,16 @@ class Data:
     keys: list[str]
     shard_sizes: list[int]
     folder: Path = field(default=Path("some/data"))
+
+    def __len__(self):
+        return len(self.keys)
+
+    def shard_keys(self, number):
+        start = sum(self.shard_sizes[:number])
+        return self.keys[start : start + self.shard_sizes[number]]
+
+    def shard_hashes(self, number):
+        return key_hashes(self.shard_keys(number))
 
 
 def data_of(sizes):

@@ -16,6 +16,11 @@ def png(rng: random.Random, size=(12, 10)) -> bytes:
     return out.getvalue()
 
 
+def keys_of(data):
+    """The sample keys of all shards."""
+    return [key for number in range(len(data.shard_sizes)) for key in data.shard_keys(number)]
+
+
 def make_set(folder, count=10, per_shard=4, seed=0, broken=()):
     rng = random.Random(seed)
     with ShardWriter(folder, per_shard) as writer:

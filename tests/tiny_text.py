@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lift_fast.data.sources import open_source
 from lift_fast.text.embed import Rank, embed_share
-from lift_fast.text.sources import open_source
 
 DIM = 24
 

@@ -24,11 +24,16 @@ _MOST_MAPS = 30_000
 
 
 class Keyed(Protocol):
-    """What check_keys asks of a data set; data.shards.Shards has it."""
+    """What check_keys asks of a data set; data.samples.Samples have it."""
 
     folder: Path
-    keys: list[str]
     shard_sizes: list[int]
+
+    def shard_keys(self, number: int) -> list[str]:
+        """The sample keys of shard `number`, in order."""
+
+    def shard_hashes(self, number: int) -> Tensor:
+        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]."""
 
 
 class Cache:
@@ -152,21 +157,18 @@ class Cache:
                 f"{data.folder} has {len(data.shard_sizes)} shards, "
                 f"{self.folder} has {len(self.manifest.shards)}; {remedy}"
             )
-        start = 0
         for number, (size, entry) in enumerate(zip(data.shard_sizes, self.manifest.shards, strict=True)):
-            keys = data.keys[start : start + size]
-            hashes = key_hashes(keys).numpy()
+            hashes = data.shard_hashes(number).numpy()
             common = min(size, entry.rows)
             differ = hashes[:common] != self.shard(number).keys.numpy()[:common]
             if size != entry.rows or differ.any():
                 first = int(differ.argmax()) if differ.any() else common
-                key = f"key {keys[first]!r}" if first < size else "where the data ends"
+                key = f"key {data.shard_keys(number)[first]!r}" if first < size else "where the data ends"
                 raise CacheMismatch(
                     f"{self.folder} was not made from {data.folder}: data shard {number:05d} has {size} "
                     f"samples, cache shard {number:05d} has {entry.rows} rows "
                     f"(first difference at row {first}, {key}); {remedy}"
                 )
-            start += size
 
     def verify(self) -> None:
         """Reads every shard and compares checksums. Raises CacheError naming the first that is damaged."""

@@ -1,7 +1,8 @@
 """WebDataset tar shards: a folder of `00000.tar, 00001.tar, …`, a sample being the files that share a key.
 
-`KEY.png|jpg|jpeg|webp` is the picture, `KEY.txt` the caption, `KEY.json` the metadata. A shard is indexed
-once (names and offsets); samples are then read by offset, so any order costs the same.
+`KEY.png|jpg|jpeg|webp|gif|bmp` is the picture, `KEY.txt` the caption, `KEY.json` the metadata. The key is the path up
+to the first dot of the file's own name; a name that begins with a dot, or has none, is no sample's. Samples are read
+by the places that the index tells, so any order costs the same.
 """
 
 import io
@@ -9,13 +10,19 @@ import json
 import os
 import shutil
 import tarfile
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import DataError
+from torch import Tensor
 
-PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-_END_MARK = 1024  # bytes: two zero blocks
+from ..errors import DataError
+from .index import JSON, PICTURE, PICTURE_SUFFIXES, TXT, Index, open_index
+from .reading import FILES, MOST_BYTES
+from .samples import BadSample
+
+_MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 
 
 class ShardWriter:
@@ -39,8 +46,8 @@ class ShardWriter:
         self._partial.mkdir(parents=True)
         return self
 
-    def write(self, key: str, image: bytes, caption: str, meta: dict) -> None:
-        """Adds one sample: PNG bytes, its caption, and a JSON-able dict. Keys hold no dot and no slash."""
+    def write(self, key: str, image: bytes, caption: str, meta: dict, suffix: str = "png") -> None:
+        """Adds one sample: a picture's bytes, its caption, and a JSON-able dict. Keys hold no dot and no slash."""
         if "." in key or "/" in key:
             raise DataError(f"sample key {key!r} holds a dot or a slash; WebDataset splits names there")
         if self._written % self.samples_per_shard == 0:
@@ -48,12 +55,12 @@ class ShardWriter:
             name = f"{self._written // self.samples_per_shard:05d}.tar"
             self._tar = tarfile.open(self._partial / name, "w", format=tarfile.USTAR_FORMAT)
         assert self._tar is not None
-        for suffix, data in (
-            ("png", image),
+        for kind, data in (
+            (suffix, image),
             ("txt", caption.encode()),
             ("json", json.dumps(meta, sort_keys=True).encode()),
         ):
-            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info = tarfile.TarInfo(f"{key}.{kind}")
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
         self._written += 1
@@ -75,43 +82,39 @@ class ShardWriter:
 
 
 class Shards:
-    """A read-only view of the samples in one folder of tar shards, in order of shard, then position.
+    """The Samples of one folder of tar shards, in order of shard, then position.
 
-    Raises DataError: no such folder, no tar in it, no sample in them, or a tar that is cut short.
+    They are found by the folder's index (`lift-fast data index` writes it), or by a scan of the tars without one.
+
+    Raises DataError: no such folder, no tar in it, no sample in them, a tar that is cut short; an index that is
+    damaged, or does not fit the tars.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, index: Index | None = None):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise DataError(f"no data set at {self.folder}: it is not a folder of tar shards")
-        self.paths = sorted(self.folder.glob("*.tar"))
-        if not self.paths:
-            raise DataError(f"{self.folder} holds no .tar shard")
-        self.keys: list[str] = []
-        self.shard_sizes: list[int] = []
-        self._members: list[dict[str, tuple[int, int]]] = []  # per sample: suffix -> (offset, size)
-        self._shard_of: list[int] = []
-        for number, path in enumerate(self.paths):
-            samples = _index(path)
-            self.shard_sizes.append(len(samples))
-            self.keys.extend(samples)
-            self._members.extend(samples.values())
-            self._shard_of.extend([number] * len(samples))
-        if not self.keys:
+        self._index = index or open_index(self.folder)
+        self.names = [entry.name for entry in self._index.entries]
+        self.paths = [self.folder / name for name in self.names]
+        self.shard_sizes = [entry.samples for entry in self._index.entries]
+        self._ends = list(accumulate(self.shard_sizes))
+        if not len(self):
             raise DataError(f"{self.folder}: {len(self.paths)} tar shards and not one sample in them")
 
     def __len__(self) -> int:
-        return len(self.keys)
-
-    def check_pictures(self) -> None:
-        """Raises DataError naming the first sample that has no picture; reads nothing."""
-        for i, members in enumerate(self._members):
-            if members.keys().isdisjoint(PICTURE_SUFFIXES):
-                raise DataError(f"{self.where(i)} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        return self._ends[-1]
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i, which has one."""
-        return self._read(i, next(suffix for suffix in PICTURE_SUFFIXES if suffix in self._members[i]))
+        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        number, row = self._locate(i)
+        place = self._index.place(number, row, PICTURE)
+        if place is None:
+            raise BadSample("missing", f"{self.where(i)} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        if place[1] > MOST_BYTES:
+            raise BadSample("too large", f"{self.where(i)} has {place[1]} bytes; {MOST_BYTES} are read at most")
+        try:
+            return self._read(number, place)
+        except OSError as error:
+            raise BadSample("unreadable", f"{self.where(i)}: {error.strerror}") from error
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i: its .txt, or the entry `field` of its .json.
@@ -119,9 +122,10 @@ class Shards:
         Raises DataError when it is missing or blank.
         """
         if field == "txt":
-            text = self._read(i, "txt").decode(errors="replace") if "txt" in self._members[i] else ""
+            text = (self._text(i, TXT) or b"").decode(errors="replace")
         else:
-            text = str(self.meta(i).get(field, ""))
+            told = self.meta(i).get(field)
+            text = "" if told is None else str(told)
         text = text.strip()
         if not text:
             raise DataError(f"{self.where(i)} has no caption {field!r}; add one or drop the sample")
@@ -129,11 +133,12 @@ class Shards:
 
     def meta(self, i: int) -> dict:
         """The parsed .json of sample i, {} when it has none. Raises DataError when it is not a JSON object."""
-        if "json" not in self._members[i]:
+        data = self._text(i, JSON)
+        if data is None:
             return {}
         try:
-            meta = json.loads(self._read(i, "json"))
-        except ValueError as error:
+            meta = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.where(i)}: its .json does not parse ({error})") from error
         if not isinstance(meta, dict):
             raise DataError(f"{self.where(i)}: its .json is not an object")
@@ -141,36 +146,35 @@ class Shards:
 
     def where(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
-        return f"{self.paths[self._shard_of[i]]}: sample {self.keys[i]!r}"
+        number, row = self._locate(i)
+        return f"{self.paths[number]}: sample {self._index.key(number, row)!r}"
 
-    def _read(self, i: int, suffix: str) -> bytes:
-        offset, size = self._members[i][suffix]
-        # Opened for each read: a set has thousands of shards, a process may hold about a thousand files.
-        with open(self.paths[self._shard_of[i]], "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise DataError(f"{self.where(i)}: the shard changed or was cut short while it was read")
-        return data
+    def shard_keys(self, number: int) -> list[str]:
+        """The sample keys of shard `number`, in order."""
+        return self._index.keys(number)
 
+    def shard_hashes(self, number: int) -> Tensor:
+        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]; from the index, no key is read."""
+        return self._index.hashes(number)
 
-def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> {suffix: (offset, size)} of one tar, in order. Raises DataError when it is cut short."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with open(path, "rb") as file:
-            # tarfile takes a file cut between two members, or inside the last one, for a whole one: the mark
-            # that ends an archive (two zero blocks) tells.
-            file.seek(max(0, os.path.getsize(path) - _END_MARK))
-            mark = file.read()
-        if len(mark) < _END_MARK or any(mark) or os.path.getsize(path) % (_END_MARK // 2):
-            raise tarfile.ReadError("its end-of-archive mark is missing")
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    key = f"{folder}/{stem}" if folder not in ("", ".") else stem
-                    samples.setdefault(key, {})[suffix.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} is not a whole tar ({error}); write or copy it again") from error
-    return samples
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Sample number -> shard, and the sample's place in it."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} at {self.folder}")
+        number = bisect_right(self._ends, i)
+        return number, i - self._ends[number] + self.shard_sizes[number]
+
+    def _read(self, number: int, place: tuple[int, int]) -> bytes:
+        return FILES.read(self.paths[number], self._index.entries[number].stamp, *place)
+
+    def _text(self, i: int, what: int) -> bytes | None:
+        number, row = self._locate(i)
+        place = self._index.place(number, row, what)
+        if place is None:
+            return None
+        if place[1] > _MOST_TEXT:
+            raise DataError(f"{self.where(i)}: a text of {place[1]} bytes; {_MOST_TEXT} are read at most")
+        try:
+            return self._read(number, place)
+        except OSError as error:
+            raise DataError(f"{self.where(i)}: the shard cannot be read ({error.strerror})") from error

@@ -1,56 +1,114 @@
-"""Pictures to pixels on the host: decode, crop, resize. Normalisation happens on the device."""
+"""Pictures to pixels on the host: crop, resize, mirror, recolour."""
 
-import io
 import math
-import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch.nn import functional as F
 
-# ImageNet's, as LIFT's authors use them (arXiv 2506.04209).
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from .loading import DRAWS, Loading
+from .pictures import Box, Header, decode, decode_box, scale_of
 
-
-class UndecodablePicture(Exception):
-    """The bytes are no picture; the pipeline skips and counts it."""
-
-
-def decode(data: bytes) -> Image.Image:
-    """Encoded bytes -> an RGB picture. Raises UndecodablePicture."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UndecodablePicture(str(error)) from error
+_TRIES = 10
+assert DRAWS == 2 * _TRIES + 2 + 1 + 3  # an area and an aspect a try; a place; the mirror; three colours
+_MAX_ASPECT = 16
+# As of DALI's color_twist; the first row is the luma.
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 
 
-def random_crop(picture: Image.Image, size: int, rng: random.Random, min_area: float) -> np.ndarray:
-    """uint8 [size, size, 3]: a crop of min_area to all of the picture, aspect 3/4 to 4/3, resized (bicubic)."""
-    width, height = picture.size
-    for _ in range(10):
-        area = width * height * rng.uniform(min_area, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-            box = (left, top, left + w, top + h)
-            return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    return centre_crop(picture, size)
+@dataclass(frozen=True)
+class View:
+    """How one picture is shown once: the box that is cut out, in upright pixels; mirrored or not; and its brightness,
+    contrast and saturation, 1 for as it is."""
+
+    box: Box
+    flip: bool
+    colour: tuple[float, float, float] | None
 
 
-def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the centred square of the picture, resized (bicubic); the evaluation transform."""
-    width, height = picture.size
+def view_of(width: int, height: int, draws: np.ndarray, loading: Loading) -> View:
+    """The random view of a picture of width x height that DRAWS numbers in [0, 1) choose.
+
+    torchvision's RandomResizedCrop: an area of min_crop_area to all of the picture, an aspect of 3/4 to 4/3
+    (log-uniform), anywhere; the centred square when ten tries do not fit. Where a JPEG would be decoded at a part of
+    its size, the box is moved onto that picture's pixels, by less than one of them.
+    """
+    u = draws.tolist()
+    least, whole = loading.min_crop_area, width * height
+    across, down, mirror, *levels = u[2 * _TRIES :]
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    box = ((width - side) // 2, (height - side) // 2, side, side)
+    for area, aspect in zip(u[0 : 2 * _TRIES : 2], u[1 : 2 * _TRIES : 2], strict=True):
+        area = whole * (least + (1 - least) * area)
+        ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            box = (int(across * (width - w + 1)), int(down * (height - h + 1)), w, h)
+            break
+    factor = scale_of(box, loading.image_size)
+    left, top, w, h = (edge - edge % factor for edge in box)
+    colour = None
+    if loading.colour:
+        brightness, contrast, saturation = (1 + loading.colour * (2 * level - 1) for level in levels)
+        colour = (brightness, contrast, saturation)
+    return View((left, top, w, h), mirror < loading.flip, colour)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W], ImageNet mean and std taken out."""
-    # Filled on the device: a tensor made of a list would be copied there, and the host would wait.
-    mean, std = (torch.cat([pixels.new_full((1,), 255 * v, dtype=torch.float32) for v in vs]) for vs in (MEAN, STD))
-    return ((pixels - mean) / std).permute(0, 3, 1, 2)
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> uint8 [height, width, 3], bicubic and antialiased; the same array when it has that size."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    # Else torch makes the copy, and starts a team of threads for it.
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def render(data: bytes, header: Header, view: View, size: int) -> np.ndarray:
+    """One training picture: `view` of it at uint8 [size, size, 3]. Raises BadSample."""
+    picture, (left, top, width, height) = decode_box(data, header, view.box, size)
+    pixels = resize(picture[top : top + height, left : left + width], size, size)
+    if view.flip:
+        pixels = pixels[:, ::-1]
+    if view.colour:
+        pixels = recoloured(pixels, *view.colour)
+    return np.ascontiguousarray(pixels)
+
+
+def render_centre(data: bytes, header: Header, size: int) -> np.ndarray:
+    """One picture for evaluation, uint8 [size, size, 3]: its shorter side resized to `size`, then the centred square,
+    as torchvision's Resize and CenterCrop. Of a picture longer than 16:1 the ends are left out first. Raises BadSample.
+    """
+    (left, top, width, height), resized, (up, across) = centre_of(header.width, header.height, size)
+    pixels = resize(decode(data, header)[top : top + height, left : left + width], *resized)
+    return np.ascontiguousarray(pixels[up : up + size, across : across + size])
+
+
+def centre_of(width: int, height: int, size: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """render_centre's geometry: the box of the picture that is resized, to (height, width), and the corner (top, left)
+    of the size x size pixels that are kept of it."""
+    short = min(width, height)
+    # Without this a picture of 60000 x 1 pixels would be enlarged to gigabytes.
+    left, top = (max(0, extent - _MAX_ASPECT * short) // 2 for extent in (width, height))
+    box = (left, top, width - 2 * left, height - 2 * top)
+    resized = int(size * box[3] / short), int(size * box[2] / short)
+    return box, resized, (round((resized[0] - size) / 2), round((resized[1] - size) / 2))
+
+
+def recoloured(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    """uint8 [h, w, 3] with the chroma scaled by saturation, then the contrast about 128, then the brightness: one
+    affine map of RGB, rounded and clipped, the one that DALI's color_twist computes."""
+    matrix = brightness * contrast * _YIQ_TO_RGB @ np.diag([1, saturation, saturation]) @ _RGB_TO_YIQ
+    offset = 128 * (1 - contrast) * brightness
+    # A plane after the other: numpy's product of matrices would start BLAS's threads.
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    out = np.empty(pixels.shape, dtype=np.uint8)
+    for channel, (red, green, blue) in enumerate(matrix.tolist()):
+        level = planes[0] * red
+        level += planes[1] * green
+        level += planes[2] * blue
+        level += offset
+        out[..., channel] = np.clip(np.rint(level, out=level), 0, 255, out=level)
+    return out

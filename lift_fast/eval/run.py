@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cache import Rotation
-from ..data.host import load_pictures
-from ..data.shards import Shards
-from ..data.transforms import normalise
+from ..data import dali, host
+from ..data.open import open_data
+from ..data.pixels import normalise
 from ..errors import CacheMismatch, ConfigError
 from ..nn import Clip, Lift
 from ..text.encoder import Encoder
 from ..text.spec import EncoderSpec
 from ..text.tokenizer import ClipTokenizer
 from ..train import checkpoint
+from ..train.loop import gpu_number
 from . import composition, retrieval, zero_shot
 
 EncodeText = Callable[[Sequence[str]], Tensor]
@@ -59,16 +60,22 @@ def text_side(
 
 @torch.no_grad()
 def evaluate(
-    folder: Path, sets: dict[str, Path], device: torch.device, *, trust_remote_code: bool = False, examples: int = 8
+    folder: Path,
+    sets: dict[str, Path],
+    device: torch.device,
+    *,
+    loader: str = "auto",
+    trust_remote_code: bool = False,
+    examples: int = 8,
 ) -> dict[str, Any]:
-    """folder: a trained run; sets: name -> folder of held-out shards.
+    """folder: a trained run; sets: name -> a held-out data set; loader: what decodes, as of TrainConfig.
 
     Returns {"retrieval": {name: …}, "composition": …, "zero_shot": …, "pictures": […]}; composition and
     zero_shot are null when no set has foils or groups. `pictures` holds the first `examples` of each set
     with the caption this model ranks first among the set's captions.
     Raises ConfigError when two sets have foils, or two have groups: a figure belongs to one set.
     """
-    held_out = {name: Shards(path) for name, path in sets.items()}
+    held_out = {name: open_data(path) for name, path in sets.items()}
     model, run = checkpoint.load(folder, device)
     encode_text = text_side(model, run, device, trust_remote_code)
     result: dict[str, Any] = {
@@ -78,12 +85,16 @@ def evaluate(
         "pictures": [],
         "skipped": {},
     }
-    for name, shards in held_out.items():
-        pixels, samples = load_pictures(shards, model.visual.config.image_size)
-        result["skipped"][name] = len(shards) - len(samples)
+    for name, data in held_out.items():
+        size = model.visual.config.image_size
+        if dali.wanted(loader, device.type == "cuda"):
+            pixels, samples = dali.load_pictures(data, size, gpu_number(device))
+        else:
+            pixels, samples = host.load_pictures(data, size)
+        result["skipped"][name] = len(data) - len(samples)
         image = torch.cat([model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(256)])
         image = F.normalize(image, dim=-1)
-        captions = [shards.caption(sample) for sample in samples]
+        captions = [data.caption(sample) for sample in samples]
         text = encode_text(captions)
         result["retrieval"][name] = retrieval.retrieval(image, text)
 
@@ -92,14 +103,14 @@ def evaluate(
             result["pictures"].append(
                 {
                     "set": name,
-                    "png_base64": base64.b64encode(shards.image_bytes(samples[place])).decode(),
+                    "png_base64": base64.b64encode(data.image_bytes(samples[place])).decode(),
                     "caption": captions[place],
                     "first": captions[first],
                     "right": first == place,
                 }
             )
 
-        metas = [shards.meta(sample) for sample in samples]
+        metas = [data.meta(sample) for sample in samples]
         if all("composition" in meta for meta in metas):
             _once(result, "composition", name)
             sides = composition.pairs(metas)

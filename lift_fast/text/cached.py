@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..data.host import Collection
+from ..data.samples import Collection
 from ..errors import CacheMismatch
 from ..quantized import QuantizedRows
 

@@ -13,11 +13,13 @@ class TrainConfig:
 
     model: Literal["lift", "clip"]
     data: tuple[Path, ...]
-    """Folders of training shards, read as one set."""
+    """Training sets, read as one: folders of tar shards, folders of pictures with parquet captions, CSV or JSONL."""
     out: Path
     """Folder the run is written to; must not exist."""
     cache: tuple[Path, ...] = ()
     """LIFT: one text cache for each data folder, in the same order."""
+    pictures: tuple[Path, ...] = ()
+    """Where the picture files lie, one folder for each --data; needed where they are not beside their captions."""
     preset: str = "tiny"
     text_dim: int | None = None
     """LIFT: output width of the head. Default: the caches'."""
@@ -47,8 +49,22 @@ class TrainConfig:
     """The image side goes through torch.compile."""
     graph: bool = False
     """The whole step is captured as a CUDA graph and replayed."""
+    loader: Literal["auto", "host", "dali"] = "auto"
+    """What decodes the pictures. auto: DALI for a GPU where it is installed, else the host's threads. The same samples
+    and crops either way."""
     min_crop_area: float = 0.9
     """Random crops keep at least this part of a picture."""
+    flip: float = 0.0
+    """Probability of a mirrored picture."""
+    colour: float = 0.0
+    """Brightness, contrast and saturation are each scaled by 1 - colour to 1 + colour."""
+    shuffle_buffer: int | None = None
+    """Shuffle the shards and windows of so many samples, to read a shard at a time. Default: all samples of an epoch
+    are shuffled."""
+    max_skipped: float = 0.1
+    """Share of bad samples above which training stops."""
+    checked: bool = False
+    """lift-fast data check has decoded every picture: DALI need not have each one read strictly by the host first."""
     seed: int = 0
     """Same seed, same machine: the same losses (on a GPU up to the order in which its atomics add)."""
     device: str = "auto"
@@ -59,19 +75,21 @@ class TrainConfig:
                 f"LIFT needs one --cache for each --data: got {len(self.cache)} for {len(self.data)}; "
                 "make one with: lift-fast embed"
             )
+        if self.pictures and len(self.pictures) != len(self.data):
+            raise ConfigError(f"one --pictures for each --data, or none: got {len(self.pictures)} for {len(self.data)}")
         if self.model == "clip" and self.cache:
             raise ConfigError("CLIP trains its own text tower; leave out --cache")
         if self.model == "clip" and self.loss == "cosine":
             raise ConfigError(
                 "the cosine loss has no negatives: with a trained text tower it collapses; use contrastive"
             )
-        least_of = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0}
+        least_of = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0, "seed": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("lr", "clip_grad", "min_crop_area"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "min_crop_area"):
+        for name in ("beta1", "beta2", "min_crop_area", "flip", "colour", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)}")

@@ -5,8 +5,10 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..cache import Cache
-from ..data.host import Collection, HostPipeline
-from ..data.shards import Shards
+from ..data import dali
+from ..data.host import HostPipeline
+from ..data.loading import Loading, Pipeline
+from ..data.open import open_data
+from ..data.samples import Collection
 from ..errors import ConfigError, TrainingError
 from ..losses import ClipLoss, CosineLoss
 from ..measure.machine import machine, versions
@@ -52,7 +57,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         raise ConfigError("--graph captures the step as a CUDA graph, and there is no CUDA device here; leave it out")
     if config.out.exists():
         raise ConfigError(f"{config.out} exists already; remove it or name another --out")
-    data = Collection([Shards(folder) for folder in config.data])
+    data = open_sets(config.data, config.pictures)
     run: dict[str, Any] = {"model": config.model, "preset": config.preset, "config": asdict(config)}
 
     torch.manual_seed(config.seed)
@@ -77,15 +82,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         compiled=config.compile,
         graphed=config.graph,
     )
-    pipeline = HostPipeline(
-        data,
-        batch_size=config.batch_size,
-        image_size=model.visual.config.image_size,
-        seed=config.seed,
-        min_crop_area=config.min_crop_area,
-        threads=os.cpu_count() or 1,
-        ahead=2 if device.type == "cuda" else 0,
-    )
+    pipeline = make_pipeline(config, data, model.visual.config.image_size, device)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -95,6 +92,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     losses: list[float] = []
     step_ms: list[float] = []
     config.out.mkdir(parents=True)
+    pipeline.skipped.write_to(config.out / "skipped.jsonl")
     started = time.perf_counter()
     with (
         open(config.out / "metrics.jsonl", "w") as metrics,
@@ -142,7 +140,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
             stats = Figures(take_step(pixels, other, lr))
             if unread:
                 report(*unread)
-            unread = step, stats, lr, data_ms, len(pipeline.skipped)
+            unread = step, stats, lr, data_ms, pipeline.skipped.causes.total()
             step_ms.append(1e3 * (time.perf_counter() - begun))
         if unread:
             report(*unread)
@@ -162,12 +160,40 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "loss": losses,
-        **pipeline.report(),
+        "loader": {"kind": type(pipeline).__name__, "state": pipeline.state_dict()},
+        **pipeline.skipped.report(),
         "machine": machine(),
         "versions": versions(),
     }
     checkpoint.save(config.out, model, run)
     return run
+
+
+def open_sets(paths: Sequence[str | Path], pictures: Sequence[str | Path]) -> Collection:
+    """A run's data sets; pictures: of each the folder of its picture files, or nothing at all."""
+    folders: Sequence[str | Path | None] = pictures or len(paths) * [None]
+    return Collection([open_data(path, folder) for path, folder in zip(paths, folders, strict=True)])
+
+
+def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device) -> Pipeline:
+    """The pipeline that config.loader names. Raises BackendError for DALI where it is not installed."""
+    on_gpu = device.type == "cuda"
+    loading = Loading(
+        batch_size=config.batch_size,
+        image_size=image_size,
+        seed=config.seed,
+        min_crop_area=config.min_crop_area,
+        flip=config.flip,
+        colour=config.colour,
+        shuffle_buffer=config.shuffle_buffer,
+        max_skipped=config.max_skipped,
+        checked=config.checked,
+        threads=os.cpu_count() or 1,
+        ahead=2 if on_gpu else 0,
+    )
+    if dali.wanted(config.loader, on_gpu):
+        return dali.DaliPipeline(data, loading, gpu_number(device))
+    return HostPipeline(data, loading)
 
 
 class Figures:
@@ -200,6 +226,13 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs here")
     return device
+
+
+def gpu_number(device: torch.device) -> int | None:
+    """Which GPU a device is; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.transforms import normalise
+from ..data.pixels import normalise
 from ..nn import Clip, Lift
 from ..quantized import QuantizedRows
 

@@ -5,17 +5,22 @@ and captions are read a shard at a time.
 """
 
 import csv
+import io
 import json
+import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from ..data.shards import Shards
 from ..errors import ConfigError, DataError
+from .reading import FILES, stamp_of
+from .shards import Shards
 
 SHARD_ROWS = 10_000
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = (".jsonl", ".ndjson")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Source(Protocol):
@@ -50,7 +55,7 @@ def open_source(
     for.
     """
     path = Path(path)
-    lines = path.suffix.lower() in (*_DELIMITERS, *_JSON_LINES)
+    lines = path.suffix.lower() in (*DELIMITERS, *JSON_LINES)
     if shard_rows is not None and path.exists() and not (lines and path.is_file()):
         raise ConfigError(f"--shard-rows cuts one CSV, TSV or JSONL file; the files at {path} are the shards")
     if path.is_file():
@@ -58,7 +63,7 @@ def open_source(
             return Lines(path, field or "caption", key, SHARD_ROWS if shard_rows is None else shard_rows)
         if path.suffix.lower() == ".parquet":
             return Parquet(path, field or "re_caption", key)
-        kinds = ", ".join((".parquet", *_DELIMITERS, *_JSON_LINES))
+        kinds = ", ".join((".parquet", *DELIMITERS, *JSON_LINES))
         raise DataError(f"{path} is no file of captions ({kinds}); a tar shard is read with its folder")
     if path.is_dir() and not any(path.glob("*.tar")):
         if any(path.glob("*.parquet")):
@@ -76,16 +81,15 @@ class Tars:
     def __init__(self, data: Shards, field: str = "txt"):
         self._data = data
         self.path, self.field = data.folder, field
-        self.names, self.sizes = [path.name for path in data.paths], data.shard_sizes
+        self.names, self.sizes = data.names, data.shard_sizes
         self._starts = _starts(self.sizes)
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
         start = self._starts[number]
         samples = range(start, start + self.sizes[number])
         captions = [self._data.caption(i, self.field) for i in samples]
-        return _checked(
-            self._data.keys[start : samples.stop], captions, self.field, lambda row: f"{self.names[number]}: row {row}"
-        )
+        keys = self._data.shard_keys(number)
+        return _checked(keys, captions, self.field, lambda row: f"{self.names[number]}: row {row}")
 
     def __str__(self) -> str:
         what = "their .txt" if self.field == "txt" else f"{self.field!r} of their .json"
@@ -101,7 +105,7 @@ class Parquet:
         self.names, self.sizes = [file.name for file in self._files], []
         self._key = key
         for file in self._files:
-            rows, columns = _parquet(file, lambda table: (table.metadata.num_rows, table.schema_arrow.names))
+            rows, columns = read_parquet(file, lambda table: (table.metadata.num_rows, table.schema_arrow.names))
             if key is None and file == self._files[0] and "key" in columns:
                 self._key = "key"
             _check_columns(file, columns, field, self._key)
@@ -111,7 +115,7 @@ class Parquet:
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
         wanted = [self.field] if self._key in (None, self.field) else [self.field, str(self._key)]
-        columns = _parquet(self._files[number], lambda table: table.read(columns=wanted).to_pydict())
+        columns = read_parquet(self._files[number], lambda table: table.read(columns=wanted).to_pydict())
         captions = columns[self.field]
         if len(captions) != self.sizes[number]:
             raise DataError(f"{self._files[number]} has changed while it was read; run the command again")
@@ -126,80 +130,137 @@ class Parquet:
 
 
 class Lines:
-    """A Source of one CSV or TSV file with a header, or one JSONL file; every `shard_rows` samples are a shard.
-
-    UTF-8. Blank lines are no samples.
-    """
+    """A Source of one CSV, TSV or JSONL file (as Rows); every `shard_rows` samples are a shard."""
 
     def __init__(self, path: str | Path, field: str = "caption", key: str | None = None, shard_rows: int = SHARD_ROWS):
-        if shard_rows < 1:
-            raise ConfigError(f"shard_rows is {shard_rows}: a shard holds at least 1 sample")
-        self.path, self.field, self._key = Path(path), field, key
-        self._delimiter = _DELIMITERS.get(self.path.suffix.lower())
-        self._columns: list[str] = []
-        self._places: list[tuple[int, int]] = []  # of each shard, the byte and the lines before it
-        self.sizes: list[int] = []
-        with self.path.open("rb") as file:
-            lines = _Decoded(file, self.path)
-            if self._delimiter:
-                self._columns = self._parsed(lines, lambda: next(self._rows(lines), []))
-                names = self._columns
-            else:
-                names = sorted(self._parsed(lines, lambda: next(self._objects(lines), {})))
-            if key is None and "key" in names:
-                self._key = "key"
-            _check_columns(self.path, names, field, self._key)
-            if not self._delimiter:
-                file.seek(0)
-                lines = _Decoded(file, self.path)
-            rows: Iterator[Any] = self._rows(lines) if self._delimiter else (line for line in lines if line.strip())
-            place = lines.place
-            while self._parsed(lines, lambda: next(rows, None)) is not None:
-                if not self.sizes or self.sizes[-1] == shard_rows:
-                    self._places.append(place)
-                    self.sizes.append(0)
-                self.sizes[-1] += 1
-                place = lines.place
-        self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
-        self._starts = _starts(self.sizes)
+        self._rows = Rows(path)
+        self.path, self.field = self._rows.path, field
+        self._key = "key" if key is None and "key" in self._rows.columns else key
+        _check_columns(self.path, self._rows.columns, field, self._key)
+        self._rows.cut(shard_rows)
+        self.names, self.sizes = self._rows.names, self._rows.sizes
         _check_not_empty(self)
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
         keys: list[Any] = []
         captions: list[Any] = []
-        numbers: list[int] = []  # of each row, the line that it ends on
-        with self.path.open("rb") as file:
-            lines = _Decoded(file, self.path, self._places[number])
-            rows = self._rows(lines) if self._delimiter else self._objects(lines)
-            while len(captions) < self.sizes[number]:
+        lines: list[int] = []  # of each row, the line that it ends on
+        for row, line in self._rows.read(number):
+            captions.append(row.get(self.field))
+            keys.append(row.get(self._key) if self._key else self._rows.starts[number] + len(keys))
+            lines.append(line)
+        return _checked(keys, captions, self.field, lambda row: f"{self.path}: line {lines[row]}")
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.sizes)} rows in {self.path}, captions from {self.field!r}, {_told_key(self._key)}, "
+            f"cut into {len(self.sizes)} shards"
+        )
+
+
+class Rows:
+    """The rows of one CSV or TSV file with a header, or one JSONL file, as dicts. UTF-8. Blank lines are no rows.
+
+    columns: the names in the header, or in the first object. After `cut`: names, sizes, starts of its shards.
+
+    Raises DataError with the line for a file that does not parse.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+        self.starts: list[int] = [0]
+        self._delimiter = DELIMITERS.get(self.path.suffix.lower())
+        self._header: list[str] = []
+        self._places = array("q")  # the byte that each row begins at, and where the last one ends
+        self._lines: list[int] = []  # of each shard, the lines before it
+        with self._opened() as file:
+            lines = _Decoded(file, self.path)
+            if self._delimiter:
+                self.columns = self._header = self._parsed(lines, lambda: next(self._split(lines), []))
+            else:
+                self.columns = sorted(self._parsed(lines, lambda: next(self._objects(lines), {})))
+            self._first = lines.place if self._delimiter else (0, 0)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def cut(self, shard_rows: int) -> None:
+        """Finds every row; `shard_rows` of them are a shard."""
+        if shard_rows < 1:
+            raise ConfigError(f"shard_rows is {shard_rows}: a shard holds at least 1 sample")
+        with self._opened() as file:
+            self._stamp = stamp_of(os.fstat(file.fileno()))
+            lines = _Decoded(file, self.path, self._first)
+            rows: Iterator[Any] = self._split(lines) if self._delimiter else (line for line in lines if line.strip())
+            at, number = lines.place
+            while self._parsed(lines, lambda: next(rows, None)) is not None:
+                if not self.sizes or self.sizes[-1] == shard_rows:
+                    self._lines.append(number)
+                    self.sizes.append(0)
+                self._places.append(at)
+                self.sizes[-1] += 1
+                at, number = lines.place
+            self._places.append(at)
+        self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
+        self.starts = _starts(self.sizes)
+
+    def read(self, number: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """The rows of a shard, and the line that each ends on. Raises DataError, also where the file has changed."""
+        with self._opened() as file:
+            lines = _Decoded(file, self.path, (self._places[self.starts[number]], self._lines[number]))
+            rows = self._dicts(lines)
+            for _ in range(self.sizes[number]):
                 row = self._parsed(lines, lambda: next(rows, None))
                 if row is None:
                     raise DataError(f"{self.path} has changed while it was read; run the command again")
-                if self._delimiter:
-                    row = dict(zip(self._columns, row, strict=True))
-                captions.append(row.get(self.field))
-                keys.append(row.get(self._key) if self._key else self._starts[number] + len(keys))
-                numbers.append(lines.number)
-        return _checked(keys, captions, self.field, lambda row: f"{self.path}: line {numbers[row]}")
+                yield row, lines.number
 
-    def _rows(self, lines: "_Decoded") -> Iterator[list[str]]:
+    def row(self, i: int) -> dict[str, Any]:
+        """Row i by itself. Raises DataError; IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)} in {self.path}")
+        start = self._places[i]
+        try:
+            data = FILES.read(self.path, self._stamp, start, self._places[i + 1] - start)
+            text = data.decode("utf-8" if start else "utf-8-sig")
+            if not self._delimiter:
+                return _object(text)
+            rows = csv.reader(io.StringIO(text, newline="\n"), delimiter=self._delimiter, strict=True)
+            return dict(zip(self._header, next(filter(None, rows)), strict=True))
+        except OSError as error:
+            raise DataError(f"{self.path}: row {i} cannot be read ({error.strerror})") from error
+        except (csv.Error, ValueError, RecursionError, StopIteration) as error:
+            raise DataError(f"{self.path}: row {i} does not parse any more ({error}); has the file changed?") from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def _dicts(self, lines: "_Decoded") -> Iterator[dict[str, Any]]:
+        if not self._delimiter:
+            return self._objects(lines)
+        return (dict(zip(self._header, row, strict=True)) for row in self._split(lines))
+
+    def _split(self, lines: "_Decoded") -> Iterator[list[str]]:
         """The fields of each row of a CSV or TSV file, the header among them where `lines` begin with it."""
         for row in csv.reader(lines, delimiter=str(self._delimiter), strict=True):
             if row:
-                if self._columns and len(row) != len(self._columns):
+                if self._header and len(row) != len(self._header):
                     raise DataError(
-                        f"{self.path}: line {lines.number} has {len(row)} fields and the header has "
-                        f"{len(self._columns)}"
+                        f"{self.path}: line {lines.number} has {len(row)} fields and the header has {len(self._header)}"
                     )
                 yield row
 
     def _objects(self, lines: "_Decoded") -> Iterator[dict[str, Any]]:
         for line in lines:
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("it is not a JSON object")
-                yield row
+                yield _object(line)
 
     def _parsed(self, lines: "_Decoded", read: Callable[[], Any]) -> Any:
         try:
@@ -207,11 +268,12 @@ class Lines:
         except (csv.Error, ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: line {lines.number} does not parse ({error})") from error
 
-    def __str__(self) -> str:
-        return (
-            f"{sum(self.sizes)} rows in {self.path}, captions from {self.field!r}, {_told_key(self._key)}, "
-            f"cut into {len(self.sizes)} shards"
-        )
+
+def _object(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is not a JSON object")
+    return row
 
 
 class _Decoded:
@@ -238,7 +300,7 @@ class _Decoded:
                 raise DataError(f"{self._path}: line {self.number} is not UTF-8 ({error.reason})") from error
 
 
-def _parquet(file: Path, read: Callable[[Any], Any]) -> Any:
+def read_parquet(file: Path, read: Callable[[Any], Any]) -> Any:
     """read(the opened file). Raises DataError."""
     try:
         import pyarrow
@@ -264,13 +326,10 @@ def _check_not_empty(source: Source) -> None:
         raise DataError(f"{source.path} holds not one sample")
 
 
-def _checked(
-    keys: Sequence[Any], captions: Sequence[Any], field: str, where: Callable[[int], str]
-) -> tuple[list[str], list[str]]:
-    """Keys as text, captions stripped. Raises DataError for the first that is of no use."""
+def checked_keys(keys: Sequence[Any], where: Callable[[int], str]) -> list[str]:
+    """Keys as text. Raises DataError for the first that is none, or occurs twice."""
     first: dict[str, int] = {}
-    texts = []
-    for row, (key, caption) in enumerate(zip(keys, captions, strict=True)):
+    for row, key in enumerate(keys):
         if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
             found = "no key" if key is None or key == "" else f"the key {key!r}, neither text nor a whole number"
             raise DataError(f"{where(row)} has {found}")
@@ -278,17 +337,42 @@ def _checked(
         if name in first:
             raise DataError(f"{where(row)} has the key {name!r}, as {where(first[name])} has")
         first[name] = row
-        if caption is not None and not isinstance(caption, str):
-            raise DataError(f"{where(row)}, key {name!r}: {field!r} is {type(caption).__name__}, not text")
-        text = (caption or "").strip()
-        if not text:
-            raise DataError(f"{where(row)}, key {name!r} has no caption {field!r}; add one or drop the sample")
-        try:
-            (name + text).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where(row)}, key {name!r}: half a Unicode character ({error.reason})") from error
-        texts.append(text)
-    return list(first), texts
+        if _halved(name):
+            raise DataError(f"{where(row)}, key {name!r}: half a Unicode character")
+    return list(first)
+
+
+def checked_caption(caption: Any, field: str, where: Callable[[], str]) -> str:
+    """A caption without the space around it. Raises DataError when it is missing, blank, or no text."""
+    if caption is not None and not isinstance(caption, str):
+        raise DataError(f"{where()}: {field!r} is {type(caption).__name__}, not text")
+    text = (caption or "").strip()
+    if not text:
+        raise DataError(f"{where()} has no caption {field!r}; add one or drop the sample")
+    if _halved(text):
+        raise DataError(f"{where()}: half a Unicode character")
+    return text
+
+
+def _halved(text: str) -> bool:
+    """Whether half a surrogate pair is in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _checked(
+    keys: Sequence[Any], captions: Sequence[Any], field: str, where: Callable[[int], str]
+) -> tuple[list[str], list[str]]:
+    """Keys as text, captions stripped. Raises DataError for the first that is of no use."""
+    names = checked_keys(keys, where)
+    texts = [
+        checked_caption(caption, field, lambda: f"{where(row)}, key {names[row]!r}")  # noqa: B023 - called at once
+        for row, caption in enumerate(captions)
+    ]
+    return names, texts
 
 
 def _numbers(start: int, rows: Sequence[Any]) -> range:

@@ -1,0 +1,274 @@
+"""What the pipelines share: their settings, their batches, whom they skip, and where they stand."""
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from .order import Order, uniform
+from .samples import BadSample, Collection
+
+Item = TypeVar("Item")
+DRAWS = 26  # random numbers in [0, 1) that a sample's view takes; see transforms.view_of
+_JUDGED_FROM = 1000  # samples: before so many a share of bad ones says little
+_LISTED = 20
+_REMEMBERED = 1_000_000  # bad samples that are listed once each; of more only the counts are kept
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Settings of a pipeline, whichever decodes.
+
+    image_size: pixels a side. min_crop_area: random crops keep at least this part of a picture. flip: probability of
+    a mirrored picture. colour: brightness, contrast and saturation are each scaled by 1 - colour to 1 + colour.
+    dtype, layout: of the pixels; torch.uint8 as decoded, or a floating dtype with ImageNet's mean and std taken out.
+    shuffle_buffer, rank, world: as of Order. max_skipped: share of bad samples above which the run is stopped.
+    checked: `lift-fast data check` has decoded every picture: DALI, which takes damage without a word, then need not
+    be preceded by a strict reading. threads: that read and decode. ahead: batches that are decoded while the model
+    works on one.
+    """
+
+    batch_size: int
+    image_size: int
+    seed: int = 0
+    min_crop_area: float = 0.9
+    flip: float = 0.0
+    colour: float = 0.0
+    dtype: torch.dtype = torch.uint8
+    layout: Literal["NHWC", "NCHW"] = "NHWC"
+    shuffle_buffer: int | None = None
+    rank: int = 0
+    world: int = 1
+    max_skipped: float = 0.1
+    checked: bool = False
+    threads: int = 2
+    ahead: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "image_size": 1, "seed": 0, "threads": 1, "ahead": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("min_crop_area", "flip", "colour", "max_skipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not self.min_crop_area:
+            raise ConfigError("min_crop_area must be above 0")
+        if self.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+            raise ConfigError(f"pixels are uint8, float16, bfloat16 or float32, not {self.dtype}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The next sample: `batch` batches of the epoch were made, of `taken` samples of this rank, good and bad."""
+
+    epoch: int
+    batch: int
+    taken: int
+
+
+@dataclass(frozen=True)
+class Assembled(Generic[Item]):
+    """What becomes a batch: its items, their rows int64 [rows], and the place after it."""
+
+    items: list[Item]
+    rows: Tensor
+    after: Place
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels [rows, size, size, 3] or [rows, 3, size, size]; rows int64 [rows] on the CPU, the samples' row numbers."""
+
+    pixels: Tensor
+    rows: Tensor
+
+
+class Pipeline:
+    """Endless shuffled batches of a Collection, each sample at most once an epoch and never twice in a batch.
+
+    A bad sample is left out, the rank's next one takes its place, and `skipped` counts it. What is left of an epoch,
+    less than a global batch and another part in each epoch, is not used.
+
+    Iterating begins where the pipeline stands; state_dict() tells it after the batch that was yielded last, and a
+    pipeline that loads it goes on with the very next sample. One iteration at a time.
+
+    Raises ConfigError: a batch larger than the data. DataError, while iterating: more bad samples than max_skipped,
+    or too few good ones for one batch.
+    """
+
+    def __init__(self, data: Collection, loading: Loading):
+        self.data, self.loading = data, loading
+        self.order = Order(
+            data.shard_sizes,
+            seed=loading.seed,
+            batch_size=loading.batch_size,
+            rank=loading.rank,
+            world=loading.world,
+            shuffle_buffer=loading.shuffle_buffer,
+        )
+        self.skipped = Skipped(data, loading.max_skipped)
+        self._place = Place(0, 0, 0)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Where this rank stands: {"epoch", "batch", "taken"} and the settings that the order hangs on."""
+        return {**asdict(self._place), **self._order_of()}
+
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        """Goes on after the batch after which `state` was taken. Raises ConfigError for another data set or order."""
+        for name, value in self._order_of().items():
+            if state.get(name, "nothing") != value:
+                raise ConfigError(
+                    f"the loader's state was taken with {name} {state.get(name, 'unknown')}, and this one has {value}: "
+                    "the rest of the epoch would be other samples"
+                )
+        self._place = Place(*(int(state[name] or 0) for name in ("epoch", "batch", "taken")))
+
+    def _order_of(self) -> dict[str, int | None]:
+        names = ("seed", "batch_size", "rank", "world", "shuffle_buffer")
+        return {"samples": self.order.samples, **{name: getattr(self.loading, name) for name in names}}
+
+    def _assembled(
+        self, work: Callable[[int, np.ndarray], Item], depth: int
+    ) -> "Generator[Assembled[Item], None, None]":
+        """Full batches of what `work(row, draws)` returns, from where the pipeline stands, in order.
+
+        draws: the sample's random numbers in this epoch, float64 [DRAWS]. work runs on loading.threads threads, `depth`
+        batches ahead; what raises BadSample is skipped. The caller sets self._place to a batch's `after` when it
+        yields it.
+        """
+        size, place = self.loading.batch_size, self._place
+        queue: deque[tuple[_Sample, Future[Item] | None]] = deque()
+        upcoming = self._upcoming(place)
+        items: list[Item] = []
+        rows: list[int] = []
+        with ThreadPoolExecutor(self.loading.threads, thread_name_prefix="decode") as pool:
+            try:
+                while True:
+                    if not rows or not queue:
+                        while len(queue) < (1 + depth) * size:
+                            sample = next(upcoming)
+                            # The last ones of an epoch are wanted only where others were bad.
+                            spare = sample.taken >= self.order.batches * size
+                            queue.append((sample, None if spare else pool.submit(work, sample.row, sample.draws)))
+                    sample, future = queue.popleft()
+                    if sample.epoch != place.epoch:
+                        if not place.batch:
+                            raise DataError(self.skipped.too_few(len(rows), size))
+                        place, items, rows = Place(sample.epoch, 0, 0), [], []
+                    if place.batch == self.order.batches:
+                        continue
+                    try:
+                        items.append((future or pool.submit(work, sample.row, sample.draws)).result())
+                    except BadSample as error:
+                        self.skipped.add(sample.row, error)
+                        continue
+                    rows.append(sample.row)
+                    self.skipped.looked_at += 1
+                    if len(rows) == size:
+                        place = Place(sample.epoch, place.batch + 1, sample.taken + 1)
+                        yield Assembled(items, torch.tensor(rows), place)
+                        items, rows = [], []
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _upcoming(self, place: Place) -> "Generator[_Sample, None, None]":
+        """This rank's samples from `place` on."""
+        epoch, taken = place.epoch, place.taken
+        while True:
+            while taken < len(self.order):
+                rows = self.order.rows(epoch, taken, min(taken + _ROWS_AT_ONCE, len(self.order)))
+                draws = uniform(DRAWS, self.loading.seed, epoch, rows)
+                for i, row in enumerate(rows.tolist()):
+                    yield _Sample(epoch, taken + i, row, draws[i])
+                taken += len(rows)
+            epoch, taken = epoch + 1, 0
+
+
+class _Sample(NamedTuple):
+    """taken: samples of this rank before it in its epoch."""
+
+    epoch: int
+    taken: int
+    row: int
+    draws: np.ndarray
+
+
+class Skipped:
+    """The bad samples of a run: counted by cause, each in a line of a file, too many an error.
+
+    A sample that is bad in every epoch counts in every epoch. looked_at: samples, good and bad.
+    """
+
+    def __init__(self, data: Collection, most: float):
+        self.data, self.most = data, most
+        self.looked_at = 0
+        self.causes: Counter[str] = Counter()
+        self._first: list[dict[str, Any]] = []
+        self._unwritten: list[str] = []
+        self._rows: set[int] = set()
+        self._path: Path | None = None
+
+    def add(self, row: int, error: BadSample) -> None:
+        """Counts one. Raises DataError when the share of bad samples is above `most`."""
+        self.looked_at += 1
+        self.causes[error.cause] += 1
+        if row not in self._rows and len(self._rows) < _REMEMBERED:
+            self._rows.add(row)
+            line = {"sample": self.data.where(row), "row": row, "cause": error.cause, "reason": error.reason}
+            if len(self._first) < _LISTED:
+                self._first.append(line)
+            self._unwritten.append(json.dumps(line) + "\n")
+            self._write()
+        bad = self.causes.total()
+        if self.looked_at >= _JUDGED_FROM and bad > self.most * self.looked_at:
+            raise DataError(
+                f"{bad} of {self.looked_at} samples are bad ({self.in_words()}), more than --max-skipped {self.most}; "
+                f"the last: {self.data.where(row)} ({error.reason}). lift-fast data check lists all of them"
+            )
+
+    def write_to(self, path: Path) -> None:
+        """From now on a JSON line for each bad sample, once, at the end of this file; those met before come first.
+
+        Without a bad sample there is no file.
+        """
+        self._path = path
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None and self._unwritten:
+            with self._path.open("a") as file:
+                file.writelines(self._unwritten)
+            self._unwritten.clear()
+
+    def in_words(self) -> str:
+        """The counts: "3 truncated, 1 empty"."""
+        return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
+
+    def too_few(self, good: int, wanted: int) -> str:
+        """Why not even one batch came of an epoch."""
+        first = self._first[0]
+        return (
+            f"only {good} of {good + self.causes.total()} pictures decode, too few for a batch of {wanted} "
+            f"({self.in_words()}); first that does not: {first['sample']} ({first['reason']})"
+        )
+
+    def report(self) -> dict[str, Any]:
+        """{"skipped_pictures": n, "skipped_causes": {cause: n}, "skipped": [{"sample", "row", "cause", "reason"}]}, of
+        the last the first 20."""
+        return {
+            "skipped_pictures": self.causes.total(),
+            "skipped_causes": dict(self.causes.most_common()),
+            "skipped": self._first,
+        }

@@ -1,0 +1,376 @@
+"""Encoded pictures -> RGB pixels: what a file says of itself, then all of it or what a crop needs.
+
+A header is read without decoding, so that whatever is too large, cut short or of a kind that is not read costs
+microseconds. JPEGs, whatever their colours, are decoded by libjpeg-turbo (simplejpeg) in its strict mode: a picture
+with a damaged part is refused, never half grey. Pillow decodes the rest, after the size is known, and is handed only
+the parts of a PNG that make its pixels.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from .samples import BadSample
+
+MAX_PIXELS = 1 << 26
+_MAX_SCANS = 500  # of a progressive JPEG, as of libjpeg-turbo's own tools: each costs a pass over the picture
+_UPRIGHT = 1
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Sampling factors (of the first component, of the others) for which TurboJPEG has a name.
+_SAMPLINGS = {
+    *((0x11, 0x11), (0x12, 0x11), (0x12, 0x12), (0x14, 0x11), (0x21, 0x11)),
+    *((0x21, 0x21), (0x22, 0x11), (0x22, 0x12), (0x22, 0x21), (0x41, 0x11)),
+}
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_OTHER_KINDS = (  # (offset, signature, name)
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (0, b"MM\0+", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypmsf1", "HEIC"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"<svg", "SVG"),
+)
+
+Box = tuple[int, int, int, int]  # left, top, width, height
+
+
+@dataclass(frozen=True)
+class Header:
+    """format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright picture. plain: 8-bit RGB or grey,
+    upright, one frame, no alpha, palette or CMYK: every decoder reads it alike. orientation: EXIF's, 1 to 8."""
+
+    format: str
+    width: int
+    height: int
+    plain: bool
+    orientation: int = _UPRIGHT
+
+
+def read_header(data: bytes) -> Header:
+    """What the bytes say they are, whatever a file name says; nothing is decoded.
+
+    Raises BadSample: "empty"; "not a picture"; "unsupported", a kind of picture that is not read; "truncated", the
+    end is missing; "corrupt", it contradicts itself; "too large", more than MAX_PIXELS.
+    """
+    if not data:
+        raise BadSample("empty", "0 bytes")
+    read = _reader(data)
+    try:
+        header = read(data)
+    except (IndexError, struct.error) as error:
+        raise BadSample("truncated", f"ends after {len(data)} bytes, within its header") from error
+    if header.width < 1 or header.height < 1:
+        raise BadSample("corrupt", f"its header says {header.width} x {header.height} pixels")
+    if header.width * header.height > MAX_PIXELS:
+        raise BadSample("too large", f"{header.width} x {header.height} pixels, of {MAX_PIXELS} at most")
+    if header.orientation > 4:
+        return replace(header, width=header.height, height=header.width)
+    return header
+
+
+def decode(data: bytes, header: Header) -> np.ndarray:
+    """The whole picture upright, uint8 [height, width, 3]; transparency on white, 16 bits scaled to 8.
+
+    header: read_header(data). Raises BadSample: "truncated"; "corrupt"; "too large" for the memory that is left.
+    """
+    return _decode(data, header, 1)
+
+
+def scale_of(box: Box, size: int) -> int:
+    """The part of its size, 1/1, 1/2, 1/4 or 1/8, at which a box still has `size` pixels each way: the divisor."""
+    factor = 1
+    while factor < 8 and min(box[2:]) >= 2 * factor * size:
+        factor *= 2
+    return factor
+
+
+def decode_box(data: bytes, header: Header, box: Box, size: int) -> tuple[np.ndarray, Box]:
+    """A picture from which `box` will be cut and resized to size x size, and the box in it.
+
+    A JPEG is decoded at 1/scale_of(box, size) of its size: libjpeg then leaves out the frequencies that the resize
+    would take away. There the box is rounded to whole pixels.
+
+    Returns uint8 [h, w, 3] and a box that is not empty and lies within it. Raises BadSample, as decode.
+    """
+    factor = scale_of(box, size) if header.format == "jpeg" else 1
+    picture = _decode(data, header, factor)
+    if factor == 1:
+        return picture, box
+    upside_down, mirrored = _flips(header.orientation)
+    left, width = _scaled(box[0], box[2], factor, header.width, mirrored)
+    top, height = _scaled(box[1], box[3], factor, header.height, upside_down)
+    return picture, (left, top, width, height)
+
+
+def _scaled(start: int, extent: int, factor: int, whole: int, flipped: bool) -> tuple[int, int]:
+    """Pixels `start` and on, `extent` many of `whole`, in a picture of 1/factor the size: (start, extent) there."""
+    if flipped:  # the last pixel, of which libjpeg has only a part, then comes first
+        start += -whole % factor
+    limit = -(-whole // factor)
+    first = min(round(start / factor), limit - 1)
+    return first, max(1, min(round((start + extent) / factor), limit) - first)
+
+
+def _flips(orientation: int) -> tuple[bool, bool]:
+    """What makes a picture upright, after rows and columns change places when the orientation is above 4: its rows
+    the other way round, its columns the other way round."""
+    return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+
+
+def _decode(data: bytes, header: Header, factor: int) -> np.ndarray:
+    turned = header.orientation > 4
+    sides = (header.width, header.height) if turned else (header.height, header.width)
+    height, width = (-(-side // factor) for side in sides)
+    try:
+        if header.format == "jpeg":
+            picture = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, strict=True)
+        else:
+            picture = _by_pillow(data, header.format)
+    except BadSample:
+        raise
+    except MemoryError as error:
+        raise BadSample("too large", f"not enough memory for {width} x {height} pixels") from error
+    except Exception as error:  # decoders raise whatever they like for damaged data
+        reason = str(error) or type(error).__name__
+        cut = "truncated" in reason or "Premature end of JPEG file" in reason
+        raise BadSample("truncated" if cut else "corrupt", reason) from error
+    if picture.shape[:2] != (height, width):
+        found = f"{picture.shape[1]} x {picture.shape[0]}"
+        raise BadSample("corrupt", f"its header says {width} x {height} pixels, and there are {found}")
+    if header.orientation == _UPRIGHT:
+        return picture
+    if turned:
+        picture = picture.swapaxes(0, 1)
+    rows, columns = (slice(None, None, -1 if flip else 1) for flip in _flips(header.orientation))
+    return picture[rows, columns]
+
+
+def _by_pillow(data: bytes, kind: str) -> np.ndarray:
+    with Image.open(io.BytesIO(_only_pixels(data) if kind == "png" else data), formats=(kind,)) as opened:
+        opened.load()
+        picture: Image.Image = opened
+        if kind == "png":
+            picture = _eight_bits(opened, data[24], data[25])
+        if picture.has_transparency_data:
+            over = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return np.array(picture.convert("RGB"))  # a view of Pillow's pixels cannot be written to, and torch warns
+
+
+def _eight_bits(picture: Image.Image, depth: int, colour_type: int) -> Image.Image:
+    """16-bit grey as 8-bit grey, and the transparent colour (tRNS) in the range of the pixels: Pillow does neither."""
+    clear = picture.info.get("transparency")
+    if picture.mode == "I;16":
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if clear is not None and colour_type in (0, 2) and depth in (2, 4, 16):
+
+        def scaled(level: int) -> int:
+            return level >> 8 if depth == 16 else level * (255 // ((1 << depth) - 1))
+
+        picture.info["transparency"] = scaled(clear) if isinstance(clear, int) else tuple(map(scaled, clear))
+    return picture
+
+
+# ---- headers
+
+
+def _reader(data: bytes) -> Callable[[bytes], Header]:
+    """The reader of the kind that the first bytes belong to."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _read_jpeg
+    if data.startswith(_PNG):
+        return _read_png
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _read_webp
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _read_gif
+    if data.startswith(b"BM"):
+        return _read_bmp
+    for offset, signature, name in _OTHER_KINDS:
+        if data.startswith(signature, offset):
+            raise BadSample("unsupported", f"a {name} picture; JPEG, PNG, WebP, GIF and BMP are read")
+    if b"<svg" in data[:1024]:
+        raise BadSample("unsupported", "an SVG drawing; JPEG, PNG, WebP, GIF and BMP are read")
+    for signature in (b"\xff\xd8\xff", _PNG, b"GIF89a"):
+        if signature.startswith(data):
+            raise BadSample("truncated", f"ends after {len(data)} bytes")
+    raise BadSample("not a picture", f"begins with {data[:16]!r}")
+
+
+def _read_jpeg(data: bytes) -> Header:
+    at, frame, orientation, adobe = 2, b"", _UPRIGHT, -1
+    while True:
+        if data[at] != 0xFF:
+            raise BadSample("corrupt", f"no JPEG marker at byte {at}")
+        while data[at + 1] == 0xFF:  # fill bytes
+            at += 1
+        marker = data[at + 1]
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
+            at += 2
+            continue
+        length = data[at + 2] << 8 | data[at + 3]
+        segment = data[at + 4 : at + 2 + length]
+        if marker == 0xDA:
+            break
+        if length < 2 or marker in (0xD8, 0xD9):
+            raise BadSample("corrupt", f"JPEG marker {marker:02x} at byte {at}")
+        at += 2 + length
+        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+            orientation = _orientation(segment[6:])
+        elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
+            adobe = segment[11]
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if marker > 0xC2 or segment[0] != 8:
+                raise BadSample("unsupported", f"a {segment[0]}-bit JPEG of kind SOF{marker - 0xC0}")
+            progressive, frame = marker == 0xC2, segment
+    if not frame:
+        raise BadSample("corrupt", "a JPEG without a frame header")
+    height, width, count = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4], frame[5]
+    parts = [frame[6 + 3 * i : 9 + 3 * i] for i in range(count)]
+    if count not in (1, 3, 4):
+        raise BadSample("unsupported", f"a JPEG of {count} components")
+    if count > 1:
+        first, second, third, *fourth = (part[1] for part in parts)
+        if (first, second) not in _SAMPLINGS or third != second or (fourth and fourth[0] != first):
+            factors = ", ".join(f"{part[1] >> 4}x{part[1] & 15}" for part in parts)
+            raise BadSample("unsupported", f"a JPEG with sampling factors {factors}")
+    if not height:
+        raise BadSample("unsupported", "a JPEG that tells its height after its pixels")
+    if data.rfind(b"\xff\xd9", at) < 0:
+        raise BadSample("truncated", f"no end of the JPEG within {len(data)} bytes")
+    if progressive and data.count(b"\xff\xda", at) > _MAX_SCANS:
+        raise BadSample("unsupported", f"a JPEG of more than {_MAX_SCANS} scans")
+    rgb = count == 3 and (adobe == 0 or bytes(part[0] for part in parts) == b"RGB")
+    plain = orientation == _UPRIGHT and count < 4 and not rgb
+    return Header("jpeg", width, height, plain, orientation)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start of its data, length) of each chunk of a PNG, IEND the last. Raises BadSample without one."""
+    at = len(_PNG)
+    while True:
+        if at + 12 > len(data):
+            raise BadSample("truncated", f"no end of the PNG within {len(data)} bytes")
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if at + 12 + length > len(data):
+            raise BadSample("truncated", f"ends after {len(data)} bytes, within a PNG chunk {kind!r}")
+        yield kind, at + 8, length
+        if kind == b"IEND":
+            return
+        at += 12 + length
+
+
+def _read_png(data: bytes) -> Header:
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">II5B", data, 16)
+    if data[12:16] != b"IHDR":
+        raise BadSample("corrupt", "a PNG without a header")
+    kinds, orientation = set(), _UPRIGHT
+    for kind, start, length in _chunks(data):
+        kinds.add(kind)
+        if kind == b"eXIf":
+            orientation = _orientation(data[start : start + length])
+    plain = depth == 8 and colour_type in (0, 2) and not interlaced and not kinds & {b"tRNS", b"acTL", b"eXIf"}
+    return Header("png", width, height, plain, orientation)
+
+
+def _only_pixels(data: bytes) -> bytes:
+    """A PNG of nothing but what makes its pixels: no text or profile that unpacks to gigabytes, no further frames.
+    Pillow does not look at the checksums of pixels; this does."""
+    parts = [_PNG]
+    for kind, start, length in _chunks(data):
+        if kind in _PIXEL_CHUNKS:
+            end = start + length
+            if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                raise BadSample("corrupt", f"wrong checksum of the PNG chunk {kind!r} at byte {start - 8}")
+            parts.append(data[start - 8 : end + 4])
+    return b"".join(parts)
+
+
+def _read_webp(data: bytes) -> Header:
+    whole = int.from_bytes(data[4:8], "little") + 8
+    if whole > len(data):
+        raise BadSample("truncated", f"{len(data)} bytes of a WebP of {whole}")
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        if data[23:26] != b"\x9d\x01\x2a":
+            raise BadSample("corrupt", "a WebP without a key frame")
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Header("webp", width & 0x3FFF, height & 0x3FFF, True)
+    if kind == b"VP8L":
+        if data[20] != 0x2F:
+            raise BadSample("corrupt", "a lossless WebP without its signature")
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, not bits >> 28 & 1)
+    if kind != b"VP8X":
+        raise BadSample("corrupt", f"a WebP that begins with the chunk {kind!r}")
+    if whole < 30:
+        raise BadSample("corrupt", f"a WebP of {whole} bytes")
+    width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    orientation, at = _UPRIGHT, 30
+    while data[20] & 8 and at + 8 <= whole:  # it says that it has EXIF
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] == b"EXIF":
+            orientation = _orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
+            break
+        at += 8 + length + (length & 1)
+    return Header("webp", width, height, False, orientation)
+
+
+def _read_gif(data: bytes) -> Header:
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
+    while data[at] == 0x21:  # extensions before the first frame
+        at += 2
+        while data[at]:
+            at += 1 + data[at]
+        at += 1
+    if data[at] != 0x2C:
+        raise BadSample("corrupt", "a GIF without a frame")
+    left, top, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
+    # A frame may be larger than the screen that it is shown on; Pillow then enlarges the screen.
+    return Header("gif", max(width, left + frame_width), max(height, top + frame_height), False)
+
+
+def _read_bmp(data: bytes) -> Header:
+    size = int.from_bytes(data[14:18], "little")
+    if size == 12:
+        width, height = struct.unpack_from("<HH", data, 18)
+    elif 40 <= size <= 256:
+        width, height = struct.unpack_from("<ii", data, 18)
+    else:
+        raise BadSample("not a picture", f"begins as a BMP does, and has no header of {size} bytes")
+    return Header("bmp", width, abs(height), False)
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation that an EXIF block asks for, 1 to 8; upright when it says nothing that can be read."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return _UPRIGHT
+    try:
+        (at,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, at)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, entry)
+            if tag == 0x0112:
+                return value if kind == 3 and 1 <= value <= 8 else _UPRIGHT
+    except struct.error:
+        pass
+    return _UPRIGHT
