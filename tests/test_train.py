@@ -12,6 +12,7 @@ import torch
 from tiny_sets import make_set
 
 from lift_fast.cache import Cache, CacheWriter, Rotation, encode
+from lift_fast.data import dali
 from lift_fast.data.host import HostPipeline
 from lift_fast.data.samples import Collection
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
@@ -134,6 +135,18 @@ def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
         quiet(config)
     assert len(seen) == 8
     assert seen[:4] == seen[4:]
+
+
+@pytest.mark.skipif(not dali.installed(), reason="DALI is not installed")
+def test_either_loader_trains_alike(two_sets, tmp_path):
+    """On PNG, which the host draws for DALI: to the last digit."""
+    lift, _ = two_sets
+    options = {"flip": 0.5, "colour": 0.3, "shuffle_buffer": 10}
+    host, other = (quiet(again(lift, tmp_path / name, loader=name, **options)) for name in ("host", "dali"))
+    assert host["loss"] == other["loss"]
+    assert host["loader"]["state"] == other["loader"]["state"]
+    assert (host["loader"]["kind"], other["loader"]["kind"]) == ("HostPipeline", "DaliPipeline")
+    assert host["loss"] != quiet(again(lift, tmp_path / "plain"))["loss"]
 
 
 def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
