@@ -117,7 +117,7 @@ class DataStats:
     pictures: Path | None = None
     """Folder of the picture files, where it is another."""
     sample: int | Literal["all"] = 10_000
-    """Samples that are looked at, drawn at random."""
+    """Samples that are looked at, drawn at random; or all."""
     threads: int | None = None
     """Samples read at a time. Default: the processors, 32 at most."""
     json: Path | None = None
@@ -189,7 +189,7 @@ class DataCheck:
             f"({_counts(told['causes'])}); {told['images_per_s']:.0f} images/s"
         )
         for line in told["first"]:
-            print(f"  {line['sample']}: {line['cause']} ({line['reason']})")
+            print(_printable(f"  {line['sample']}: {line['cause']} ({line['reason']})"))
         if self.json:
             write_json(self.json, told)
         if told["causes"]:
@@ -208,7 +208,7 @@ class DataPack:
     """Folder of the picture files, where it is another."""
     samples_per_shard: int = 10_000
     size: int | None = None
-    """Pixels: a picture whose shorter side is larger is resized to it and written as JPEG. Default: none."""
+    """Pixels: a picture whose shorter side is larger is resized to it and written as JPEG. Default: copied."""
     quality: int = 95
     """--size: of the JPEGs, 1 to 100."""
     field: tuple[str, ...] = ("txt",)
@@ -244,6 +244,11 @@ class DataPack:
             write_json(self.json, told)
 
 
+def _printable(text: str) -> str:
+    """Names of files may hold what a terminal takes for commands."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _check_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
@@ -268,7 +273,9 @@ class DataTools:
             Annotated[
                 Data,
                 tyro.conf.subcommand(
-                    "openmoji", default=Data("openmoji", tyro.MISSING), description="About 3 900 named drawings."
+                    "openmoji",
+                    default=Data("openmoji", tyro.MISSING),
+                    description="About 3 900 named drawings, as tars in OUT/train and OUT/heldout.",
                 ),
             ]
             | Annotated[
@@ -276,7 +283,7 @@ class DataTools:
                 tyro.conf.subcommand(
                     "scenes",
                     default=Data("scenes", tyro.MISSING),
-                    description="Generated pictures with captions and foils.",
+                    description="Generated pictures with captions and foils, as tars in OUT/train and OUT/heldout.",
                 ),
             ]
             | Annotated[DataIndex, tyro.conf.subcommand("index")]
@@ -747,7 +754,7 @@ class Compare:
         check_pair(runs)
         config = runs["lift"]["config"]
         training = CachedText(
-            [Cache(folder) for folder in config["cache"]], open_sets(config["data"], config["pictures"])
+            [Cache(folder) for folder in config["cache"]], open_sets(config["data"], config.get("pictures", ()))
         )
         return compare_runs(runs, training, caches, captions, pick_device(self.device))
 

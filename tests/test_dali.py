@@ -7,6 +7,7 @@ import gc
 import io
 import random
 import re
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hostile import hostile
+from hostile import encoded, hostile, insert_segment, scene
 from PIL import Image
 
 from lift_fast.data import dali
@@ -433,8 +434,46 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
     assert np.abs(pixels.double().numpy() - host).mean(axis=(1, 2, 3)).max() <= 1
 
 
+def test_evaluation_goes_on_where_dali_fails(monkeypatch):
+    pictures = photographs(70, 60, 300)
+    wanted, _ = load_pictures(collection(pictures), 32)
+    get, calls = dali._Decoder.get, []
+
+    def fails_once(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a fault")
+        return get(self)
+
+    monkeypatch.setattr(dali._Decoder, "get", fails_once)
+    with pytest.warns(UserWarning, match="DALI failed on pictures, which the host draws: a fault"):
+        pixels, samples = load_pictures(collection(pictures), 32)
+    assert len(calls) == 3 and samples == list(range(70))
+    assert (pixels.double() - wanted.double()).abs().mean() <= 0.5
+
+
+def test_what_auto_means(monkeypatch):
+    for installed in (False, True):
+        monkeypatch.setattr(dali, "installed", lambda installed=installed: installed)
+        assert dali.wanted("auto", True) == installed and not dali.wanted("auto", False)
+        assert dali.wanted("dali", False) and not dali.wanted("host", True)
+
+
 def test_a_long_picture_is_not_enlarged_to_gigabytes():
     assert max(dali._centred(jpeg(np.zeros((2, 9000, 3), np.uint8)), 100).resized) == 1600
+
+
+def long_exif(level):
+    entry = struct.pack("<HHII", 0x0112, 4, 1, level)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6])
+def test_dali_turns_no_picture(orientation):
+    data = insert_segment(encoded(scene(random.Random(0), 48, 48), "JPEG"), 0xE1, long_exif(orientation))
+    loading = Loading(1, 32)
+    host, other = (next(iter(kind(collection([data]), loading))).pixels for kind in (HostPipeline, DaliPipeline))
+    assert (host.int() - other.int()).abs().max() <= 8
 
 
 # ---- a GPU

@@ -412,3 +412,28 @@ def test_what_is_nothing_of_ours(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(DataError, match="holds metadata.csv and metadata.jsonl; name the one to read"):
         open_data(tmp_path)
+
+
+def test_a_table_that_is_written_over_while_it_is_open(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("file_name,caption\n0.png,a\n1.png,b\n")
+    table = TablePictures(path)
+    assert table.caption(0) == "a"
+    path.write_text("file_name,caption\n1.png,b\n0.png,a\n")
+    with pytest.raises(DataError, match="changed"):
+        table.caption(0)
+
+
+@pytest.mark.parametrize("blank", ["\x0c", "\u00a0", "\x1f"])
+def test_lines_of_other_space_are_blank(tmp_path, blank):
+    path = tmp_path / "a.jsonl"
+    lines = ['{"file_name": "0.png", "caption": "a"}', blank, '{"file_name": "1.png", "caption": "b"}']
+    path.write_text("\n".join(lines))
+    assert TablePictures(path).caption(1) == "b"
+
+
+def test_a_column_that_a_table_has_twice(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("file_name,file_name,caption\n0.png,1.png,a\n")
+    with pytest.raises(DataError, match="has 'file_name' twice"):
+        TablePictures(path)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hostile import encoded, exif, hostile, interlaced_png, png_chunk, raw_png, scene
+from hostile import encoded, exif, hostile, insert_segment, interlaced_png, png_chunk, raw_png, scene
 from PIL import Image, ImageOps
 
 from lift_fast.data.loading import Loading
@@ -104,8 +104,7 @@ def test_plain_is_what_every_decoder_reads_alike():
     assert plain == {
         *("jpeg", "jpeg grey", "jpeg 4:4:4", "jpeg progressive", "jpeg with restarts", "jpeg then junk"),
         *("jpeg then another", "jpeg with a broken exif", "jpeg with an endless exif", "jpeg 1 x 1"),
-        *("png", "png grey", "png 1 x 1", "png 1 x 3000", "png 3000 x 1", "png with a text bomb"),
-        *("png with a profile bomb", "webp", "webp lossless", "jpeg orientation 1"),
+        "jpeg orientation 1",
     }
 
 
@@ -198,7 +197,6 @@ def test_the_clear_colour_of_a_png_becomes_white(depth, colour_type, colour, row
     clear = png_chunk(b"tRNS", struct.pack(f">{len(colour)}H", *colour))
     data = raw_png(2, 1, depth, colour_type, rows, clear)
     assert whole(data).tolist() == [[[255, 255, 255], [0, 0, 0]]]
-    assert not read_header(data).plain
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -618,3 +616,41 @@ def test_normalise():
     assert got.shape == (2, 3, 5, 4)
     want = (pixels.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     torch.testing.assert_close(got.double(), want.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+
+
+# ---- what a reader could overlook
+
+
+@pytest.mark.parametrize("more", [b"Exif\0\0" + b"abc" * 99, b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", exif(3)])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_of_several_exif_blocks_the_first_counts(orientation, more):
+    jpeg = encoded(scene(random.Random(0)), "JPEG", quality=95)
+    data = insert_segment(insert_segment(jpeg, 0xE1, more), 0xE1, exif(orientation))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert abs(decode(data, read_header(data)).astype(int) - upright).max() <= 1
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+def test_a_png_of_too_few_rows(interlaced):
+    data = raw_png(4, 3, 8, 2, b"\0\1\2\3" if interlaced else b"\0" + b"\x80" * 12, interlaced=interlaced)
+    with pytest.raises(BadSample, match="end .* bytes too early"):
+        decode(data, read_header(data))
+    data = raw_png(1024, 65_000, 8, 6, b"\0\1\2\3\4", interlaced=interlaced)
+    with pytest.raises(BadSample, match="too few pixels"):
+        decode(data, read_header(data))
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+def test_many_scans_of_a_large_jpeg(progressive):
+    data = bytearray(encoded(scene(random.Random(0)), "JPEG", progressive=progressive))
+    frame = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 8000, 8000)
+    first = data.find(b"\xff\xda")
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0" + bytes(4)
+    with pytest.raises(BadSample, match="in 400 scans"):
+        read_header(bytes(data[:first]) + scan * 400 + b"\xff\xd9")
+
+
+def test_a_side_has_its_limit():
+    with pytest.raises(BadSample, match="too large: 70000 x 1 pixels"):
+        read_header(raw_png(70_000, 1, 8, 0, b""))

@@ -109,12 +109,15 @@ def test_metadata_that_does_not_parse(tmp_path):
             Shards(tmp_path).meta(i)
 
 
-def test_more_shards_than_files_may_be_open(tmp_path):
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     shards = make_set(tmp_path / "set", 200, per_shard=1)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    FILES.forget()  # what other tests left open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
     try:
-        assert Shards(shards.folder).caption(199) == "caption 199"
+        monkeypatch.setattr("lift_fast.data.shards.FILES", OpenFiles())  # as in a process that begins with this limit
+        opened = Shards(shards.folder)
+        assert [opened.caption(i) for i in range(200)] == [f"caption {i}" for i in range(200)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

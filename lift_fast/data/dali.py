@@ -10,8 +10,8 @@ DALI decodes damaged JPEGs without a word (libjpeg's warnings go to stderr, half
 JPEG is first read strictly on the host, at an eighth of its size: little more than its entropy code, which is where
 damage shows. That is done once a run for each sample, and not at all where Loading.checked says that it has been.
 
-Without a GPU, DALI only decodes, and the resize is the host's: DALI's bicubic takes 7 ms for a picture of 640 x 480
-on the CPU, torch's 0.4 ms.
+Without a GPU, DALI only decodes, and the resize is the host's: DALI's antialiased bicubic takes longer on the CPU than
+all of the rest.
 """
 
 import os
@@ -55,8 +55,8 @@ class _Job:
 class DaliPipeline(Pipeline):
     """The batches of HostPipeline, row for row, with DALI decoding: on the CPU, or on GPU `device_id`.
 
-    Pixels differ from the host's by a rounding in the resize (a mean of 0.2 levels of 255 on photographs), by the
-    decoder on a GPU, and where the host decodes a large JPEG at a part of its size, which DALI does not. A batch lies
+    Pixels differ from the host's by a rounding in the resize (docs/data.md has how far from Pillow's), by the decoder
+    on a GPU, and where the host decodes a large JPEG at a part of its size, which DALI does not. A batch lies
     on the GPU that made it, ready for torch's current stream, and stays valid for as long as it is held.
 
     Raises BackendError when DALI is not installed and, while iterating, when it does not run on that device or fails
@@ -112,7 +112,7 @@ class DaliPipeline(Pipeline):
         data, size = self.data.image_bytes(row), self.loading.image_size
         header = read_header(data)
         view = view_of(header.width, header.height, draws, self.loading)
-        if not _for_dali(header) or row in self._refused:
+        if not header.plain or row in self._refused:
             return _finished(render(data, header, view, size))
         byte, bit = row >> 3, 1 << (row & 7)
         if not self.loading.checked and not self._intact[byte] & bit:
@@ -209,7 +209,7 @@ class _Decoder:
 
     def close(self) -> None:
         """Frees DALI's threads and memory; batches that were got stay."""
-        del self._pipe
+        self._pipe = None
         self._running.clear()
         self._last = {}
         if self._pool is not None:
@@ -235,7 +235,7 @@ class _Decoder:
             on_gpu = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
             where = {"device": "cpu"} if self.device_id is None else on_gpu
             pixels = fn.decoders.image_slice(
-                given("encoded"), given("anchor"), given("shape"), axis_names="WH", **where
+                given("encoded"), given("anchor"), given("shape"), axis_names="WH", adjust_orientation=False, **where
             )
             if not self.resizes:
                 return pixels
@@ -266,9 +266,9 @@ class _Decoder:
 def load_pictures(data: Samples, image_size: int, device_id: int | None = None) -> tuple[Tensor, list[int]]:
     """host.load_pictures, decoded by DALI: uint8 [n, size, size, 3], on the CPU or the GPU, and their samples.
 
-    Raises BackendError without DALI, or when it refuses a picture; DataError when no picture decodes.
+    What DALI refuses the host draws. Raises BackendError without DALI; DataError when no picture decodes.
     """
-    threads = os.cpu_count() or 1
+    threads = len(os.sched_getaffinity(0))
     loading = Loading(min(_EVALUATED_AT_ONCE, len(data)), image_size, threads=threads)
     parts: list[Tensor] = []
     samples: list[int] = []
@@ -290,8 +290,12 @@ def load_pictures(data: Samples, image_size: int, device_id: int | None = None) 
                 try:
                     dali.put(list(jobs.values()))
                     parts.append(dali.get())
-                except Exception as error:
-                    raise BackendError(f"DALI fails on a picture; use the host loader: {_reason(error)}") from error
+                except RuntimeError as error:
+                    warnings.warn(f"DALI failed on pictures, which the host draws: {_reason(error)}", stacklevel=2)
+                    dali.close()
+                    dali = _Decoder(loading, device_id, corners=True)
+                    dali.put([_by_host(job, image_size) for job in jobs.values()])
+                    parts.append(dali.get())
                 samples += jobs
     finally:
         dali.close()
@@ -302,15 +306,15 @@ def load_pictures(data: Samples, image_size: int, device_id: int | None = None) 
 
 def _centred(data: bytes, size: int) -> _Job:
     header = read_header(data)
-    if not _for_dali(header):
+    if not header.plain:
         return _finished(render_centre(data, header, size))
     _read_strictly(data, header)
     return _Job(np.frombuffer(data, np.uint8), *centre_of(header.width, header.height, size))
 
 
-def _for_dali(header: Header) -> bool:
-    """DALI has no faster decoder than the host for anything but JPEG, not even on a GPU."""
-    return header.format == "jpeg" and header.plain
+def _by_host(job: _Job, size: int) -> _Job:
+    data = job.encoded.tobytes()
+    return job if job.by_host else _finished(render_centre(data, read_header(data), size))
 
 
 def _read_strictly(data: bytes, header: Header) -> None:

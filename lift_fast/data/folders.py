@@ -13,7 +13,6 @@ TablePictures: one CSV, TSV or JSONL file whose rows name a picture each, such a
 import os
 import re
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from ..errors import DataError
 from ..ops.table import key_hashes
 from .index import PICTURE_SUFFIXES
 from .reading import read_picture
-from .samples import BadSample
+from .samples import BadSample, located
 from .sources import SHARD_ROWS, Rows, checked_caption, checked_keys, read_parquet
 
 FILE_COLUMNS = ("file_name", "filepath", "image", "path")
@@ -38,8 +37,9 @@ class ParquetPictures:
     """The Samples of a folder of parquet files, and of picture files in folders of the same names.
 
     A parquet file of captions is a shard; so is a folder of parquet files of embeddings. Rows are in their order, so
-    that a cache made from either fits. A shard's keys are read when one of them is first asked for, and kept (about
-    16 bytes each); its captions when one is asked for, and at most 1 GiB of them are kept.
+    that a cache made from either fits. A shard's keys are read when one of them is first asked for, and kept (8
+    bytes and its text each, and so an extension); its captions when one is asked for, and at most 1 GiB of them are
+    kept.
 
     captions: a folder of parquet files, or of folders of them. pictures: the folder with a folder of pictures for
     each, named as the parquet file or folder up to its first dot.
@@ -63,7 +63,7 @@ class ParquetPictures:
                 f"with the pictures of {self.names[0]}"
             )
         flat = [path for group in self._files for path in group]
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(min(32, 4 * len(os.sched_getaffinity(0)))) as pool:
             told = dict(zip(flat, pool.map(_rows_and_columns, flat), strict=True))
         self.columns = told[flat[0]][1]
         self._rows = [[told[path][0] for path in group] for group in self._files]
@@ -81,7 +81,10 @@ class ParquetPictures:
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
         number, row = self._locate(i)
-        keys, extensions = self._keys(number)
+        try:
+            keys, extensions = self._keys(number)
+        except DataError as error:
+            raise BadSample("unreadable", str(error)) from error
         key = keys[row].as_py()
         extension = None if extensions is None else extensions[row].as_py()
         if not key:
@@ -104,11 +107,12 @@ class ParquetPictures:
         field = column_of(self.folder, field, self.columns, "re_caption")
         with self._lock:
             column = self._captions.pop((number, field), None)
-            if column is None:
-                column = self._read(number, [field])[0]
-            self._captions[number, field] = column
-            while len(self._captions) > 1 and sum(kept.nbytes for kept in self._captions.values()) > _KEPT_BYTES:
-                self._captions.popitem(last=False)
+            if column is not None:
+                self._captions[number, field] = column
+            else:
+                column = self._captions[number, field] = self._read(number, [field])[0]
+                while len(self._captions) > 1 and sum(kept.nbytes for kept in self._captions.values()) > _KEPT_BYTES:
+                    self._captions.popitem(last=False)
         return checked_caption(column[row].as_py(), field, lambda: self.where(i))
 
     def meta(self, i: int) -> dict:
@@ -132,10 +136,7 @@ class ParquetPictures:
         return key_hashes(self.shard_keys(number))
 
     def _locate(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} at {self.folder}")
-        number = bisect_right(self._ends, i)
-        return number, i - self._ends[number] + self.shard_sizes[number]
+        return located(i, self._ends, self.folder)
 
     def _keys(self, number: int) -> tuple[Any, Any]:
         with self._lock:
@@ -193,6 +194,9 @@ class TablePictures:
                 f"{self.folder} names no pictures: wanted is a column {', '.join(FILE_COLUMNS[:-1])} or "
                 f"{FILE_COLUMNS[-1]}; there are: {', '.join(self.columns)}"
             )
+        for name in (column, "key"):
+            if self.columns.count(name) > 1:
+                raise DataError(f"{self.folder} has {name!r} twice among its columns; leave one out")
         self._column, self._keyed = column, "key" in self.columns
         self._rows.cut(SHARD_ROWS)
         self.names, self.shard_sizes = self._rows.names, self._rows.sizes

@@ -58,7 +58,7 @@ def load_pictures(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
         except BadSample:
             return None
 
-    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
         found = {i: pixels for i, pixels in enumerate(pool.map(rendered, range(len(data)))) if pixels is not None}
     if not found:
         raise DataError(f"{data.folder}: not one picture decodes")

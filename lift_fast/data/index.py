@@ -114,6 +114,7 @@ class Index:
         return torch.from_numpy(np.frombuffer(self._segments, "<i8", entry.samples, entry.at).astype(np.int64))
 
     def segment(self, entry: Entry) -> bytes | bytearray:
+        """The bytes of a tar's segment."""
         return self._segments[entry.at : entry.at + entry.length]
 
     def _damaged(self, why: str) -> DataError:
@@ -164,7 +165,7 @@ def build_index(folder: str | Path, processes: int | None = None, progress: bool
     anew = [path for path, entry in zip(paths, kept, strict=True) if entry is None]
     entries: list[Entry] = []
     with (
-        _scans(anew, processes or os.cpu_count() or 1) as scans,
+        _scans(anew, processes or len(os.sched_getaffinity(0))) as scans,
         _written(folder / INDEX) as file,
         tqdm(total=len(paths), unit="tar", desc="index", disable=not progress) as bar,
     ):
@@ -190,15 +191,13 @@ def scan(path: Path) -> tuple[Entry, bytes]:
         try:
             told = os.fstat(file)
             for name, offset, size in members(file, told.st_size):
-                folder, _, base = name.rpartition(b"/")
-                stem, dot, suffix = base.partition(b".")
-                if not stem or not dot:  # README, ._x.jpg: no sample, as WebDataset has it
+                named = key_and_suffix(name)
+                if named is None:
                     continue
-                key = (folder + b"/" + stem if folder not in (b"", b".") else stem).decode()
+                key, suffix = named[0].decode(), named[1].lower()
                 sample = samples.get(key)
                 if sample is None:
                     sample = samples[key] = [-1, -1, -1, 0, 0, 0, len(ranks)]
-                suffix = suffix.lower()
                 rank = ranks.get(suffix)
                 if rank is not None:
                     if rank <= sample[6]:
@@ -225,6 +224,16 @@ def scan(path: Path) -> tuple[Entry, bytes]:
     data = key_hashes(list(samples)).numpy().astype("<i8").tobytes() + records.tobytes() + b"".join(keys)
     data += bytes(-len(data) % 8)
     return Entry(path.name, len(keys), *stamp_of(told), 0, len(data), zlib.crc32(data)), data
+
+
+def key_and_suffix(name: bytes) -> tuple[bytes, bytes] | None:
+    """Of a file in a tar, its sample's key and what it is of the sample; None for README and ._x.jpg, which are no
+    sample's, as WebDataset has it."""
+    folder, _, base = name.rpartition(b"/")
+    stem, dot, suffix = base.partition(b".")
+    if not stem or not dot:
+        return None
+    return (folder + b"/" + stem if folder not in (b"", b".") else stem), suffix
 
 
 def _tars(folder: Path) -> list[Path]:

@@ -57,6 +57,8 @@ class Loading:
         for name, least in {"batch_size": 1, "image_size": 1, "seed": 0, "threads": 1, "ahead": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed must be below 2**63, not {self.seed}")
         for name in ("min_crop_area", "flip", "colour", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
@@ -126,7 +128,7 @@ class Pipeline:
         return {**asdict(self._place), **self._order_of()}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
-        """Goes on after the batch after which `state` was taken. Raises ConfigError for another data set or order."""
+        """Goes on after the batch after which `state` was taken. Raises ConfigError for another order."""
         for name, value in self._order_of().items():
             if state.get(name, "nothing") != value:
                 raise ConfigError(
@@ -165,7 +167,7 @@ class Pipeline:
                     sample, future = queue.popleft()
                     if sample.epoch != place.epoch:
                         if not place.batch:
-                            raise DataError(self.skipped.too_few(len(rows), size))
+                            raise DataError(self.skipped.too_few(len(rows), len(self.order), size))
                         place, items, rows = Place(sample.epoch, 0, 0), [], []
                     if place.batch == self.order.batches:
                         continue
@@ -235,7 +237,7 @@ class Skipped:
         if self.looked_at >= _JUDGED_FROM and bad > self.most * self.looked_at:
             raise DataError(
                 f"{bad} of {self.looked_at} samples are bad ({self.in_words()}), more than --max-skipped {self.most}; "
-                f"the last: {self.data.where(row)} ({error.reason}). lift-fast data check lists all of them"
+                f"the last: {self.data.where(row)} ({error.reason}). lift-fast data check --bad FILE lists all"
             )
 
     def write_to(self, path: Path) -> None:
@@ -256,12 +258,12 @@ class Skipped:
         """The counts: "3 truncated, 1 empty"."""
         return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
 
-    def too_few(self, good: int, wanted: int) -> str:
-        """Why not even one batch came of an epoch."""
+    def too_few(self, good: int, samples: int, wanted: int) -> str:
+        """Why not even one batch came of an epoch of so many samples."""
         first = self._first[0]
         return (
-            f"only {good} of {good + self.causes.total()} pictures decode, too few for a batch of {wanted} "
-            f"({self.in_words()}); first that does not: {first['sample']} ({first['reason']})"
+            f"only {good} of {samples} pictures decode, too few for a batch of {wanted} (of all that were met: "
+            f"{self.in_words()}); first that does not: {first['sample']} ({first['reason']})"
         )
 
     def report(self) -> dict[str, Any]:

@@ -6,15 +6,14 @@ from ..errors import ConfigError, DataError
 from .folders import FILE_COLUMNS, ParquetPictures, TablePictures
 from .samples import Samples
 from .shards import Shards
-from .sources import DELIMITERS, JSON_LINES
+from .sources import TABLES
 
-_TABLES = (*DELIMITERS, *JSON_LINES)
-_METADATA = tuple(f"metadata{suffix}" for suffix in _TABLES)  # Hugging Face's imagefolder
+_METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)  # Hugging Face's imagefolder
 _CAPTIONS = ("captions", "raw_captions", "caption_embeddings")  # the last two and "images": as LIFT's authors name them
 _IMAGES = "images"
 _WANTED = (
     f"wanted is a folder of .tar shards; a folder with {', '.join(_METADATA[:-1])} or {_METADATA[-1]}; a "
-    f"{', '.join(_TABLES[:-1])} or {_TABLES[-1]} file that names pictures ({', '.join(FILE_COLUMNS)}); or a folder of "
+    f"{', '.join(TABLES[:-1])} or {TABLES[-1]} file that names pictures ({', '.join(FILE_COLUMNS)}); or a folder of "
     f"parquet files, or one with such a folder ({', '.join(_CAPTIONS)}), and folders of pictures"
 )
 
@@ -37,7 +36,7 @@ def open_data(path: str | Path, pictures: str | Path | None = None) -> Samples:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix.lower() in _TABLES:
+        if path.suffix.lower() in TABLES:
             return TablePictures(path, pictures)
         raise DataError(f"{path} is no data set; {_WANTED}")
     if not path.is_dir():

@@ -19,7 +19,10 @@ from PIL import Image
 from .samples import BadSample
 
 MAX_PIXELS = 1 << 26
-_MAX_SCANS = 500  # of a progressive JPEG, as of libjpeg-turbo's own tools: each costs a pass over the picture
+MAX_SIDE = 65_535  # JPEG's; a longer and thinner picture costs what its rows do
+_MAX_SCANS = 500  # of a JPEG, as of libjpeg-turbo's own tools: each costs a pass over the picture
+_MAX_SCANNED = 1 << 30  # pixels of all these passes, about a second; _ANY_SCANS are read of the largest picture too
+_ANY_SCANS = 20
 _UPRIGHT = 1
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Sampling factors (of the first component, of the others) for which TurboJPEG has a name.
@@ -27,6 +30,12 @@ _SAMPLINGS = {
     *((0x11, 0x11), (0x12, 0x11), (0x12, 0x12), (0x14, 0x11), (0x21, 0x11)),
     *((0x21, 0x21), (0x22, 0x11), (0x22, 0x12), (0x22, 0x21), (0x41, 0x11)),
 }
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = (  # rows from and each, columns from and each
+    *((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4)),
+    *((2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)),
+)
+_MOST_DEFLATED = 1032  # bytes that one byte of zlib's can stand for
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _OTHER_KINDS = (  # (offset, signature, name)
     (0, b"II*\0", "TIFF"),
@@ -53,8 +62,8 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 
 @dataclass(frozen=True)
 class Header:
-    """format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright picture. plain: 8-bit RGB or grey,
-    upright, one frame, no alpha, palette or CMYK: every decoder reads it alike. orientation: EXIF's, 1 to 8."""
+    """format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright picture. plain: an upright JPEG in
+    YCbCr or grey, which every decoder reads alike. orientation: EXIF's, 1 to 8."""
 
     format: str
     width: int
@@ -67,7 +76,7 @@ def read_header(data: bytes) -> Header:
     """What the bytes say they are, whatever a file name says; nothing is decoded.
 
     Raises BadSample: "empty"; "not a picture"; "unsupported", a kind of picture that is not read; "truncated", the
-    end is missing; "corrupt", it contradicts itself; "too large", more than MAX_PIXELS.
+    end is missing; "corrupt", it contradicts itself; "too large", more than MAX_PIXELS, or MAX_SIDE.
     """
     if not data:
         raise BadSample("empty", "0 bytes")
@@ -78,8 +87,9 @@ def read_header(data: bytes) -> Header:
         raise BadSample("truncated", f"ends after {len(data)} bytes, within its header") from error
     if header.width < 1 or header.height < 1:
         raise BadSample("corrupt", f"its header says {header.width} x {header.height} pixels")
-    if header.width * header.height > MAX_PIXELS:
-        raise BadSample("too large", f"{header.width} x {header.height} pixels, of {MAX_PIXELS} at most")
+    if header.width * header.height > MAX_PIXELS or max(header.width, header.height) > MAX_SIDE:
+        most = f"{MAX_PIXELS} at most, {MAX_SIDE} a side"
+        raise BadSample("too large", f"{header.width} x {header.height} pixels, of {most}")
     if header.orientation > 4:
         return replace(header, width=header.height, height=header.width)
     return header
@@ -167,6 +177,9 @@ def _by_pillow(data: bytes, kind: str) -> np.ndarray:
         opened.load()
         picture: Image.Image = opened
         if kind == "png":
+            # Rows that are not there stay 0. Unpacking all once more takes long, and few pictures end in such a row.
+            if data[28] or not np.asarray(opened.crop((0, opened.height - 1, *opened.size))).any():
+                _check_all_rows(data)
             picture = _eight_bits(opened, data[24], data[25])
         if picture.has_transparency_data:
             over = picture.convert("RGBA")
@@ -215,7 +228,7 @@ def _reader(data: bytes) -> Callable[[bytes], Header]:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    at, frame, orientation, adobe = 2, b"", _UPRIGHT, -1
+    at, frame, exif, adobe = 2, b"", b"", -1
     while True:
         if data[at] != 0xFF:
             raise BadSample("corrupt", f"no JPEG marker at byte {at}")
@@ -233,7 +246,7 @@ def _read_jpeg(data: bytes) -> Header:
             raise BadSample("corrupt", f"JPEG marker {marker:02x} at byte {at}")
         at += 2 + length
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            orientation = _orientation(segment[6:])
+            exif = exif or segment[6:]  # of several the first begins it, and others go on with what is too long for it
         elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
             adobe = segment[11]
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -255,9 +268,11 @@ def _read_jpeg(data: bytes) -> Header:
         raise BadSample("unsupported", "a JPEG that tells its height after its pixels")
     if data.rfind(b"\xff\xd9", at) < 0:
         raise BadSample("truncated", f"no end of the JPEG within {len(data)} bytes")
-    if progressive and data.count(b"\xff\xda", at) > _MAX_SCANS:
-        raise BadSample("unsupported", f"a JPEG of more than {_MAX_SCANS} scans")
+    scans = data.count(b"\xff\xda", at) if progressive or data[at + 4] < count else 1
+    if scans > min(_MAX_SCANS, max(_ANY_SCANS, _MAX_SCANNED // (width * height or 1))):
+        raise BadSample("unsupported", f"a JPEG of {width} x {height} pixels in {scans} scans")
     rgb = count == 3 and (adobe == 0 or bytes(part[0] for part in parts) == b"RGB")
+    orientation = _orientation(exif)
     plain = orientation == _UPRIGHT and count < 4 and not rgb
     return Header("jpeg", width, height, plain, orientation)
 
@@ -278,16 +293,14 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _read_png(data: bytes) -> Header:
-    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">II5B", data, 16)
+    width, height = struct.unpack_from(">II", data, 16)
     if data[12:16] != b"IHDR":
         raise BadSample("corrupt", "a PNG without a header")
-    kinds, orientation = set(), _UPRIGHT
+    orientation = _UPRIGHT
     for kind, start, length in _chunks(data):
-        kinds.add(kind)
         if kind == b"eXIf":
             orientation = _orientation(data[start : start + length])
-    plain = depth == 8 and colour_type in (0, 2) and not interlaced and not kinds & {b"tRNS", b"acTL", b"eXIf"}
-    return Header("png", width, height, plain, orientation)
+    return Header("png", width, height, False, orientation)
 
 
 def _only_pixels(data: bytes) -> bytes:
@@ -300,7 +313,33 @@ def _only_pixels(data: bytes) -> bytes:
             if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
                 raise BadSample("corrupt", f"wrong checksum of the PNG chunk {kind!r} at byte {start - 8}")
             parts.append(data[start - 8 : end + 4])
+    packed = sum(len(part) for part in parts)
+    if _unpacked(data) > _MOST_DEFLATED * packed:
+        raise BadSample("corrupt", f"a PNG of too few pixels: {packed} bytes for {_unpacked(data)}")
     return b"".join(parts)
+
+
+def _unpacked(data: bytes) -> int:
+    """Bytes of the rows of a PNG, by its header."""
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">II5B", data, 16)
+    bits, total = depth * _PNG_CHANNELS.get(colour_type, 0), 0
+    for top, down, left, across in _ADAM7 if interlaced else ((0, 1, 0, 1),):
+        rows, columns = -(-(height - top) // down), -(-(width - left) // across)
+        if rows > 0 and columns > 0:
+            total += rows * (1 + -(-columns * bits // 8))
+    return total
+
+
+def _check_all_rows(data: bytes) -> None:
+    """Raises BadSample for a PNG whose pixels end, as they should, before its last row: Pillow does not notice."""
+    missing, stream = _unpacked(data), zlib.decompressobj()
+    for kind, start, length in _chunks(data):
+        packed = data[start : start + length] if kind == b"IDAT" else b""
+        while packed and missing > 0:
+            missing -= len(stream.decompress(packed, 1 << 20))
+            packed = stream.unconsumed_tail
+    if missing > 0:
+        raise BadSample("corrupt", f"the pixels of the PNG end {missing} bytes too early")
 
 
 def _read_webp(data: bytes) -> Header:
@@ -312,12 +351,12 @@ def _read_webp(data: bytes) -> Header:
         if data[23:26] != b"\x9d\x01\x2a":
             raise BadSample("corrupt", "a WebP without a key frame")
         width, height = struct.unpack_from("<HH", data, 26)
-        return Header("webp", width & 0x3FFF, height & 0x3FFF, True)
+        return Header("webp", width & 0x3FFF, height & 0x3FFF, False)
     if kind == b"VP8L":
         if data[20] != 0x2F:
             raise BadSample("corrupt", "a lossless WebP without its signature")
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, not bits >> 28 & 1)
+        return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, False)
     if kind != b"VP8X":
         raise BadSample("corrupt", f"a WebP that begins with the chunk {kind!r}")
     if whole < 30:

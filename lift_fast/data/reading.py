@@ -66,6 +66,10 @@ class OpenFiles:
             if not more:
                 raise OSError(0, _CHANGED)
             data += more
+        if stamp_of(os.fstat(file.number)) != stamp:  # it may be written over while it is open
+            with self._lock:
+                self._open.pop(name, None)
+            raise OSError(0, _CHANGED)
         return data
 
 

@@ -1,5 +1,6 @@
 """What a data set is to the pipelines: samples by number, whatever files they lie in."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -38,7 +39,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises BadSample ("missing", "unreadable")."""
+        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i. Raises DataError when it is missing or blank."""
@@ -54,6 +55,14 @@ class Samples(Protocol):
 
     def shard_hashes(self, number: int) -> Tensor:
         """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]: what a cache keeps of them."""
+
+
+def located(i: int, ends: Sequence[int], folder: Path) -> tuple[int, int]:
+    """Sample number -> (shard, row in it). ends: of each shard, the samples up to its end. Raises IndexError."""
+    if not 0 <= i < ends[-1]:
+        raise IndexError(f"sample {i} of {ends[-1]} at {folder}")
+    number = bisect_right(ends, i)
+    return number, i - (ends[number - 1] if number else 0)
 
 
 class Collection:

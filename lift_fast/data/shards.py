@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tarfile
-from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..errors import DataError
 from .index import JSON, PICTURE, PICTURE_SUFFIXES, TXT, Index, open_index
 from .reading import FILES, MOST_BYTES
-from .samples import BadSample
+from .samples import BadSample, located
 
 _MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 
@@ -158,11 +157,7 @@ class Shards:
         return self._index.hashes(number)
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """Sample number -> shard, and the sample's place in it."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} at {self.folder}")
-        number = bisect_right(self._ends, i)
-        return number, i - self._ends[number] + self.shard_sizes[number]
+        return located(i, self._ends, self.folder)
 
     def _read(self, number: int, place: tuple[int, int]) -> bytes:
         return FILES.read(self.paths[number], self._index.entries[number].stamp, *place)

@@ -20,7 +20,7 @@ from .shards import Shards
 
 SHARD_ROWS = 10_000
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (*DELIMITERS, ".jsonl", ".ndjson")  # files of one row a sample
 
 
 class Source(Protocol):
@@ -55,7 +55,7 @@ def open_source(
     for.
     """
     path = Path(path)
-    lines = path.suffix.lower() in (*DELIMITERS, *JSON_LINES)
+    lines = path.suffix.lower() in TABLES
     if shard_rows is not None and path.exists() and not (lines and path.is_file()):
         raise ConfigError(f"--shard-rows cuts one CSV, TSV or JSONL file; the files at {path} are the shards")
     if path.is_file():
@@ -63,7 +63,7 @@ def open_source(
             return Lines(path, field or "caption", key, SHARD_ROWS if shard_rows is None else shard_rows)
         if path.suffix.lower() == ".parquet":
             return Parquet(path, field or "re_caption", key)
-        kinds = ", ".join((".parquet", *DELIMITERS, *JSON_LINES))
+        kinds = ", ".join((".parquet", *TABLES))
         raise DataError(f"{path} is no file of captions ({kinds}); a tar shard is read with its folder")
     if path.is_dir() and not any(path.glob("*.tar")):
         if any(path.glob("*.parquet")):
@@ -270,7 +270,7 @@ class Rows:
 
 
 def _object(line: str) -> dict[str, Any]:
-    row = json.loads(line)
+    row = json.loads(line.strip())  # of more kinds of space than JSON has: such lines count as blank
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")
     return row

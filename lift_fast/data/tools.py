@@ -1,6 +1,6 @@
 """What is done with whole data sets: counted, checked, packed into shards.
 
-All of it streams: memory holds the pictures under way and one shard's keys, whatever the size of the set.
+All of it streams: memory holds the pictures under way and one shard's keys, and what the opened set itself keeps.
 """
 
 import functools
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
 from .folders import ParquetPictures, TablePictures, column_of
-from .index import Index, build_index, scan
+from .index import Index, build_index, key_and_suffix, scan
 from .open import open_data
 from .order import permuted
 from .pictures import Header, decode, read_header
@@ -35,8 +35,7 @@ from .tars import NotWhole, members
 Found = TypeVar("Found")
 SMALL = 224  # pixels: a picture with a shorter side is enlarged for the usual model
 NO_CAPTION, REPEATED, DAMAGED = "no caption", "repeated key", "damaged shard"  # causes beside those of pictures
-SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # pictures of other formats are written as PNG
-_JPEG_SIDE = 65_500  # pixels, at most
+_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # pictures of other formats are written as PNG
 _NAMED = 5  # bad samples that are listed in the figures
 _FIELDS = 100  # texts that are counted: metadata may have other entries in every sample
 _DISTINCT = 1 << 20  # captions that are told apart exactly
@@ -165,7 +164,7 @@ def check(
     return {
         "samples": done,
         "shards": shards,
-        "damaged_shards": len(damaged),
+        "damaged_shards": found.causes[DAMAGED],
         **found.told(),
         "seconds": seconds,
         "images_per_s": done / seconds,
@@ -299,11 +298,10 @@ def _picture(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, b
     if size is not None and min(width, height) > size:
         scale = size / min(width, height)
         to = round(width * scale), round(height * scale)
-        format, suffix = ("JPEG", "jpg") if max(to) <= _JPEG_SIDE else ("PNG", "png")
-        Image.fromarray(pixels).resize(to, Image.Resampling.LANCZOS).save(encoded, format, quality=quality)
-        return encoded.getvalue(), suffix, True
-    if header.format in SUFFIXES:
-        return data, SUFFIXES[header.format], False
+        Image.fromarray(pixels).resize(to, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=quality)
+        return encoded.getvalue(), "jpg", True
+    if header.format in _SUFFIXES:
+        return data, _SUFFIXES[header.format], False
     Image.fromarray(pixels).save(encoded, "PNG")
     return encoded.getvalue(), "png", False
 
@@ -380,10 +378,9 @@ def _repeated_names(tar: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     with open(tar, "rb") as file:
         for name, _, _ in members(file.fileno(), os.fstat(file.fileno()).st_size):
-            if name in seen:
-                folder, _, base = name.decode(errors="replace").rpartition("/")
-                key = f"{folder}/{base.partition('.')[0]}" if folder not in ("", ".") else base.partition(".")[0]
-                found[key] = f"{base} occurs twice in the tar; the last one is read"
+            if name in seen and (named := key_and_suffix(name)):
+                base = name.rpartition(b"/")[2].decode(errors="replace")
+                found[named[0].decode(errors="replace")] = f"{base} occurs twice in the tar; the last one is read"
             seen.add(name)
     return found
 
@@ -398,7 +395,8 @@ def _keys(samples: Samples) -> Iterator[str]:
             if not isinstance(samples, TablePictures):
                 raise
             # The rows tell them as they are, without a word about one that occurs twice.
-            yield from (str(samples.meta(row).get("key") or row) for row in range(start, start + size))
+            told = ((row, samples.meta(row).get("key")) for row in range(start, start + size))
+            yield from (str(row if key in (None, "") else key) for row, key in told)
         start += size
 
 
@@ -436,7 +434,7 @@ def _whole_meta(samples: Samples, row: int, columns: Sequence[str]) -> dict[str,
 
 def _in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | None) -> Iterator[tuple[int, Found]]:
     """(row, work(row)) in the order of the rows; threads run ahead of the caller by a few rows each."""
-    threads = threads or min(32, os.cpu_count() or 1)
+    threads = threads or min(32, len(os.sched_getaffinity(0)))
     queue: deque[tuple[int, Future[Found]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -458,7 +456,7 @@ class _Wrong:
     def __init__(self, file: TextIO | None):
         self._file = file
         self.bad = 0  # samples
-        self._causes: Counter[str] = Counter()
+        self.causes: Counter[str] = Counter()
         self.first: list[dict[str, Any]] = []
 
     def add(self, where: str, row: int | None, wrong: Sequence[tuple[str, str]]) -> None:
@@ -468,7 +466,7 @@ class _Wrong:
             # Reasons for people name the sample, which has an entry of its own here; names may be no Unicode.
             told = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
             line = {"sample": where, "row": row, "cause": cause, "reason": told}
-            self._causes[cause] += 1
+            self.causes[cause] += 1
             if len(self.first) < _NAMED:
                 self.first.append(line)
             if self._file is not None:
@@ -476,7 +474,7 @@ class _Wrong:
 
     def told(self) -> dict[str, Any]:
         """{"bad": samples, "causes": {cause: n}, "first": lines}."""
-        return {"bad": self.bad, "causes": dict(self._causes.most_common()), "first": self.first}
+        return {"bad": self.bad, "causes": dict(self.causes.most_common()), "first": self.first}
 
 
 class _Captions:

@@ -26,7 +26,7 @@ class TrainConfig:
     context: int = 77
     """CLIP: caption length in tokens."""
     field: str = "txt"
-    """CLIP: caption to train on, the .txt or an entry of the .json. LIFT: the cache has chosen."""
+    """CLIP: caption to train on: txt, an entry of the .json, or a column. LIFT: the cache has chosen."""
     loss: Literal["contrastive", "cosine"] = "contrastive"
     steps: int = 200
     batch_size: int = 256
@@ -50,8 +50,7 @@ class TrainConfig:
     graph: bool = False
     """The whole step is captured as a CUDA graph and replayed."""
     loader: Literal["auto", "host", "dali"] = "auto"
-    """What decodes the pictures. auto: DALI for a GPU where it is installed, else the host's threads. The same samples
-    and crops either way."""
+    """What decodes the pictures, to the same samples and crops. auto: DALI for a GPU where installed, else the host."""
     min_crop_area: float = 0.9
     """Random crops keep at least this part of a picture."""
     flip: float = 0.0
@@ -59,8 +58,7 @@ class TrainConfig:
     colour: float = 0.0
     """Brightness, contrast and saturation are each scaled by 1 - colour to 1 + colour."""
     shuffle_buffer: int | None = None
-    """Shuffle the shards and windows of so many samples, to read a shard at a time. Default: all samples of an epoch
-    are shuffled."""
+    """Shuffle the shards, and windows of so many samples: reads a shard at a time. Default: all samples of an epoch."""
     max_skipped: float = 0.1
     """Share of bad samples above which training stops."""
     checked: bool = False
@@ -87,6 +85,8 @@ class TrainConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed must be below 2**63, not {self.seed}")
         for name in ("lr", "clip_grad", "min_crop_area"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")

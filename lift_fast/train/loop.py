@@ -188,7 +188,7 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
         shuffle_buffer=config.shuffle_buffer,
         max_skipped=config.max_skipped,
         checked=config.checked,
-        threads=os.cpu_count() or 1,
+        threads=len(os.sched_getaffinity(0)),
         ahead=2 if on_gpu else 0,
     )
     if dali.wanted(config.loader, on_gpu):
