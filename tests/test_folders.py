@@ -266,6 +266,17 @@ def test_captions_that_are_kept_are_bounded(authors, monkeypatch):
 # one table
 
 
+def test_a_parquet_file_that_is_lost_while_training_is_bad_samples(authors):
+    """Not the end of the run."""
+    data = open_data(authors)
+    (authors / "raw_captions" / f"{STEMS[1]}.parquet").unlink()
+    with pytest.raises(BadSample) as told:
+        data.image_bytes(SIZES[0] + 3)
+    assert told.value.cause == "unreadable" and STEMS[1] in told.value.reason
+    assert data.where(SIZES[0] + 3).endswith(f"{STEMS[1]}.parquet: row 3")
+    assert data.image_bytes(2) == picture(0, 2)
+
+
 def write_table(path, columns, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":

@@ -122,7 +122,11 @@ class ParquetPictures:
     def where(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
         number, row = self._locate(i)
-        return f"{self.folder / self.names[number]}: row {row}, key {self._keys(number)[0][row].as_py()!r}"
+        place = f"{self.folder / self.names[number]}: row {row}"
+        try:
+            return f"{place}, key {self._keys(number)[0][row].as_py()!r}"
+        except DataError:  # the file is what is wrong
+            return place
 
     def shard_keys(self, number: int) -> list[str]:
         """The sample keys of shard `number`, in order. Raises DataError for one that is missing or occurs twice."""
