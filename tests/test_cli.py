@@ -98,13 +98,19 @@ def test_the_report_has_every_number(report):
     assert report["seed"] == 0
 
 
-def test_the_report_agrees_with_itself(report):
+def test_the_report_agrees_with_itself(report, scenes):
     lift, clip = report["lift"], report["clip"]
     assert lift["samples_seen"] == clip["samples_seen"] == 24
     assert report["savings"]["flops"] == pytest.approx(1 - lift["flops_per_sample"] / clip["flops_per_sample"])
     assert report["savings"]["flops"] > 0
     assert report["savings"]["text_time"] > 0.9
-    assert clip["text_ms_by_context"]["128"] > clip["text_ms_by_context"]["77"]
+    # The least of three rounds: another process that tests beside this one disturbs some of them.
+    rounds = [clip["text_ms_by_context"]]
+    for number in range(2):
+        sets = f"--data {scenes}/data/heldout --cache {scenes}/short {scenes}/long"
+        run(f"compare --preset tiny --lift {scenes}/lift --clip {scenes}/clip {sets} --json {scenes}/{number}.json")
+        rounds.append(json.loads((scenes / f"{number}.json").read_text())["runs"]["clip"]["text_ms_by_context"])
+    assert min(ms["128"] for ms in rounds) > min(ms["77"] for ms in rounds)
     rows = {row["context"]: row for row in report["cost_against_length"]}
     assert rows[77]["clip_flops"] == clip["flops_per_sample"]
     assert rows[77]["lift_flops"] == rows[323]["lift_flops"] == lift["flops_per_sample"]
