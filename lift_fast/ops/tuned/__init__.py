@@ -1,0 +1,89 @@
+"""Settings of the ops that were measured or reasoned, as data: which backend first, tiles, blocks, what is kept.
+
+One JSON file a family of ops and device, FAMILY.DEVICE.json: `pairs.sm_90.json`, `pairs.cpu.json`. A file is
+
+    {"extends": "sm_80" or null, "entries": [{"setting", "when", "value", "source", "why"}, ...]}
+
+`when` says for which facts an entry holds: {"dim": [1, 1023], "kind": "wide"} is a dim of 1 to 1023 (null: no bound)
+and a kind of "wide"; facts that it does not name do not matter. The first entry that holds is taken, then those of the
+file that this one extends. `source` is "reasoned", or where it was measured: {"commit", "device", "results"}, as
+`python -m benchmarks tune` writes it. Devices are "cpu", and "sm_90" for compute capability 9.0; one without a file of
+its own has that of the last capability that is not above its own.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+_forced: dict[tuple[str, str], Any] = {}
+
+
+def lookup(family: str, device: str, setting: str, **facts: int | str | bool) -> Any:
+    """The value of a setting for these facts, as JSON has it. Raises LookupError where no entry holds."""
+    if (family, setting) in _forced:
+        return _forced[family, setting]
+    return _lookup(family, device, setting, tuple(sorted(facts.items())))
+
+
+@functools.lru_cache(4096)
+def _lookup(family: str, device: str, setting: str, facts: tuple[tuple[str, int | str | bool], ...]) -> Any:
+    known = dict(facts)
+    for entry in entries(family, device):
+        if entry["setting"] == setting and all(_holds(known[name], rule) for name, rule in entry["when"].items()):
+            return entry["value"]
+    raise LookupError(f"lift_fast/ops/tuned/{family}.{device}.json has no {setting!r} for {known}")
+
+
+def _holds(fact: int | str | bool, rule: Any) -> bool:
+    if not isinstance(rule, list):
+        return fact == rule
+    low, high = rule
+    return (low is None or fact >= low) and (high is None or fact <= high)
+
+
+@functools.cache
+def entries(family: str, device: str) -> list[dict[str, Any]]:
+    """All entries for a device in the order in which they are tried, those of the files that it extends included."""
+    table = json.loads((HERE / f"{family}.{device}.json").read_text())
+    return table["entries"] + (entries(family, table["extends"]) if table["extends"] else [])
+
+
+@functools.cache
+def devices(family: str) -> tuple[str, ...]:
+    """The devices that have a file."""
+    return tuple(sorted(path.name.split(".")[1] for path in HERE.glob(f"{family}.*.json")))
+
+
+def on(family: str, device: torch.device) -> str:
+    """The name of the table for a device. Where kernels are interpreted on a CPU, the least capable GPU's is used."""
+    return "cpu" if device.type == "cpu" else gpu(family, device)
+
+
+def gpu(family: str, device: torch.device) -> str:
+    """The table for kernels of a GPU; their interpreter and emulator have the least capable GPU's."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return _nearest(family, capability)
+
+
+@functools.cache
+def _nearest(family: str, capability: tuple[int, int]) -> str:
+    known = {(int(name[3:-1]), int(name[-1])): name for name in devices(family) if name != "cpu"}
+    return known[max((one for one in known if one <= capability), default=min(known))]
+
+
+@contextlib.contextmanager
+def using(family: str, setting: str, value: Any) -> Iterator[None]:
+    """A setting as it is to be inside, whatever the tables say: for sweeps and tests. Not for several threads."""
+    before = _forced.copy()
+    _forced[family, setting] = value
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
