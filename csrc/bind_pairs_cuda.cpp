@@ -1,4 +1,4 @@
-// The GPU epilogues of the pair losses for Python, and the widening of int8 text; addresses are integers.
+// The pair losses on a GPU for Python, and the widening of int8 text; addresses are integers. See pairs_blocks.h.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -7,7 +7,7 @@
 #include "build_info.h"  // written by setup.py: LIFT_FAST_CUDA
 #include "ops.h"
 #if LIFT_FAST_CUDA
-#include "pairs_cuda.h"
+#include "pairs_blocks.h"
 #endif
 
 namespace py = pybind11;
@@ -23,15 +23,29 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-gpu::Scores scores(Address products, int64_t stride, int64_t rows, int64_t cols, Address a, Address q, Address scale,
-                   Address bias, int64_t offset) {
-  return {at<const float>(products), stride, rows, cols, at<const float>(a), at<const float>(q),
-          at<const float>(scale), at<const float>(bias), offset};
-}
-
 Out out_type(int type) {
   if (type < 0 || type > 2) throw std::invalid_argument("type must be 0 (float32), 1 (bfloat16) or 2 (float16)");
   return static_cast<Out>(type);
+}
+
+// A matrix of scores and how a pass goes through it: the first arguments of all passes.
+struct Pass {
+  gpu::Features of;
+  gpu::Blocks by;
+  gpu::Gemm gemm;
+};
+
+Pass pass(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t rows, int64_t cols, int64_t dim, int type,
+          Address a, Address q, Address scale, Address bias, int64_t offset, int64_t block_rows, int64_t block_cols,
+          Address products, int64_t products_stride, bool kept, Address gemm, Address handle) {
+  if (rows < 1 || cols < 1 || dim < 1 || block_rows < 1 || block_cols < 1)
+    throw std::invalid_argument("rows, cols, dim and both sizes of a block must be at least 1");
+  if (rows > INT32_MAX || cols > INT32_MAX || dim > INT32_MAX)
+    throw std::invalid_argument("cuBLAS counts rows, cols and dim in 31 bits");
+  return {{at<const void>(x), at<const void>(t), x_stride, t_stride, rows, cols, dim, out_type(type),
+           at<const float>(a), at<const float>(q), at<const float>(scale), at<const float>(bias), offset},
+          {block_rows, block_cols, at<float>(products), products_stride, kept},
+          {gemm, handle}};
 }
 
 template <typename Launch>
@@ -44,43 +58,57 @@ void run(const char* what, Launch launch) {
   if (error) throw std::runtime_error(std::string(what) + " on the GPU: " + error);
 }
 
-void contrastive_stats(Address products, int64_t stride, int64_t rows, int64_t cols, Address a, Address q,
-                       Address scale, Address bias, int64_t offset, Address row, int64_t row_stride, Address col,
-                       int64_t col_stride, Address own, Address scratch, int device, Address stream) {
-  const gpu::Scores of = scores(products, stride, rows, cols, a, q, scale, bias, offset);
+void contrastive_stats(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t rows, int64_t cols,
+                       int64_t dim, int type, Address a, Address q, Address scale, Address bias, int64_t offset,
+                       int64_t block_rows, int64_t block_cols, Address products, int64_t products_stride, bool kept,
+                       Address gemm, Address handle, Address row, int64_t row_stride, Address col, int64_t col_stride,
+                       Address own, Address scratch, int device, Address stream) {
+  const Pass by = pass(x, x_stride, t, t_stride, rows, cols, dim, type, a, q, scale, bias, offset, block_rows,
+                       block_cols, products, products_stride, kept, gemm, handle);
   const gpu::Stats to{at<float>(row), row_stride, at<float>(col), col_stride, at<float>(own), at<float>(scratch)};
-  run("contrastive statistics", [&] { return gpu::contrastive_stats(of, to, device, stream); });
+  run("contrastive statistics", [&] { return gpu::stats_pass(by.of, by.gemm, by.by, to, device, stream); });
 }
 
-void contrastive_gradient(Address products, int64_t stride, int64_t rows, int64_t cols, Address a, Address q,
-                          Address scale, Address bias, int64_t offset, Address row, int64_t row_stride, Address col,
-                          int64_t col_stride, float row_weight, float col_weight, Address own_g, Address out,
-                          int64_t out_stride, int type, Address left, Address right, float factor, bool scaled,
-                          int device, Address stream) {
-  const gpu::Scores of = scores(products, stride, rows, cols, a, q, scale, bias, offset);
+void contrastive_gradient(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t rows, int64_t cols,
+                          int64_t dim, int type, Address a, Address q, Address scale, Address bias, int64_t offset,
+                          int64_t block_rows, int64_t block_cols, Address products, int64_t products_stride, bool kept,
+                          Address gemm, Address handle, Address row, int64_t row_stride, Address col,
+                          int64_t col_stride, float row_weight, float col_weight, Address own_g, Address g,
+                          int64_t g_stride, Address left, Address right, float factor, bool scaled, Address image,
+                          int64_t image_stride, int image_type, Address text, int64_t text_stride, int device,
+                          Address stream) {
+  const Pass by = pass(x, x_stride, t, t_stride, rows, cols, dim, type, a, q, scale, bias, offset, block_rows,
+                       block_cols, products, products_stride, kept, gemm, handle);
   const gpu::Softmax softmax{at<const float>(row), row_stride, at<const float>(col), col_stride, row_weight, col_weight,
                              at<const float>(own_g)};
-  const gpu::Gradient to{at<void>(out), out_stride, out_type(type), at<const float>(left), at<const float>(right),
-                         factor, scaled};
-  run("contrastive gradient", [&] { return gpu::contrastive_gradient(of, softmax, to, device, stream); });
+  const gpu::Gradient through{at<void>(g), g_stride, by.of.type, at<const float>(left), at<const float>(right), factor,
+                              scaled};
+  const gpu::FeatureGradients to{at<void>(image), image_stride, out_type(image_type), at<float>(text), text_stride};
+  run("contrastive gradient",
+      [&] { return gpu::gradient_pass(by.of, by.gemm, by.by, softmax, through, to, device, stream); });
 }
 
-void sigmoid(Address products, int64_t stride, int64_t rows, int64_t cols, Address a, Address q, Address scale,
-             Address bias, int64_t offset, float alpha, Address loss, Address d_scale, Address d_bias, Address scratch,
-             Address out, int64_t out_stride, int type, Address left, Address right, float factor, bool scaled,
-             int device, Address stream) {
-  const gpu::Scores of = scores(products, stride, rows, cols, a, q, scale, bias, offset);
+void sigmoid(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t rows, int64_t cols, int64_t dim,
+             int type, Address a, Address q, Address scale, Address bias, int64_t offset, int64_t block_rows,
+             int64_t block_cols, Address products, int64_t products_stride, bool kept, Address gemm, Address handle,
+             float alpha, Address loss, Address d_scale, Address d_bias, Address scratch, Address g, int64_t g_stride,
+             Address left, Address right, float factor, bool scaled, Address image, int64_t image_stride,
+             int image_type, Address text, int64_t text_stride, int device, Address stream) {
+  const Pass by = pass(x, x_stride, t, t_stride, rows, cols, dim, type, a, q, scale, bias, offset, block_rows,
+                       block_cols, products, products_stride, kept, gemm, handle);
   const gpu::Sigmoid sums{alpha, at<float>(loss), at<float>(d_scale), at<float>(d_bias), at<float>(scratch)};
-  const gpu::Gradient to{at<void>(out), out_stride, out_type(type), at<const float>(left), at<const float>(right),
-                         factor, scaled};
-  run("sigmoid loss", [&] { return gpu::sigmoid(of, sums, to, device, stream); });
+  const gpu::Gradient through{at<void>(g), g_stride, by.of.type, at<const float>(left), at<const float>(right), factor,
+                              scaled};
+  const gpu::FeatureGradients to{at<void>(image), image_stride, out_type(image_type), at<float>(text), text_stride};
+  run("sigmoid loss", [&] { return gpu::sigmoid_pass(by.of, by.gemm, by.by, sums, through, to, device, stream); });
 }
 
 void widen(Address codes, int64_t stride, int64_t rows, int64_t dim, Address out, int type, int device,
            Address stream) {
   const Dequant job{at<const void>(codes), nullptr, nullptr, at<void>(out), rows, rows, dim, stride, 0, Codec::int8,
                     out_type(type), false};
-  run("widening", [&] { return dequant_cuda(job, device, stream); });
+  if (const char* error = dequant_cuda(job, device, stream))
+    throw std::runtime_error(std::string("widening on the GPU: ") + error);
 }
 
 }  // namespace
@@ -91,20 +119,28 @@ void bind_pairs_cuda(py::module_& module) {
 #if LIFT_FAST_CUDA
   using namespace lift_fast;
   using py::arg;
-  module.def("contrastive_stats_scratch", &gpu::stats_scratch, arg("rows"), arg("cols"));
-  module.def("sigmoid_scratch", &gpu::sigmoid_scratch, arg("rows"), arg("cols"));
-  module.def("contrastive_stats_cuda", &contrastive_stats, arg("products"), arg("stride"), arg("rows"), arg("cols"),
-             arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"), arg("row"), arg("row_stride"), arg("col"),
-             arg("col_stride"), arg("own"), arg("scratch"), arg("device"), arg("stream"));
-  module.def("contrastive_gradient_cuda", &contrastive_gradient, arg("products"), arg("stride"), arg("rows"),
-             arg("cols"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"), arg("row"), arg("row_stride"),
-             arg("col"), arg("col_stride"), arg("row_weight"), arg("col_weight"), arg("own_g"), arg("out"),
-             arg("out_stride"), arg("type"), arg("left"), arg("right"), arg("factor"), arg("scaled"), arg("device"),
-             arg("stream"));
-  module.def("sigmoid_cuda", &sigmoid, arg("products"), arg("stride"), arg("rows"), arg("cols"), arg("a"), arg("q"),
-             arg("scale"), arg("bias"), arg("offset"), arg("alpha"), arg("loss"), arg("d_scale"), arg("d_bias"),
-             arg("scratch"), arg("out"), arg("out_stride"), arg("type"), arg("left"), arg("right"), arg("factor"),
-             arg("scaled"), arg("device"), arg("stream"));
+  module.def("contrastive_stats_scratch", &gpu::stats_pass_scratch, arg("rows"), arg("cols"), arg("block_rows"),
+             arg("block_cols"));
+  module.def("sigmoid_scratch", &gpu::sigmoid_pass_scratch, arg("rows"), arg("cols"), arg("block_rows"),
+             arg("block_cols"));
+  module.def("contrastive_stats_cuda", &contrastive_stats, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"), arg("rows"),
+             arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
+             arg("block_rows"), arg("block_cols"), arg("products"), arg("products_stride"), arg("kept"), arg("gemm"),
+             arg("handle"), arg("row"), arg("row_stride"), arg("col"), arg("col_stride"), arg("own"),
+             arg("scratch"), arg("device"), arg("stream"));
+  module.def("contrastive_gradient_cuda", &contrastive_gradient, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"), arg("rows"),
+             arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
+             arg("block_rows"), arg("block_cols"), arg("products"), arg("products_stride"), arg("kept"), arg("gemm"),
+             arg("handle"), arg("row"), arg("row_stride"), arg("col"), arg("col_stride"), arg("row_weight"),
+             arg("col_weight"), arg("own_g"), arg("g"), arg("g_stride"), arg("left"), arg("right"), arg("factor"),
+             arg("scaled"), arg("image"), arg("image_stride"), arg("image_type"), arg("text"), arg("text_stride"),
+             arg("device"), arg("stream"));
+  module.def("sigmoid_cuda", &sigmoid, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"), arg("rows"),
+             arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
+             arg("block_rows"), arg("block_cols"), arg("products"), arg("products_stride"), arg("kept"), arg("gemm"),
+             arg("handle"), arg("alpha"), arg("loss"), arg("d_scale"), arg("d_bias"), arg("scratch"), arg("g"),
+             arg("g_stride"), arg("left"), arg("right"), arg("factor"), arg("scaled"), arg("image"),
+             arg("image_stride"), arg("image_type"), arg("text"), arg("text_stride"), arg("device"), arg("stream"));
   module.def("widen_cuda", &widen, arg("codes"), arg("stride"), arg("rows"), arg("dim"), arg("out"), arg("type"),
              arg("device"), arg("stream"));
 #else

@@ -90,21 +90,28 @@ def bias_act_backward_cpu(
     threads: int, isa: str = "",
 ) -> None: ...  # fmt: skip
 def cuda_device_count() -> int: ...
-def contrastive_stats_scratch(rows: int, cols: int) -> int: ...
-def sigmoid_scratch(rows: int, cols: int) -> int: ...
+def contrastive_stats_scratch(rows: int, cols: int, block_rows: int, block_cols: int) -> int: ...
+def sigmoid_scratch(rows: int, cols: int, block_rows: int, block_cols: int) -> int: ...
 def contrastive_stats_cuda(
-    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
-    row: int, row_stride: int, col: int, col_stride: int, own: int, scratch: int, device: int, stream: int,
+    x: int, x_stride: int, t: int, t_stride: int, rows: int, cols: int, dim: int, type: int, a: int, q: int,
+    scale: int, bias: int, offset: int, block_rows: int, block_cols: int, products: int, products_stride: int,
+    kept: bool, gemm: int, handle: int, row: int, row_stride: int, col: int, col_stride: int, own: int, scratch: int,
+    device: int, stream: int,
 ) -> None: ...  # fmt: skip
 def contrastive_gradient_cuda(
-    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
-    row: int, row_stride: int, col: int, col_stride: int, row_weight: float, col_weight: float, own_g: int, out: int,
-    out_stride: int, type: int, left: int, right: int, factor: float, scaled: bool, device: int, stream: int,
+    x: int, x_stride: int, t: int, t_stride: int, rows: int, cols: int, dim: int, type: int, a: int, q: int,
+    scale: int, bias: int, offset: int, block_rows: int, block_cols: int, products: int, products_stride: int,
+    kept: bool, gemm: int, handle: int, row: int, row_stride: int, col: int, col_stride: int, row_weight: float,
+    col_weight: float, own_g: int, g: int, g_stride: int, left: int, right: int, factor: float,
+    scaled: bool, image: int, image_stride: int, image_type: int, text: int, text_stride: int, device: int,
+    stream: int,
 ) -> None: ...  # fmt: skip
 def sigmoid_cuda(
-    products: int, stride: int, rows: int, cols: int, a: int, q: int, scale: int, bias: int, offset: int,
-    alpha: float, loss: int, d_scale: int, d_bias: int, scratch: int, out: int, out_stride: int, type: int,
-    left: int, right: int, factor: float, scaled: bool, device: int, stream: int,
+    x: int, x_stride: int, t: int, t_stride: int, rows: int, cols: int, dim: int, type: int, a: int, q: int,
+    scale: int, bias: int, offset: int, block_rows: int, block_cols: int, products: int, products_stride: int,
+    kept: bool, gemm: int, handle: int, alpha: float, loss: int, d_scale: int, d_bias: int, scratch: int, g: int,
+    g_stride: int, left: int, right: int, factor: float, scaled: bool, image: int, image_stride: int, image_type: int,
+    text: int, text_stride: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip
 def widen_cuda(
     codes: int, stride: int, rows: int, dim: int, out: int, type: int, device: int, stream: int,

@@ -17,7 +17,7 @@ LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\((.*?)\);", re.S)
 
 def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, more: str = "", edit=lambda text: text):
     """kernels, headers: of csrc/, without .cu and .cuh; bind: the binding's file, also its function; more: statements
-    in the module's making; edit: what is done to the sources' text."""
+    in the module's making, which may name what cublas_on_cpu.h has; edit: what is done to the sources' text."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -30,8 +30,9 @@ def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, mor
         (folder / re.sub(r"\.cu$", ".cpp", name)).write_text(edit(text))
     shutil.copy(CSRC / f"{bind}.cpp", folder)
     module_name = f"emulated_{bind}"  # pybind11 knows modules by name: two of one name would be one
+    includes_of_module = "\n".join(f'#include "{path}"' for path in ("pybind11/pybind11.h", ROOT / "tests" / "cublas_on_cpu.h"))
     (folder / "module.cpp").write_text(
-        f"#include <pybind11/pybind11.h>\n#include <cuda_runtime.h>\nvoid {bind}(pybind11::module_&);\n"
+        f"{includes_of_module}\nvoid {bind}(pybind11::module_&);\n"
         f"PYBIND11_MODULE({module_name}, module) {{ {bind}(module); {more} }}\n"
     )
     library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"

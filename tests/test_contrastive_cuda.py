@@ -4,6 +4,7 @@ Every test of values runs twice: on a GPU, and here with the kernels compiled fo
 which runs them thread by thread as they are written.
 """
 
+import contextlib
 import re
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from cuda_emulator import emulate
 
 from lift_fast import _C
-from lift_fast.ops import cuda_pairs
+from lift_fast.ops import cuda_pairs, tuned
 from lift_fast.ops.pairs import Block, exact_float32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,22 +28,26 @@ def emulated(tmp_path_factory):
     # Thread blocks of tall bands are had with fewer of them than would fill a GPU.
     return emulate(
         tmp_path_factory.mktemp("emulated"),
-        ["contrastive", "sigmoid", "dequant"],
+        ["contrastive", "sigmoid", "pairs_blocks", "dequant"],
         ["pairs"],
         "bind_pairs_cuda",
+        more='module.def("gemm", [] { return reinterpret_cast<std::uintptr_t>(&emulated::gemm_ex); });',
         edit=lambda text: text.replace("kFill = 512", "kFill = 3"),
     )
 
 
-@pytest.fixture
+@pytest.fixture(params=[None, [24, 72]], ids=["whole", "in blocks"])
 def on(request, monkeypatch):
-    """on(device): the device, with the backend made to work there and its scratch memory poisoned."""
+    """on(device): the device, with the backend made to work there and its scratch memory poisoned.
+
+    Twice: with the table's blocks, larger than any matrix here, and with small ones and bands of 24 rows.
+    """
 
     def prepare(device: str) -> str:
         if device == "cpu":
             monkeypatch.setattr(cuda_pairs, "_C", request.getfixturevalue("emulated"))
             monkeypatch.setattr(cuda_pairs, "_where", lambda tensor: {"device": 0, "stream": 0})
-            monkeypatch.setattr(cuda_pairs, "_mm", emulated_mm)
+            monkeypatch.setattr(cuda_pairs, "_gemm", lambda x: (cuda_pairs._C.gemm(), 0))
         elif cuda_pairs.why_not():
             pytest.skip(cuda_pairs.why_not())
         for name in ("_floats", "_matrix"):
@@ -50,12 +55,11 @@ def on(request, monkeypatch):
             monkeypatch.setattr(cuda_pairs, name, lambda *args, get=get: get(*args).fill_(float("nan")))
         return device
 
-    return prepare
-
-
-def emulated_mm(a, b, out=None):
-    product = a.float() @ b.float()
-    return product if out is None else out.copy_(product)
+    with contextlib.ExitStack() as settings:
+        if request.param:
+            settings.enter_context(tuned.using("pairs", "block", request.param))
+            settings.enter_context(tuned.using("pairs", "band", {"bytes": 0}))
+        yield prepare
 
 
 def make(shape, dtype, device, offset=0, scaled="aq", codes=False, scale=14.3, bias=-3.0, seed=0):
@@ -115,6 +119,11 @@ def close(found, expected, tolerance):
     found, expected = found.cpu().double(), expected.double()
     error, size = (found - expected).norm(), expected.norm()
     assert error <= tolerance * size + 1e-30, (float(error), float(size))
+
+
+def level(expected):
+    """A tenth of the largest magnitude, as a float32 has it."""
+    return float((0.1 * expected.abs().max()).float())
 
 
 def guarded(rows, cols, dtype, device, gap=0):
@@ -243,7 +252,8 @@ def test_gradients_kept_and_recomputed(device, shape, dtype, on):
             for want_image, want_text in WANTED[number % 2 :: 2]:
                 image, image_untouched = guarded(rows, dim, out_dtype, device)
                 text, text_untouched = guarded(cols, dim, torch.float32, device)
-                text.fill_(0.01)
+                before = level(expected[1])  # what is added to; of the size of what is added, for that not to be rounded off
+                text.fill_(before)
                 wanted = image if want_image else None, text if want_text else None
                 cuda_pairs.grads(block, row, col, *weights, own_g, alpha, kept, *wanted)
                 if want_image:  # rounded once more unless it is float32
@@ -251,9 +261,9 @@ def test_gradients_kept_and_recomputed(device, shape, dtype, on):
                 else:
                     assert image.isnan().all()
                 if want_text:
-                    close(text - 0.01, expected[1], STEP[dtype] + 1e-6)
+                    close(text - before, expected[1], STEP[dtype] + 1e-6)
                 else:
-                    assert (text == 0.01).all()
+                    assert (text == before).all()
                 image_untouched(), text_untouched()
         assert torch.equal(keep, kept_before)
         keep_untouched()
@@ -332,7 +342,8 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
             sums = [torch.full((rows + 4,), 0.5, device=device) for _ in range(3)]
             image, image_untouched = guarded(rows, dim, dtype if want_text else torch.float32, device)
             text, text_untouched = guarded(cols, dim, torch.float32, device)
-            text.fill_(0.01)
+            before = level(expected[1])
+            text.fill_(before)
             cuda_pairs.sigmoid(
                 block, alpha, *(x[2:-2] for x in sums), image if want_image else None, text if want_text else None
             )
@@ -344,7 +355,7 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
             if want_image:
                 close(image, expected[0], STEP[dtype])
             if want_text:
-                close(text - 0.01, expected[1], STEP[dtype] + 1e-6)
+                close(text - before, expected[1], STEP[dtype] + 1e-6)
             image_untouched(), text_untouched()
 
 

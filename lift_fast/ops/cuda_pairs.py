@@ -1,31 +1,40 @@
-"""The pair losses' blocks on a GPU: cuBLAS through torch for the matrix products, csrc/*.cu for all between them.
+"""The pair losses' blocks on a GPU: cuBLAS for the matrix products, csrc/*.cu for all between them.
 
-A block's products x · tᵀ are one float32 matrix of scratch memory, or the caller's `keep`; a chunk of rows for which
-they fit in the GPU's L2 (512 × 16 384: 32 MB) never goes to its HBM. The gradients' matrix products take in one
-more matrix of the features' dtype, k:
+csrc/pairs_blocks.cu goes through the score matrix in blocks of rows and columns whose products x · tᵀ, float32, stay in
+the GPU's L2 cache. One call does a whole pass: Python is not in the loop. The gradients' matrix products take in one
+more matrix of the features' dtype, G, whole over the columns and for a band of rows at a time:
 
-    k_ij = alpha · scale · a_i g_ij q_j          d_image = k t,   d_text += kᵀ x
+    G_ij = alpha · scale · a_i g_ij q_j          d_image = G t,   d_text += Gᵀ x
 
-a_i is common to row i and q_j to column j, so the same k serves both sides and nothing is scaled afterwards. In
-float16, whose range ends at 6e-8, k is 1024 g_ij q_j for the images and 1024 a_i g_ij for the texts, two passes
+a_i is common to row i and q_j to column j, so the same G serves both sides and nothing is scaled afterwards. In
+float16, whose range ends at 6e-8, G is 1024 g_ij q_j for the images and 1024 a_i g_ij for the texts, two passes
 where both are wanted, and the rest is multiplied onto the float32 results.
 """
 
+import ctypes
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import tuned
 from .dequant import _C, DTYPES, _why_no_cuda
 from .pairs import Block, exact_float32
 
 UP = 1024.0  # 1 / rows is subnormal in float16
-PANEL = 1 << 22  # elements of a text gradient that are computed before they are added: 16 MB
 
 
 def why_not() -> str | None:
-    return _why_no_cuda()
+    if reason := _why_no_cuda():
+        return reason
+    try:
+        _gemm_ex()
+    except OSError as error:
+        return f"torch's cuBLAS is not to be found: {error}"
+    return None
 
 
 def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,12 +58,15 @@ def widen(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
-    products = _products(block, operand(block.t, block.x.dtype), keep)
-    scratch = _floats(_C.contrastive_stats_scratch(*products.shape), products)
-    _C.contrastive_stats_cuda(
-        **_scores(block, products), row=row.data_ptr(), row_stride=row.stride(0), col=col.data_ptr(),
-        col_stride=col.stride(0), own=own.data_ptr(), scratch=scratch.data_ptr(), **_where(products),
-    )  # fmt: skip
+    text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
+    products = _matrix(high, wide, block.x, torch.float32) if keep is None else keep
+    scratch = _floats(_C.contrastive_stats_scratch(len(block.x), len(text), high, wide), block.x)
+    with exact_float32():
+        _C.contrastive_stats_cuda(
+            **_pass(block, text, high, wide, products, keep is not None), row=row.data_ptr(), row_stride=row.stride(0),
+            col=col.data_ptr(), col_stride=col.stride(0), own=own.data_ptr(), scratch=scratch.data_ptr(),
+            **_where(block.x),
+        )  # fmt: skip
 
 
 def grads(
@@ -69,19 +81,15 @@ def grads(
     d_image: Tensor | None,
     d_text: Tensor | None,
 ) -> None:
-    if d_image is None and d_text is None:
-        return
-    text = operand(block.t, block.x.dtype)
-    products = _products(block, text, None) if kept is None else kept
-
-    def fill(k: dict[str, Any]) -> None:
+    def fill(start: int, stop: int, matrix: dict[str, Any], gradient: dict[str, Any]) -> None:
+        mine = row[:, start:stop]
         _C.contrastive_gradient_cuda(
-            **_scores(block, products), row=row.data_ptr(), row_stride=row.stride(0), col=col.data_ptr(),
-            col_stride=col.stride(0), row_weight=row_weight, col_weight=col_weight, own_g=own_g.data_ptr(), **k,
-            **_where(products),
+            **matrix, row=mine.data_ptr(), row_stride=row.stride(0), col=col.data_ptr(), col_stride=col.stride(0),
+            row_weight=row_weight, col_weight=col_weight, own_g=own_g[start:stop].data_ptr(), **gradient,
         )  # fmt: skip
 
-    _features(block, text, alpha, products if kept is None else None, d_image, d_text, fill)
+    if d_image is not None or d_text is not None:
+        _features(block, alpha, kept, d_image, d_text, fill)
 
 
 def sigmoid(
@@ -93,75 +101,132 @@ def sigmoid(
     d_image: Tensor | None,
     d_text: Tensor | None,
 ) -> None:
-    text = operand(block.t, block.x.dtype)
-    products = _products(block, text, None)
-    scratch = _floats(_C.sigmoid_scratch(*products.shape), products)
-    sums: dict[str, Any] = {"loss": loss.data_ptr(), "d_scale": d_scale.data_ptr(), "d_bias": d_bias.data_ptr()}
+    scratch = _floats(_C.sigmoid_scratch(len(block.x), len(block.t), *_block(block)), block.x)
+    seen = 0  # rows whose sums are there: a second pass over them must not add them again
 
-    def fill(k: dict[str, Any]) -> None:
+    def fill(start: int, stop: int, matrix: dict[str, Any], gradient: dict[str, Any]) -> None:
+        nonlocal seen
+        new = start >= seen
+        loss_, scale_, bias_ = (sums[start:stop].data_ptr() if new else 0 for sums in (loss, d_scale, d_bias))
         _C.sigmoid_cuda(
-            **_scores(block, products), alpha=alpha, **sums, scratch=scratch.data_ptr(), **k, **_where(products)
+            **matrix, alpha=alpha, loss=loss_, d_scale=scale_, d_bias=bias_, scratch=scratch.data_ptr(), **gradient
         )
-        sums.update(dict.fromkeys(sums, 0))  # a second pass must not add them again
+        seen = max(seen, stop)
 
     if d_image is None and d_text is None:
-        fill(_gradient(None, None, None, 0.0, False))
+        text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
+        products = _matrix(high, wide, block.x, torch.float32)
+        with exact_float32():
+            fill(0, len(block.x), _pass(block, text, high, wide, products, False), _gradient(block, None, text))
     else:
-        _features(block, text, alpha, products, d_image, d_text, fill)
+        _features(block, alpha, None, d_image, d_text, fill)
 
 
 def _features(
     block: Block,
-    text: Tensor,
     alpha: float,
-    scratch: Tensor | None,
+    kept: Tensor | None,
     d_image: Tensor | None,
     d_text: Tensor | None,
-    fill: Callable[[dict[str, Any]], None],
+    fill: Callable[[int, int, dict[str, Any], dict[str, Any]], None],
 ) -> None:
-    """The features' gradients. fill computes a matrix of gradients as _gradient describes it; scratch: float32
-    [rows, cols] that may be overwritten with one."""
-    x, a, q = block.x, block.a, block.q
-    rows, cols = len(x), len(text)
-    if x.dtype != torch.float16:
-        k = scratch if x.dtype == torch.float32 and scratch is not None else _matrix(rows, cols, x)
-        fill(_gradient(k, a, q, alpha, True))
-        if d_image is not None and d_image.dtype == torch.float32:
-            _mm(k, text, d_image)
-        elif d_image is not None:
-            d_image.copy_(_mm(k, text))
-        if d_text is not None:
-            _add(d_text, k, x, None)
-        return
+    """The features' gradients, for one band of rows after the other.
 
-    factor = block.scale * (alpha / UP)
-    k = _matrix(rows, cols, x)
-    if d_image is not None:
-        fill(_gradient(k, None, q, UP, False))
-        d = _mm(k, text)
-        torch.mul(d if a is None else d.mul_(a[:, None]), factor, out=d_image)
-    if d_text is not None:
-        if d_image is None or a is not None or q is not None:
-            fill(_gradient(k, a, None, UP, False))
-        _add(d_text, k, x, factor.expand(cols) if q is None else factor * q)
-
-
-def _add(d_text: Tensor, k: Tensor, x: Tensor, factor: Tensor | None) -> None:
-    """d_text += factor · kᵀ x, in panels: no second matrix of d_text's size, and what is added comes from the L2."""
-    cols, dim = d_text.shape
-    step = max(8, PANEL // dim // 8 * 8)
-    for start in range(0, cols, step):
-        part = slice(start, start + step)
-        d = _mm(k[:, part].T, x)
-        if factor is None:
-            d_text[part].add_(d)
-        else:
-            d_text[part].addcmul_(d, factor[part, None])
+    fill(start, stop, matrix, gradient) makes a pass over rows start..stop-1: `_pass` and `_gradient` say what of.
+    """
+    text, rows = operand(block.t, block.x.dtype), len(block.x)
+    band = min(rows, _band(block, d_text is not None))
+    high, wide = _block(block)
+    room = _matrix(band, len(text), block.x)
+    in_place = kept is None and block.x.dtype == torch.float32
+    products = None if in_place or kept is not None else _matrix(min(high, band), wide, block.x, torch.float32)
+    half = block.x.dtype == torch.float16
+    factor = block.scale * (alpha / UP) if half else None
+    with exact_float32():
+        for start in range(0, rows, band):
+            stop = min(rows, start + band)
+            part, g = block.rows(start, stop), room[: stop - start]
+            matrix = _pass(part, text, high, wide, kept[start:stop] if kept is not None else products, kept is not None)
+            image = None if d_image is None else d_image[start:stop]
+            if factor is None:
+                fill(start, stop, matrix, _gradient(part, g, text, part.a, part.q, alpha, True, image, d_text))
+                continue
+            if image is not None:
+                d = torch.empty(image.shape, dtype=torch.float32, device=image.device)
+                fill(start, stop, matrix, _gradient(part, g, text, None, part.q, UP, False, d, None))
+                torch.mul(d if part.a is None else d.mul_(part.a[:, None]), factor, out=image)
+            if d_text is not None:
+                d = torch.zeros_like(d_text)
+                fill(start, stop, matrix, _gradient(part, g, text, part.a, None, UP, False, None, d))
+                d_text.addcmul_(d, (factor.expand(len(text)) if part.q is None else factor * part.q)[:, None])
 
 
-def _products(block: Block, text: Tensor, out: Tensor | None) -> Tensor:
-    """x · tᵀ in float32."""
-    return _mm(block.x, text.T, _matrix(len(block.x), len(text), block.x, torch.float32) if out is None else out)
+def _pass(block: Block, text: Tensor, high: int, wide: int, products: Tensor | None, kept: bool) -> dict[str, Any]:
+    """Features and Blocks of csrc/pairs_blocks.h, in addresses and counts. products None: they lie where G will."""
+    x = block.x
+    gemm, handle = _gemm(x)
+    return {
+        "x": x.data_ptr(),
+        "x_stride": x.stride(0),
+        "t": text.data_ptr(),
+        "t_stride": text.stride(0),
+        "rows": len(x),
+        "cols": len(text),
+        "dim": x.shape[1],
+        "type": DTYPES[x.dtype],
+        "a": _address(block.a),
+        "q": _address(block.q),
+        "scale": block.scale.data_ptr(),
+        "bias": block.bias.data_ptr(),
+        "offset": block.offset,
+        "block_rows": high,
+        "block_cols": wide,
+        "products": _address(products),
+        "products_stride": 0 if products is None else products.stride(0),
+        "kept": kept,
+        "gemm": gemm,
+        "handle": handle,
+    }
+
+
+def _gradient(
+    block: Block,
+    g: Tensor | None,
+    text: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    factor: float = 0.0,
+    scaled: bool = False,
+    image: Tensor | None = None,
+    d_text: Tensor | None = None,
+) -> dict[str, Any]:
+    """Gradient and FeatureGradients of csrc/*.h: G = left_i g_ij right_j factor, times logit_scale if scaled."""
+    return {
+        "g": _address(g),
+        "g_stride": 0 if g is None else g.stride(0),
+        "left": _address(left),
+        "right": _address(right),
+        "factor": factor,
+        "scaled": scaled,
+        "image": _address(image),
+        "image_stride": 0 if image is None else image.stride(0),
+        "image_type": 0 if image is None else DTYPES[image.dtype],
+        "text": _address(d_text),
+        "text_stride": 0 if d_text is None else d_text.stride(0),
+        **_where(block.x),
+    }
+
+
+def _block(block: Block) -> tuple[int, int]:
+    """Rows and columns of a block of scores; see the table."""
+    return tuple(tuned.lookup("pairs", tuned.gpu("pairs", block.x.device), "block", dim=block.x.shape[1]))
+
+
+def _band(block: Block, trained: bool) -> int:
+    """Rows of which G is held at once."""
+    size = tuned.lookup("pairs", tuned.gpu("pairs", block.x.device), "band", trained=trained)["bytes"]
+    high, row = _block(block)[0], block.x.element_size() * max(1, len(block.t))
+    return max(high, size // row // high * high)
 
 
 def _matrix(rows: int, cols: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -173,49 +238,26 @@ def _floats(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, summed and returned in float32. The out variants: autocast leaves them alone."""
-    if out is None:
-        out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
-    if a.dtype == torch.float32:
-        with exact_float32():
-            return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _scores(block: Block, products: Tensor) -> dict[str, Any]:
-    """Scores of csrc/pairs_cuda.h, in addresses and counts."""
-    rows, cols = products.shape
-    return {
-        "products": products.data_ptr(),
-        "stride": products.stride(0),
-        "rows": rows,
-        "cols": cols,
-        "a": _address(block.a),
-        "q": _address(block.q),
-        "scale": block.scale.data_ptr(),
-        "bias": block.bias.data_ptr(),
-        "offset": block.offset,
-    }
-
-
-def _gradient(
-    out: Tensor | None, left: Tensor | None, right: Tensor | None, factor: float, scaled: bool
-) -> dict[str, Any]:
-    """Gradient of csrc/pairs_cuda.h: out = left_i g_ij right_j factor, times logit_scale if scaled."""
-    return {
-        "out": _address(out),
-        "out_stride": 0 if out is None else out.stride(0),
-        "type": 0 if out is None else DTYPES[out.dtype],
-        "left": _address(left),
-        "right": _address(right),
-        "factor": factor,
-        "scaled": scaled,
-    }
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _gemm(x: Tensor) -> tuple[int, int]:
+    """cublasGemmEx and torch's handle for it, which has the current stream and torch's workspace."""
+    if x.device.index == torch.cuda.current_device():
+        return _gemm_ex(), torch.cuda.current_blas_handle()
+    with torch.cuda.device(x.device):
+        return _gemm_ex(), torch.cuda.current_blas_handle()
+
+
+@functools.cache
+def _gemm_ex() -> int:
+    """The address of cublasGemmEx in the cuBLAS that torch has loaded. Raises OSError."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    library = ctypes.CDLL(f"libcublas.so.{major}", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+    address = ctypes.cast(library.cublasGemmEx, ctypes.c_void_p).value
+    assert address
+    return address
 
 
 def _where(tensor: Tensor) -> dict[str, Any]:
