@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.cache import encode
 from lift_fast.errors import BackendError
-from lift_fast.ops import policy
+from lift_fast.ops import policy, tuned
 from lift_fast.ops.contrastive import contrastive, reference
 from lift_fast.quantized import QuantizedRows
 
@@ -131,14 +131,14 @@ def test_float16_keeps_what_is_small(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_change_nothing(dtype, normalize, backend, monkeypatch):
+def test_chunks_change_nothing(dtype, normalize, backend):
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(65, 48), dim=1).to(dtype) for _ in range(2))
 
     def run(step, budget):
-        monkeypatch.setitem(policy.CHUNK, backend, (0, step, 1))
         inputs = leaves(image, text, 14.3, -0.7)
-        loss = contrastive(*inputs, normalize=normalize, budget=budget, backend=backend)
+        with tuned.using("pairs", "chunk", {"of": "scores", "bytes": 0, "least": step, "multiple": 1}):
+            loss = contrastive(*inputs, normalize=normalize, budget=budget, backend=backend)
         return [loss, *torch.autograd.grad(loss, inputs)]
 
     whole = run(65, None)
@@ -268,22 +268,37 @@ def test_budget_bounds_what_is_kept(budget, backend, monkeypatch):
     assert rows == {0: 0, None: 9}.get(budget, 5)
 
 
-@pytest.mark.parametrize(("name", "rows", "cols"), [("cpp", 100, 100), ("torch", 5000, 70000), ("cuda", 65536, 65536)])
-def test_plan_covers_the_rows_within_the_budget(name, rows, cols):
-    for budget in (None, 0, 10**6, 10**12):
-        for itemsize in (2, 4):
-            plan = policy.plan(rows, cols, 768, itemsize, name, budget, True)
-            assert [start for start, _ in plan.chunks] == [0, *(stop for _, stop in plan.chunks[:-1])]
-            assert plan.chunks[-1][1] == rows
-            assert all(start < stop for start, stop in plan.chunks)
-            assert not any(start < plan.kept < stop for start, stop in plan.chunks)
-            most = max(policy.KEEP_ALL, rows * cols * itemsize) if budget is None else budget
-            assert 4 * plan.kept * cols <= most
-            few = policy.plan(rows, cols, 16, itemsize, name, None, True)
-            assert (few.kept == 0) == (name == "cpp")  # where recomputing a short product costs nothing
-            if name != "cpp":
-                size, least, _ = policy.CHUNK[name]
-                assert max(stop - start for start, stop in plan.chunks) <= max(least, size // (4 * cols))
+@pytest.mark.parametrize("device", ["cpu", "sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize(("rows", "cols"), [(100, 100), (5000, 70000), (65536, 65536)])
+def test_plan_covers_the_rows_within_the_budget(device, rows, cols):
+    free = 10**10
+    for name in ("cpp", "torch") if device == "cpu" else ("cuda", "triton", "torch"):
+        for budget in (None, 0, 10**6, 10**12):
+            for itemsize in (2, 4):
+                plan = policy.plan(rows, cols, 4096, itemsize, name, budget, True, device, lambda: free)
+                assert [start for start, _ in plan.chunks] == [0, *(stop for _, stop in plan.chunks[:-1])]
+                assert plan.chunks[-1][1] == rows
+                assert all(start < stop for start, stop in plan.chunks)
+                assert not any(start < plan.kept < stop for start, stop in plan.chunks)
+                own = max(256 << 20, rows * cols * itemsize) if device == "cpu" else free / 2
+                assert 4 * plan.kept * cols <= (own if budget is None else budget)
+                assert budget != 10**12 or plan.kept == min(rows, 10**12 // (4 * cols))
+                few = policy.plan(rows, cols, 16, itemsize, name, None, True, device, lambda: free)
+                assert (few.kept == 0) == (name != "torch" or device != "cpu")  # forming a short product costs nothing
+                if name == "torch":
+                    assert max(stop - start for start, stop in plan.chunks) <= max(16, (16 << 20) // (4 * cols))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_a_gpu_what_memory_allows_is_kept_where_that_saves_time(backend):
+    """80 GB, frozen text: no more than 2.05 products of all rows, columns and dim are formed, or 3.05 where scores are
+    recomputed; a chunk is all rows, but for gradients that go through a normalisation."""
+    for rows, dim, products in [(65536, 4096, 2.05), (65536, 768, 3.05), (16384, 4096, 2.05), (16384, 768, 3.05)]:
+        plan = policy.plan(rows, rows, dim, 2, backend, None, True, "sm_90", lambda: 80 * 10**9)
+        assert 2 + (rows - plan.kept) / rows <= products
+        assert len(plan.chunks) <= 2
+    full = policy.plan(65536, 65536, 4096, 2, backend, None, True, "sm_90", lambda: 0)
+    assert full.kept == 0
 
 
 def test_the_scales_gradient_at_zero():

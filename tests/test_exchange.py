@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lift_fast.cache import encode
 from lift_fast.losses import ClipLoss, SigLipLoss, cached_step
-from lift_fast.ops import policy
+from lift_fast.ops import tuned
 from lift_fast.ops.contrastive import contrastive
 from lift_fast.ops.sigmoid import sigmoid
 
@@ -56,8 +56,8 @@ def run_case(op, kind, dtype, rank, world, **options):
     image, text = data(dtype)
     image, text = share(image, rank, world).clone().requires_grad_(), text_for(kind, text, rank, world)
     scale, bias = (torch.tensor(value, dtype=dtype, requires_grad=True) for value in (5.0, BIAS))
-    policy.GATHER = 0 if kind.endswith("ring") else 1 << 30
-    loss = op(image, text, scale, bias, normalize=True, group=dist.group.WORLD, **options)
+    with tuned.using("pairs", "gather", 0 if kind.endswith("ring") else 1 << 30):
+        loss = op(image, text, scale, bias, normalize=True, group=dist.group.WORLD, **options)
     loss.backward()
     trained = isinstance(text, torch.Tensor) and text.requires_grad
     return [loss.detach(), image.grad, text.grad if trained else None, scale.grad, bias.grad]
@@ -89,8 +89,8 @@ class Traffic:
 def traffic_of(kind, rank, world):
     image, text = data(torch.float32, WIDE)
     image, text = share(image, rank, world).clone().requires_grad_(), text_for(kind, text, rank, world)
-    policy.GATHER = 0 if kind.endswith("ring") else 1 << 30
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    gather = 0 if kind.endswith("ring") else 1 << 30
+    with pytest.MonkeyPatch.context() as monkeypatch, tuned.using("pairs", "gather", gather):
         traffic = Traffic(monkeypatch)
         contrastive(image, text, 5.0, group=dist.group.WORLD, local_loss=True, gather_with_grad=True).backward()
     return traffic.bytes
@@ -192,7 +192,6 @@ def work_in(world, rank, folder):
         found["sigmoid", dtype, kind] = run_case(sigmoid, kind, dtype, rank, world)
     for kind in TEXTS:
         found["traffic", kind] = traffic_of(kind, rank, world)
-    policy.GATHER = 1 << 30
     for pieces in (1, 3):
         found["ddp", pieces] = run_ddp(rank, world, pieces)
     for module in (ClipLoss, SigLipLoss):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.cache import encode
 from lift_fast.errors import BackendError
-from lift_fast.ops import policy
+from lift_fast.ops import tuned
 from lift_fast.ops.sigmoid import reference, sigmoid
 from lift_fast.quantized import QuantizedRows
 
@@ -128,14 +128,14 @@ def test_float16_keeps_what_is_small(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_change_nothing(dtype, normalize, backend, monkeypatch):
+def test_chunks_change_nothing(dtype, normalize, backend):
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(65, 48), dim=1).to(dtype) for _ in range(2))
 
     def run(step, budget):
-        monkeypatch.setitem(policy.CHUNK, backend, (0, step, 1))
         inputs = leaves(image, text, 14.3, -0.7)
-        loss = sigmoid(*inputs, normalize=normalize, budget=budget, backend=backend)
+        with tuned.using("pairs", "chunk", {"of": "scores", "bytes": 0, "least": step, "multiple": 1}):
+            loss = sigmoid(*inputs, normalize=normalize, budget=budget, backend=backend)
         return [loss, *torch.autograd.grad(loss, inputs)]
 
     whole = run(65, None)

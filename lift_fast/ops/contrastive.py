@@ -13,6 +13,7 @@ it happens in the forward; the backward multiplies with the gradient of the loss
 With a group each rank does this for its own images and all texts; see `exchange`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .pairs import (
     ImageGrad,
     checked,
     choose,
+    free_memory,
     gradient_of,
     kept_dtype,
     operands,
@@ -126,9 +128,9 @@ def _contrastive(
         rows = len(x)
         settings = normalize, need_image, local_loss, gather_with_grad
         columns = exchange.columns(t, q, rows, need_text, group, settings)
-        name, launch = choose(image.device.type, x.dtype, backend)
-        keep = need_image or need_text
-        plan = policy.plan(rows, columns.count, x.shape[1], x.element_size(), name, budget, keep, need_text)
+        name, launch, table = choose(x, backend)
+        keep, sizes = need_image or need_text, (rows, columns.count, x.shape[1], x.element_size())
+        plan = policy.plan(*sizes, name, budget, keep, table, functools.partial(free_memory, x.device))
 
         # First pass.
         states = [_start(stop - start, scale) for start, stop in plan.chunks]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..quantized import QuantizedRows
-from . import policy
+from . import policy, tuned
 from .backends import Backends
 
 TINY = 1e-12  # the least norm that is divided by, as in F.normalize
@@ -110,17 +110,36 @@ BACKENDS: Backends[Backend] = Backends("pairs", {"cpu": ("cpp", "torch"), "cuda"
 backends_here = BACKENDS.here
 
 
-def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> tuple[str, Backend]:
-    """The named backend, or the first that is here, for features of this dtype. Raises BackendError."""
-    offered = BACKENDS.offered(device) if dtype != torch.float64 else ("torch",)
+def choose(x: Tensor, backend: str | None = None) -> tuple[str, Backend, str]:
+    """The named backend, or the table's first that is here, for features as x; and the device whose table is used.
+
+    Raises BackendError.
+    """
+    device = x.device.type
+    offered = BACKENDS.offered(device) if x.dtype != torch.float64 else ("torch",)
     if backend and backend not in offered:
-        kind = f"{str(dtype).removeprefix('torch.')} on {device}"
+        kind = f"{str(x.dtype).removeprefix('torch.')} on {device}"
         raise BackendError(f"the pair losses have no backend {backend!r} for {kind}; they have {', '.join(offered)}")
-    for name in [backend] if backend else offered:
+    names = [backend] if backend else [name for name in preferred(x) if name in offered]
+    for name in names:
         found = BACKENDS.load(name)
         if not isinstance(found, str):
-            return name, found
+            # An interpreted kernel is cut as on a GPU.
+            return name, found, (tuned.gpu if name in ("cuda", "triton") else tuned.on)("pairs", x.device)
     raise BackendError(f"the pair losses' backend {backend!r} is not here: {found}")
+
+
+def preferred(x: Tensor) -> list[str]:
+    """Backends for features as x, the fastest first; on devices that have no table, plain torch."""
+    if x.device.type not in BACKENDS.by_device:
+        return ["torch"]
+    return tuned.lookup("pairs", tuned.on("pairs", x.device), "backend", dim=x.shape[1], itemsize=x.element_size())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that torch's tensors do not fill. Asks neither the GPU nor its driver, so may be captured."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0, total - torch.cuda.memory_allocated(device))
 
 
 def checked(

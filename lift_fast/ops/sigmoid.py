@@ -103,8 +103,8 @@ def _sigmoid(
         bias = scale.new_zeros(()) if bias is None else bias
         rows = len(x)
         columns = exchange.columns(t, q, rows, need_text, group, (normalize, need_image))
-        name, launch = choose(image.device.type, x.dtype, backend)
-        plan = policy.plan(rows, columns.width, x.shape[1], x.element_size(), name, 0, False, need_text)
+        name, launch, table = choose(x, backend)
+        plan = policy.plan(rows, columns.width, x.shape[1], x.element_size(), name, None, False, table)
 
         sums = scale.new_zeros(3, rows)  # loss, d_scale, d_bias of each row
         d_image = ImageGrad(x, a, columns.turns, wide) if need_image else None
