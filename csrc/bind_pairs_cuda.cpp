@@ -103,6 +103,13 @@ void sigmoid(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t r
   run("sigmoid loss", [&] { return gpu::sigmoid_pass(by.of, by.gemm, by.by, sums, through, to, device, stream); });
 }
 
+void own_pairs(Address row, int64_t row_stride, Address col, int64_t col_stride, Address own, int64_t n, Address scale,
+               Address bias, float weight, Address out, int device, Address stream) {
+  const gpu::OwnPairs of{at<const float>(row), row_stride, at<const float>(col), col_stride, at<const float>(own), n,
+                         at<const float>(scale), at<const float>(bias), weight, at<float>(out)};
+  run("own pairs", [&] { return gpu::own_pairs(of, device, stream); });
+}
+
 void widen(Address codes, int64_t stride, int64_t rows, int64_t dim, Address out, int type, int device,
            Address stream) {
   const Dequant job{at<const void>(codes), nullptr, nullptr, at<void>(out), rows, rows, dim, stride, 0, Codec::int8,
@@ -141,6 +148,8 @@ void bind_pairs_cuda(py::module_& module) {
              arg("handle"), arg("alpha"), arg("loss"), arg("d_scale"), arg("d_bias"), arg("scratch"), arg("g"),
              arg("g_stride"), arg("left"), arg("right"), arg("factor"), arg("scaled"), arg("image"),
              arg("image_stride"), arg("image_type"), arg("text"), arg("text_stride"), arg("device"), arg("stream"));
+  module.def("own_pairs_cuda", &own_pairs, arg("row"), arg("row_stride"), arg("col"), arg("col_stride"), arg("own"),
+             arg("n"), arg("scale"), arg("bias"), arg("weight"), arg("out"), arg("device"), arg("stream"));
   module.def("widen_cuda", &widen, arg("codes"), arg("stride"), arg("rows"), arg("dim"), arg("out"), arg("type"),
              arg("device"), arg("stream"));
 #else

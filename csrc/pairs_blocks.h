@@ -62,4 +62,18 @@ const char* gradient_pass(const Features& of, const Gemm& gemm, const Blocks& by
 const char* sigmoid_pass(const Features& of, const Gemm& gemm, const Blocks& by, const Sigmoid& sums,
                          const Gradient& g, const FeatureGradients& to, int device, std::uintptr_t stream);
 
+// See own_pairs.cu and own_pairs of lift_fast/ops/pairs.py.
+struct OwnPairs {
+  const float* row;  // (m, l, w) [3, n], row_stride apart, without the own pairs
+  int64_t row_stride;
+  const float* col;
+  int64_t col_stride;
+  const float* own;  // [n]: c of the own pairs
+  int64_t n;
+  const float *scale, *bias;
+  float weight;
+  float* out;  // [9, n]
+};
+const char* own_pairs(const OwnPairs& of, int device, std::uintptr_t stream);
+
 }  // namespace lift_fast::gpu

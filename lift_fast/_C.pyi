@@ -113,6 +113,10 @@ def sigmoid_cuda(
     g_stride: int, left: int, right: int, factor: float, scaled: bool, image: int, image_stride: int, image_type: int,
     text: int, text_stride: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip
+def own_pairs_cuda(
+    row: int, row_stride: int, col: int, col_stride: int, own: int, n: int, scale: int, bias: int, weight: float,
+    out: int, device: int, stream: int,
+) -> None: ...  # fmt: skip
 def widen_cuda(
     codes: int, stride: int, rows: int, dim: int, out: int, type: int, device: int, stream: int,
 ) -> None: ...  # fmt: skip

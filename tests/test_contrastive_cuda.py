@@ -14,7 +14,7 @@ import torch
 from cuda_emulator import emulate
 
 from lift_fast import _C
-from lift_fast.ops import cuda_pairs, tuned
+from lift_fast.ops import cuda_pairs, torch_pairs, tuned
 from lift_fast.ops.pairs import Block, exact_float32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,7 +28,7 @@ def emulated(tmp_path_factory):
     # Thread blocks of tall bands are had with fewer of them than would fill a GPU.
     return emulate(
         tmp_path_factory.mktemp("emulated"),
-        ["contrastive", "sigmoid", "pairs_blocks", "dequant"],
+        ["contrastive", "own_pairs", "sigmoid", "pairs_blocks", "dequant"],
         ["pairs"],
         "bind_pairs_cuda",
         more='module.def("gemm", [] { return reinterpret_cast<std::uintptr_t>(&emulated::gemm_ex); });',
@@ -323,6 +323,33 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
         for state, bad in ((row, broken), (col, broken.any() & ~middle)):
             bad = bad & (n > 1)
             assert state[1, bad].isnan().all() and (state[1, ~bad] == n - 1).all() and (state[2, ~bad] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 2, 255, 257, 1000])
+def test_own_pairs(device, n, on):
+    """Against the same in float64: probabilities near 0 and 1, states far below l = 1, no others at all, and NaN."""
+    device, generator = on(device), torch.Generator().manual_seed(n)
+    own = torch.rand(n, generator=generator) * 2 - 1
+    for spread in (1.0, 30.0):
+        m = spread * torch.randn(2, n, generator=generator)
+        l = torch.exp(8 * torch.randn(2, n, generator=generator))  # noqa: E741
+        state = torch.stack([m, l, l * torch.randn(2, n, generator=generator)])
+        state[:, 0, ::7] = torch.tensor([-torch.inf, 0.0, 0.0])[:, None]
+        scale, bias = torch.tensor(14.3), torch.tensor(-0.7)
+        wide = [x.double() for x in (state[:, 0], state[:, 1], own, scale, bias)]
+        want = torch_pairs.own_pairs(*wide, 0.25)
+        padded_state = torch.full((3, 2, n + 5), torch.nan)
+        padded_state[:, :, 2 : n + 2] = state
+        row, col = padded_state[:, :, 2 : n + 2].to(device).unbind(1)
+        given = row, col, own.to(device), scale.to(device), bias.to(device)
+        found = cuda_pairs.own_pairs(*given, 0.25).cpu()
+        assert found.shape == want.shape == (9, n)
+        # z and m are float32 numbers of up to 100 or so, of which a probability is the exponential.
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
+    own[n // 2] = torch.nan
+    found = cuda_pairs.own_pairs(row, col, own.to(device), *given[3:], 0.25)
+    assert found[:, n // 2].isnan().all() and found.isnan().sum() == 9
 
 
 @pytest.mark.parametrize("device", DEVICES)

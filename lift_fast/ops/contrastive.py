@@ -38,6 +38,7 @@ from .pairs import (
     text_grad,
     times,
 )
+from .torch_pairs import with_own
 
 
 def reference(
@@ -133,32 +134,34 @@ def _contrastive(
         plan = policy.plan(*sizes, name, budget, keep, table, functools.partial(free_memory, x.device))
 
         # First pass.
-        states = [_start(stop - start, scale) for start, stop in plan.chunks]
-        col = _start(columns.width, scale)
+        row, col = _start(rows, scale), _start(columns.width, scale)
         own = scale.new_full((rows,), torch.nan)
         kept = launch.room(plan.kept, columns.count, scale)
         for at, tt, qq, (seen,) in columns.visit(col):
             block = Block(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
-            for (start, stop), state in zip(plan.chunks, states, strict=True):
+            for start, stop in plan.chunks:
                 products = kept[start:stop, at : at + len(tt)] if stop <= plan.kept else None
-                launch.stats(block.rows(start, stop), state, seen, own[start:stop], products)
-        row, col = torch.cat(states, dim=1), columns.merge(col)
-        z = torch.addcmul(bias, own, scale)
-        loss, rest, d_scale = _of_own(torch.stack([row, columns.own(col)], dim=1), z, own)
-        loss, d_scale = loss.mean(), d_scale.mean()
-        if not local_loss:
+                launch.stats(block.rows(start, stop), row[:, start:stop], seen, own[start:stop], products)
+        col = columns.merge(col)
+        # A rank's gradient is that of the loss of all, of its own, or of the sum over the ranks.
+        weight = 0.5 / rows if local_loss or gather_with_grad else 0.5 / (rows * columns.world)
+        found = launch.own_pairs(row, columns.own(col), own, scale, bias, weight)
+        loss, d_scale = found[0].mean(), found[1].mean()
+        if not local_loss and columns.world > 1:
             loss, d_scale = columns.mean(torch.stack([loss, d_scale])).unbind()
             loss, d_scale = loss.clone(), d_scale.clone()
         none = gradient_of(image, False), gradient_of(text, False)
-        if not need_image and not need_text:
+        if not keep:
             return loss, *none, d_scale
 
-        # Second pass. A rank's gradient is that of the loss of all, of its own, or of the sum over the ranks.
-        weight = 0.5 / rows if local_loss or gather_with_grad else 0.5 / (rows * columns.world)
-        row, col = _with_own(row, z), _with_own(col, columns.everyone(z))
+        # Second pass.
+        g_row, g_col, g_both = found[2:5]
+        row = found[5:7]
+        col = found[7:] if columns.only_own else with_own(col, columns.everyone(torch.addcmul(bias, own, scale)))
         # Images learn from all softmaxes and so do texts; or images from their rows' only, texts from their columns'.
-        apart = local_loss and not gather_with_grad and columns.world > 1
-        sides = [(weight, 0.0, True, False), (0.0, weight, False, True)] if apart else [(weight, weight, True, True)]
+        sides = [(weight, weight, g_both, True, True)]
+        if local_loss and not gather_with_grad and columns.world > 1:
+            sides = [(weight, 0.0, g_row, True, False), (0.0, weight, g_col, False, True)]
         d_image = ImageGrad(x, a, columns.turns, wide) if need_image else None
         d_text = scale.new_zeros(columns.width, x.shape[1]) if need_text else None
         for at, tt, qq, (seen, *d_texts) in columns.visit(col, *([] if d_text is None else [d_text])):
@@ -166,12 +169,12 @@ def _contrastive(
             for start, stop in plan.chunks:
                 products = kept[start:stop, at : at + len(tt)] if stop <= plan.kept else None
                 d, e = d_image.chunk(start, stop) if d_image else None, d_texts[0] if d_texts else None
-                for row_weight, col_weight, to_image, to_text in sides:
+                for row_weight, col_weight, own_g, to_image, to_text in sides:
                     outs = d if to_image else None, e if to_text else None
                     if outs != (None, None):
-                        own_g = -row_weight * rest[0, start:stop] - col_weight * rest[1, start:stop]
                         part, mine = block.rows(start, stop), row[:, start:stop]
-                        launch.grads(part, mine, seen, row_weight, col_weight, own_g, 1.0, products, *outs)
+                        given = own_g[start:stop], 1.0, products
+                        launch.grads(part, mine, seen, row_weight, col_weight, *given, *outs)
                 if d_image and d is not None:
                     d_image.take(start, stop, d)
         return (
@@ -180,36 +183,6 @@ def _contrastive(
             none[1] if d_text is None else text_grad(columns.home(d_text), t, q).to(kept_dtype(text.dtype)),
             d_scale,
         )
-
-
-def _of_own(state: Tensor, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From (m, l, w) of all but the own pairs, [3, 2, rows] (rows, columns): lse − z, 1 − p and E[c] − c of the own.
-
-    All from sums without them: where the model has learned, they are far smaller than what p = 1 is rounded by.
-    """
-    before, others, w = _settled(state)
-    m = torch.maximum(before, z)
-    shrink = (before - m).exp()
-    others = others * shrink
-    loss = (m - z) + torch.log1p(others + torch.expm1(z - m))
-    total = others + (z - m).exp()
-    return loss, others / total, (w * shrink - others * c) / total
-
-
-def _with_own(state: Tensor, z: Tensor) -> Tensor:
-    """(m, l) [2, n] of all pairs, from (m, l, w) [3, n] of all but own ones and the own z [n]; l ≥ 1."""
-    before, others, _ = _settled(state)
-    m = torch.maximum(before, z)
-    return torch.stack([m, others * (before - m).exp() + (z - m).exp()])
-
-
-def _settled(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, l, w) with l ≥ 1, or 0 where there is no other pair: as it comes, m may lie above the maximum."""
-    m, total, w = state
-    low = (total > 0) & (total < 1)
-    lower = torch.where(low, m + total.log(), m)
-    grow = torch.where(low, (m - lower).exp(), 1)
-    return lower, total * grow, w * grow
 
 
 def _start(n: int, like: Tensor) -> Tensor:

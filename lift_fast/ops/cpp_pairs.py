@@ -5,13 +5,14 @@ from torch import Tensor
 
 from .dequant import _why_no_cpp as why_not
 from .pairs import Block
+from .torch_pairs import own_pairs
 
 try:
     from .. import _C
 except ImportError:  # a source tree that nobody built
     _C = None  # type: ignore[assignment]
 
-__all__ = ["grads", "operand", "room", "sigmoid", "stats", "why_not"]
+__all__ = ["grads", "operand", "own_pairs", "room", "sigmoid", "stats", "why_not"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # `Element` of csrc/pairs.h
 # Scores that a text's gradient of the sigmoid loss reads again instead of making them again; every chunk of rows

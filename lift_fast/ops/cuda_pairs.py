@@ -69,6 +69,15 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
         )  # fmt: skip
 
 
+def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float) -> Tensor:
+    out = _floats(9 * len(own), own).view(9, len(own))
+    _C.own_pairs_cuda(
+        row=row.data_ptr(), row_stride=row.stride(0), col=col.data_ptr(), col_stride=col.stride(0), own=own.data_ptr(),
+        n=len(own), scale=scale.data_ptr(), bias=bias.data_ptr(), weight=weight, out=out.data_ptr(), **_where(own),
+    )  # fmt: skip
+    return out
+
+
 def grads(
     block: Block,
     row: Tensor,

@@ -22,6 +22,7 @@ class Columns:
     turns = 1
     first = 0  # the column of this rank's first text
     world = 1
+    only_own = True  # whether the columns that `merge` returns are those of this rank's texts
 
     def __init__(self, t: Tensor, q: Tensor | None):
         self.t, self.q = t, q
@@ -58,6 +59,8 @@ class Columns:
 
 class Gathered(Columns):
     """All texts on every rank."""
+
+    only_own = False
 
     def __init__(self, t: Tensor, q: Tensor | None, rows: int, group: dist.ProcessGroup):
         self.group, self.rows, self.world = group, rows, group.size()

@@ -67,6 +67,17 @@ class Backend(Protocol):
         NaN in a feature gives NaN in l.
         """
 
+    def own_pairs(
+        self, row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float
+    ) -> Tensor:
+        """What the own pairs make of the statistics of all others: [9, n].
+
+        row, col [3, n]: (m, l, w) of each own pair's row and column without it; own [n]: its c; last dimensions
+        contiguous. Rows of the result: the pair's loss, half of its row's and half of its column's; its derivative by
+        scale; g by the row, g by the column and their sum, weight · (p − 1), which is exact where p rounds to 1;
+        (m, l) of the row over all pairs, l ≥ 1; the same of the column.
+        """
+
     def grads(
         self,
         block: Block,

@@ -39,6 +39,38 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
     _merge(col, z, c, 0)
 
 
+def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float) -> Tensor:
+    z = torch.addcmul(bias, own, scale)
+    before, others, w = settled(torch.stack([row, col], dim=1))  # each [2, n]: of the rows, of the columns
+    m = torch.maximum(before, z)
+    shrink = (before - m).exp()
+    others = others * shrink
+    # All from sums without own pairs: where the model has learned, they are far smaller than what p = 1 is rounded by.
+    loss = (m - z) + torch.log1p(others + torch.expm1(z - m))
+    total = others + (z - m).exp()
+    d_scale = (w * shrink - others * own) / total
+    g = -weight * (others / total)
+    return torch.cat(
+        [loss.mean(0, True), d_scale.mean(0, True), g, g.sum(0, True), torch.stack([m, total], dim=1).flatten(0, 1)]
+    )
+
+
+def with_own(state: Tensor, z: Tensor) -> Tensor:
+    """(m, l) [2, n] of all pairs, from (m, l, w) [3, n] of all but own ones and the own z [n]; l ≥ 1."""
+    before, others, _ = settled(state)
+    m = torch.maximum(before, z)
+    return torch.stack([m, others * (before - m).exp() + (z - m).exp()])
+
+
+def settled(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, l, w) with l ≥ 1, or 0 where there is no other pair: as it comes, m may lie above the maximum."""
+    m, total, w = state
+    low = (total > 0) & (total < 1)
+    lower = torch.where(low, m + total.log(), m)
+    grow = torch.where(low, (m - lower).exp(), 1)
+    return lower, total * grow, w * grow
+
+
 def grads(
     block: Block,
     row: Tensor,

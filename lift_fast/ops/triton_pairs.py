@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import triton_blocks
 from .pairs import Block, exact_float32
+from .torch_pairs import own_pairs  # noqa: F401  part of this backend
 
 HALF = (torch.bfloat16, torch.float16)
 # By major compute capability, the last that is not above the device's. Not measured yet. 8 bytes a score at
