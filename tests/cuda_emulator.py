@@ -15,9 +15,18 @@ CSRC = ROOT / "csrc"
 LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\((.*?)\);", re.S)
 
 
-def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, more: str = "", edit=lambda text: text):
+def emulate(
+    folder: Path,
+    kernels: list[str],
+    headers: list[str],
+    bind: str,
+    more: str = "",
+    edit=lambda text: text,
+    called: str = "emulated",
+):
     """kernels, headers: of csrc/, without .cu and .cuh; bind: the binding's file, also its function; more: statements
-    in the module's making, which may name what cublas_on_cpu.h has; edit: what is done to the sources' text."""
+    in the module's making, which may name what cublas_on_cpu.h has; edit: what is done to the sources' text; called:
+    how the module's name begins."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -29,8 +38,9 @@ def emulate(folder: Path, kernels: list[str], headers: list[str], bind: str, mor
         text = LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", (CSRC / name).read_text())
         (folder / re.sub(r"\.cu$", ".cpp", name)).write_text(edit(text))
     shutil.copy(CSRC / f"{bind}.cpp", folder)
-    module_name = f"emulated_{bind}"  # pybind11 knows modules by name: two of one name would be one
-    includes_of_module = "\n".join(f'#include "{path}"' for path in ("pybind11/pybind11.h", ROOT / "tests" / "cublas_on_cpu.h"))
+    module_name = f"{called}_{bind}"  # pybind11 knows modules by name: two of one name would be one
+    included = "pybind11/pybind11.h", ROOT / "tests" / "cublas_on_cpu.h"
+    includes_of_module = "\n".join(f'#include "{path}"' for path in included)
     (folder / "module.cpp").write_text(
         f"{includes_of_module}\nvoid {bind}(pybind11::module_&);\n"
         f"PYBIND11_MODULE({module_name}, module) {{ {bind}(module); {more} }}\n"

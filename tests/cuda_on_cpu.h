@@ -97,6 +97,10 @@ inline void start() {
   _longjmp(scheduler, 1);
 }
 
+// In place of launch where a test only counts.
+template <typename F>
+void skip(dim3, dim3, std::size_t, void*, F) {}
+
 template <typename F>
 void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
   const int threads = block.x * block.y * block.z;

@@ -188,7 +188,7 @@ def _contrastive(
 def _start(n: int, like: Tensor) -> Tensor:
     """(m, l, w) of n rows or columns of which nothing was seen."""
     state = like.new_zeros(3, n)
-    state[0] = -torch.inf
+    state[0].fill_(-torch.inf)
     return state
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import tuned
 from .dequant import _C, DTYPES, _why_no_cuda
-from .pairs import Block, exact_float32
+from .pairs import Block, exact
 
 UP = 1024.0  # 1 / rows is subnormal in float16
 
@@ -61,7 +61,7 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
     text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
     products = _matrix(high, wide, block.x, torch.float32) if keep is None else keep
     scratch = _floats(_C.contrastive_stats_scratch(len(block.x), len(text), high, wide), block.x)
-    with exact_float32():
+    with exact(block.x.dtype):
         _C.contrastive_stats_cuda(
             **_pass(block, text, high, wide, products, keep is not None), row=row.data_ptr(), row_stride=row.stride(0),
             col=col.data_ptr(), col_stride=col.stride(0), own=own.data_ptr(), scratch=scratch.data_ptr(),
@@ -125,7 +125,7 @@ def sigmoid(
     if d_image is None and d_text is None:
         text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
         products = _matrix(high, wide, block.x, torch.float32)
-        with exact_float32():
+        with exact(block.x.dtype):
             fill(0, len(block.x), _pass(block, text, high, wide, products, False), _gradient(block, None, text))
     else:
         _features(block, alpha, None, d_image, d_text, fill)
@@ -151,7 +151,7 @@ def _features(
     products = None if in_place or kept is not None else _matrix(min(high, band), wide, block.x, torch.float32)
     half = block.x.dtype == torch.float16
     factor = block.scale * (alpha / UP) if half else None
-    with exact_float32():
+    with exact(block.x.dtype):
         for start in range(0, rows, band):
             stop = min(rows, start + band)
             part, g = block.rows(start, stop), room[: stop - start]

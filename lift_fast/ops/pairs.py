@@ -42,6 +42,8 @@ class Block:
 
     def rows(self, start: int, stop: int) -> "Block":
         """Its rows start..stop-1, over the same columns."""
+        if start == 0 and stop == len(self.x):
+            return self
         a = None if self.a is None else self.a[start:stop]
         return replace(self, x=self.x[start:stop], a=a, offset=self.offset + start)
 
@@ -246,6 +248,11 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("the losses over pairs can be differentiated once only")
+
+
+def exact(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """exact_float32 where features of this dtype need it."""
+    return exact_float32() if dtype == torch.float32 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
