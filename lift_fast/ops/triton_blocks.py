@@ -61,7 +61,8 @@ def layernorm_backward(
     if not dy.numel():
         return torch.zeros_like(weight), torch.zeros_like(bias)
     with torch.cuda.device_of(dy):
-        return kernels.layernorm_backward(dy, stream, mean, rstd, weight, bias, d_stream, dx, y)
+        d_weight, d_bias = kernels.layernorm_backward(dy, stream, mean, rstd, weight, bias, d_stream, dx, y)
+        return d_weight, d_bias.clone()  # both lie in one tensor, which two results of an operator may not
 
 
 def bias_act(h: Tensor, bias: Tensor, activation: Activation, a: Tensor) -> None:
