@@ -1,7 +1,8 @@
-"""python -m benchmarks NAME [--quick] --json FILE: calls run(suite) of bench_NAME.py, which lies beside this.
+"""python -m benchmarks NAME [--quick] --json FILE: calls run(suite) of bench_NAME.py, which lies beside this; with
+--part one of its PARTS alone. --lines FILE gets each row, bar and note as it comes (lines.py).
 
-python -m benchmarks plot FILE… --out PLOT.svg draws what such runs wrote. Exit status 2: a run that cannot be, with
-the reason; 3: a package is missing that the suite needs.
+python -m benchmarks plot FILE… --out PLOT.svg draws what such runs wrote; python -m benchmarks tune makes tables of
+settings (tune.py). Exit status 2: a run that cannot be, with the reason; 3: a package is missing that the suite needs.
 """
 
 import argparse
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from lift_fast.errors import LiftFastError
+from lift_fast.errors import ConfigError, LiftFastError
 
-from . import plot
+from . import lines, plot, tune
 from .harness import Suite
+from .start import begin
 
 NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 NEEDS = 3
@@ -29,13 +31,18 @@ def main() -> None:
         suite = names.add_parser(name)
         suite.add_argument("--quick", action="store_true", help="fewer repeats and smaller shapes")
         suite.add_argument("--json", type=Path, help="where machine, versions, rows, bars and notes are written")
+        suite.add_argument("--part", help="of the suite, the one part that is measured")
+        suite.add_argument("--lines", type=Path, help="gets a JSON line a result, as it comes")
         suite.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         suite.add_argument("--seconds", type=float, help="begin no further case after so long")
     plot.add_parser(names)
+    tune.add_parser(names)
     arguments = parser.parse_args()
     try:
         if arguments.name == "plot":
             plot.draw(arguments.results, arguments.out)
+        elif arguments.name == "tune":
+            tune.run(arguments)
         else:
             _run(arguments)
     except LiftFastError as error:
@@ -49,8 +56,15 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    begin()
+    if arguments.lines:
+        os.environ[lines.FILE] = str(arguments.lines.resolve())
     torch.set_num_threads(arguments.threads)
-    run = importlib.import_module(f"benchmarks.bench_{arguments.name}").run
+    module = importlib.import_module(f"benchmarks.bench_{arguments.name}")
+    parts = getattr(module, "PARTS", {})
+    if arguments.part and arguments.part not in parts:
+        raise ConfigError(f"{arguments.name} has no part {arguments.part!r}; it has {', '.join(parts) or 'none'}")
+    run = parts[arguments.part] if arguments.part else module.run
     suite = Suite(arguments.name, arguments.quick, arguments.seconds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:

@@ -38,6 +38,7 @@ from lift_fast.ops.table import KeyTable, key_hashes
 from lift_fast.quantized import QuantizedRows
 
 from .harness import Suite
+from .start import small
 
 ROWS, DIM, BATCHES = 4096, 4096, 16
 SEEDS = 8  # rotations
@@ -324,7 +325,7 @@ def sizes(suite: Suite, folder: Path) -> None:
         ms = suite.compare({**case, "threads": torch.get_num_threads()}, rivals, moved)
         warm[power] = ms["the same rows again"].median
         opened = open_elsewhere(folder / f"10^{power}")
-        suite.rows.append({"table": n, "shards": len(cache.manifest.shards), "what": "Cache(folder)", **opened})
+        suite.add({"table": n, "shards": len(cache.manifest.shards), "what": "Cache(folder)", **opened})
         if power == 7:
             suite.bar("opening 10^7 rows, ms", opened["open_ms"], 50, at_most=True)
             suite.bar("opening 10^7 rows, MB resident more than before", opened["resident_mb"], 50, at_most=True)
@@ -389,7 +390,7 @@ def cold(suite: Suite, folder: Path) -> None:
             read(rows)
             times.append(1e3 * (time.perf_counter() - begun))
         case = {"rows": ROWS, "dim": DIM, "table": n, "codec": "int8", "what": f"cold pages: {what}"}
-        suite.rows.append({**case, "median_ms": sorted(times)[1], "spread_ms": max(times) - min(times)})
+        suite.add({**case, "median_ms": sorted(times)[1], "spread_ms": max(times) - min(times)})
 
 
 def drop(files: list[Path]) -> None:
@@ -424,9 +425,7 @@ def quality(suite: Suite, folder: Path) -> None:
             cosines = F.cosine_similarity(encode(vectors, codec, rotations[0]).widen().double(), whole.double())
             row = {"encoder": name, "dim": vectors.shape[1], "captions": len(vectors), "codec": codec}
             off = 1 - cosines.double()
-            suite.rows.append(
-                {**row, "1 - mean cosine": off.mean().item(), "1 - worst": off.max().item(), "R@1 %": found}
-            )
+            suite.add({**row, "1 - mean cosine": off.mean().item(), "1 - worst": off.max().item(), "R@1 %": found})
             if codec in bars:
                 suite.bar(f"{name}, {codec}: mean cosine", cosines.mean().item(), bars[codec])
             if codec in ("int8", "int4r"):
@@ -464,7 +463,7 @@ def disk(suite: Suite, folder: Path) -> None:
             cache = random_cache(place, codec, dim, 10_000)
             size = sum(file.stat().st_size for file in place.iterdir())
             least = len(cache) * (kind.bits * dim / 8 + 4 * kind.scaled + 8)
-            suite.rows.append({"codec": codec, "dim": dim, "table": len(cache), "bytes a row": size / len(cache)})
+            suite.add({"codec": codec, "dim": dim, "table": len(cache), "bytes a row": size / len(cache)})
             suite.bar(f"{codec}, dim {dim}: size over bits x dim / 8 + scale + key", size / least, 1, 0.02)
 
 
@@ -473,18 +472,17 @@ def on_gpu(suite: Suite) -> None:
     if not torch.cuda.is_available():
         suite.note("no GPU: the kernels for tables in device and in pinned host memory were not measured")
         return
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cuda").manual_seed(3)
     for dim in (384, 4096):
-        n = (1 << 30) // dim
-        rows = torch.randint(n, (ROWS,), generator=generator).to("cuda")
+        n = small(1 << 30, 1 << 22) // dim
+        rows = torch.randint(n, (ROWS,), generator=generator, device="cuda")
         for codec in ("int8", "int4r"):
             kind = CODECS[codec]
-            codes = torch.empty((n, kind.columns(dim)), dtype=torch.uint8).random_(256, generator=generator)
-            codes, scales = codes.view(kind.dtype), torch.rand(n, generator=generator)
-            for where, table in (
-                ("device", (codes.to("cuda"), scales.to("cuda"))),
-                ("pinned host", (codes.pin_memory(), scales.pin_memory())),
-            ):
+            codes = torch.empty((n, kind.columns(dim)), dtype=torch.uint8, device="cuda")
+            codes = codes.random_(256, generator=generator).view(kind.dtype)
+            scales = torch.rand(n, generator=generator, device="cuda")
+            for where in ("device", "pinned host"):
+                table = (codes, scales) if where == "device" else tuple(_pinned(part) for part in (codes, scales))
                 if suite.over():
                     return
                 rivals = {
@@ -496,6 +494,11 @@ def on_gpu(suite: Suite) -> None:
                 }
                 case = {"rows": ROWS, "dim": dim, "table": n, "codec": codec, "dtype": "bf16", "from": where}
                 suite.compare(case, rivals, moved_bytes(codec, dim, torch.bfloat16), "cuda")
+
+
+def _pinned(there: Tensor) -> Tensor:
+    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    return here.copy_(there)
 
 
 @contextmanager
@@ -512,6 +515,9 @@ def run(suite: Suite) -> None:
             continue
         with temporary() as folder:
             part(suite, folder)
+
+
+PARTS = {"gpu": on_gpu}
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4r"])

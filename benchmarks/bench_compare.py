@@ -29,7 +29,7 @@ def counted(suite: Suite) -> None:
     scale = paper_scale("vit-b16", tuple(FIELDS))
     seconds = time.perf_counter() - begun
     for row in scale["rows"]:
-        suite.rows.append({"what": "counted", "preset": "vit-b16", "dtype": "bf16 autocast", **row})
+        suite.add({"what": "counted", "preset": "vit-b16", "dtype": "bf16 autocast", **row})
     suite.bar("vit-b16: part of forward FLOPs saved, n = 77", scale["n77"]["flops_saved"], 0.146, tolerance=0.002)
     suite.bar("vit-b16: part of forward FLOPs saved, n = 128", scale["n128"]["flops_saved"], 0.222, tolerance=0.002)
     suite.bar("vit-b16: seconds that counting all of this takes", seconds, 60, at_most=True)
@@ -52,7 +52,7 @@ def timed(suite: Suite, batch_size: int) -> None:
         clip = clip_text_ms(towers, "fp32", repeats=suite.repeats)
     for model, timings in (("lift", lift), ("clip", clip)):
         for n, (median, spread) in timings.items():
-            suite.rows.append(
+            suite.add(
                 {
                     "what": f"{model}'s text a step",
                     "preset": "tiny",

@@ -156,7 +156,8 @@ def measure(
     feeds.clear()
     gc.collect()  # workers and DALI's threads end with what holds them
     rows = {what: {**case, "what": what, **_columns(measured)} for what, measured in turns.items()}
-    suite.rows += rows.values()
+    for one in rows.values():
+        suite.add(one)
     return rows
 
 
@@ -291,7 +292,7 @@ def _difference(
     """A row: levels of 255, over all pixels and channels of all pictures. Returns the most."""
     apart = np.abs(found.astype(np.int16) - np.stack(reference))
     row = {"what of": what_of, "area": area, "size": SIZE, "what": what, "against": "Pillow", "pictures": len(apart)}
-    suite.rows.append({**row, "mean_levels": float(apart.mean()), "max_levels": int(apart.max())})
+    suite.add({**row, "mean_levels": float(apart.mean()), "max_levels": int(apart.max())})
     return int(apart.max())
 
 
@@ -323,7 +324,7 @@ def _parts(suite: Suite, files: Sequence[bytes]) -> None:
         torch.set_num_threads(threads)
     for what, (middle, spread) in timings.items():
         row = {"what of": "a picture's parts", "what": what, "size": SIZE, "pictures": len(files), "threads": 1}
-        suite.rows.append({**row, "median_ms": middle / len(files), "spread_ms": spread / len(files)})
+        suite.add({**row, "median_ms": middle / len(files), "spread_ms": spread / len(files)})
 
 
 def _slices(view: View) -> tuple[slice, slice]:

@@ -20,13 +20,13 @@ def run(suite: Suite) -> None:
         for name, scores in (part.get("retrieval") or {}).items():
             for way in ("i2t", "t2i"):
                 times = scores[way]["r1"] * scores["n"]
-                suite.rows.append({"model": model, "what": f"{name} {way} R@1 over chance", "value": times})
+                suite.add({"model": model, "what": f"{name} {way} R@1 over chance", "value": times})
         for figure in ("step_ms", "text_ms_per_step", "flops_per_sample", "peak_memory_bytes"):
             if figure in part:
-                suite.rows.append({"model": model, "what": figure, "value": part[figure]})
+                suite.add({"model": model, "what": figure, "value": part[figure]})
         if part.get("loss"):
             fall = sum(part["loss"][:5]) / sum(part["loss"][-5:])
-            suite.rows.append({"model": model, "what": "loss, first five steps over last five", "value": fall})
+            suite.add({"model": model, "what": "loss, first five steps over last five", "value": fall})
     lift = defaultdict(float, {row["what"]: row["value"] for row in suite.rows if row["model"] == "lift"})
     for way in ("i2t", "t2i"):
         suite.bar(f"LIFT, drawings {way}: R@1 over chance", lift[f"openmoji {way} R@1 over chance"], 25)

@@ -10,7 +10,7 @@ too. MFU is on those, against the datasheet's peak and against torch.mm of squar
 rivals. At the end, what float8 does to the loss of a toy task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from lift_fast.train.step import Step
 
 from .harness import Suite
 from .pairs import GEMM, device, quantized
+from .start import small
 from .vit_peers import (
     AUTHORS,
     COMPILED,
@@ -47,13 +48,13 @@ from .vit_peers import (
 
 GRAPH = " graph"  # after our name: replayed as a CUDA graph
 # With --quick the first. All rivals' weights, and the graphs' activations, are on the device at once: in 80 GB.
-GPU_CASES = (("vit-b16", 256), ("vit-s16", 512), ("vit-l16", 64))
+GPU_CASES = small((("vit-b16", 256), ("vit-s16", 512), ("vit-l16", 64)), (("tiny", 8),))
 CPU_CASES = (("tiny", 32), ("vit-b16", 8))
 MFU_BAR, COMPILED_BAR, AUTHORS_BAR, CPU_BAR = 0.60, 1.25, 3.0, 0.97
 GEMM_SIZE: int | None = None  # the device's, see measure/peaks.py
 
 
-FLOAT8_VIT, FLOAT8_STEPS, FLOAT8_BAR = VitConfig(32, 8, 128, 4, 2), 150, 0.01
+FLOAT8_VIT, FLOAT8_STEPS, FLOAT8_BAR = VitConfig(32, 8, 128, 4, 2), small(150, 2), 0.01
 
 
 def run(suite: Suite) -> None:
@@ -71,7 +72,7 @@ def _float8(suite: Suite, where: str) -> None:
         return
     losses = {fp8: _toy_losses(where, fp8) for fp8 in (False, True)}
     for fp8, curve in losses.items():
-        suite.rows.append(
+        suite.add(
             {
                 "what of": f"loss of a toy task, {FLOAT8_STEPS} steps",
                 "what": "float8" if fp8 else "bf16",
@@ -157,18 +158,22 @@ def _case(suite: Suite, where: str, name: str, preset: Preset, batch: int) -> No
     flops = step_flops(preset, batch)
     case: dict[str, Any] = {"preset": name, "batch": batch, "dtype": named(dtype)}
     rates = {"images_per_s": batch, "tflop_per_s": flops / 1e12}
-    rows = measure(suite, case, builds, where, rates)
     datasheet = peak(torch.cuda.get_device_name()) if where == "cuda" else None
     if where == "cuda" and datasheet is None:
         suite.note(f"no datasheet's peak is known here for {torch.cuda.get_device_name()}")
-    rate = product_flops / rows[GEMM]["median_ms"] * 1e3 if GEMM in rows else None
-    for what, row in rows.items():
-        seconds = row["median_ms"] / 1e3
+
+    def utilisation(what: str, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        seconds = rows[what]["median_ms"] / 1e3
+        rate = product_flops / rows[GEMM]["median_ms"] * 1e3 if GEMM in rows else None
         done = product_flops if what == GEMM else flops
-        if what == GEMM:
-            row |= {"images_per_s": None, "tflop_per_s": product_flops / seconds / 1e12, "peak_mib": None}
-        row["mfu_datasheet"] = mfu(done, seconds, datasheet) if datasheet else None
-        row["mfu_gemm"] = mfu(done, seconds, rate) if rate else None
+        others = {"images_per_s": None, "tflop_per_s": done / seconds / 1e12, "peak_mib": None} if what == GEMM else {}
+        return {
+            **others,
+            "mfu_datasheet": mfu(done, seconds, datasheet) if datasheet else None,
+            "mfu_gemm": mfu(done, seconds, rate) if rate else None,
+        }
+
+    rows = measure(suite, case, builds, where, rates, also=utilisation)
     _bars(suite, where, f"{name}, batch {batch}", rows)
 
 

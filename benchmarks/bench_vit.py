@@ -5,7 +5,7 @@ and the peak of a training step of ViT-B/16, from fake tensors. Gradients are th
 See vit_peers.py for the peers and for how they are measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lift_fast.measure.flops import count
 from lift_fast.nn import PRESETS, Vit, VitConfig
 from lift_fast.nn.transformer import Transformer
+from lift_fast.ops import blocks
 from lift_fast.ops.attention import attention, backends_here
 from lift_fast.ops.layernorm import layernorm
 from lift_fast.ops.linear import input_product, product, weight_product
@@ -24,6 +25,7 @@ from lift_fast.ops.mlp import mlp
 
 from .harness import Suite
 from .pairs import DTYPES, device
+from .start import small
 from .vit_peers import (
     COMPILED,
     OURS,
@@ -45,8 +47,8 @@ from .vit_peers import (
 
 WIDTHS = {768: 12, 384: 6, 192: 3}  # and their heads
 TOKENS, HEADS, HEAD_DIM = 197, 12, 64
-OTHER_TOKENS = 50, 257, 577
-BATCH = {"cpu": 8, "cuda": 256}
+OTHER_TOKENS = small((50, 257, 577), ())
+BATCH = {"cpu": 8, "cuda": small(256, 2)}
 BASE, TINY = PRESETS["vit-b16"].vit, PRESETS["tiny"].vit
 FAKE_BATCH = 256
 SDPA = "torch sdpa"
@@ -64,16 +66,30 @@ def run(suite: Suite) -> None:
         _towers(suite, where, "vit-b16", BASE)
         _memory(suite, where)
         _blocks(suite, where)
-        _parts(suite, where)
+        for part in (_layernorm, _linear, _mlps):
+            part(suite, where)
     else:
         _blocks(suite, where)
         _memory(suite, where)
         _attention(suite, where, TOKENS)
-        _parts(suite, where)
+        for part in (_layernorm, _linear, _mlps):
+            part(suite, where)
         _towers(suite, where, "tiny", TINY)
         _towers(suite, where, "vit-b16", BASE, TOWER_MOST_S if suite.quick else None)
     for tokens in OTHER_TOKENS:
         _attention(suite, where, tokens)
+
+
+def _attentions(suite: Suite, where: str) -> None:
+    for tokens in (TOKENS, *OTHER_TOKENS):
+        _attention(suite, where, tokens)
+
+
+PARTS: dict[str, Callable[[Suite], None]] = {
+    "layernorm": lambda suite: _layernorm(suite, device()),
+    "mlp": lambda suite: _mlps(suite, device()),
+    "attention": lambda suite: _attentions(suite, device()),
+}
 
 
 def _dtypes(suite: Suite, where: str) -> list[str]:
@@ -133,7 +149,7 @@ def _memory(suite: Suite, where: str) -> None:
     modules = {OURS: Transformer(width, 1, heads), TORCH: Block(width, heads, 4 * width)}
     kept = {what: kept_widths(module.to(where), x, torch.bfloat16) for what, module in modules.items()}
     for what, widths in kept.items():
-        suite.rows.append({"what of": "block, bf16", "what": what, "device": where, "widths kept a token": widths})
+        suite.add({"what of": "block, bf16", "what": what, "device": where, "widths kept a token": widths})
     suite.bar(f"block: activations kept, against {TORCH}", kept[OURS] / kept[TORCH], KEPT_BAR, at_most=True)
 
     rivals: dict[str, tuple[Callable[[VitConfig], nn.Module], bool]] = {
@@ -145,7 +161,7 @@ def _memory(suite: Suite, where: str) -> None:
     for what, (build, wide) in rivals.items():
         peaks[what] = fake_peak(build, BASE, FAKE_BATCH, wide)
         case = f"vit-b16, batch {FAKE_BATCH}, bf16, peak of a step"
-        suite.rows.append({"what of": case, "what": what, "device": "fake", "peak_gib": peaks[what] / 2**30})
+        suite.add({"what of": case, "what": what, "device": "fake", "peak_gib": peaks[what] / 2**30})
     name = f"vit-b16, batch {FAKE_BATCH}, bf16: peak of a step against {TORCH}, both residual streams bf16"
     suite.bar(name, peaks[OURS] / peaks[TORCH], PEAK_BAR, at_most=True)
 
@@ -178,14 +194,30 @@ def _attention(suite: Suite, where: str, tokens: int) -> None:
 class _LayerNormPart(nn.LayerNorm):
     """ops/layernorm.py with the residual's addition; the sum is an output too."""
 
+    def __init__(self, width: int, backend: str | None):
+        super().__init__(width)
+        self.backend = backend
+
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return layernorm(x, self.weight, self.bias, self.eps, residual=residual)
+        return layernorm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
 
 
 class _TorchLayerNormPart(LayerNorm):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         s = x + residual
         return super().forward(s), s
+
+
+class _Added(nn.Module):
+    """Another's layer norm, behind the addition."""
+
+    def __init__(self, make: Callable[[], nn.Module]):
+        super().__init__()
+        self.norm = make()
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + residual
+        return self.norm(s), s
 
 
 class _Linear(torch.autograd.Function):
@@ -217,35 +249,72 @@ class _Float8Part(_LinearPart):
 class _Mlp(nn.Sequential):
     """ops/mlp.py, by the weights of its layers."""
 
+    backend: str | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         up, _, down = self
-        return mlp(x, up.weight, up.bias, down.weight, down.bias)
+        return mlp(x, up.weight, up.bias, down.weight, down.bias, backend=self.backend)
 
 
-def _mlp(width: int, kind: type[nn.Sequential]) -> nn.Module:
-    return kind(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+def _mlp(width: int, backend: str | None) -> nn.Module:
+    module = _Mlp(*_torch_mlp(width))
+    module.backend = backend
+    return module
 
 
-def _parts(suite: Suite, where: str) -> None:
+def _torch_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def _part(
+    suite: Suite, where: str, name: str, modules: Modules, residual: bool, rates: Callable[[Tensor], dict[str, float]]
+) -> None:
+    """A part of a block, of tokens of the widest."""
     width, dtype = max(WIDTHS), native_dtype(where)
     rows = BATCH[where] * TOKENS
-    x, residual = (torch.randn(rows, width, device=where).to(dtype).requires_grad_() for _ in range(2))
+    inputs = [torch.randn(rows, width, device=where).to(dtype).requires_grad_() for _ in range(1 + residual)]
+    case = {"what of": name, "width": width, "rows": rows, "dtype": named(dtype)}
+    builds = _builds(suite, modules, tuple(inputs), where, dtype)
+    measure(suite, case, builds, where, rates(inputs[0]), spend=3.0 if suite.quick else None)
 
-    def part(name: str, modules: Modules, inputs: tuple[Tensor, ...], rates: dict[str, float]) -> None:
-        case = {"what of": name, "width": width, "rows": rows, "dtype": named(dtype)}
-        builds = _builds(suite, modules, inputs, where, dtype)
-        measure(suite, case, builds, where, rates, spend=3.0 if suite.quick else None)
 
-    norms: Modules = {OURS: partial(_LayerNormPart, width), TORCH: partial(_TorchLayerNormPart, width)}
-    moved = 8 * x.numel() * x.element_size()  # x, residual in, y, s out; s, dy, ds in, dx out
-    part("residual and layernorm", norms, (x, residual), {"gb_per_s": moved / 1e9})
-    linears: Modules = {OURS: partial(_LinearPart, width, 4 * width), TORCH: partial(nn.Linear, width, 4 * width)}
+def _ours(where: str, names: Sequence[str], build: Callable[[str | None], nn.Module]) -> Modules:
+    """On a GPU every backend that is here."""
+    if where == "cpu":
+        return {OURS: partial(build, None)}
+    return {f"{OURS} {name}": partial(build, name) for name in names}
+
+
+def _layernorm(suite: Suite, where: str) -> None:
+    width = max(WIDTHS)
+    modules = _ours(where, blocks.backends_here(where), partial(_LayerNormPart, width))
+    modules[TORCH] = partial(_TorchLayerNormPart, width)
     if where == "cuda":
-        linears[f"{OURS} fp8"] = partial(_Float8Part, width, 4 * width)
-    flops = 3 * 2 * rows * width * 4 * width
-    part("linear", linears, (x,), {"tflop_per_s": flops / 1e12})
-    mlps: Modules = {kind: partial(_mlp, width, module) for kind, module in ((OURS, _Mlp), (TORCH, nn.Sequential))}
-    part("mlp", mlps, (x,), {"tflop_per_s": 2 * flops / 1e12})
+        try:
+            from liger_kernel.transformers import LigerLayerNorm
+
+            modules["liger_kernel"] = partial(_Added, partial(LigerLayerNorm, width))
+        except ImportError as error:
+            suite.note(f"liger_kernel: {error}")
+    # x, residual in, y, s out; s, dy, ds in, dx out
+    moved = lambda x: {"gb_per_s": 8 * x.numel() * x.element_size() / 1e9}  # noqa: E731
+    _part(suite, where, "residual and layernorm", modules, True, moved)
+
+
+def _linear(suite: Suite, where: str) -> None:
+    width = max(WIDTHS)
+    modules: Modules = {OURS: partial(_LinearPart, width, 4 * width), TORCH: partial(nn.Linear, width, 4 * width)}
+    if where == "cuda":
+        modules[f"{OURS} fp8"] = partial(_Float8Part, width, 4 * width)
+    _part(suite, where, "linear", modules, False, lambda x: {"tflop_per_s": 3 * 2 * x.numel() * 4 * width / 1e12})
+
+
+def _mlps(suite: Suite, where: str) -> None:
+    width = max(WIDTHS)
+    names = [*blocks.backends_here(where), *([blocks.FUSED_GEMM] if "triton" in blocks.backends_here(where) else [])]
+    modules = _ours(where, names, partial(_mlp, width))
+    modules[TORCH] = partial(_torch_mlp, width)
+    _part(suite, where, "mlp", modules, False, lambda x: {"tflop_per_s": 6 * 2 * x.numel() * 4 * width / 1e12})
 
 
 def _towers(suite: Suite, where: str, name: str, config: VitConfig, most: float | None = None) -> None:

@@ -1,6 +1,8 @@
-"""Measures, and writes what was measured: {"machine", "versions", "rows", "bars", "notes"}."""
+"""Measures, and writes what was measured: {"machine", "versions", "rows", "bars", "notes"}; and each as it comes, see
+lines.py."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from itertools import groupby
@@ -10,19 +12,32 @@ from typing import Any
 from lift_fast.measure.machine import machine, versions
 from lift_fast.measure.time import Timing, interleaved_ms
 
+from . import lines
+from .start import rehearsing
 from .table import bar_in_words, print_table
+
+# The environment's name for what the GPU does at most: {"bytes": a second, "flops": a second}.
+CEILINGS = "LIFT_FAST_CEILINGS"
+# A row's columns -> what a line calls them.
+LINE = {"what": "backend", "of_gemm": "of_ceiling", "grad_error": "error"}
+FIGURES = frozenset(
+    ("what", "device", "repeats", "median_ms", "spread_ms", "gb_per_s", "tflop_per_s", "images_per_s", "of_gemm")
+    + ("extra_mib", "peak_mib", "loss_error", "grad_error", "extra_gradients", "threads", "mfu_gemm", "mfu_datasheet")
+)
 
 
 class Suite:
     """The rows, bars and notes of one run. quick: fewer repeats, for a machine that is shared.
 
-    seconds: after which `over()` says that no further case is begun.
+    seconds: after which `over()` says that no further case is begun. least: how often all that is timed is called.
     """
 
     def __init__(self, name: str, quick: bool, seconds: float | None = None):
         self.name = name
+        self.phase = lines.phase(name)
         self.quick = quick
-        self.repeats = 7 if quick else 25
+        # At a rehearsal one time is as meaningless as many.
+        self.repeats, self.least = (1, 1) if rehearsing() else (7 if quick else 25, 3)
         self.end = None if seconds is None else time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -35,6 +50,18 @@ class Suite:
         """What was not measured, and why; each once."""
         if text not in self.notes:
             self.notes.append(text)
+            lines.write({"phase": self.phase, "note": text})
+
+    def add(self, row: dict[str, Any], **more: Any) -> None:
+        """A row. more: what its line has beside it: "bytes", "flops"."""
+        self.rows.append(row)
+        named = {name: value for name, value in row.items() if name not in FIGURES and value is not None}
+        case = ", ".join(str(value) if name == "what of" else f"{name} {value}" for name, value in named.items())
+        line = {LINE.get(name, name): value for name, value in row.items() if name != "device"}
+        line = {"phase": self.phase, "case": case, "on": row.get("device"), **line, **more}
+        if "of_ceiling" not in line and (share := _of_ceiling(line)):
+            line["of_ceiling"] = share
+        lines.write(line)
 
     def compare(
         self,
@@ -44,19 +71,18 @@ class Suite:
         device: str = "cpu",
     ) -> dict[str, Timing]:
         """Times rivals in turn and adds a row for each: the case, what, median and spread, GB/s of `moved`."""
-        timings = interleaved_ms(rivals, self.repeats, warmup=2, device=device)
+        timings = interleaved_ms(rivals, self.repeats, warmup=self.least - 1, device=device)
         for what, (median, spread) in timings.items():
-            self.rows.append(
-                {
-                    **case,
-                    "what": what,
-                    "device": device,
-                    "repeats": self.repeats,
-                    "median_ms": median,
-                    "spread_ms": spread,
-                    "gb_per_s": moved / median / 1e6,
-                }
-            )
+            row = {
+                **case,
+                "what": what,
+                "device": device,
+                "repeats": self.repeats,
+                "median_ms": median,
+                "spread_ms": spread,
+                "gb_per_s": moved / median / 1e6,
+            }
+            self.add(row, bytes=moved)
         return timings
 
     def bar(
@@ -74,6 +100,8 @@ class Suite:
         else:
             entry["ok"] = value is not None and value >= bar
         self.bars.append(entry)
+        figures = {key: value for key, value in entry.items() if key not in ("name", "bar")}
+        lines.write({"phase": self.phase, "bar": name, "limit": bar, **figures})
 
     def write(self, file: Path | None) -> None:
         result = {
@@ -97,6 +125,13 @@ class Suite:
             print(f"{'ok  ' if bar['ok'] else 'MISS'} {bar['name']}: {bar_in_words(bar)}")
         for note in self.notes:
             print(f"note {note}")
+
+
+def _of_ceiling(line: Mapping[str, Any]) -> float | None:
+    """The least time by the machine's ceilings, where they are known, over the time measured."""
+    ceilings = json.loads(os.environ.get(CEILINGS, "{}"))
+    least = [line[kind] / ceilings[kind] for kind in ("bytes", "flops") if kind in line and kind in ceilings]
+    return max(least) * 1e3 / line["median_ms"] if least and "median_ms" in line else None
 
 
 def _cell(value: Any) -> str:

@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,31 @@ def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[
     return run
 
 
+@contextmanager
+def unasked() -> Iterator[list[torch.Size]]:
+    """A list of the shapes of gradients that autograd's Python functions return inside though their inputs need none.
+
+    Numbers do not count, nor what a function computes and does not return.
+    """
+    kind = torch.autograd.function.BackwardCFunction
+    found: list[torch.Size] = []
+    plain = kind.apply
+
+    def apply(self: Any, *upstream: Any) -> Any:
+        grads = plain(self, *upstream)
+        several = grads if isinstance(grads, tuple) else (grads,)
+        for grad, needed in zip(several, self.needs_input_grad, strict=False):
+            if isinstance(grad, Tensor) and grad.dim() and not needed:
+                found.append(grad.shape)
+        return grads
+
+    kind.apply = apply  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        kind.apply = plain  # type: ignore[method-assign]
+
+
 def measure(
     suite: Suite,
     op: Op,
@@ -139,9 +165,11 @@ def measure(
     errors: bool = True,
     memory: bool = True,
     int8: bool = True,
-    least_repeats: int = 3,
+    least_repeats: int | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> dict[Key, dict[str, Any]]:
-    """Adds a row for each rival, or each of `only`, and torch.mm of the same shape; returns them by rival and text.
+    """Adds a row for each rival, or each of `only`, but for those `without`, and torch.mm of the same shape; returns
+    them by rival and text.
 
     With frozen text ours also has a row for int8 text, unless that is not wanted. A rival that fails (a shape it does
     not take, no memory for it) is noted, and has no row.
@@ -160,11 +188,12 @@ def measure(
     steps: dict[Key, Step] = {}
     for what, loss in op.rivals(where, suite.note).items():
         for kind in texts if what == OURS else (case.text,):
-            if only is None or what in only:
+            if (only is None or what in only) and what not in without:
                 steps[what, kind] = step(loss, image, texts[kind], scalars)
 
     found: dict[Key, dict[str, float]] = {}
     seconds: dict[Key, float] = {}  # of the last call before the timing
+    extra: set[Key] = set()  # those that computed gradients nobody asked for
     truths: dict[str, Truth] = {}
     sample = torch.arange(0, case.rows, -(-case.rows // SAMPLE), device=where)
     for (what, kind), call in list(steps.items()):
@@ -177,8 +206,11 @@ def measure(
             if what == COMPILED:
                 call()
             begun = time.perf_counter()
-            result = call()
+            with unasked() as gradients:
+                result = call()
             seconds[what, kind] = time.perf_counter() - begun
+            if gradients:
+                extra.add((what, kind))
             if errors:
                 if kind not in truths:
                     truths[kind] = _truth(op, image, texts[kind], sample)
@@ -205,7 +237,7 @@ def measure(
     calls[product_key] = lambda: torch.mm(left, right, out=product)
     try:
         seconds[product_key] = median_ms(calls[product_key], 1, 1, where) / 1e3
-        timings, repeats = _timed(suite, calls, seconds, where, least_repeats)
+        timings, repeats = _timed(suite, calls, seconds, where, least_repeats or suite.least)
     except torch.OutOfMemoryError as error:
         suite.note(f"timing: {case}: {_in_a_line(error)}")
         return {}
@@ -214,7 +246,7 @@ def measure(
     for (what, kind), (median, spread) in timings.items():
         flops = case.gemm_flops if what == GEMM else case.flops
         figures = found.get((what, kind), {})
-        added[what, kind] = {
+        row = {
             "rows": case.rows,
             "dim": case.dim,
             "dtype": case.dtype,
@@ -231,7 +263,10 @@ def measure(
             "loss_error": figures.get("loss_error"),
             "grad_error": figures.get("grad_error"),
         }
-    suite.rows += added.values()
+        if (what, kind) in extra:
+            row["extra_gradients"] = True
+        suite.add(row, flops=flops)
+        added[what, kind] = row
     return added
 
 

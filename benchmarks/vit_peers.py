@@ -242,13 +242,14 @@ def measure(
     *,
     spend: float | None = None,
     most: float | None = None,
+    also: Callable[[str, Mapping[str, Row]], Row] | None = None,
 ) -> dict[str, Row]:
     """Builds the rivals, calls each twice, times them in turn; adds and returns a row for each.
 
     rates: column -> how much of it a call does, for a column of so much a second. On a GPU a rival's peak memory is
     all that it allocates, its weights included, while it is built and called. What fails is noted and has no row.
     spend: seconds for the timing. most: seconds; if all would take longer, which the first rival's first call shows,
-    nothing is measured.
+    nothing is measured. also: from a rival's name and all rows, more of its columns, or others in their place.
     """
     name = ", ".join(str(value) for value in case.values())
     if suite.over():
@@ -256,6 +257,39 @@ def measure(
         return {}
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    if spend is None:
+        spend = (8.0 if where == "cpu" else 2.0) * (1 if suite.quick else 3)
+    rows: dict[str, Row] = {}
+    for part in _parts(builds, where):
+        found = _timed(suite, name, part, where, spend, most)
+        rows |= {what: {**case, "what": what, **row} for what, row in found.items()}
+        for what in found:
+            row = rows[what]
+            row |= {column: amount / row["median_ms"] * 1e3 for column, amount in rates.items()}
+            row["peak_mib"] = row.pop("peak_mib")  # the last column
+            if also:
+                row |= also(what, rows)
+            work = {"bytes": rates.get("gb_per_s", 0) * 1e9, "flops": rates.get("tflop_per_s", 0) * 1e12}
+            suite.add(row, **{kind: amount for kind, amount in work.items() if amount})
+    return rows
+
+
+def _parts(builds: Mapping[str, Callable[[], Call]], where: str) -> list[dict[str, Callable[[], Call]]]:
+    """What is timed in turn. On a GPU what torch compiles comes after all else has its rows: compiling takes long."""
+    compiled = {what: build for what, build in builds.items() if where == "cuda" and COMPILED in what}
+    plain = {what: build for what, build in builds.items() if what not in compiled}
+    return [part for part in (plain, compiled) if part]
+
+
+def _timed(
+    suite: Suite,
+    name: str,
+    builds: Mapping[str, Callable[[], Call]],
+    where: str,
+    spend: float,
+    most: float | None,
+) -> dict[str, Row]:
+    """The figures of each that can be built and called."""
     calls: dict[str, Call] = {}
     seconds: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -286,29 +320,23 @@ def measure(
     if not calls:
         return {}
 
-    if spend is None:
-        spend = (8.0 if where == "cpu" else 2.0) * (1 if suite.quick else 3)
-    repeats = max(3, min(4 * suite.repeats, int(spend / sum(seconds.values()))))
+    repeats = max(suite.least, min(4 * suite.repeats, int(spend / sum(seconds.values()))))
     try:
         timings = interleaved_ms(calls, repeats, 0, where)
     except torch.OutOfMemoryError as error:
         suite.note(f"timing: {name}: {in_a_line(error)}")
         return {}
-    rows: dict[str, Row] = {}
-    for what, (median, spread) in timings.items():
-        rows[what] = {
-            **case,
-            "what": what,
+    return {
+        what: {
             "device": where,
             "threads": torch.get_num_threads() if where == "cpu" else None,
             "repeats": repeats,
             "median_ms": median,
             "spread_ms": spread,
-            **{column: amount / median * 1e3 for column, amount in rates.items()},
             "peak_mib": peaks[what],
         }
-    suite.rows += rows.values()
-    return rows
+        for what, (median, spread) in timings.items()
+    }
 
 
 def faster(rows: Mapping[str, Row], what: str, than: str) -> float | None:

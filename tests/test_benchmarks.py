@@ -1,4 +1,6 @@
-"""The benchmarks themselves, at sizes where nothing is fast: rows, bars, notes, memory probes, the plot, `make gpu`."""
+"""The benchmarks themselves, at sizes where nothing is fast: rows, bars, notes, memory probes, the plot.
+
+`make gpu`: test_lease.py."""
 
 import json
 import subprocess
@@ -9,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import bench_contrastive, bench_sigmoid, gpu, pairs, plot
+from benchmarks import bench_contrastive, bench_sigmoid, pairs, plot
 from benchmarks.harness import Suite
 from lift_fast.errors import ConfigError
 from lift_fast.measure.time import Timing
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def test_a_suite_prints_writes_and_keeps_time(tmp_path, capsys):
     suite = Suite("x", quick=True, seconds=1e6)
     assert not suite.over() and Suite("x", True, seconds=-1).over() and not Suite("x", True).over()
-    suite.rows.append({"what": "a", "extra_mib": None, "median_ms": 1.23456})
+    suite.add({"what": "a", "extra_mib": None, "median_ms": 1.23456})
     suite.bar("least", 3, 2)
     suite.bar("most", 3, 2, at_most=True)
     suite.bar("near", None, 2, tolerance=1)
@@ -128,6 +130,16 @@ def test_what_fails_is_noted_and_misses_its_bar(small, monkeypatch):
     assert any(note.endswith("RuntimeError: no such shape") for note in suite.notes)
 
 
+def test_a_part_and_lines_by_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "cache", "--quick", "--part"]
+    done = subprocess.run([*command, "none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "cache has no part 'none'; it has gpu" in done.stderr
+    lines = tmp_path / "lines"
+    done = subprocess.run([*command, "gpu", "--lines", str(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.cuda.is_available() or '"note": "no GPU' in lines.read_text()
+
+
 def test_out_of_time_no_case_is_begun(small):
     suite = Suite("contrastive", quick=True, seconds=-1)
     case = pairs.Case(24, 8, "fp32", False)
@@ -166,85 +178,9 @@ def test_plot_draws_the_results_that_are_kept(tmp_path):
     assert "GB/s" in (tmp_path / "plot.svg").read_text()
 
 
-class Machine:
-    """In place of the commands: what each ends with, and the files it leaves."""
-
-    def __init__(self, out: Path, statuses: dict[str, int]):
-        self.out, self.statuses, self.commands = out, statuses, []
-
-    def __call__(self, command, seconds):
-        self.commands.append(command)
-        name = command[command.index("-m") + 1]
-        if name == "pytest":
-            counts = 'tests="5" failures="1" errors="0" skipped="2"'
-            (self.out / "tests.xml").write_text(f"<testsuites><testsuite {counts}/></testsuites>")
-        if name == "benchmarks":
-            name = command[3]
-            bars = [{"name": "speed", "value": 2.0, "bar": 1.0, "ok": True}, {"name": "mass", "value": 2.0, "bar": 3.0}]
-            bars[1]["ok"] = False
-            if self.statuses.get(name, 0) == 0:
-                (self.out / f"{name}.json").write_text(json.dumps({"bars": bars}))
-        return self.statuses.get(name, 0), f"words\nthe last of {name}\n"
-
-
-def test_make_gpu_goes_on_past_what_fails(tmp_path, capsys):
-    machine = Machine(tmp_path, {"contrastive": 1, "demo": 2, "compare": 3})
-    steps = gpu.Steps(tmp_path, machine)
-    assert gpu.steps(steps, ["demo", "compare", "contrastive", "sigmoid"]) == 0
-    assert [(result.name, result.outcome) for result in steps.results] == [
-        ("build", "ok"),
-        ("tests", "ok"),
-        ("contrastive", "failed"),
-        ("sigmoid", "ok"),
-        ("compare", "skipped"),
-        ("demo", "skipped"),
-    ]
-    printed = capsys.readouterr().out
-    assert "2 passed, 1 failed, 2 skipped" in printed and "1 of 2 bars" in printed
-    assert "the last of contrastive" in printed and "2 (bar 3)" in printed
-    assert "the last of demo" in (tmp_path / "log.txt").read_text()
-    kept = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-    assert [step["outcome"] for step in kept] == ["ok", "ok", "failed", "ok", "skipped", "skipped"]
-    assert "gpu and not campaign" in machine.commands[1]
-
-
-@pytest.mark.parametrize("broken, ran", [("pip", ["build"]), ("pytest", ["build", "tests", "sigmoid"])])
-def test_make_gpu_fails_when_the_build_or_a_test_does(tmp_path, broken, ran):
-    steps = gpu.Steps(tmp_path, Machine(tmp_path, {broken: 1}))
-    assert gpu.steps(steps, ["sigmoid"]) == 1
-    assert [result.name for result in steps.results] == ran
-
-
-def test_make_gpu_keeps_its_time(tmp_path):
-    steps = gpu.Steps(tmp_path, Machine(tmp_path, {}), total=1)
-    steps.measure("contrastive")
-    assert (steps.results[0].outcome, steps.results[0].note) == ("skipped", "out of time")
-
-
-def test_make_gpu_stops_a_step_that_runs_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_arch", lambda: "80")
-    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    status, output = gpu.Steps._run(command, 1)
-    assert status == 124 and output.splitlines() == ["begun", "stopped after 1 s"]
-
-
-def test_make_gpu_leaves_out_tests_that_need_more(tmp_path):
-    (tmp_path / "tiny.py").write_text("")
-    (tmp_path / "test_x.py").write_text("import os\nimport tiny\nfrom nowhere.at import all\nfrom absent import x\n")
-    assert gpu.missing(tmp_path / "test_x.py") == ["absent", "nowhere"]
-
-
-def test_make_gpu_sees_what_our_modules_need(monkeypatch):
-    """test_dali imports data.dali, that data.pictures, that simplejpeg; test_step does not come to it."""
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "simplejpeg" else name)
-    assert gpu.missing(ROOT / "tests" / "test_dali.py") == ["simplejpeg"]
-    assert gpu.missing(ROOT / "tests" / "test_bench_data.py") == ["simplejpeg"]
-    assert gpu.missing(ROOT / "tests" / "test_step.py") == []
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_make_gpu_says_that_there_is_no_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "no CUDA GPU here" in done.stderr
+    assert done.returncode == 2 and "no CUDA GPU here" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,91 @@
+"""python -m benchmarks.lease.hot: ncu's figures of our five hottest kernels, a line each.
+
+ncu runs one pass of our ops (this module with --pass), and of its kernels the five of ours that take longest are
+written. Clocks stay as they are.
+"""
+
+import csv
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .. import lines
+from ..start import ROOT, begin
+
+METRICS = {
+    "gpu__time_duration.sum": "median_ms",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
+    "launch__registers_per_thread": "registers",
+}
+SCALE = {"median_ms": 1e-6}  # ncu counts nanoseconds with --print-units base
+HOTTEST, LAUNCHES = 5, 80
+
+
+def command() -> list[str]:
+    ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--launch-count", str(LAUNCHES)]
+    output = ["--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "demangled"]
+    return [*ncu, *output, "--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.lease.hot", "--pass"]
+
+
+def kernels(said: str) -> Iterator[dict[str, Any]]:
+    """{"case": the kernel's name, figures} of ncu's table, which other output may come before; its second line has
+    the units."""
+    table = said[said.index('"ID"') :] if '"ID"' in said else ""
+    for row in list(csv.DictReader(io.StringIO(table)))[1:]:
+        figures = {}
+        for metric, name in METRICS.items():
+            try:
+                figures[name] = float(row[metric].replace(",", "")) * SCALE.get(name, 1)
+            except (KeyError, ValueError):  # one that this ncu or this GPU has not
+                continue
+        yield {"case": row["Kernel Name"], **figures}
+
+
+def ours(name: str) -> bool:
+    from .smoke import CASES
+
+    triton = {kernel.rsplit(".")[-1] for case in CASES.values() for kernel in case.kernels if not case.built}
+    return "lift_fast::" in name or name.partition("(")[0] in triton
+
+
+def one_pass() -> None:
+    """Each op once, compiled before, between the profiler's start and its stop."""
+    import torch
+
+    from . import sweep
+
+    calls = [sweep.pair_loss(op, 768, backend=name) for op in ("contrastive", "sigmoid") for name in ("triton", "cuda")]
+    calls += [sweep.attention(197), sweep.layernorm(768), sweep.mlp(768), sweep.mlp(768, "triton_gemm")]
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def main() -> int:
+    done = subprocess.run(command(), cwd=ROOT, capture_output=True, text=True)
+    found: dict[str, dict[str, Any]] = {}
+    for kernel in kernels(done.stdout):
+        if ours(kernel["case"]) and "median_ms" in kernel:
+            known = found.setdefault(kernel["case"], kernel)
+            if kernel["median_ms"] > known["median_ms"]:
+                found[kernel["case"]] = kernel
+    for kernel in sorted(found.values(), key=lambda one: -one["median_ms"])[:HOTTEST]:
+        lines.write({"phase": "ncu", "backend": "lift_fast", **kernel})
+    if not found:
+        print((done.stderr or done.stdout)[-2000:] or "ncu named no kernel of ours")
+    return 0 if found else 1
+
+
+if __name__ == "__main__":
+    begin()
+    sys.exit(one_pass() if sys.argv[1:] == ["--pass"] else main())

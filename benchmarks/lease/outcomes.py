@@ -1,0 +1,94 @@
+"""A pytest plugin, -p benchmarks.lease.outcomes: each test's outcome as a line, as it comes.
+
+LIFT_FAST_COLLECTED names a file that gets {"tests": ids, "missing": {file: package}, "errors": {file: message}} of a
+collection. After a test that left the GPU unusable for its process (an illegal access, a device-side assert) the
+process ends: what follows would fail with it. So it does when a test takes longer than ONE_TEST_S.
+
+In a rehearsal (-p benchmarks.rehearsal) a test that only misses its values is "rehearsed".
+"""
+
+import faulthandler
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import lines
+from ..start import begin
+
+COLLECTED = "LIFT_FAST_COLLECTED"
+POISONED = 70  # exit status
+ONE_TEST_S = 45.0
+
+_reports: dict[str, dict[str, Any]] = {}
+_broken: dict[str, str] = {}
+
+
+def pytest_load_initial_conftests() -> None:
+    """Before anything of ours is imported."""
+    begin()
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        _broken[report.nodeid] = str(report.longrepr)
+
+
+def pytest_collection_finish(session: Any) -> None:
+    if not (file := os.environ.get(COLLECTED)):
+        return
+    missing = {name: _missing(text) for name, text in _broken.items()}
+    found = {
+        "tests": [item.nodeid for item in session.items],
+        "missing": {name: package for name, package in missing.items() if package},
+        "errors": {name: text[-500:] for name, text in _broken.items() if not missing[name]},
+    }
+    Path(file).write_text(json.dumps(found))
+
+
+def _missing(text: str) -> str | None:
+    """The package that a file could not import, if that is why it could not be collected."""
+    found = re.search(r"ModuleNotFoundError: No module named '([^'.]+)", text)
+    return found.group(1) if found and found.group(1) not in ("lift_fast", "benchmarks", "tests") else None
+
+
+def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
+    faulthandler.dump_traceback_later(ONE_TEST_S, exit=True)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Of setup, call and teardown the worst counts."""
+    line = _reports.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+    line["seconds"] = round(line["seconds"] + report.duration, 3)
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        line |= {"outcome": "failed", "note": (crash.message if crash else str(report.longrepr)).strip()[:400]}
+    elif hasattr(report, "rehearsed"):
+        line["outcome"] = "rehearsed"
+    elif report.skipped and line["outcome"] == "passed":
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        line |= {"outcome": "skipped", "note": why[:200]}
+
+
+def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    line = _reports.pop(nodeid, None)
+    if line is None:
+        return
+    lines.write({"phase": "tests", "case": nodeid, **line})
+    if line["outcome"] == "failed" and _poisoned():
+        print(f"\n{nodeid} left the GPU unusable: {line['note']}", flush=True)
+        os._exit(POISONED)
+
+
+def _poisoned() -> bool:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # torch.AcceleratorError or RuntimeError, by version
+        return True
+    return False

@@ -1,0 +1,344 @@
+"""The phases of `make gpu`, one after the other under one clock; nothing that fails ends the rest."""
+
+import importlib.machinery
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import lines, peers
+from ..start import ROOT
+from . import plan
+from .jobs import NOT_BEGUN, TIMED_OUT, Ended, Jobs, Task
+from .outcomes import COLLECTED, ONE_TEST_S
+
+SUITES = {
+    "contrastive": ("contrastive",),
+    "sigmoid": ("sigmoid",),
+    "gather": ("cache", "--part", "gpu"),
+    "layernorm": ("vit", "--part", "layernorm"),
+    "mlp": ("vit", "--part", "mlp"),
+    "attention": ("vit", "--part", "attention"),
+    "step": ("step",),
+}
+SANITIZERS = "memcheck", "racecheck"
+SMOKE_S, MARGIN_S, START_S = 60.0, 5.0, 30.0
+# Tests that are large or that are the likeliest to end their process come last, what these find in their names.
+LAST = "large", "4097", "65536", "huge", "captured", "graph", "extremes", "outside", "pinned"
+# Of a short run: how many tests of which files, and how many cases of each kind.
+SHORT, SHORT_TESTS = 3, ("tests/test_layernorm.py", "tests/test_contrastive_triton.py")
+EXIT_IN_WORDS = {TIMED_OUT: "timed out", NOT_BEGUN: "not run"}
+# Of rehearsal.py's counts.
+COUNTS, TOTALS = "REHEARSAL_COUNTS", {"compiles": "compiles", "compile_cpu_s": "cpu_s"}
+Line = dict[str, Any]
+
+
+class Lease:
+    """One run. `machine`: what machine.py found."""
+
+    def __init__(
+        self,
+        out: Path,
+        machine: Mapping[str, Any],
+        *,
+        commit: str,
+        seconds: float = plan.TOTAL_S,
+        rehearse: bool = False,
+        short: bool = False,
+        prebuilt: Path = ROOT / ".prebuilt",
+        wheels: Path = ROOT / ".peers",
+    ):
+        self.file, self.machine, self.commit = out / "results.jsonl", machine, commit
+        self.rehearse, self.short, self.prebuilt, self.wheels = rehearse, short, prebuilt, wheels
+        self.cores = int(machine["cores"])
+        if rehearse:  # nothing waits for it; a hang is found all the same
+            seconds *= max(1.0, plan.CORES / self.cores)
+        self.planned = plan.seconds(seconds, self.cores)
+        self.begun = time.monotonic()
+        self.ends = {name: self.begun + end for name, end in plan.ends(self.planned).items()}
+        self.common = {"device": machine["device"], "commit": commit, **({"rehearsal": True} if rehearse else {})}
+        self.scratch = Path(tempfile.mkdtemp(prefix="lift-fast-lease-"))
+        self.site, self.counts = self.scratch / "site", self.scratch / "compiles"
+        self.ceilings: dict[str, float] = {}
+        self.collected: dict[str, Any] = {"tests": [], "missing": {}, "errors": {}}
+        self.plainly: list[str] = []  # a rehearsal's other list of tests
+        environment = {
+            "LIFT_FAST_CUDA": "1",
+            "LIFT_FAST_CUDA_ARCHS": machine["arch"],
+            "OMP_WAIT_POLICY": "passive",
+            "PYTHONUNBUFFERED": "1",
+        }
+        if rehearse:
+            # An empty cache: a new machine compiles all.
+            environment |= {"LIFT_FAST_REHEARSE": "1", "TRITON_CACHE_DIR": str(self.scratch / "triton")}
+            environment |= {COUNTS: str(self.counts), **({"LIFT_FAST_SHORT": "1"} if short else {})}
+        self.jobs = Jobs(ROOT, out / "log.txt", environment)
+
+    def run(self) -> None:
+        try:
+            self._write({"phase": "machine", "outcome": "ok", **self.machine})
+            self._begin_build()
+            self._phase("ceilings", self._ceilings)
+            self._phase("smoke triton", lambda: self._smoke(built=False))
+            self._phase("build", self._build)
+            self._phase("smoke cuda", lambda: self._smoke(built=True))
+            self._phase("tests", self._tests)
+            if self.rehearse:  # no figure counts
+                self._suites(SUITES, self.cores)
+            else:
+                for name in SUITES:
+                    self._suites([name], 1)
+            self._phase("tune", self._tune)
+            self._phase("ncu", self._profile)
+        finally:
+            self.jobs.stop()
+            if self.counts.exists():
+                rows = [json.loads(line) for line in self.counts.read_text().splitlines()]
+                totals = {name: round(sum(row[of] for row in rows), 1) for name, of in TOTALS.items()}
+                self._write({"phase": "rehearsal", **totals})
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    # What the phases share.
+
+    def _write(self, line: Line) -> None:
+        lines.write(line, lines.environment(self.file, **self.common))
+
+    def _environment(self, phase: str, **more: str) -> dict[str, str]:
+        return {**lines.environment(self.file, phase=phase, **self.common), **more}
+
+    def _phase(self, name: str, work: Any) -> None:
+        """work returns an outcome and a note. Whatever it raises is the phase's failure and no other's."""
+        begun = time.monotonic()
+        print(f"{name} …", flush=True)
+        try:
+            outcome, note = work()
+        except Exception as error:
+            outcome, note = "failed", f"{type(error).__name__}: {error}"
+        self._over(name, outcome, note, time.monotonic() - begun)
+
+    def _over(self, name: str, outcome: str, note: str, seconds: float) -> None:
+        line = {"phase": name, "outcome": outcome, "note": note or None, "seconds": round(seconds, 1)}
+        self._write({**line, "planned": round(self.planned[name], 1)})
+
+    def _python(self, module: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", module, *arguments]
+
+    def _left(self, name: str) -> float:
+        return self.ends[name] - time.monotonic()
+
+    # The build, in the background.
+
+    def _begin_build(self) -> None:
+        self.built: Ended | None = None
+
+        def built(ended: Ended) -> None:
+            self.built = ended
+
+        if not self.rehearse:
+            options = ["--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+            command = self._python("pip", "install", *options, "-e", ".")
+            self.jobs.start(Task("build", command, self._left("build"), built))
+        if command := peers.install_command(self.wheels, self.site):
+            self.jobs.start(Task("peers", command, 60, self._peers_ended))
+
+    def _peers_ended(self, ended: Ended) -> None:
+        self._write({"phase": "peers", "outcome": "failed" if ended.status else "ok", "note": ended.last_line()})
+
+    def _build(self) -> tuple[str, str]:
+        if self.rehearse:
+            return "skipped", "a rehearsal takes what is installed"
+        self.jobs.wait("build", self.ends["build"])
+        if self.built and not self.built.status:
+            return "ok", f"{self.built.seconds:.0f} s in the background"
+        why = self.built.last_line() if self.built else "not begun"
+        found = sorted(self.prebuilt.glob(f"_C*{importlib.machinery.EXTENSION_SUFFIXES[0]}"))
+        if not found:
+            return "failed", why
+        shutil.copy2(found[0], ROOT / "lift_fast")
+        return "failed", f"{found[0].name} of {self.prebuilt} instead: {why}"
+
+    # What needs no other figures.
+
+    def _ceilings(self) -> tuple[str, str]:
+        command = self._python("benchmarks.lease.ceilings")
+        task = Task("ceilings", command, self._left("ceilings"), environment=self._environment("ceilings"))
+        status, note = self._one(task, "ceilings")
+        cases = {line["case"]: line for line in self._lines("ceilings") if "case" in line}
+        for unit, case in (("bytes", "stream copy"), ("flops", "gemm 8192^3")):
+            if case in cases:
+                self.ceilings[unit] = cases[case][unit] / cases[case]["median_ms"] * 1e3
+        return status, note
+
+    def _one(self, task: Task, phase: str) -> tuple[str, str]:
+        """Runs it; "ok", "skipped" where it says that it cannot be (exit status 2 or 3) or "failed", and why."""
+        found: list[Ended] = []
+        self.jobs.run([_with_end(task, found.append)], 1, self.ends[phase])
+        return _outcome(found[0]), "" if not found[0].status else found[0].last_line()
+
+    def _lines(self, phase: str) -> list[Line]:
+        return [line for line in lines.read(self.file) if line["phase"] == phase]
+
+    def _smoke(self, built: bool) -> tuple[str, str]:
+        from .smoke import CASES
+
+        phase = "smoke cuda" if built else "smoke triton"
+        names = [name for name, case in CASES.items() if case.built == built]
+        tools: Sequence[str] = ("plain",)
+        if "compute-sanitizer" in self.machine["tools"]:
+            tools = SANITIZERS
+        wrong: list[str] = []
+
+        def task(name: str, tool: str) -> Task:
+            checked = [] if tool == "plain" else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            command = [*checked, *self._python("benchmarks.lease.smoke", name)]
+            # Each tensor with an allocation of its own: a step beyond its end is seen.
+            environment = self._environment(phase, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            return Task(f"{name} ({tool})", command, SMOKE_S, lambda ended: ended_(name, tool, ended), environment)
+
+        def ended_(name: str, tool: str, ended: Ended) -> None:
+            note = ended.last_line() if ended.status else None
+            self._write({"phase": "smoke", "case": name, "tool": tool, "outcome": _outcome(ended), "note": note})
+            if _outcome(ended) not in ("ok", "skipped"):
+                wrong.append(f"{name} ({tool})")
+
+        tasks = [task(name, tool) for tool in tools for name in self._few(names)]
+        if built:
+            tasks = [self._collect(), *([self._collect_plainly()] if self.rehearse and not self.short else []), *tasks]
+        self.jobs.run(tasks, self.cores, self.ends[phase])
+        return "failed" if wrong else "ok", ", ".join(wrong)
+
+    def _few(self, several: Sequence[Any]) -> list[Any]:
+        """SHORT of them in a short run, spread over all."""
+        return list(several[:: -(-len(several) // SHORT)]) if self.short and several else list(several)
+
+    # Correctness.
+
+    def _pytest(self, *arguments: str) -> list[str]:
+        rehearsal = ("-p", "benchmarks.rehearsal") if self.rehearse else ()
+        options = ("-q", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu and not campaign")
+        return self._python("pytest", *rehearsal, "-p", "benchmarks.lease.outcomes", *options, *arguments)
+
+    def _collect(self) -> Task:
+        file = self.scratch / "collected.json"
+
+        def ended(done: Ended) -> None:
+            if file.exists():
+                self.collected = json.loads(file.read_text())
+            else:
+                self.collected["errors"] = {"tests": done.output[-500:]}
+
+        where = SHORT_TESTS if self.short else ("tests",)
+        command = self._pytest("--collect-only", "--continue-on-collection-errors", *where)
+        return Task("collect", command, self._left("tests"), ended, {COLLECTED: str(file)})
+
+    def _collect_plainly(self) -> Task:
+        """As without a rehearsal: what it does not schedule is a failure."""
+
+        def ended(done: Ended) -> None:
+            self.plainly = [text for text in done.output.splitlines() if "::" in text and not text.startswith("ERROR")]
+
+        options = ("-q", "-p", "no:cacheprovider", "-m", "gpu and not campaign")
+        command = self._python("pytest", *options, "--collect-only", "--continue-on-collection-errors", "tests")
+        return Task("collect plainly", command, self._left("tests"), ended, {"LIFT_FAST_REHEARSE": "0"})
+
+    def _tests(self) -> tuple[str, str]:
+        for file, package in self.collected["missing"].items():
+            self._write({"phase": "tests", "case": file, "outcome": "skipped", "note": f"needs {package}"})
+        for file, text in self.collected["errors"].items():
+            self._write({"phase": "tests", "case": file, "outcome": "failed", "note": text[-300:]})
+        ids = self._few(self.collected["tests"])
+        for test in sorted(set(self.plainly) - set(ids)):
+            self._write({"phase": "tests", "case": test, "outcome": "not scheduled"})
+        tasks = [self._group(f"tests {number}", group) for number, group in enumerate(groups(ids, self.cores))]
+        self.jobs.run(tasks, self.cores, self.ends["tests"])
+        found = self._outcomes()
+        for test in ids:
+            if test not in found:
+                self._write({"phase": "tests", "case": test, "outcome": "not run"})
+                found[test] = "not run"
+        counts = {outcome: list(found.values()).count(outcome) for outcome in sorted(set(found.values()))}
+        good = set(counts) <= {"passed", "skipped", "rehearsed"} and not self.collected["errors"]
+        words = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        plainly = f"; {len(self.plainly)} are collected without a rehearsal" if self.plainly else ""
+        return "ok" if good else "failed", f"{len(ids)} of {len(self.collected['tests'])} scheduled: {words}{plainly}"
+
+    def _outcomes(self) -> dict[str, str]:
+        found = self._lines("tests")
+        return {line["case"]: line["outcome"] for line in found if "::" in line.get("case", "")}
+
+    def _group(self, name: str, ids: Sequence[str]) -> Task:
+        """One process for these; those that it did not come to the end of have one each."""
+
+        def ended(done: Ended) -> list[Task]:
+            have = self._outcomes()
+            lost = [test for test in ids if test not in have]
+            if done.status == NOT_BEGUN:
+                return []
+            if len(ids) == 1:
+                for test in lost:
+                    outcome = EXIT_IN_WORDS.get(done.status, f"ended its process ({done.status})")
+                    self._write({"phase": "tests", "case": test, "outcome": outcome, "note": done.last_line()})
+                return []
+            return [self._group(f"{name}, {test}", [test]) for test in lost]
+
+        seconds = ONE_TEST_S + START_S if len(ids) == 1 else self.planned["tests"]
+        return Task(name, self._pytest(*ids), seconds, ended, self._environment("tests"))
+
+    # Measurements.
+
+    def _suites(self, names: Iterable[str], slots: int) -> None:
+        def task(name: str) -> Task:
+            seconds = self._left(name)
+            suite, *options = SUITES[name]
+            command = self._python("benchmarks", suite, "--quick", "--seconds", f"{seconds - MARGIN_S:.0f}", *options)
+            path = os.pathsep.join(filter(None, (str(self.site), os.environ.get("PYTHONPATH"))))
+            environment = self._environment(name, PYTHONPATH=path)
+            if self.ceilings:
+                environment["LIFT_FAST_CEILINGS"] = json.dumps(self.ceilings)
+            return Task(name, command, seconds, lambda ended: ended_(name, ended), environment)
+
+        def ended_(name: str, ended: Ended) -> None:
+            self._over(name, _outcome(ended), ended.last_line() if ended.status else "", ended.seconds)
+
+        names = list(names)
+        print(f"{', '.join(names)} …", flush=True)
+        self.jobs.wait("peers", time.monotonic() + 30)
+        self.jobs.run([task(name) for name in names], slots, max(self.ends[name] for name in names))
+
+    def _tune(self) -> tuple[str, str]:
+        seconds = self._left("tune")
+        command = self._python("benchmarks.lease.sweep", "--seconds", f"{seconds - MARGIN_S:.0f}")
+        command += ["--short"] if self.short else []
+        return self._one(Task("tune", command, seconds, environment=self._environment("tune")), "tune")
+
+    def _profile(self) -> tuple[str, str]:
+        if "ncu" not in self.machine["tools"]:
+            return "skipped", "ncu is not installed"
+        command = self._python("benchmarks.lease.hot")
+        return self._one(Task("ncu", command, self._left("ncu"), environment=self._environment("ncu")), "ncu")
+
+
+def _outcome(ended: Ended) -> str:
+    return {0: "ok", 2: "skipped", 3: "skipped", **EXIT_IN_WORDS}.get(ended.status, "failed")
+
+
+def _with_end(task: Task, ended: Any) -> Task:
+    return Task(task.name, task.command, task.seconds, ended, task.environment)
+
+
+def groups(ids: Sequence[str], slots: int) -> list[list[str]]:
+    """The tests of a file together, cut so that every slot has about three groups; LAST's tests at the end."""
+    size = max(3, -(-len(ids) // (3 * slots)))
+    found: list[list[str]] = []
+    for last in (False, True):
+        files: dict[str, list[str]] = {}
+        for test in ids:
+            if any(word in test.lower() for word in LAST) == last:
+                files.setdefault(test.partition("::")[0], []).append(test)
+        found += [tests[start : start + size] for tests in files.values() for start in range(0, len(tests), size)]
+    return found

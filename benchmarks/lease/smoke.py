@@ -1,0 +1,262 @@
+"""python -m benchmarks.lease.smoke CASE: a few of our kernels on tiny shapes, against plain torch in float64.
+
+A line for the case: the worst error, and each kernel that was launched, with its registers where it is Triton's.
+Exit status 1 where a value is wrong or a kernel that the case names was not launched. Each case runs in a process of
+its own (phases.py), under compute-sanitizer where that is installed; tests/test_lease.py holds the list complete.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import lines
+from ..start import begin, rehearsing
+
+# An odd number of tiles; enough for narrow features to be multiplied as they are (ops/policy.py).
+ROWS, DIM = 520, 80
+FAR = {torch.float32: 5e-5, torch.bfloat16: 1e-2}  # in relative norm
+TEXTS = "frozen", "trained", "int8"
+
+
+class Case(NamedTuple):
+    """kernels: what it must launch. check: the worst error over what is allowed."""
+
+    kernels: tuple[str, ...]
+    check: Callable[[], float]
+
+    @property
+    def built(self) -> bool:
+        """Whether it needs the extension."""
+        return any(name.startswith("_C.") for name in self.kernels)
+
+
+def worst(got: Sequence[Tensor], want: Sequence[Tensor], far: float) -> float:
+    """The largest relative distance of a tensor from the one it should be, over `far`; NaN is infinitely far."""
+    found = 0.0
+    for left, right in zip(got, want, strict=True):
+        left, right = left.detach().cpu().double(), right.detach().double()
+        distance = float((left - right).norm() / right.norm().clamp(min=1e-6)) / far
+        found = max(found, distance if distance == distance else float("inf"))
+    return found
+
+
+def here(tensor: Tensor) -> Tensor:
+    """A copy on the GPU that asks for a gradient if `tensor` does."""
+    return tensor.detach().to("cuda").requires_grad_(tensor.requires_grad)
+
+
+def pairs(op: str, backend: str, dtype: torch.dtype, text_is: str, **settings: Any) -> float:
+    """Forward and backward of a pair loss, with scores kept and recomputed."""
+    from lift_fast.ops import contrastive, sigmoid, tuned
+    from lift_fast.quantized import QuantizedRows
+
+    module = {"contrastive": contrastive, "sigmoid": sigmoid}[op]
+    image, text = (F.normalize(torch.randn(ROWS, DIM), dim=1).to(dtype) for _ in range(2))
+    scalars = [torch.tensor(14.0), torch.tensor(-3.0)]
+    codes, scales = (text.float() * 300).round().clamp(-127, 127).to(torch.int8), torch.full((ROWS,), 1 / 300)
+    if text_is == "int8":
+        text = (codes * scales[:, None]).double()
+    leaves = [image, *([text] if text_is == "trained" else [])]
+    wide = [leaf.double().requires_grad_() for leaf in (image, text)]
+    exact = module.reference(*wide, *(scalar.double() for scalar in scalars))
+    want = [exact, *torch.autograd.grad(exact, wide[: len(leaves)])]
+
+    found = 0.0
+    for budget in (None, 0):
+        mine = [here(leaf.requires_grad_()) for leaf in leaves]
+        if text_is == "int8":
+            mine.append(QuantizedRows(codes.cuda(), scales.cuda(), "int8", DIM))
+        elif text_is == "frozen":
+            mine.append(text.cuda())
+        with ExitStack() as stack:
+            for setting, value in settings.items():
+                stack.enter_context(tuned.using("pairs", setting, value))
+            loss = getattr(module, op)(*mine, *(scalar.cuda() for scalar in scalars), backend=backend, budget=budget)
+            grads = torch.autograd.grad(loss, [one for one in mine if isinstance(one, Tensor) and one.requires_grad])
+        found = max(found, worst([loss], want[:1], 1e-5), worst(grads, want[1:], FAR[dtype]))
+    return found
+
+
+def layernorm(backend: str) -> float:
+    from lift_fast.ops import layernorm as op
+
+    x, residual = (torch.randn(37, 200).bfloat16().requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(200).requires_grad_() for _ in range(2))
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, residual, weight, bias)]
+    out = op.reference(wide[0], wide[2], wide[3], residual=wide[1])
+    seed = torch.randn(out.shape)
+    want = [out, *torch.autograd.grad(out, wide, seed.double())]
+    mine = [here(leaf) for leaf in (x, residual, weight, bias)]
+    y, _ = op.layernorm(mine[0], mine[2], mine[3], residual=mine[1], backend=backend)
+    return worst([y, *torch.autograd.grad(y, mine, seed.to(y))], want, 2e-2)
+
+
+def mlp(backend: str) -> float:
+    from lift_fast.ops import mlp as op
+
+    shapes = (130, 64), (200, 64), (200,), (64, 200), (64,)
+    leaves = [(torch.randn(shape) / 4).bfloat16().requires_grad_() for shape in shapes]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = op.reference(*wide)
+    seed = torch.randn(out.shape)
+    want = [out, *torch.autograd.grad(out, wide, seed.double())]
+    mine = [here(leaf) for leaf in leaves]
+    got = op.mlp(*mine, backend=backend)
+    return worst([got, *torch.autograd.grad(got, mine, seed.to(got))], want, 3e-2)
+
+
+def attention(backend: str) -> float:
+    from lift_fast.ops import attention as op
+
+    found = 0.0
+    for tokens, head_dim, causal in ((50, 64, False), (197, 64, False), (77, 64, True)):
+        qkv = torch.randn(2, tokens, 3, 2, head_dim).bfloat16().requires_grad_()
+        wide = qkv.detach().double().requires_grad_()
+        out = op.reference(wide, causal=causal)
+        seed = torch.randn(out.shape)
+        want = [out, *torch.autograd.grad(out, [wide], seed.double())]
+        mine = here(qkv)
+        got = op.attention(mine, causal=causal, backend=backend)
+        found = max(found, worst([got, *torch.autograd.grad(got, [mine], seed.to(got))], want, 2e-2))
+    return found
+
+
+def dequant(backend: str) -> float:
+    from lift_fast.codecs import CODECS
+    from lift_fast.ops import dequant as op
+
+    found = 0.0
+    for name, codec in CODECS.items():
+        table = torch.randn(50, 100)
+        codes = torch.randint(0, 256, (50, codec.columns(100)), dtype=torch.uint8)
+        codes = codes.view(codec.dtype) if codec.integer else table.to(codec.dtype)
+        scales, rows = torch.rand(50) if codec.scaled else None, torch.randint(0, 50, (33,))
+        options = {"codec": name, "dim": 100}
+        for dtype in (torch.float32, torch.bfloat16):
+            want = op.reference(codes, scales, rows, dtype, **options)
+            on_gpu = [None if part is None else part.cuda() for part in (codes, scales, rows)]
+            found = max(found, worst([op.dequant(*on_gpu, dtype, backend, **options)], [want], 1e-12))
+    return found
+
+
+def _pairs_cases() -> Iterator[tuple[str, Case]]:
+    triton = {
+        "contrastive": {
+            torch.bfloat16: ("scores_stats_kernel", "scores_grad_kernel"),
+            torch.float32: ("stats_kernel", "grad_kernel"),
+        },
+        "sigmoid": {torch.bfloat16: ("scores_sigmoid_kernel",), torch.float32: ("sigmoid_kernel",)},
+    }
+    merges = {"contrastive": "pairs.merge_softmax_kernel", "sigmoid": "pairs.merge_sums_kernel"}
+    cuda = {
+        "contrastive": ("_C.contrastive_stats_cuda", "_C.own_pairs_cuda", "_C.contrastive_gradient_cuda"),
+        "sigmoid": ("_C.sigmoid_cuda",),
+    }
+    for op in ("contrastive", "sigmoid"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for text in TEXTS:
+                name = f"{op} %s, {str(dtype).removeprefix('torch.')}, {text} text"
+                kernels = *(f"{op}.{kernel}" for kernel in triton[op][dtype]), merges[op]
+                yield name % "triton", Case(kernels, partial(pairs, op, "triton", dtype, text))
+                kernels = *cuda[op], *(["_C.widen_cuda"] if text == "int8" else [])
+                yield name % "cuda", Case(kernels, partial(pairs, op, "cuda", dtype, text))
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    norms = ("layernorm.layernorm_kernel", "layernorm.layernorm_backward_kernel", "layernorm.merge_kernel")
+    acts = ("mlp.bias_act_kernel", "mlp.bias_act_backward_kernel")
+    gemms = ("mlp.linear_act_kernel", "mlp.linear_act_backward_kernel")
+    yield "layernorm triton", Case(norms, partial(layernorm, "triton"))
+    yield "layernorm cuda", Case(("_C.layernorm_cuda", "_C.layernorm_backward_cuda"), partial(layernorm, "cuda"))
+    yield "mlp triton", Case(acts, partial(mlp, "triton"))
+    yield "mlp triton_gemm", Case(gemms, partial(mlp, "triton_gemm"))
+    yield "mlp cuda", Case(("_C.bias_act_cuda", "_C.bias_act_backward_cuda"), partial(mlp, "cuda"))
+    kernels = ("attention.forward_kernel", "attention.backward_kernel")
+    yield "attention triton", Case(kernels, partial(attention, "triton"))
+    yield "dequant triton", Case(("dequant.dequant_kernel",), partial(dequant, "triton"))
+    yield "dequant cuda", Case(("_C.dequant_cuda",), partial(dequant, "cuda"))
+    yield from _pairs_cases()
+
+
+CASES: dict[str, Case] = dict(_cases())
+
+
+@contextmanager
+def launches() -> Iterator[dict[str, dict[str, int]]]:
+    """What is launched inside: "module.kernel" of ours in Triton, "_C.entry" -> registers, spills, shared memory."""
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, dict[str, int]] = {}
+    run = JITFunction.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **options)
+        shared = getattr(getattr(kernel, "metadata", None), "shared", None)
+        figures = {"registers": getattr(kernel, "n_regs", None), "spills": getattr(kernel, "n_spills", None)}
+        figures = {"shared": shared} if rehearsing() else {**figures, "shared": shared}
+        figures = {name: value for name, value in figures.items() if value is not None}
+        found[f"{self.fn.__module__.rsplit('.')[-1]}.{self.fn.__name__}"] = figures
+        return kernel
+
+    JITFunction.run = noted
+    entries = _entries(found)
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        for module, name, entry in entries:
+            setattr(module, name, entry)
+
+
+def _entries(found: dict[str, dict[str, int]]) -> list[tuple[Any, str, Any]]:
+    try:
+        from lift_fast import _C
+    except ImportError:
+        return []
+    kept = []
+    for name in [name for name in dir(_C) if name.endswith("_cuda")]:
+        entry = getattr(_C, name)
+
+        def noted(*args: Any, name: str = name, entry: Any = entry, **options: Any) -> Any:
+            found[f"_C.{name}"] = {}
+            return entry(*args, **options)
+
+        setattr(_C, name, noted)
+        kept.append((_C, name, entry))
+    return kept
+
+
+def main(name: str) -> int:
+    from lift_fast.errors import BackendError
+
+    case = CASES[name]
+    torch.manual_seed(0)
+    try:
+        with launches() as launched:
+            error = case.check()
+    except BackendError as why:
+        if not rehearsing():
+            raise
+        print(why)  # a torch without CUDA has no cuBLAS to rehearse with
+        return 3
+    unlaunched = sorted(set(case.kernels) - set(launched))
+    if rehearsing():
+        error = 0.0
+    registers = max((figures.get("registers", 0) for figures in launched.values()), default=0) or None
+    line = {"kernels": launched, "registers": registers, "error_over_allowed": error}
+    lines.write({"phase": "smoke", "case": name, **line})
+    print(f"error over what is allowed: {error:.3g}")
+    if unlaunched:
+        print(f"not launched: {', '.join(unlaunched)}; launched: {', '.join(launched)}")
+    return int(error > 1 or bool(unlaunched))
+
+
+if __name__ == "__main__":
+    begin()
+    sys.exit(main(sys.argv[1]))
