@@ -1,85 +1,121 @@
-// The pairwise sigmoid loss (SigLIP, arXiv 2303.15343, eq. 1) around the GEMMs, on the GPU; y = 1 for own pairs, else -1:
+// The pairwise sigmoid loss (SigLIP, arXiv 2303.15343, eq. 1) around the GEMMs, on the GPU; y = 1 for own pairs, else
+// -1:
 //
 //   loss = sum_ij softplus(-y_ij z_ij) / rows        g_ij = -y_ij sigmoid(-y_ij z_ij)
 //
-//   8 rows x 128 columns a warp, one pass:
-//     c = products a q,  z = scale c + bias,  u = -y z
-//     e = exp(-|u|);  loss: max(u, 0) + log1p(e);  sigmoid(u) = (1 or e) / (1 + e)
-//     rows: sums of loss, g c and g over 32 lanes, then over the warps; to scratch, and a second kernel adds
+//   a tile of 8 rows x 128 columns a warp, one pass:
+//     c = products a q,  z = scale c + bias,  u = -y z,  e = exp(-|u|)
+//     sigmoid(u) = (1 or e) / (1 + e);  softplus(u) = max(u, 0) + log(1 + e)
+//     rows: sums of max(u, 0), g c and g, and prod (1 + e) - 1, whose log1p is taken once for 32 scores
+//           over 32 lanes, then over the warps; to scratch, and a second kernel adds
 //     out = left g right factor, rounded once
 //
-// Bytes an element: 4 in, 2 (bf16, fp16) or 4 out, 12 / 512 of scratch; one exponential, one reciprocal, about 35
-// instructions. The bound is the memory that holds the products: L2 for a chunk of rows that fits, else HBM; from
-// L2 the instructions come close to it. The two GEMMs beside it do 4 dim FLOP an element.
+// Bytes a score: 4 in, 2 (bf16, fp16) or 4 out, 12 / 512 of scratch. Instructions a score: 23.4 (float32: 22.8; 19.9
+// where no gradient is asked for), of which an exponential and a reciprocal. An H100's multiprocessor has instructions
+// for 5.5 scores a cycle, 33 bytes: the bound is the memory that holds the products, HBM by a factor of two and more,
+// and L2 for a block that fits (estimates). The two GEMMs beside it do 4 dim FLOP a score.
 #include "pairs.cuh"
 
 namespace lift_fast::gpu {
 namespace {
 
-// log(1 + e) for 0 <= e <= 1 to 1.3e-7 of itself. Not log(1 + e) as it stands: 65 536 far negatives of 1e-7 each count.
-__device__ inline float log1p_of(float e) {
+// log(1 + x) for 0 <= x <= 2^32: to 1.3e-7 of itself up to 1, where 1 + x would have lost most of a small x's digits.
+__device__ inline float log1p_of(float x) {
   constexpr float kLog1p[] = {1.0f,           -0.499998927f, 0.333297104f,  -0.249516159f, 0.196632743f,
                               -0.152696669f,  0.105436236f,  -0.0563736111f, 0.0195425265f, -0.00317605701f};
+  // 1 + x = 2^k (1 + e), 0 <= e < 1.
+  const int power = __float_as_int(1.f + x) & 0x7f800000;
+  const float inverse = __int_as_float(0x7f000000 - power), e = fmaf(x, inverse, inverse - 1.f);
   float p = kLog1p[9];
 #pragma unroll
-  for (int k = 8; k >= 0; --k) p = fmaf(p, e, kLog1p[k]);
-  return p * e;
+  for (int n = 8; n >= 0; --n) p = fmaf(p, e, kLog1p[n]);
+  return fmaf(static_cast<float>((power >> 23) - 127), 0.693147181f, p * e);
 }
 
-// parts [col_blocks, 3, rows]: each block's sums of loss, g c, g. In float32 `to.out` may be the products.
+// prod (1 + e) - 1 of two such products, without the cancellation: its logarithm has every digit of a tiny e.
+struct Product {
+  __device__ float operator()(float x, float y) const { return fmaf(x, y, x + y); }
+};
+
+// 1 / x to one unit in the last place, for 1 <= x <= 2.
+__device__ inline float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return 1.f / x;
+#endif
+}
+
+constexpr int kSignBit = INT32_MIN;
+__device__ inline float flipped(float x, int sign) { return __int_as_float(__float_as_int(x) ^ sign); }
+
+// T: of to.out, void where it is not asked for. parts [col_blocks, 3, rows]: each block's sums of loss, g c, g. In
+// float32 `to.out` may be the products: a lane has read its 32 of a tile before it writes them.
 template <typename T, bool Wide>
 __global__ void __launch_bounds__(32 * kWarps, 5)
-    sigmoid_kernel(Scores of, Gradient to, float* __restrict__ parts, int64_t col_blocks, int band) {
-  __shared__ float found[kWarps][3][kMostBand];
-  const Walk<Wide> walk(of, col_blocks, band);
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  const float factor = to.scaled ? to.factor * walk.scale : to.factor;
-  float right[kLane];
-  load_vector<Wide>(to.right, walk.left, walk.n, 0.f, right);
+    sigmoid_kernel(Scores of, Gradient to, float* __restrict__ parts, int block_rows) {
+  __shared__ float2 of_row[kMaxBlockRows];  // a, left factor
+  __shared__ float found[kWarps][3][kMaxBlockRows];
+  const Strip<Wide> strip(of, block_rows);
+  const unsigned lane = threadIdx.x, warp = threadIdx.y;
+  const int mine = 32 * warp + lane;
+  if (mine < strip.height) {
+    const int64_t i = strip.top + mine;
+    const float factor = to.scaled ? to.factor * strip.scale : to.factor;
+    of_row[mine] = {of.a ? of.a[i] : 1.f, to.left ? to.left[i] * factor : factor};
+  }
+  __syncthreads();
+  float right[kLaneCols];
+  load_vector<Wide>(to.right, strip.left, strip.width, right);
 
-  for (int64_t first = walk.top; first < walk.bottom; first += kRows) {
-    float c[kRows][kLane];
-    walk.load(first, c);
-    const int own_at = walk.own(first);
-    float loss[kRows], gc[kRows], sum[kRows];
+  strip.for_tiles([&](int row, auto edge) {
+    constexpr bool kEdge = decltype(edge)::value;
+    float p[kTileRows][kLaneCols], positive[kTileRows], product[kTileRows], gc[kTileRows], sum[kTileRows];
+    strip.template load<kEdge>(row, p);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float g[kLane];
-      loss[r] = gc[r] = sum[r] = 0.f;
+    for (int r = 0; r < kTileRows; ++r) {
+      const float2 mine = of_row[row + r];
+      const float a = mine.x, left = mine.y;
+      float g[kLaneCols];
 #pragma unroll
-      for (int k = 0; k < kLane; ++k) {
-        // Beyond the last column z is -inf and c 0, which adds nothing.
-        const bool own = own_at > -kRows && lane_column<Wide>(k) == own_at + r && own_at + r < walk.n;
-        const float z = walk.z(c[r][k], k), u = own ? -z : z, e = exp_of(-fabsf(u));
-        const float s = __fdividef(u >= 0.f ? 1.f : e, 1.f + e);
-        loss[r] += fmaxf(u, 0.f) + log1p_of(e);
-        g[k] = own ? -s : s;
-        gc[r] = fmaf(g[k], c[r][k], gc[r]);
-        sum[r] += g[k];
+      for (int k = 0; k < kLaneCols; ++k) {
+        float c = p[r][k] * a * strip.q[k], u = strip.z(c);
+        int flip = 0;  // the sign bit for an own pair
+        if constexpr (kEdge) {
+          if (strip.own(row + r, k)) flip = kSignBit;
+          u = flipped(u, flip);
+          if (!strip.inside(row + r, k)) u = -INFINITY, c = 0.f;  // adds nothing
+        }
+        const float e = exp_of(-fabsf(u)), y = 1.f + e, inverse = reciprocal(y), relu = fmaxf(u, 0.f);
+        g[k] = flipped(u >= 0.f ? inverse : e * inverse, flip);
+        positive[r] = k ? positive[r] + relu : relu;
+        product[r] = k ? fmaf(product[r], y, e) : e;
+        gc[r] = k ? fmaf(g[k], c, gc[r]) : g[k] * c;
+        sum[r] = k ? sum[r] + g[k] : g[k];
+        g[k] *= left * right[k];
       }
-      const int64_t i = first + r;
-      if (to.out && i < walk.bottom) {
-        const float left = to.left ? to.left[i] * factor : factor;
-#pragma unroll
-        for (int k = 0; k < kLane; ++k) g[k] *= left * right[k];
-        store4<Wide>(static_cast<T*>(to.out) + i * to.stride + walk.left, walk.n, g);
+      if constexpr (!std::is_void_v<T>) {
+        T* out = static_cast<T*>(to.out) + (strip.top + row + r) * to.stride + strip.left;
+        if (!kEdge || row + r < strip.height) store_four<Wide, kEdge>(out, strip.width, g);
       }
     }
-    const float losses = over_warp(loss, Sum()), gcs = over_warp(gc, Sum()), sums = over_warp(sum, Sum());
+    // Of 32 factors of at most 2 each.
+    const float loss = log1p_of(over_eighths(product, Product())) + over_eighths(positive, Sum());
+    const float losses = over_quad(loss, Sum()), gcs = over_warp(gc, Sum()), sums = over_warp(sum, Sum());
     // Lane 4 r + s has number s of row r.
-    const int part = lane % 4, at = static_cast<int>(first - walk.top) + lane / 4;
-    if (part < 3) found[warp][part][at] = part == 0 ? losses : part == 1 ? gcs : sums;
-  }
+    const unsigned part = lane % 4;
+    if (part < 3) found[warp][part][row + lane / 4] = part == 0 ? losses : part == 1 ? gcs : sums;
+  });
 
   __syncthreads();
-  const int at = 32 * warp + lane;
-  if (walk.top + at >= walk.bottom) return;
-  float* out = parts + walk.col_block * 3 * of.rows + walk.top + at;
+  if (mine >= strip.height) return;
+  float* out = parts + int64_t{3} * blockIdx.y * of.rows + strip.top + mine;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     float all = 0.f;
 #pragma unroll
-    for (int other = 0; other < kWarps; ++other) all += found[other][s][at];
+    for (int other = 0; other < kWarps; ++other) all += found[other][s][mine];
     out[s * of.rows] = all;
   }
 }
@@ -111,23 +147,24 @@ __global__ void __launch_bounds__(32 * kMergers)
 
 template <typename T>
 void launch(const Scores& of, const Sigmoid& sums, const Gradient& to, cudaStream_t stream) {
-  const Cut by = cut(of.rows, of.cols);
-  const unsigned grid = static_cast<unsigned>(by.row_blocks * by.col_blocks);
-  const bool wide = in_fours(of.products, of.stride, sizeof(float)) && in_fours(to.out, to.stride, sizeof(T));
+  const Division by = divide(of.rows, of.cols);
+  bool wide = aligned(of.products, of.stride, sizeof(float));
+  if constexpr (!std::is_void_v<T>) wide = wide && aligned(to.out, to.stride, sizeof(T));
   const auto kernel = wide ? sigmoid_kernel<T, true> : sigmoid_kernel<T, false>;
-  kernel<<<grid, dim3(32, kWarps), 0, stream>>>(of, to, sums.scratch, by.col_blocks, by.band);
+  kernel<<<by.grid(), dim3(32, kWarps), 0, stream>>>(of, to, sums.scratch, by.block_rows);
   add_kernel<<<static_cast<unsigned>(blocks(of.rows, 32)), dim3(32, kMergers), 0, stream>>>(
       sums.scratch, by.col_blocks, of.rows, sums);
 }
 
 }  // namespace
 
-int64_t sigmoid_scratch(int64_t rows, int64_t cols) { return 3 * cut(rows, cols).col_blocks * rows; }
+int64_t sigmoid_scratch(int64_t rows, int64_t cols) { return 3 * divide(rows, cols).col_blocks * rows; }
 
 const char* sigmoid(const Scores& of, const Sigmoid& sums, const Gradient& to, int device,
                     std::uintptr_t stream_handle) {
   return on_device(device, [&] {
     const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+    if (!to.out) return launch<void>(of, sums, to, stream);
     if (to.type == Out::f32) launch<float>(of, sums, to, stream);
     if (to.type == Out::bf16) launch<__nv_bfloat16>(of, sums, to, stream);
     if (to.type == Out::f16) launch<__half>(of, sums, to, stream);
