@@ -2,37 +2,57 @@
 
 from functools import lru_cache
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from lift_fast.ops import pairs
 
 SHAPES = [(rows, dim) for rows in (1, 2, 127, 129) for dim in (1, 100, 768, 4096)]
-LARGE = [(4097, dim) for dim in (1, 100, 768, 4096)]  # for the fastest backend
+LARGE = [(4097, dim) for dim in (1, 100, 768, 4096)]
 SCALES = [1.0, 14.3, 100.0]
 BACKENDS = pairs.backends_here()
+GPU_BACKENDS = ("cuda", "triton", "torch")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# (device, backend)
+PLACES = [
+    *(("cpu", name) for name in BACKENDS),
+    *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
+]
 GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
 PART = 200  # rows and columns of which the largest cases compare gradients
 
 
+def many_rows(*marks):
+    """(device, backend, rows, dim): on a CPU the fastest backend, and its largest case under these marks."""
+    cpu = [pytest.param("cpu", None, *shape, marks=marks if shape == LARGE[-1] else ()) for shape in LARGE]
+    gpu = [pytest.param("cuda", name, *shape, marks=pytest.mark.gpu) for name in GPU_BACKENDS for shape in LARGE]
+    return cpu + gpu
+
+
+def skip_without(backend):
+    if backend and isinstance(why_not := pairs.BACKENDS.load(backend), str):
+        pytest.skip(why_not)
+
+
 @lru_cache(maxsize=2)
-def features(rows, dim, dtype=torch.float32):
+def features(rows, dim, dtype=torch.float32, device="cpu"):
     """Unit rows."""
     generator = torch.Generator().manual_seed(1000 * rows + dim)
     image, text = (torch.randn(rows, dim, generator=generator) for _ in range(2))
-    return F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype)
+    return F.normalize(image, dim=1).to(device, dtype), F.normalize(text, dim=1).to(device, dtype)
 
 
 @lru_cache(maxsize=2)
-def products(rows, dim, dtype):
-    image, text = features(rows, dim, dtype)
+def products(rows, dim, dtype, device):
+    image, text = features(rows, dim, dtype, device)
     return image.double() @ text.double().T
 
 
-def by_hand(loss, rows, dim, dtype, scale, bias):
+def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
     """(loss, the first PART rows of d_image and d_text, d_scale, d_bias) in float64."""
-    image, text = (x.double() for x in features(rows, dim, dtype))
-    c = products(rows, dim, dtype)
+    image, text = (x.double() for x in features(rows, dim, dtype, device))
+    c = products(rows, dim, dtype, device)
     z = scale * c + bias
     if loss == "contrastive":
         top = z.max()
@@ -42,7 +62,7 @@ def by_hand(loss, rows, dim, dtype, scale, bias):
         p = [e[:PART] / row[:PART] + e[:PART] / col, e[:, :PART] / row + e[:, :PART] / col[:, :PART]]
         e *= c
         d_scale = ((e.sum(1) / row[:, 0]).mean() + (e.sum(0) / col[0]).mean()) / 2 - c.diagonal().mean()
-        d_bias = torch.zeros(())
+        d_bias = torch.zeros((), device=device)
         p, own = [one / (2 * rows) for one in p], 1 / rows
     else:
         value = -(F.logsigmoid(-z).sum() + z.diagonal().sum()) / rows
@@ -50,15 +70,16 @@ def by_hand(loss, rows, dim, dtype, scale, bias):
         p, own = [s[:PART], s[:, :PART]], 1 / rows
         d_bias = s.sum() - 1
         d_scale = (s * c).sum() - c.diagonal().mean()
-    own = own * torch.eye(min(PART, rows), rows, dtype=torch.float64)
+    own = own * torch.eye(min(PART, rows), rows, dtype=torch.float64, device=device)
     return value, scale * (p[0] - own) @ text, scale * (p[1] - own.T).T @ image, d_scale, d_bias
 
 
-def leaves(image, text, scale, bias):
-    """Tensors with a gradient each; scale and bias float32, or float64 with the features."""
+def leaves(image, text, scale, bias, device=None):
+    """Tensors with a gradient each, on `device` if one is named; scale and bias float32, or float64 with the
+    features."""
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
-    scale, bias = (torch.tensor(value, dtype=wide) for value in (scale, bias))
-    return [x.detach().clone().requires_grad_() for x in (image, text, scale, bias)]
+    scale, bias = (torch.tensor(value, dtype=wide, device=image.device) for value in (scale, bias))
+    return [x.detach().to(device or x.device).clone().requires_grad_() for x in (image, text, scale, bias)]
 
 
 def check_loss(got, want):
@@ -70,21 +91,35 @@ def check_gradient(got, want, dtype=torch.float32):
     cancel (1e-7 of one), as may all of a gradient that is zero (1e-6); any other has none but float32's least.
     """
     floor = 1e-7 if want.dim() == 0 else 1e-6 if want.norm() < 1e-12 else 1e-12
-    assert (got.double() - want).norm() <= GRADIENT[dtype] * want.norm() + floor
+    assert (got.to(want.device).double() - want).norm() <= GRADIENT[dtype] * want.norm() + floor
 
 
-def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True):
+def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True, device="cpu"):
     """One op against the float64 formula, with gradients for all (or all but the texts)."""
-    inputs = leaves(*features(rows, dim, dtype), scale, bias)
+    skip_without(backend)
+    inputs = leaves(*features(rows, dim, dtype, device), scale, bias)
     inputs[1].requires_grad_(trained)
     loss = op(*inputs, backend=backend)
     loss.backward()
-    want, *gradients = by_hand(op.__name__, rows, dim, dtype, scale, bias)
+    want, *gradients = by_hand(op.__name__, rows, dim, dtype, scale, bias, device)
     check_loss(loss, want)
     for x, right in zip(inputs, gradients, strict=True):
         if x.requires_grad:
-            assert x.grad.dtype == x.dtype
+            assert x.grad.dtype == x.dtype and x.grad.device == x.device
             check_gradient(x.grad[:PART] if x.dim() else x.grad, right, x.dtype)
+
+
+def check_no_waiting(op, backend):
+    """The host of a GPU does not wait for it, forward or backward."""
+    skip_without(backend)
+    inputs = leaves(*features(300, 768, torch.bfloat16, "cuda"), 14.3, -0.7)
+    op(*inputs, normalize=True, backend=backend).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(*inputs, normalize=True, backend=backend).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Spy:

@@ -2,7 +2,22 @@
 
 import pytest
 import torch
-from pair_cases import BACKENDS, LARGE, SCALES, SHAPES, Spy, check_by_hand, check_gradient, check_loss, leaves
+from pair_cases import (
+    BACKENDS,
+    DEVICES,
+    GPU_BACKENDS,
+    PLACES,
+    SCALES,
+    SHAPES,
+    Spy,
+    check_by_hand,
+    check_gradient,
+    check_loss,
+    check_no_waiting,
+    leaves,
+    many_rows,
+    skip_without,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,27 +29,28 @@ from lift_fast.ops.contrastive import contrastive, reference
 from lift_fast.quantized import QuantizedRows
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_value_and_gradients(rows, dim, scale, dtype, backend):
-    check_by_hand(contrastive, rows, dim, dtype, scale, backend)
+def test_value_and_gradients(rows, dim, scale, dtype, device, backend):
+    check_by_hand(contrastive, rows, dim, dtype, scale, backend, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "dim"), LARGE)
-def test_many_rows(rows, dim, dtype):
+@pytest.mark.parametrize(("device", "backend", "rows", "dim"), many_rows())
+def test_many_rows(device, backend, rows, dim, dtype):
     for scale in SCALES:
-        check_by_hand(contrastive, rows, dim, dtype, scale, None, trained=dim < 4096)
+        check_by_hand(contrastive, rows, dim, dtype, scale, backend, trained=dim < 4096, device=device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_normalize(scale, backend):
+def test_normalize(scale, device, backend):
+    skip_without(backend)
     torch.manual_seed(0)
     image, text = torch.exp(torch.randn(129, 1)) * torch.randn(129, 100), 30 * torch.randn(129, 100)
-    got, want = leaves(image, text, scale, 0.3), leaves(image.double(), text.double(), scale, 0.3)
+    got, want = leaves(image, text, scale, 0.3, device), leaves(image.double(), text.double(), scale, 0.3)
     loss, right = contrastive(*got, normalize=True, backend=backend), reference(*want, normalize=True)
     check_loss(loss, right)
     for x, d, d_right in zip(got, torch.autograd.grad(loss, got), torch.autograd.grad(right, want), strict=True):
@@ -57,10 +73,11 @@ def test_a_second_derivative_is_refused():
         d_image.square().sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("what", ["duplicates", "zero rows", "large", "large ties", "strided", "one dim"])
-def test_unusual_features(what, normalize, backend):
+def test_unusual_features(what, normalize, device, backend):
+    skip_without(backend)
     torch.manual_seed(0)
     image, text = torch.randn(40, 24), torch.randn(40, 24)
     if what == "duplicates":
@@ -73,11 +90,11 @@ def test_unusual_features(what, normalize, backend):
         image, text = (1e4 * torch.randn(40, 24).sign() for _ in range(2))
         text[1::2] = text[::2].clone()
     elif what == "strided":
-        image, text = torch.randn(24, 40).T, torch.randn(40, 48)[:, ::2]
+        image, text = torch.randn(24, 40).to(device).T, torch.randn(40, 48).to(device)[:, ::2]
     else:
         image, text = (x[:, :1] + x[:, :1].sign() for x in (image, text))
     bias = 0.0 if what.startswith("large") else -0.7
-    got, want = leaves(image, text, 3.0, bias), leaves(image.double(), text.double(), 3.0, bias)
+    got, want = leaves(image, text, 3.0, bias, device), leaves(image.double(), text.double(), 3.0, bias, "cpu")
     if what == "strided":
         got[:2] = [x.requires_grad_() for x in (image, text)]
     loss, right = contrastive(*got, normalize=normalize, backend=backend), reference(*want, normalize=normalize)
@@ -87,56 +104,61 @@ def test_unusual_features(what, normalize, backend):
         check_gradient(d, d_right)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["image", "text", "scale"])
-def test_nan_does_not_become_a_number(where, dtype, backend):
+def test_nan_does_not_become_a_number(where, dtype, device, backend):
+    skip_without(backend)
     image, text, scale = torch.randn(33, 20).to(dtype), torch.randn(33, 20).to(dtype), torch.tensor(2.0)
     {"image": image[7], "text": text[32], "scale": scale[None]}[where][-1] = torch.nan
+    image, text, scale = (x.to(device) for x in (image, text, scale))
     for normalize in (False, True):
         assert contrastive(image.requires_grad_(), text, scale, normalize=normalize, backend=backend).isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_int8_text_is_its_widened_text(normalize, dtype, backend):
+def test_int8_text_is_its_widened_text(normalize, dtype, device, backend):
+    skip_without(backend)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(257, 100), dim=1) for _ in range(2))
     image, rows = image.to(dtype), encode(text, "int8")
-    got, want = leaves(image, text, 14.3, -0.7), leaves(image.double(), rows.widen(torch.float64), 14.3, -0.7)
-    got[1] = rows
+    got, want = leaves(image, text, 14.3, -0.7, device), leaves(image.double(), rows.widen(torch.float64), 14.3, -0.7)
+    got[1] = rows.to(device)
     contrastive(*got, normalize=normalize, backend=backend).backward()
     reference(*want, normalize=normalize).backward()
     bound = 1e-3 if dtype == torch.float32 else 5e-3  # a bfloat16 gradient alone is rounded by 2e-3
-    assert (got[0].grad.double() - want[0].grad).norm() <= bound * want[0].grad.norm()
-    assert (got[2].grad - want[2].grad).abs() <= 1e-3 * want[2].grad.abs()
+    assert (got[0].grad.double().cpu() - want[0].grad).norm() <= bound * want[0].grad.norm()
+    assert (got[2].grad.cpu() - want[2].grad).abs() <= 1e-3 * want[2].grad.abs()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float16_keeps_what_is_small(backend):
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+def test_float16_keeps_what_is_small(device, backend):
     """1 / rows times a probability is subnormal in float16."""
+    skip_without(backend)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(1500, 64), dim=1).half() for _ in range(2))
-    got, want = leaves(image, text, 100.0, 0.0), leaves(image.double(), text.double(), 100.0, 0.0)
+    got, want = leaves(image, text, 100.0, 0.0, device), leaves(image.double(), text.double(), 100.0, 0.0)
     loss, right = contrastive(*got, backend=backend), reference(*want)
     check_loss(loss, right)
     (1024 * loss).backward()  # as a GradScaler would
     (1024 * right).backward()
     for x, y in zip(got[:2], want[:2], strict=True):
         assert x.grad.dtype == torch.float16
-        assert (x.grad.double() - y.grad).norm() <= 2e-3 * y.grad.norm()
+        assert (x.grad.double().cpu() - y.grad).norm() <= 2e-3 * y.grad.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_change_nothing(dtype, normalize, backend):
+def test_chunks_change_nothing(dtype, normalize, device, backend):
+    skip_without(backend)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(65, 48), dim=1).to(dtype) for _ in range(2))
 
     def run(step, budget):
-        inputs = leaves(image, text, 14.3, -0.7)
+        inputs = leaves(image, text, 14.3, -0.7, device)
         with tuned.using("pairs", "chunk", {"of": "scores", "bytes": 0, "least": step, "multiple": 1}):
             loss = contrastive(*inputs, normalize=normalize, budget=budget, backend=backend)
         return [loss, *torch.autograd.grad(loss, inputs)]
@@ -158,12 +180,13 @@ def test_mixed_dtypes_meet_in_the_wider():
     assert contrastive(image.double(), encode(text.detach().float(), "int8"), 2.0).dtype == torch.float64
 
 
-def test_autocast_multiplies_in_its_dtype_and_nothing_else():
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_multiplies_in_its_dtype_and_nothing_else(device):
     torch.manual_seed(0)
-    image, text = (F.normalize(torch.randn(64, 128), dim=1) for _ in range(2))
+    image, text = (F.normalize(torch.randn(64, 128), dim=1).to(device) for _ in range(2))
     narrow = [x.bfloat16() for x in (image, text)]
     image.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         loss = contrastive(image, text, 100.0)
     assert loss.dtype == torch.float32
     assert loss.item() == contrastive(*narrow, 100.0).item()
@@ -323,3 +346,9 @@ def test_features_without_a_dimension_and_a_negative_budget_are_refused():
         contrastive(torch.zeros(8, 0), torch.zeros(8, 0), 1.0)
     with pytest.raises(ValueError, match="budget must be bytes"):
         contrastive(torch.ones(8, 4), torch.ones(8, 4), 1.0, budget=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_the_host_does_not_wait_for_a_gpu(backend):
+    check_no_waiting(contrastive, backend)
