@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,12 @@ from torch.nn import functional as F
 
 from lift_fast.measure.machine import machine
 from lift_fast.measure.time import Timing, interleaved_ms, median_ms
+from lift_fast.ops import tuned
+from lift_fast.ops.pairs import choose
 from lift_fast.quantized import QuantizedRows
 
 from .harness import Suite
+from .launches import launches, registers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGIT_SCALE = 1 / 0.07  # where CLIP begins
@@ -193,6 +196,7 @@ def measure(
 
     found: dict[Key, dict[str, float]] = {}
     seconds: dict[Key, float] = {}  # of the last call before the timing
+    kernels: dict[Key, dict[str, dict[str, int]]] = {}
     extra: set[Key] = set()  # those that computed gradients nobody asked for
     truths: dict[str, Truth] = {}
     sample = torch.arange(0, case.rows, -(-case.rows // SAMPLE), device=where)
@@ -206,7 +210,7 @@ def measure(
             if what == COMPILED:
                 call()
             begun = time.perf_counter()
-            with unasked() as gradients:
+            with unasked() as gradients, launches() as kernels[what, kind]:
                 result = call()
             seconds[what, kind] = time.perf_counter() - begun
             if gradients:
@@ -265,7 +269,9 @@ def measure(
         }
         if (what, kind) in extra:
             row["extra_gradients"] = True
-        suite.add(row, flops=flops)
+        launched = kernels.get((what, kind), {})
+        by = _settings(image, case) if what == OURS else {}
+        suite.add(row, flops=flops, kernels=launched or None, registers=registers(launched), **by)
         added[what, kind] = row
     return added
 
@@ -291,6 +297,17 @@ def _timed(
         timings |= interleaved_ms(others, count, 0, where)
         repeats |= dict.fromkeys(others, count)
     return timings, repeats
+
+
+def _settings(image: Tensor, case: Case) -> dict[str, Any]:
+    """Which backend is first for these features, and how it cuts their scores."""
+    backend, _, device = choose(image)
+    found: dict[str, Any] = {"by": backend}
+    facts = {"dim": case.dim, "itemsize": image.element_size(), "backend": backend, "trained": case.trainable}
+    for setting in ("block", "band", "keep"):
+        with suppress(LookupError):  # not of this backend
+            found[setting] = tuned.lookup("pairs", device, setting, **facts)
+    return found
 
 
 def _truth(op: Op, image: Tensor, text: Tensor | QuantizedRows, sample: Tensor) -> Truth:

@@ -26,6 +26,7 @@ from lift_fast.nn.models import INITIAL_LOGIT_SCALE, MAX_LOGIT_SCALE
 
 from .bench_contrastive import open_clip as clip_loss
 from .harness import Suite
+from .launches import launches, registers
 from .pairs import DTYPES
 
 OURS, TORCH, AUTHORS = "lift_fast", "torch modules", "authors' step"
@@ -261,7 +262,8 @@ def measure(
         spend = (8.0 if where == "cpu" else 2.0) * (1 if suite.quick else 3)
     rows: dict[str, Row] = {}
     for part in _parts(builds, where):
-        found = _timed(suite, name, part, where, spend, most)
+        kernels: dict[str, dict[str, dict[str, int]]] = {}
+        found = _timed(suite, name, part, where, spend, most, kernels)
         rows |= {what: {**case, "what": what, **row} for what, row in found.items()}
         for what in found:
             row = rows[what]
@@ -270,7 +272,9 @@ def measure(
             if also:
                 row |= also(what, rows)
             work = {"bytes": rates.get("gb_per_s", 0) * 1e9, "flops": rates.get("tflop_per_s", 0) * 1e12}
-            suite.add(row, **{kind: amount for kind, amount in work.items() if amount})
+            launched = kernels.get(what, {})
+            more = {"kernels": launched or None, "registers": registers(launched)}
+            suite.add(row, **more, **{kind: amount for kind, amount in work.items() if amount})
     return rows
 
 
@@ -288,8 +292,9 @@ def _timed(
     where: str,
     spend: float,
     most: float | None,
+    kernels: dict[str, dict[str, dict[str, int]]],
 ) -> dict[str, Row]:
-    """The figures of each that can be built and called."""
+    """The figures of each that can be built and called; kernels gets what each launches, on a GPU."""
     calls: dict[str, Call] = {}
     seconds: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -300,6 +305,9 @@ def _timed(
         try:
             with _peak(where) as peak:
                 call = build()
+                if where == "cuda" and COMPILED not in what:
+                    with launches() as kernels[what]:
+                        call()
                 for _ in range(1 if most and not calls else 2):
                     begun = time.perf_counter()
                     call()

@@ -16,9 +16,10 @@ import torch
 
 from benchmarks import lines, peers, tune
 from benchmarks.harness import Suite
-from benchmarks.lease import hot, phases, plan, report, smoke
+from benchmarks.lease import hot, phases, plan, report, smoke, sweep
 from benchmarks.lease.jobs import NOT_BEGUN, TIMED_OUT, Jobs, Task
 from benchmarks.pairs import unasked
+from lift_fast.ops import tuned as tuned_tables
 
 ROOT = Path(__file__).parent.parent
 STUB = [sys.executable, str(ROOT / "tests/lease_stub.py")]
@@ -293,6 +294,17 @@ def test_peers_are_fetched_and_installed_one_by_one(tmp_path):
     assert install[-1].endswith("one-1.0-py3-none-any.whl") and "--no-index" in install and "--no-deps" in install
 
 
+def test_a_sweep_measures_the_table_that_would_be():
+    found = list(sweep.sweeps("sm_90"))
+    assert {"backend", "block", "band", "keep"} <= {one.setting for one in found}
+    before = tuned_tables.lookup("pairs", "sm_90", "block", dim=768)
+    with sweep.in_front("pairs", "sm_90", {"setting": "block", "when": {"dim": [None, 1023]}, "value": [1, 2]}):
+        assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == [1, 2]
+        assert tuned_tables.lookup("pairs", "sm_90", "block", dim=1024) == before
+    assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == before
+    assert [sweep._within(rule, 768) for rule in (None, [None, 512], [1024, None], 64)] == [768, 512, 1024, 64]
+
+
 NCU = """==PROF== Profiling
 "ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
 "","","ns","register/thread"
@@ -305,8 +317,9 @@ NCU = """==PROF== Profiling
 def test_what_ncu_says():
     found = list(hot.kernels(NCU))
     assert [kernel["median_ms"] for kernel in found] == [1.25, 0.5, 9.0] and found[0]["registers"] == 96
-    assert [hot.ours(kernel["case"]) for kernel in found] == [True, True, False]
     assert list(hot.kernels("==ERROR== no permission")) == []
+    cuda = {name for file in (ROOT / "csrc").glob("*.cu") for name in re.findall(r"(\w+)<<<", file.read_text())}
+    assert {"dequant_kernel", "forward_kernel"} <= hot.ours() and cuda - {"kernel"} <= hot.ours()
     assert hot.command()[:5] == ["ncu", "--profile-from-start", "off", "--clock-control", "none"]
 
 

@@ -17,8 +17,8 @@ class Phase(NamedTuple):
 PHASES = (
     Phase("machine", 10),
     Phase("ceilings", 20),
-    Phase("smoke triton", 40, cores=True),
-    Phase("build", 55, cores=True),  # it runs beside the three before; so long it is waited for after them
+    Phase("smoke triton", 60, cores=True),
+    Phase("build", 35, cores=True),  # it runs beside the three before; so long it is waited for after them
     Phase("smoke cuda", 30, cores=True),
     Phase("tests", 135, cores=True),
     Phase("contrastive", 55),

@@ -7,7 +7,7 @@ its own (phases.py), under compute-sanitizer where that is installed; tests/test
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import lines
+from ..launches import launches, registers
 from ..start import begin, rehearsing
 
 # An odd number of tiles; enough for narrow features to be multiplied as they are (ops/policy.py).
@@ -187,51 +188,6 @@ def _cases() -> Iterator[tuple[str, Case]]:
 CASES: dict[str, Case] = dict(_cases())
 
 
-@contextmanager
-def launches() -> Iterator[dict[str, dict[str, int]]]:
-    """What is launched inside: "module.kernel" of ours in Triton, "_C.entry" -> registers, spills, shared memory."""
-    from triton.runtime.jit import JITFunction
-
-    found: dict[str, dict[str, int]] = {}
-    run = JITFunction.run
-
-    def noted(self: Any, *args: Any, **options: Any) -> Any:
-        kernel = run(self, *args, **options)
-        shared = getattr(getattr(kernel, "metadata", None), "shared", None)
-        figures = {"registers": getattr(kernel, "n_regs", None), "spills": getattr(kernel, "n_spills", None)}
-        figures = {"shared": shared} if rehearsing() else {**figures, "shared": shared}
-        figures = {name: value for name, value in figures.items() if value is not None}
-        found[f"{self.fn.__module__.rsplit('.')[-1]}.{self.fn.__name__}"] = figures
-        return kernel
-
-    JITFunction.run = noted
-    entries = _entries(found)
-    try:
-        yield found
-    finally:
-        JITFunction.run = run
-        for module, name, entry in entries:
-            setattr(module, name, entry)
-
-
-def _entries(found: dict[str, dict[str, int]]) -> list[tuple[Any, str, Any]]:
-    try:
-        from lift_fast import _C
-    except ImportError:
-        return []
-    kept = []
-    for name in [name for name in dir(_C) if name.endswith("_cuda")]:
-        entry = getattr(_C, name)
-
-        def noted(*args: Any, name: str = name, entry: Any = entry, **options: Any) -> Any:
-            found[f"_C.{name}"] = {}
-            return entry(*args, **options)
-
-        setattr(_C, name, noted)
-        kept.append((_C, name, entry))
-    return kept
-
-
 def main(name: str) -> int:
     from lift_fast.errors import BackendError
 
@@ -248,8 +204,7 @@ def main(name: str) -> int:
     unlaunched = sorted(set(case.kernels) - set(launched))
     if rehearsing():
         error = 0.0
-    registers = max((figures.get("registers", 0) for figures in launched.values()), default=0) or None
-    line = {"kernels": launched, "registers": registers, "error_over_allowed": error}
+    line = {"kernels": launched, "registers": registers(launched), "error_over_allowed": error}
     lines.write({"phase": "smoke", "case": name, **line})
     print(f"error over what is allowed: {error:.3g}")
     if unlaunched:

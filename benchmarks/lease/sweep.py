@@ -1,14 +1,15 @@
 """python -m benchmarks.lease.sweep --seconds S: candidate values of tuned settings, each timed in the op that reads it.
 
 A line a value: {"phase": "tune", "family", "device": "sm_90", "setting", "when", "value", "present", "median_ms", ...},
-`when` as the table has it. `python -m benchmarks tune --from` makes table entries of those that are faster than the
-present value by more than the spread. Two sweeps beside each other: the same `when` is not measured twice.
+A value is measured as it would be in the table: an entry with its `when` in front of the others. `python -m benchmarks
+tune --from` makes entries of those that are faster than the present value by more than the spread.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,24 +27,43 @@ Call = Callable[[], object]
 
 
 class Sweep(NamedTuple):
-    """facts: for which the present value is looked up. when: for which the entry is to hold. build: makes the call."""
+    """present: the value that the table has for what is measured. when: for which an entry is to hold. build: makes
+    the call that is timed."""
 
     family: str
     setting: str
-    facts: Mapping[str, Any]
+    present: Any
     when: Mapping[str, Any]
     values: tuple[Any, ...]
     build: Callable[[], Call]
 
 
-def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = None) -> Call:
+@contextmanager
+def in_front(family: str, device: str, entry: Mapping[str, Any]) -> Iterator[None]:
+    """The table as it would be with one more entry, the first."""
+    others = tuned.entries
+
+    def entries(a_family: str, a_device: str) -> list[dict[str, Any]]:
+        first = [dict(entry)] if (a_family, a_device) == (family, device) else []
+        return first + others(a_family, a_device)
+
+    tuned.entries = entries  # type: ignore[assignment]
+    tuned._lookup.cache_clear()
+    try:
+        yield
+    finally:
+        tuned.entries = others
+        tuned._lookup.cache_clear()
+
+
+def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = None, rows: int = ROWS) -> Call:
     from lift_fast.ops.contrastive import contrastive
     from lift_fast.ops.sigmoid import sigmoid
 
     from ..bench_contrastive import features
     from ..pairs import Case
 
-    image, text = features(Case(ROWS, dim, "bf16", trained), "cuda")
+    image, text = features(Case(rows, dim, "bf16", trained), "cuda")
     scalars = [torch.tensor(value, device="cuda", requires_grad=True) for value in (14.0, -10.0)]
     loss = {"contrastive": contrastive, "sigmoid": sigmoid}[op]
     leaves = [image, *([text] if trained else []), *scalars]
@@ -87,45 +107,90 @@ BANDS = tuple({"bytes": size * MIB} for size in (256, 512, 1024, 2048))
 KEEPS = None, {"share_of_free": 0.5}
 
 
-def sweeps() -> Iterator[Sweep]:
+TILES = ("tile",)  # the settings of kernels, of which other devices' tables and other facts have candidates
+MOST_TILES = 5
+
+
+def sweeps(device: str) -> Iterator[Sweep]:
+    """What decides most first."""
+
+    def known(setting: str, when: Mapping[str, Any], values: tuple[Any, ...], build: Callable[[], Call], **facts: Any):
+        try:
+            present = tuned.lookup("pairs", device, setting, **facts)
+        except LookupError as error:
+            lines.write({"phase": "tune", "note": f"pairs {setting} {facts}: {error!r}"})
+            return
+        yield Sweep("pairs", setting, present, when, values, build)
+
+    loss = partial(pair_loss, "contrastive")
     for dim in (768, 4096, 1536, 256):
-        when = {"dim": DIMS[dim], "itemsize": 2}
-        yield Sweep(
-            "pairs", "backend", {"dim": dim, "itemsize": 2}, when, ORDERS, partial(pair_loss, "contrastive", dim)
-        )
+        when, facts = {"dim": DIMS[dim], "itemsize": 2}, {"dim": dim, "itemsize": 2}
+        yield from known("backend", when, ORDERS, partial(loss, dim), **facts)
     for dim, span in ((768, [None, 1023]), (4096, [1024, None])):
-        build = partial(pair_loss, "contrastive", dim, False, "cuda")
-        yield Sweep("pairs", "block", {"dim": dim}, {"dim": span}, BLOCKS, build)
+        yield from known("block", {"dim": span}, BLOCKS, partial(loss, dim, False, "cuda"), dim=dim)
+    yield from _tiles(device)
     for trained in (False, True):
-        build = partial(pair_loss, "contrastive", 4096, trained, "cuda")
-        yield Sweep("pairs", "band", {"trained": trained}, {"trained": trained}, BANDS, build)
+        yield from known("band", {"trained": trained}, BANDS, partial(loss, 4096, trained, "cuda"), trained=trained)
     for dim in (768, 1536):
-        facts = {"dim": dim, "itemsize": 2, "backend": "cuda"}
-        when = {"dim": DIMS[dim], "itemsize": 2}
-        yield Sweep("pairs", "keep", facts, when, KEEPS, partial(pair_loss, "contrastive", dim, False, "cuda"))
+        when, facts = {"dim": DIMS[dim], "itemsize": 2}, {"dim": dim, "itemsize": 2, "backend": "cuda"}
+        yield from known("keep", when, KEEPS, partial(loss, dim, False, "cuda"), **facts)
+
+
+def _tiles(device: str) -> Iterator[Sweep]:
+    """For each tile of the device's tables those that any GPU's table has for the same kind of kernel."""
+    for family in sorted({file.name.split(".")[0] for file in tuned.HERE.glob("*.json")}):
+        if not any(name == device for name in tuned.devices(family)):
+            continue
+        several = [entry for name in tuned.devices(family) if name != "cpu" for entry in tuned.entries(family, name)]
+        for entry in tuned.entries(family, device):
+            build = _workload(family, entry["when"])
+            if entry["setting"] not in TILES or build is None:
+                continue
+            alike = [other["value"] for other in several if _kind(other) == _kind(entry)]
+            values = [value for number, value in enumerate(alike) if value not in alike[:number]]
+            if len(values) > 1:
+                present = entry["value"]
+                yield Sweep(family, entry["setting"], present, entry["when"], tuple(values[:MOST_TILES]), build)
+
+
+def _kind(entry: Mapping[str, Any]) -> list[Any]:
+    """What tells one kernel's setting from another's: the facts that are words or truths, not ranges."""
+    return [
+        entry["setting"],
+        sorted((name, rule) for name, rule in entry["when"].items() if not isinstance(rule, list)),
+    ]
+
+
+def _workload(family: str, when: Mapping[str, Any]) -> Callable[[], Call] | None:
+    """A call in which a setting with this `when` is looked up; None where that is not known here."""
+    dim = _within(when.get("dim", when.get("width")), 768)
+    if family == "pairs":
+        return partial(pair_loss, "sigmoid" if when.get("kind") == "sigmoid" else "contrastive", dim, False, "triton")
+    if family == "attention":
+        return partial(attention, _within(when.get("tokens"), TOKENS), _within(when.get("head_dim"), 64))
+    if family == "layernorm":
+        return partial(layernorm, dim, "triton")
+    return partial(mlp, dim, "triton_gemm") if family == "mlp" else None
+
+
+def _within(rule: Any, usual: int) -> int:
+    """The usual value, or what of the range is next to it."""
+    low, high = rule if isinstance(rule, list) else (rule, rule)
+    return min(max(usual, low or 0), high or max(usual, low or 0))
 
 
 def measure(sweep: Sweep, device: str) -> None:
     """A line for each value; what fails has one that says so."""
-    try:
-        present = tuned.lookup(sweep.family, device, sweep.setting, **sweep.facts)
-    except (LookupError, FileNotFoundError) as error:
-        lines.write({"phase": "tune", "note": f"{sweep.family} {sweep.setting} {dict(sweep.facts)}: {error!r}"})
-        return
     plain = sweep.build()
     calls: dict[int, Call] = {}
-    values = [present, *(value for value in sweep.values if value != present)]
-    case: dict[str, Any] = {
-        "phase": "tune",
-        "family": sweep.family,
-        "device": device,
-        "gpu": torch.cuda.get_device_name(0),
-    }
-    case |= {"setting": sweep.setting, "when": dict(sweep.when)}
+    values = [sweep.present, *(value for value in sweep.values if value != sweep.present)]
+    case: dict[str, Any] = {"phase": "tune", "family": sweep.family, "device": device, "setting": sweep.setting}
+    case |= {"when": dict(sweep.when), "gpu": torch.cuda.get_device_name(0)}
     for number, value in enumerate(values):
+        entry = {"setting": sweep.setting, "when": sweep.when, "value": value}
 
-        def call(value: Any = value) -> object:
-            with tuned.using(sweep.family, sweep.setting, value):
+        def call(entry: Mapping[str, Any] = entry) -> object:
+            with in_front(sweep.family, device, entry):
                 return plain()
 
         try:
@@ -148,10 +213,11 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two sweeps")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
-    for number, sweep in enumerate(sweeps()):
+    device = tuned.gpu("pairs", torch.device("cuda", 0))
+    for number, sweep in enumerate(sweeps(device)):
         if time.monotonic() > end or (arguments.short and number == 2):
             return
-        measure(sweep, tuned.gpu(sweep.family, torch.device("cuda", 0)))
+        measure(sweep, device)
         torch.cuda.empty_cache()
 
 
