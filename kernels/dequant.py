@@ -92,7 +92,8 @@ def _store(x, step, scale, inside, out, i, m, start, dim, COLS: tl.constexpr):
     tl.store(out + i[:, None] * dim + c[None, :], x, mask=(i < m)[:, None] & (c < dim)[None, :])
 
 
-@triton.jit
+# One program serves any number of rows: only what wide loads and stores depend on makes another.
+@triton.jit(do_not_specialize=("n", "m", "scales_stride"), do_not_specialize_on_alignment=("scales", "rows"))
 def dequant_kernel(
     codes, scales, rows, out, n, m, dim, columns, codes_stride, scales_stride,
     HAS_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, NORMALIZE: tl.constexpr, BITS: tl.constexpr,
@@ -136,7 +137,7 @@ def dequant_kernel(
 
 def tile(dim: int, normalize: bool = False) -> tuple[int, int]:
     """(ROWS, COLS): 2048 elements; with normalize up to 4096 of one row."""
-    cols = min(4096 if normalize else 1024, max(16, triton.next_power_of_2(dim)))
+    cols = min(4096 if normalize else 1024, max(64, triton.next_power_of_2(dim)))
     return max(1, 2048 // cols), cols
 
 
