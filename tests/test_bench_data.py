@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count, repeat
 from pathlib import Path
 
+import complete  # noqa: F401
 import numpy as np
 import pytest
 import torch

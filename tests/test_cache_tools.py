@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import replace
 
+import complete  # noqa: F401
 import numpy as np
 import pytest
 import torch

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import complete  # noqa: F401
 import pyarrow as pa
 import pytest
 import torch

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import complete  # noqa: F401
 import numpy as np
 import psutil
 import pytest

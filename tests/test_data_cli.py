@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import complete  # noqa: F401
 import pytest
 from tiny_sets import make_set
 

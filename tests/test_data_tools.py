@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import count
 from pathlib import Path
 
+import complete  # noqa: F401
 import numpy as np
 import pyarrow as pa
 import pytest

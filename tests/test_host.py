@@ -2,6 +2,7 @@
 
 import threading
 
+import complete  # noqa: F401
 import pytest
 import torch
 from tiny_sets import make_set

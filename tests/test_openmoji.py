@@ -3,6 +3,7 @@
 import json
 import sys
 
+import complete  # noqa: F401
 import pytest
 
 from lift_fast.data.pictures import read_header

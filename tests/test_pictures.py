@@ -10,6 +10,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import complete  # noqa: F401
 import numpy as np
 import pytest
 import torch

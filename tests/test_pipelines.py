@@ -8,6 +8,7 @@ import random
 import tarfile
 from collections import Counter
 
+import complete  # noqa: F401
 import numpy as np
 import psutil
 import pytest

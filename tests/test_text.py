@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 
+import complete  # noqa: F401
 import pytest
 import torch
 from tiny_sets import make_set

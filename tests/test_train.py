@@ -6,6 +6,7 @@ import json
 import math
 import tarfile
 
+import complete  # noqa: F401
 import numpy as np
 import pytest
 import torch
