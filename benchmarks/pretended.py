@@ -247,9 +247,8 @@ def _widening(name: str, args: tuple, kwargs: dict) -> Tensor:
     kwargs = dict(kwargs)
     out = kwargs.pop("out", None)
     *operands, wide = [*args, *([kwargs.pop("out_dtype")] if "out_dtype" in kwargs else [])]
-    operands = [t.to(wide) for t in operands]
-    if _flops(name, tuple(operands)) <= PRODUCT and max(map(_bytes, operands)) <= COMPUTED:
-        found = getattr(torch, name)(*operands, **kwargs)
+    if _flops(name, tuple(operands)) <= PRODUCT and max(t.numel() for t in operands) * wide.itemsize <= COMPUTED:
+        found = getattr(torch, name)(*(t.to(wide) for t in operands), **kwargs)
         return found if out is None else out.copy_(found)
     if out is not None:
         return out

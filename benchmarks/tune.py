@@ -66,11 +66,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def better(found: Sequence[Line]) -> Iterator[Better]:
-    """By setting, in the order in which they were measured. Sweeps without the present value say nothing."""
+    """By setting and what it was measured in, in order. A sweep without the present value says nothing."""
     sweeps: dict[str, list[Line]] = {}
     for line in found:
         if line["phase"] == "tune" and "median_ms" in line:
-            key = json.dumps([line[name] for name in ("family", "device", "setting", "when")], sort_keys=True)
+            names = ("family", "device", "setting", "when", "case")
+            key = json.dumps([line[name] for name in names], sort_keys=True)
             sweeps.setdefault(key, []).append(line)
     for several in sweeps.values():
         best = min(several, key=lambda line: line["median_ms"])

@@ -138,7 +138,7 @@ def test_a_test_that_ends_its_process_costs_one_group(lease, monkeypatch):
         "x::test_wrong",
     ]
     monkeypatch.setenv("STUB_TESTS", " ".join(ids))
-    monkeypatch.setattr(phases, "ONE_TEST_S", 0.5 - phases.START_S)
+    monkeypatch.setattr(phases, "one_test_s", lambda rehearsal: 0.5 - phases.START_S)
     one = lease()
     one.planned["tests"] = 2.0  # of a group
     one.run()
@@ -302,7 +302,16 @@ def test_a_sweep_measures_the_table_that_would_be():
         assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == [1, 2]
         assert tuned_tables.lookup("pairs", "sm_90", "block", dim=1024) == before
     assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == before
-    assert [sweep._within(rule, 768) for rule in (None, [None, 512], [1024, None], 64)] == [768, 512, 1024, 64]
+    ones = [torch.ones(3), torch.ones(1)]
+    assert sweep._apart(sweep._tensors([ones[0], (None, ones[1])]), ones) == 0
+    assert sweep._apart([ones[0], torch.tensor([torch.nan])], ones) > sweep._apart([2 * ones[0], ones[1]], ones) > 0.9
+    found = list(sweep.variants({"rows": 64, "warps": 1, "stages": 1}))
+    assert [(one["rows"], one["warps"], one["stages"]) for one in found] == [
+        (64, 2, 1),
+        (32, 1, 1),
+        (128, 1, 1),
+        (64, 1, 2),
+    ]
 
 
 NCU = """==PROF== Profiling
@@ -324,7 +333,15 @@ def test_what_ncu_says():
 
 
 def tuned(value, median, spread=0.1, present=False, **more):
-    common = {"phase": "tune", "family": "pairs", "device": "sm_90", "gpu": "H", "commit": "abc", "setting": "block"}
+    common = {
+        "phase": "tune",
+        "family": "pairs",
+        "device": "sm_90",
+        "gpu": "H",
+        "commit": "abc",
+        "setting": "block",
+        "case": "c",
+    }
     figures = {"value": value, "median_ms": median, "spread_ms": spread, "present": present}
     return {**common, "when": {"dim": [None, 9]}, **figures, **more}
 

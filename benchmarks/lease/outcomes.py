@@ -2,7 +2,7 @@
 
 LIFT_FAST_COLLECTED names a file that gets {"tests": ids, "missing": {file: package}, "errors": {file: message}} of a
 collection. After a test that left the GPU unusable for its process (an illegal access, a device-side assert) the
-process ends: what follows would fail with it. So it does when a test takes longer than ONE_TEST_S.
+process ends: what follows would fail with it. So it does when a test takes longer than one_test_s.
 
 In a rehearsal (-p benchmarks.rehearsal) a test that only misses its values is "rehearsed".
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import lines
-from ..start import begin
+from ..start import begin, rehearsing
 
 COLLECTED = "LIFT_FAST_COLLECTED"
 POISONED = 70  # exit status
@@ -23,6 +23,11 @@ ONE_TEST_S = 45.0
 
 _reports: dict[str, dict[str, Any]] = {}
 _broken: dict[str, str] = {}
+
+
+def one_test_s(rehearsal: bool) -> float:
+    """A rehearsal's compilers may share two cores with others."""
+    return ONE_TEST_S * (6 if rehearsal else 1)
 
 
 def pytest_load_initial_conftests() -> None:
@@ -54,7 +59,7 @@ def _missing(text: str) -> str | None:
 
 
 def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
-    faulthandler.dump_traceback_later(ONE_TEST_S, exit=True)
+    faulthandler.dump_traceback_later(one_test_s(rehearsing()), exit=True)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

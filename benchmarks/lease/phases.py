@@ -15,7 +15,7 @@ from .. import lines, peers
 from ..start import ROOT
 from . import plan
 from .jobs import NOT_BEGUN, TIMED_OUT, Ended, Jobs, Task
-from .outcomes import COLLECTED, ONE_TEST_S
+from .outcomes import COLLECTED, one_test_s
 
 SUITES = {
     "contrastive": ("contrastive",),
@@ -56,9 +56,10 @@ class Lease:
         self.file, self.machine, self.commit = out / "results.jsonl", machine, commit
         self.rehearse, self.short, self.prebuilt, self.wheels = rehearse, short, prebuilt, wheels
         self.cores = int(machine["cores"])
-        if rehearse:  # nothing waits for it; a hang is found all the same
-            seconds *= max(1.0, plan.CORES / self.cores)
         self.planned = plan.seconds(seconds, self.cores)
+        if rehearse:  # nothing waits for it; a hang is found all the same
+            slower = max(1.0, plan.CORES / self.cores)
+            self.planned = {name: part * slower for name, part in plan.seconds(seconds).items()}
         self.begun = time.monotonic()
         self.ends = {name: self.begun + end for name, end in plan.ends(self.planned).items()}
         self.common = {"device": machine["device"], "commit": commit, **({"rehearsal": True} if rehearse else {})}
@@ -286,7 +287,7 @@ class Lease:
                 return []
             return [self._group(f"{name}, {test}", [test]) for test in lost]
 
-        seconds = ONE_TEST_S + START_S if len(ids) == 1 else self.planned["tests"]
+        seconds = one_test_s(self.rehearse) + START_S if len(ids) == 1 else self.planned["tests"]
         return Task(name, self._pytest(*ids), seconds, ended, self._environment("tests"))
 
     # Measurements.

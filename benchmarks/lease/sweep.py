@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lift_fast.measure.time import interleaved_ms
 from lift_fast.ops import tuned
@@ -101,14 +102,22 @@ def mlp(width: int, backend: str | None = None) -> Call:
 
 
 DIMS = {256: [None, 511], 768: [512, 1023], 1536: [1024, 2047], 4096: [2048, None]}  # the dim measured -> its range
-ORDERS = ["triton", "cuda", "torch"], ["cuda", "triton", "torch"]
 BLOCKS = [1024, 4096], [2048, 2048], [2048, 4096], [2048, 8192], [4096, 4096], [4096, 8192]
 BANDS = tuple({"bytes": size * MIB} for size in (256, 512, 1024, 2048))
 KEEPS = None, {"share_of_free": 0.5}
 
 
-TILES = ("tile",)  # the settings of kernels, of which other devices' tables and other facts have candidates
-MOST_TILES = 5
+# ROWS, COLS, DEPTH, warps, stages, registers: kernels/pairs.py's Tile.
+PAIR_TILES = (
+    [128, 128, 64, 8, 4, 128],
+    [128, 128, 64, 8, 2, 128],
+    [128, 128, 32, 8, 4, 128],
+    [128, 256, 64, 8, 3],
+    [128, 64, 64, 4, 4, 128],
+)
+STORED_TILES = [64, 64, 0, 4, 1], [32, 128, 0, 8, 1], [128, 64, 0, 8, 1], [64, 128, 0, 8, 1]
+MOST_TILES = 7
+FAR = 2e-2
 
 
 def sweeps(device: str) -> Iterator[Sweep]:
@@ -124,10 +133,19 @@ def sweeps(device: str) -> Iterator[Sweep]:
 
     loss = partial(pair_loss, "contrastive")
     for dim in (768, 4096, 1536, 256):
-        when, facts = {"dim": DIMS[dim], "itemsize": 2}, {"dim": dim, "itemsize": 2}
-        yield from known("backend", when, ORDERS, partial(loss, dim), **facts)
+        when = {"dim": DIMS[dim], "itemsize": 2}
+        yield from _orders("pairs", device, when, {"dim": dim, "itemsize": 2}, partial(loss, dim))
     for dim, span in ((768, [None, 1023]), (4096, [1024, None])):
         yield from known("block", {"dim": span}, BLOCKS, partial(loss, dim, False, "cuda"), dim=dim)
+    for tokens in (TOKENS, 577):
+        facts = {"tokens": tokens, "head_dim": 64, "causal": False}
+        yield from _orders("attention", device, {"tokens": [tokens, tokens]}, facts, partial(attention, tokens))
+    yield from _orders("transformer", device, {}, {}, _both)
+    fused, stored = partial(loss, 768, False, "triton"), partial(loss, 1536, False, "triton")
+    yield from known("fused_up_to", {}, (511,), fused)  # at 768 from cuBLAS's scores
+    yield from known("fused_up_to", {}, (2047,), stored)  # at 1536 from its own
+    yield from known("tile", {"aligned": True}, PAIR_TILES, fused, aligned=True, kind="stats")
+    yield from known("stored", {}, STORED_TILES, stored)
     yield from _tiles(device)
     for trained in (False, True):
         yield from known("band", {"trained": trained}, BANDS, partial(loss, 4096, trained, "cuda"), trained=trained)
@@ -136,56 +154,108 @@ def sweeps(device: str) -> Iterator[Sweep]:
         yield from known("keep", when, KEEPS, partial(loss, dim, False, "cuda"), **facts)
 
 
+def _both() -> Call:
+    calls = layernorm(768), mlp(768)
+    return lambda: [call() for call in calls]
+
+
+def _orders(
+    family: str, device: str, when: Mapping[str, Any], facts: Mapping[str, Any], build: Callable[[], Call]
+) -> Iterator[Sweep]:
+    """Each backend that is here first, the others behind it as they are; torch's own is the last resort."""
+    from lift_fast.ops import attention as attention_op
+    from lift_fast.ops import blocks, pairs
+
+    known = {"pairs": pairs.BACKENDS, "attention": attention_op.BACKENDS, "transformer": blocks.BACKENDS}[family]
+    entry = _entry(family, device, "backend", facts)
+    if entry:
+        present = entry["value"]
+        first = [name for name in present if name in known.here("cuda") and name != "torch"]
+        orders = [[name, *(other for other in present if other != name)] for name in first]
+        yield Sweep(family, "backend", present, when, tuple(orders), build)
+
+
+# A kernel's setting, the facts at which it is measured, and the call in which it is looked up.
+KERNELS: tuple[tuple[str, str, Mapping[str, Any], Callable[[], Call]], ...] = (
+    ("attention", "backward", {"tokens": TOKENS, "head_dim": 64, "causal": False}, partial(attention, TOKENS)),
+    ("attention", "forward", {"tokens": TOKENS, "head_dim": 64, "causal": False}, partial(attention, TOKENS)),
+    ("transformer", "layernorm_backward", {"width": 768, "itemsize": 2}, partial(layernorm, 768, "triton")),
+    ("transformer", "linear_act_backward", {"aligned": True, "width": 3072}, partial(mlp, 768, "triton_gemm")),
+    ("transformer", "linear_act", {"aligned": True, "width": 3072}, partial(mlp, 768, "triton_gemm")),
+    ("transformer", "bias_act_backward", {"width": 3072, "itemsize": 2}, partial(mlp, 768, "triton")),
+    ("transformer", "layernorm", {"width": 768, "itemsize": 2}, partial(layernorm, 768, "triton")),
+    ("transformer", "bias_act", {"width": 3072, "itemsize": 2}, partial(mlp, 768, "triton")),
+)
+
+
 def _tiles(device: str) -> Iterator[Sweep]:
-    """For each tile of the device's tables those that any GPU's table has for the same kind of kernel."""
-    for family in sorted({file.name.split(".")[0] for file in tuned.HERE.glob("*.json")}):
-        if not any(name == device for name in tuned.devices(family)):
-            continue
-        several = [entry for name in tuned.devices(family) if name != "cpu" for entry in tuned.entries(family, name)]
-        for entry in tuned.entries(family, device):
-            build = _workload(family, entry["when"])
-            if entry["setting"] not in TILES or build is None:
-                continue
-            alike = [other["value"] for other in several if _kind(other) == _kind(entry)]
-            values = [value for number, value in enumerate(alike) if value not in alike[:number]]
-            if len(values) > 1:
-                present = entry["value"]
-                yield Sweep(family, entry["setting"], present, entry["when"], tuple(values[:MOST_TILES]), build)
+    """For each kernel what other devices' tables have, and what is next to its own tile."""
+    for family, setting, facts, build in KERNELS:
+        entry = _entry(family, device, setting, facts)
+        if entry and isinstance(entry["value"], dict):
+            tables = [one for name in tuned.devices(family) if name != "cpu" for one in tuned.entries(family, name)]
+            others = [one["value"] for one in tables if one["setting"] == setting and isinstance(one["value"], dict)]
+            several = [*variants(entry["value"]), *others]
+            values = tuple(value for number, value in enumerate(several) if value not in several[:number])
+            yield Sweep(family, setting, entry["value"], entry["when"], values[:MOST_TILES], build)
 
 
-def _kind(entry: Mapping[str, Any]) -> list[Any]:
-    """What tells one kernel's setting from another's: the facts that are words or truths, not ranges."""
-    return [
-        entry["setting"],
-        sorted((name, rule) for name, rule in entry["when"].items() if not isinstance(rule, list)),
-    ]
+def variants(tile: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tiles that differ in one number: twice or half of it, a stage more or less."""
+    for name, change in (("warps", (2, 0.5)), ("rows", (0.5, 2)), ("elements", (2, 0.5)), ("a_warp", (2, 0.5))):
+        if name in tile:
+            yield from ({**tile, name: int(tile[name] * factor)} for factor in change if tile[name] * factor >= 1)
+    if "stages" in tile:
+        yield from ({**tile, "stages": tile["stages"] + step} for step in (1, -1) if tile["stages"] + step >= 1)
 
 
-def _workload(family: str, when: Mapping[str, Any]) -> Callable[[], Call] | None:
-    """A call in which a setting with this `when` is looked up; None where that is not known here."""
-    dim = _within(when.get("dim", when.get("width")), 768)
-    if family == "pairs":
-        return partial(pair_loss, "sigmoid" if when.get("kind") == "sigmoid" else "contrastive", dim, False, "triton")
-    if family == "attention":
-        return partial(attention, _within(when.get("tokens"), TOKENS), _within(when.get("head_dim"), 64))
-    if family == "layernorm":
-        return partial(layernorm, dim, "triton")
-    return partial(mlp, dim, "triton_gemm") if family == "mlp" else None
+def _entry(family: str, device: str, setting: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The entry that is taken for these facts; facts that are not given do not matter."""
+    if device not in tuned.devices(family):
+        return None
+    for entry in tuned.entries(family, device):
+        rules = entry["when"].items()
+        if entry["setting"] == setting and all(
+            tuned._holds(facts[name], rule) for name, rule in rules if name in facts
+        ):
+            return entry
+    return None
 
 
-def _within(rule: Any, usual: int) -> int:
-    """The usual value, or what of the range is next to it."""
-    low, high = rule if isinstance(rule, list) else (rule, rule)
-    return min(max(usual, low or 0), high or max(usual, low or 0))
+def _tensors(results: Any) -> list[Tensor]:
+    """Copies of all that a call gives, in calls' order."""
+    if isinstance(results, Tensor):
+        return [results.detach().clone()]
+    return [one for part in results for one in _tensors(part)] if isinstance(results, (list, tuple)) else []
+
+
+def _apart(found: list[Tensor], right: list[Tensor]) -> float:
+    """The largest distance in relative norm; results that are next to nothing do not count. NaN is far."""
+    most = 0.0
+    for one, other in zip(found, right, strict=True):
+        size = float(other.float().norm())
+        far = float((one.float() - other.float()).norm()) / size if size > 1e-6 else 0.0
+        most = max(most, far if far == far else float("inf"))
+    return most
+
+
+def _in_words(build: Callable[[], Call]) -> str:
+    """pair_loss('contrastive', 768)."""
+    if not isinstance(build, partial):
+        return build.__name__
+    return f"{build.func.__name__}({', '.join(map(repr, build.args))})"
 
 
 def measure(sweep: Sweep, device: str) -> None:
-    """A line for each value; what fails has one that says so."""
+    """A line for each value; one that fails, or has other results than the present one, has a line that says so."""
+    values = [sweep.present, *(value for value in sweep.values if value != sweep.present)]
+    if len(values) == 1:
+        return
     plain = sweep.build()
     calls: dict[int, Call] = {}
-    values = [sweep.present, *(value for value in sweep.values if value != sweep.present)]
+    right: list[Tensor] = []
     case: dict[str, Any] = {"phase": "tune", "family": sweep.family, "device": device, "setting": sweep.setting}
-    case |= {"when": dict(sweep.when), "gpu": torch.cuda.get_device_name(0)}
+    case |= {"when": dict(sweep.when), "case": _in_words(sweep.build), "gpu": torch.cuda.get_device_name(0)}
     for number, value in enumerate(values):
         entry = {"setting": sweep.setting, "when": sweep.when, "value": value}
 
@@ -194,8 +264,11 @@ def measure(sweep: Sweep, device: str) -> None:
                 return plain()
 
         try:
-            call()
+            found = _tensors(call())
             torch.cuda.synchronize()
+            right = right or found
+            if not rehearsing() and (far := _apart(found, right)) > FAR:
+                raise ValueError(f"its results are {far:.2g} from those of the present value")
             calls[number] = call
         except Exception as error:
             lines.write({**case, "value": value, "note": f"{type(error).__name__}: {error}"[:300]})
