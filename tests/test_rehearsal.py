@@ -53,7 +53,7 @@ def test_ops_compile_and_launch(tmp_path):
     rows = {row["kernel"]: row for row in map(json.loads, counts.read_text().splitlines())}
     triton = [row for row in rows.values() if row["compiles"]]
     assert len(triton) >= 6 and all(row["launches"] and row["cpu_s"] > 0 for row in triton), rows
-    assert any("layernorm" in name for name in rows) and any("backward" in name for name in rows)
+    assert any("layernorm" in name for name in rows)
     # Again, from Triton's cache: nothing is compiled, and all of it is launched.
     counts.unlink()
     assert run(str(script), **environment)[0] == 0
