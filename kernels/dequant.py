@@ -92,14 +92,21 @@ def _store(x, step, scale, inside, out, i, m, start, dim, COLS: tl.constexpr):
     tl.store(out + i[:, None] * dim + c[None, :], x, mask=(i < m)[:, None] & (c < dim)[None, :])
 
 
-# One program serves any number of rows: only what wide loads and stores depend on makes another.
-@triton.jit(do_not_specialize=("n", "m", "scales_stride"), do_not_specialize_on_alignment=("scales", "rows"))
+# One program serves any sizes: only what wide loads and stores depend on makes another.
+@triton.jit(
+    do_not_specialize=("n", "m", "dim", "columns", "codes_stride", "scales_stride"),
+    do_not_specialize_on_alignment=("scales", "rows"),
+)
 def dequant_kernel(
     codes, scales, rows, out, n, m, dim, columns, codes_stride, scales_stride,
-    HAS_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, NORMALIZE: tl.constexpr, BITS: tl.constexpr,
-    LEVELS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """columns: elements in a row of codes. LEVELS: of packed codes of BITS bits, level k in byte k; else 0."""
+    """columns: elements in a row of codes; dim, columns and codes_stride come in units of UNIT, by which they divide.
+
+    LEVELS: of packed codes of BITS bits, level k in byte k; else 0.
+    """
+    dim, columns, codes_stride = dim * UNIT, columns * UNIT, codes_stride * UNIT
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if HAS_ROWS:
         row = tl.load(rows + i, mask=i < m, other=0)
@@ -137,7 +144,7 @@ def dequant_kernel(
 
 def tile(dim: int, normalize: bool = False) -> tuple[int, int]:
     """(ROWS, COLS): 2048 elements; with normalize up to 4096 of one row."""
-    cols = min(4096 if normalize else 1024, max(64, triton.next_power_of_2(dim)))
+    cols = min(4096 if normalize else 1024, max(256, triton.next_power_of_2(dim)))
     return max(1, 2048 // cols), cols
 
 
@@ -172,10 +179,12 @@ def dequant(
     (m, dim), n = out.shape, len(codes)
     codes = codes.view(AS_BITS.get(codes.dtype, codes.dtype))
     block_rows, block_cols = tile(dim, normalize)
+    sizes = dim, codes.shape[1], codes.stride(0)
+    unit = 16 if all(size % 16 == 0 for size in sizes) else 1
     grid = (triton.cdiv(m, block_rows), 1 if normalize else triton.cdiv(dim, block_cols))
     dequant_kernel[grid](
-        codes, out if scales is None else scales, out if rows is None else rows, out, n, m, dim, codes.shape[1],
-        codes.stride(0), 0 if scales is None else scales.stride(0), HAS_ROWS=rows is not None,
-        HAS_SCALES=scales is not None, NORMALIZE=normalize, ROWS=block_rows, COLS=block_cols, **packing(levels),
-        num_warps=warps(block_rows, block_cols),
+        codes, out if scales is None else scales, out if rows is None else rows, out, n, m,
+        *(size // unit for size in sizes), 0 if scales is None else scales.stride(0), HAS_ROWS=rows is not None,
+        HAS_SCALES=scales is not None, NORMALIZE=normalize, UNIT=unit, ROWS=block_rows, COLS=block_cols,
+        **packing(levels), num_warps=warps(block_rows, block_cols),
     )  # fmt: skip
