@@ -48,13 +48,16 @@ def in_front(family: str, device: str, entry: Mapping[str, Any]) -> Iterator[Non
         first = [dict(entry)] if (a_family, a_device) == (family, device) else []
         return first + others(a_family, a_device)
 
-    tuned.entries = entries  # type: ignore[assignment]
-    tuned._lookup.cache_clear()
+    def put(found: Callable[[str, str], list[dict[str, Any]]]) -> None:
+        tuned.entries = found  # type: ignore[assignment]
+        tuned._lookup.cache_clear()
+        tuned._rules.cache_clear()
+
+    put(entries)
     try:
         yield
     finally:
-        tuned.entries = others
-        tuned._lookup.cache_clear()
+        put(others)
 
 
 def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = None, rows: int = ROWS) -> Call:
@@ -215,9 +218,7 @@ def _entry(family: str, device: str, setting: str, facts: Mapping[str, Any]) -> 
         return None
     for entry in tuned.entries(family, device):
         rules = entry["when"].items()
-        if entry["setting"] == setting and all(
-            tuned._holds(facts[name], rule) for name, rule in rules if name in facts
-        ):
+        if entry["setting"] == setting and all(tuned.holds(facts[name], rule) for name, rule in rules if name in facts):
             return entry
     return None
 
