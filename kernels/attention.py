@@ -1,29 +1,42 @@
 """Attention of a whole short sequence: all keys and values of a head are on the chip at once.
 
 S = scale · q kᵀ,   P = exp(S − lse),   out = P v                                 lse_i = log Σ_j exp(S_ij)
-dv = Pᵀ d_out,   dP = d_out vᵀ,   dS = P · (dP − Σ_j P dP),   dq = scale · dS k,   dk = scale · dSᵀ q
+dv = Pᵀ d_out,   dP = d_out vᵀ,   dS = P · (dP − Δ),   Δ_i = Σ_j (P dP)_ij = Σ_d (out d_out)_id
+dq = scale · dS k,   dk = scale · dSᵀ q
 
-    forward, a program per picture and head:             backward, a program per picture and head:
-        k, v into shared memory                              k, v into shared memory;  dk = dv = 0, in registers
+    forward, a program per picture and head:             backward in two passes, likewise:
+        k, v into shared memory                              k, v into shared memory
         for ROWS queries:                                    for ROWS queries:
-            S = q kᵀ                                             Sᵀ = k qᵀ,  dPᵀ = v d_outᵀ       [keys, queries]
-            m, l = max S, Σ exp(S − m)                           P, dS from them and lse
-            out = exp(S − m) v / l                               dv += Pᵀ d_out;  out = P v again
-            lse = m + log l                                      dk += dSᵀ q;     dq = dS k, whole: written once
+            S = q kᵀ                                             P from q kᵀ and lse;  out = P v again
+            m, l = max S, Σ exp(S − m)                           Δ = Σ out d_out, into memory
+            out = exp(S − m) v / l                               dS from d_out vᵀ;  dq = dS k
+            lse = m + log l                                  q, d_out into shared memory
+                                                             for ROWS keys:
+    backward in one pass, likewise:                              Sᵀ = k qᵀ,  dPᵀ = v d_outᵀ
+        k, v into shared memory;  dk = dv = 0, registers         P, dS from them, lse and Δ
+        for ROWS queries:                                        dv = Pᵀ d_out;  dk = dSᵀ q
+            Sᵀ = k qᵀ,  dPᵀ = v d_outᵀ
+            P, dS from them and lse
+            dv += Pᵀ d_out;  out = P v again;  dk += dSᵀ q;  dq = dS k
 
-Every input is read and every output written once, nothing is added to by two programs, and the same bits come out
-every time. The queries are the short side in the backward because a wgmma takes 64 rows: all products but dq and out
-then have keys as rows, Pᵀ and dSᵀ go into dv and dk from the registers that they were formed in, and dqᵀ = kᵀ dSᵀ and
-outᵀ = vᵀ Pᵀ have a row for each feature.
+Every output is written once, nothing is added to by two programs, and the same bits come out every time. The side that
+is in shared memory whole comes in pieces, powers of two that add up to the next multiple of 16 or 64 of the tokens: 197
+are 128 + 64 + 16. Which form serves, in which sizes, is the caller's to say (the tables of ops/tuned).
 
-ViT-B/16 at batch 256: 3 072 heads, 197 tokens, padded to 256 keys, and to 256 queries forward, 224 backward.
-    forward      reads 232 MB, writes 80 MB        3 072 · 4 · 256 · 256 · 64 =  52 GFLOP, 201 million exponentials
-    backward     reads 312 MB, writes 310 MB      3 072 · 12 · 256 · 224 · 64 = 135 GFLOP, 176 million exponentials
-An H100 moves these bytes in 0.10 and 0.20 ms (3.1 TB/s), has the products done in 0.09 and 0.22 ms (at 600 TFLOP/s)
-and the exponentials in 0.06 and 0.05 ms: the forward is bound by memory where its two programs a multiprocessor
-overlap, the backward by what it does not overlap. It has one program a multiprocessor there: dk and dv of 256 keys
-fill half of all registers. Its wgmma of 32 queries read an operand of 2 KB from shared memory in the 16 cycles that
-they multiply, so a third of their time is lost to that; blocks of 64 queries would not, and do not fit.
+One pass has one program a multiprocessor at 256 keys: their dk and dv fill half of all registers. P and dS go through
+shared memory for out and dq, whose products of 16 queries wait for it. Two passes form S and dP twice, and out of P in
+two parts, since Δ must be as exact as float32: nine products instead of six. But dk and dv of 64 keys leave room for
+two programs, every product has 64 rows and reads P or dS from the registers that they were formed in, and what the
+second pass reads comes from the L2 cache.
+
+ViT-B/16 at batch 256: 3 072 heads of 64, 197 tokens, padded to 256 on the side of ROWS and to 208 on the other. Of a
+tile of 64 × 208, each of 4 warps issues 970 instructions forward, 1 470 and 1 200 backward (SASS of sm_90).
+    forward      reads 232 MB, writes 80 MB        3 072 · 4 · 256 · 208 · 64 =  42 GFLOP, 164 million exponentials
+    backward     reads 312 MB, writes 310 MB      3 072 · 18 · 256 · 208 · 64 = 188 GFLOP, 327 million exponentials
+An H100 moves these bytes in 0.10 and 0.20 ms (3.1 TB/s) and has the products done in 0.05 and 0.24 ms (at 800 TFLOP/s),
+as far as one program's exponentials hide behind the other's products: alone they take 0.03 and 0.09 ms to compute and
+0.05 and 0.15 ms to issue with all that belongs to them. So the forward is bound by memory, the backward by the tensor
+cores and what they wait for: 0.3 ms by estimate, and 0.5 in one pass. Not measured on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -35,65 +48,37 @@ from torch import Tensor
 
 from .interpreter import dot, round_to
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 class Tile(NamedTuple):
-    """Queries a step, warps, and in how many stages loads and products overlap."""
+    """Queries, or keys, a step; warps; in how many stages loads and products overlap.
+
+    The other side comes in pieces of `least` to `most`. passes and tall are the backward's: two passes or one, which if
+    tall has no products of less than 64 rows, as wgmma and tcgen05 want them.
+    """
 
     rows: int
     warps: int
     stages: int
+    most: int = 128
+    least: int = 16
+    passes: int = 1
+    tall: bool = False
 
 
-# Chosen from registers and shared memory as the compiler reports them (none spills: see the tests); not measured on a
-# GPU yet. By compute capability, the last that is not above the device's, and (keys, features) as padded: forward and
-# backward. 8.6, 8.9 and 12.0 have 99 KB of shared memory and no wgmma, so they share 8.0's. In two stages 10.0 would
-# need more tensor memory than there is.
-_AMPERE = {
-    (64, 64): (Tile(64, 4, 2), Tile(32, 8, 1)),
-    (128, 64): (Tile(64, 4, 2), Tile(32, 8, 1)),
-    (256, 64): (Tile(32, 4, 2), Tile(16, 8, 1)),
-    (64, 128): (Tile(32, 4, 2), Tile(16, 8, 1)),
-}
-_HOPPER = {
-    (64, 64): (Tile(64, 4, 2), Tile(32, 4, 2)),
-    (128, 64): (Tile(64, 4, 2), Tile(32, 8, 2)),
-    (256, 64): (Tile(64, 4, 2), Tile(32, 8, 2)),
-    (64, 128): (Tile(64, 4, 2), Tile(32, 8, 2)),
-    (128, 128): (Tile(64, 4, 2), Tile(32, 8, 2)),
-}
-_BLACKWELL = {
-    (64, 64): (Tile(64, 4, 1), Tile(32, 8, 1)),
-    (128, 64): (Tile(64, 4, 1), Tile(32, 8, 1)),
-    (256, 64): (Tile(64, 8, 1), Tile(32, 8, 1)),
-    (64, 128): (Tile(64, 4, 1), Tile(32, 4, 1)),
-    (128, 128): (Tile(64, 4, 1), Tile(32, 8, 1)),
-}
-TILES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL, (12, 0): _AMPERE}
-
-LOG2E = tl.constexpr(1.4426950408889634)
+def pieces_of(tokens: int, least: int, most: int) -> tuple[int, ...]:
+    """Powers of two that add up to the next multiple of `least`."""
+    left, found = triton.cdiv(tokens, least) * least, []
+    while left:
+        found.append(min(most, 1 << left.bit_length() - 1))
+        left -= found[-1]
+    return tuple(found)
 
 
-class Plan(NamedTuple):
-    forward: Tile
-    backward: Tile
-    keys: int
-    dim: int
-    tall: bool  # products of at least 64 rows, as wgmma and tcgen05 want them
-
-
-def capability(device: torch.device | None = None) -> tuple[int, int]:
-    """Of this device, or the current one; where kernels are interpreted, the one that takes most."""
-    return (9, 0) if triton.knobs.runtime.interpret else torch.cuda.get_device_capability(device)
-
-
-def plan(tokens: int, head_dim: int, here: tuple[int, int]) -> Plan | None:
-    """How a device of this capability does it; None if it cannot without spilling registers."""
-    tiles = TILES[max((known for known in TILES if known <= here), default=min(TILES))]
-    keys, dim = (max(64, triton.next_power_of_2(n)) for n in (tokens, head_dim))
-    # There a mask over the features is one register too many beside 256 keys.
-    if (keys, dim) not in tiles or (tiles is _AMPERE and keys == 256 and head_dim < dim):
-        return None
-    return Plan(*tiles[keys, dim], keys, dim, tiles is not _AMPERE)
+def padded(n: int) -> int:
+    """What whole rows of keys or features are padded to: the next power of two, and 64 at least."""
+    return max(64, triton.next_power_of_2(n))
 
 
 @triton.jit
@@ -104,6 +89,17 @@ def load(x, rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     if HEAD_DIM < DIM:
         mask = mask & (d < HEAD_DIM)[None, :]
     return tl.load(x + (rows * stride)[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_pieces(x, tokens, stride, SIZES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """All rows of x, a tensor a piece."""
+    found = ()
+    start = 0
+    for at in tl.static_range(len(SIZES)):
+        found = found + (load(x, start + tl.arange(0, SIZES[at]), tokens, stride, HEAD_DIM, DIM),)
+        start += SIZES[at]
+    return found
 
 
 @triton.jit
@@ -130,50 +126,167 @@ def over_keys(weights, x, TALL: tl.constexpr):
     return sums
 
 
+@triton.jit
+def leading(p, dtype: tl.constexpr):
+    """The leading bits of float32 p, as many as dtype holds."""
+    mask: tl.constexpr = 0xFFFF0000 if dtype == tl.bfloat16 else 0xFFFFE000
+    return (p.to(tl.uint32, bitcast=True) & mask).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def of_this_head(x, heads, tokens, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where x [batch, tokens, PARTS, heads, HEAD_DIM] holds this program's picture and head."""
+    picture, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    return x + picture * tokens * PARTS * heads * HEAD_DIM + head * HEAD_DIM
+
+
+@triton.jit
+def row_sums_of(x, tokens):
+    """Where x [batch, heads, tokens] holds them."""
+    return x + tl.program_id(0).to(tl.int64) * tokens
+
+
 @triton.jit(do_not_specialize=("heads", "tokens"))
 def forward_kernel(
     qkv, out, lse, heads, tokens, scale,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    picture, head = (program // heads).to(tl.int64), program % heads
     width = heads * HEAD_DIM
-    qkv += picture * tokens * 3 * width + head * HEAD_DIM
-    out += picture * tokens * width + head * HEAD_DIM
-    lse += program.to(tl.int64) * tokens
-    j = tl.arange(0, KEYS)
-    k = load(qkv + width, j, tokens, 3 * width, HEAD_DIM, DIM)
-    v = load(qkv + 2 * width, j, tokens, 3 * width, HEAD_DIM, DIM)
+    qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM)
+    out = of_this_head(out, heads, tokens, 1, HEAD_DIM)
+    lse = row_sums_of(lse, tokens)
+    ks = load_pieces(qkv + width, tokens, 3 * width, SIZES, HEAD_DIM, DIM)
+    vs = load_pieces(qkv + 2 * width, tokens, 3 * width, SIZES, HEAD_DIM, DIM)
     for first in range(0, tokens, ROWS):
         i = first + tl.arange(0, ROWS)
         q = load(qkv, i, tokens, 3 * width, HEAD_DIM, DIM)
-        keep = (j < tokens)[None, :]
-        if CAUSAL:
-            keep = keep & (j[None, :] <= i[:, None])
-        s = tl.where(keep, product(q, tl.trans(k)) * (scale * LOG2E), float("-inf"))
-        m = tl.max(s, 1)
-        p = tl.exp2(s - m[:, None])
-        l = tl.sum(p, 1)  # noqa: E741
-        sums = product(round_to(p, v.dtype), v)
+        scores = ()
+        m = tl.full((ROWS,), float("-inf"), tl.float32)
+        start = 0
+        for at in tl.static_range(len(SIZES)):
+            s = product(q, tl.trans(ks[at])) * (scale * LOG2E)
+            j = start + tl.arange(0, SIZES[at])
+            if at == len(SIZES) - 1:
+                s = tl.where((j < tokens)[None, :], s, float("-inf"))
+            if CAUSAL:
+                s = tl.where(j[None, :] <= i[:, None], s, float("-inf"))
+            m = tl.maximum(m, tl.max(s, 1))
+            scores = scores + (s,)
+            start += SIZES[at]
+        l = tl.zeros((ROWS,), tl.float32)  # noqa: E741
+        sums = tl.zeros((ROWS, DIM), tl.float32)
+        for at in tl.static_range(len(SIZES)):
+            p = tl.exp2(scores[at] - m[:, None])
+            l += tl.sum(p, 1)  # noqa: E741
+            sums = dot(round_to(p, q.dtype), vs[at], sums)
         store(out, sums * (1.0 / l)[:, None], i, tokens, width, HEAD_DIM, DIM)
         tl.store(lse + i, (m + tl.log2(l)) / LOG2E, mask=i < tokens)
 
 
+@triton.jit
+def queries_pass(
+    d_out, qkv, lse, d_qkv, out, delta, heads, tokens, scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dq, delta and, if it is not None, out."""
+    width = heads * HEAD_DIM
+    qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, heads, tokens, 3, HEAD_DIM)
+    d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
+    lse, delta = row_sums_of(lse, tokens), row_sums_of(delta, tokens)
+    ks = load_pieces(qkv + width, tokens, 3 * width, SIZES, HEAD_DIM, DIM)
+    vs = load_pieces(qkv + 2 * width, tokens, 3 * width, SIZES, HEAD_DIM, DIM)
+    for first in tl.range(0, tokens, ROWS, disable_licm=True):
+        i = first + tl.arange(0, ROWS)
+        q = load(qkv, i, tokens, 3 * width, HEAD_DIM, DIM)
+        g = load(d_out, i, tokens, width, HEAD_DIM, DIM)
+        l = tl.load(lse + i, mask=i < tokens, other=float("inf")) * LOG2E  # noqa: E741
+        weights = ()
+        sums = tl.zeros((ROWS, DIM), tl.float32)
+        start = 0
+        for at in tl.static_range(len(SIZES)):
+            p = tl.exp2(product(q, tl.trans(ks[at])) * (scale * LOG2E) - l[:, None])
+            j = start + tl.arange(0, SIZES[at])
+            if at == len(SIZES) - 1:
+                p = tl.where((j < tokens)[None, :], p, 0.0)
+            if CAUSAL:
+                p = tl.where(j[None, :] <= i[:, None], p, 0.0)
+            high = leading(p, q.dtype)
+            sums = dot(round_to(high, q.dtype), vs[at], sums)
+            sums = dot(round_to(p - high, q.dtype), vs[at], sums)
+            weights = weights + (p,)
+            start += SIZES[at]
+        d = tl.sum(sums * g.to(tl.float32), 1)
+        tl.store(delta + i, d, mask=i < tokens)
+        if out is not None:
+            store(of_this_head(out, heads, tokens, 1, HEAD_DIM), sums, i, tokens, width, HEAD_DIM, DIM)
+        dq = tl.zeros((ROWS, DIM), tl.float32)
+        for at in tl.static_range(len(SIZES)):
+            ds = weights[at] * (product(g, tl.trans(vs[at])) - d[:, None])
+            dq = dot(round_to(ds, q.dtype), ks[at], dq)
+        store(d_qkv, dq * scale, i, tokens, 3 * width, HEAD_DIM, DIM)
+
+
+@triton.jit
+def keys_pass(
+    d_out, qkv, lse, d_qkv, delta, heads, tokens, scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dk and dv."""
+    width = heads * HEAD_DIM
+    qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, heads, tokens, 3, HEAD_DIM)
+    d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
+    lse, delta = row_sums_of(lse, tokens), row_sums_of(delta, tokens)
+    qs = load_pieces(qkv, tokens, 3 * width, SIZES, HEAD_DIM, DIM)
+    gs = load_pieces(d_out, tokens, width, SIZES, HEAD_DIM, DIM)
+    for first in tl.range(0, tokens, ROWS, disable_licm=True):
+        j = first + tl.arange(0, ROWS)
+        k = load(qkv + width, j, tokens, 3 * width, HEAD_DIM, DIM)
+        v = load(qkv + 2 * width, j, tokens, 3 * width, HEAD_DIM, DIM)
+        dk = tl.zeros((ROWS, DIM), tl.float32)
+        dv = tl.zeros((ROWS, DIM), tl.float32)
+        start = 0
+        for at in tl.static_range(len(SIZES)):
+            i = start + tl.arange(0, SIZES[at])
+            # Queries beyond the edge get P = 0; what comes of keys beyond it is never stored.
+            l = tl.load(lse + i, mask=i < tokens, other=float("inf")) * LOG2E  # noqa: E741
+            d = tl.load(delta + i, mask=i < tokens, other=0.0)
+            p = tl.exp2(product(k, tl.trans(qs[at])) * (scale * LOG2E) - l[None, :])
+            if CAUSAL:
+                p = tl.where(j[:, None] <= i[None, :], p, 0.0)
+            ds = p * (product(v, tl.trans(gs[at])) - d[None, :])
+            dv = dot(round_to(p, k.dtype), gs[at], dv)
+            dk = dot(round_to(ds, k.dtype), qs[at], dk)
+            start += SIZES[at]
+        store(d_qkv + width, dk * scale, j, tokens, 3 * width, HEAD_DIM, DIM)
+        store(d_qkv + 2 * width, dv, j, tokens, 3 * width, HEAD_DIM, DIM)
+
+
+@triton.jit(do_not_specialize=("heads", "tokens", "d_heads", "d_tokens"))
+def two_pass_kernel(
+    d_out, qkv, lse, d_qkv, out, delta, heads, tokens, d_heads, d_tokens, scale,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """out may be None. d_heads is heads, d_tokens tokens: so that no address of one pass is kept for the other."""
+    queries_pass(
+        d_out, qkv, lse, d_qkv, out, delta, heads, tokens, scale, HEAD_DIM, DIM, SIZES, ROWS, CAUSAL
+    )  # fmt: skip
+    tl.debug_barrier()  # all of delta is there
+    keys_pass(
+        d_out, qkv, lse, d_qkv, delta, d_heads, d_tokens, scale, HEAD_DIM, DIM, SIZES, ROWS, CAUSAL
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=("heads", "d_heads", "tokens"))
-def backward_kernel(
+def one_pass_kernel(
     d_out, qkv, lse, d_qkv, out, heads, d_heads, tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
     TALL: tl.constexpr,
 ):  # fmt: skip
     """out may be None. d_heads is heads: so that no address of k is kept in a register until dk has its own."""
-    program = tl.program_id(0)
-    picture, head = (program // heads).to(tl.int64), program % heads
     width, d_width = heads * HEAD_DIM, d_heads * HEAD_DIM
-    single = picture * tokens * width + head * HEAD_DIM
-    qkv += picture * tokens * 3 * width + head * HEAD_DIM
-    d_qkv += picture * tokens * 3 * d_width + head * HEAD_DIM
-    d_out += single
-    lse += program.to(tl.int64) * tokens
+    qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, d_heads, tokens, 3, HEAD_DIM)
+    d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
+    lse = row_sums_of(lse, tokens)
     j = tl.arange(0, KEYS)
     k = load(qkv + width, j, tokens, 3 * width, HEAD_DIM, DIM)
     v = load(qkv + 2 * width, j, tokens, 3 * width, HEAD_DIM, DIM)
@@ -196,7 +309,8 @@ def backward_kernel(
         p, ds = round_to(p, q.dtype), round_to(ds, q.dtype)
         dv = dot(p, g, dv)
         if out is not None:
-            store(out + single, over_keys(p, v, TALL), i, tokens, width, HEAD_DIM, DIM)
+            again = of_this_head(out, heads, tokens, 1, HEAD_DIM)
+            store(again, over_keys(p, v, TALL), i, tokens, width, HEAD_DIM, DIM)
         # The last product of a turn decides. ptxas runs every wgmma by itself if one is on its way across the loop's
         # end, so dq, which is waited for, comes last; of the forms for mma.sync the one with dk last spills nothing.
         if TALL:
@@ -208,34 +322,32 @@ def backward_kernel(
     store(d_qkv + 2 * d_width, dv, j, tokens, 3 * d_width, HEAD_DIM, DIM)
 
 
-def sizes(qkv: Tensor, causal: bool) -> tuple[Plan, dict]:
-    """The plan, and what both kernels take by name."""
-    found = plan(qkv.shape[1], qkv.shape[4], capability(qkv.device))
-    assert found is not None, "ask refuses() first"
-    return found, {"HEAD_DIM": qkv.shape[4], "DIM": found.dim, "KEYS": found.keys, "CAUSAL": causal}
-
-
-def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def forward(qkv: Tensor, scale: float, causal: bool, tile: Tile) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((batch, tokens, heads, head_dim))
     lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
-    found, named = sizes(qkv, causal)
-    tile = found.forward
     forward_kernel[(batch * heads,)](
-        qkv, out, lse, heads, tokens, scale, **named, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages
-    )
+        qkv, out, lse, heads, tokens, scale, HEAD_DIM=head_dim, DIM=padded(head_dim),
+        SIZES=pieces_of(tokens, tile.least, tile.most), ROWS=tile.rows, CAUSAL=causal,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return out, lse
 
 
 def backward(
-    d_out: Tensor, qkv: Tensor, lse: Tensor, scale: float, causal: bool, want_out: bool
+    d_out: Tensor, qkv: Tensor, lse: Tensor, scale: float, causal: bool, want_out: bool, tile: Tile
 ) -> tuple[Tensor, Tensor | None]:
-    batch, tokens, _, heads, _ = qkv.shape
+    batch, tokens, _, heads, head_dim = qkv.shape
     d_qkv, out = torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
-    found, named = sizes(qkv, causal)
-    tile = found.backward
-    backward_kernel[(batch * heads,)](
-        d_out, qkv, lse, d_qkv, out, heads, heads, tokens, scale, **named,
-        ROWS=tile.rows, TALL=found.tall, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    grid, named = (batch * heads,), {"HEAD_DIM": head_dim, "DIM": padded(head_dim), "ROWS": tile.rows, "CAUSAL": causal}
+    named |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.passes == 2:
+        two_pass_kernel[grid](
+            d_out, qkv, lse, d_qkv, out, torch.empty_like(lse), heads, tokens, heads, tokens, scale,
+            SIZES=pieces_of(tokens, tile.least, tile.most), **named,
+        )  # fmt: skip
+    else:
+        one_pass_kernel[grid](
+            d_out, qkv, lse, d_qkv, out, heads, heads, tokens, scale, KEYS=padded(tokens), TALL=tile.tall, **named
+        )
     return d_qkv, out

@@ -1,6 +1,5 @@
 """The "triton" backend of attention and its kernels against the dense definition in float64."""
 
-import math
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lift_fast.ops import triton_attention
+from lift_fast.ops import triton_attention, tuned
 from lift_fast.ops.attention import reference
 
 STEP = {torch.bfloat16: 5e-3, torch.float16: 7e-4}  # in relative norm
@@ -94,10 +93,29 @@ def test_the_definition(shape, causal, dtype):
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", [(1, 49, 2, 64), (2, 130, 1, 64), (1, 33, 1, 72)])
 def test_the_form_for_mma(shape, monkeypatch):
-    from lift_fast.kernels import attention
-
-    monkeypatch.setattr(attention, "capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(triton_attention, "table", lambda device: "sm_80")
     check(*inputs(shape, torch.bfloat16), shape[-1] ** -0.5, True, STEP[torch.bfloat16])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 20, 1, 64), (1, 70, 1, 48), (1, 113, 1, 128), (1, 250, 1, 64)])
+def test_either_form_takes_any_shape(shape, passes):
+    """Those of the tables have one form each; a sweep tries both."""
+    value = {"rows": 64, "warps": 4, "stages": 2, "most": 64, "passes": passes, "tall": True}
+    with tuned.using("attention", "backward", value):
+        for causal in (False, True):
+            check(*inputs(shape, torch.bfloat16), shape[-1] ** -0.5, causal, STEP[torch.bfloat16])
+
+
+def test_pieces_add_up():
+    attention = pytest.importorskip("lift_fast.kernels.attention")
+    for least, most in ((16, 128), (64, 64), (16, 16), (128, 128)):
+        for tokens in range(1, 257):
+            sizes = attention.pieces_of(tokens, least, most)
+            assert 0 <= sum(sizes) - tokens < least and all(n & (n - 1) == 0 and n <= most for n in sizes)
+            assert sum(sizes[:-1]) < tokens  # only the last one is cut
+    assert attention.pieces_of(197, 16, 128) == (128, 64, 16)
 
 
 @pytest.mark.interpret
@@ -162,38 +180,52 @@ def test_nothing_to_do(shape):
 
 @pytest.mark.interpret
 def test_what_it_refuses(monkeypatch):
-    from lift_fast.kernels import attention
-
     refuses = triton_attention.refuses
     assert "float32" in refuses(197, 64, torch.float32)
     for tokens, head_dim in [(257, 64), (129, 72), (16, 129), (16, 0)]:
         assert f"{tokens} tokens with head_dim {head_dim}" in refuses(tokens, head_dim, torch.bfloat16)
     for tokens, head_dim in [(256, 64), (256, 16), (128, 128), (1, 1)]:
         assert refuses(tokens, head_dim, torch.float16) is None
-    monkeypatch.setattr(attention, "capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(triton_attention, "table", lambda device: "sm_80")
     assert refuses(256, 64, torch.bfloat16) is None and refuses(64, 128, torch.bfloat16) is None
-    assert "8.9" in refuses(128, 128, torch.bfloat16) and "8.9" in refuses(256, 48, torch.bfloat16)
+    assert "sm_80" in refuses(128, 128, torch.bfloat16) and "sm_80" in refuses(256, 48, torch.bfloat16)
 
 
 LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory; 8.6 and 8.9 share 8.0's tiles
 TRITON = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
+def tile_of(which, tokens, head_dim, capability, causal=False):
+    """The tile that a table has; None if it has none."""
+    from lift_fast.kernels import attention
+
+    device = f"sm_{capability}"
+    value = tuned.lookup("attention", device, which, tokens=tokens, head_dim=head_dim, causal=causal)
+    return value and attention.Tile(**value)
+
+
 @pytest.fixture
 def usage(triton_usage, monkeypatch, tmp_path):
-    """usage(plan, which, head_dim, capability, causal, want_out, dtype): `triton_usage`, and "asm" and "sass"."""
+    """usage(which, tokens, head_dim, capability, causal, want_out, dtype): `triton_usage`, and "asm" and "sass"."""
     triton = pytest.importorskip("triton")
     from lift_fast.kernels import attention
     from triton.backends import nvidia
 
     compile, compiled = triton.compile, []
 
-    def use(plan, which, head_dim, capability, causal=False, want_out=True, dtype=torch.bfloat16):
-        kernel, tile = getattr(attention, f"{which}_kernel"), getattr(plan, which)
-        constexprs = {"HEAD_DIM": head_dim, "DIM": plan.dim, "KEYS": plan.keys, "ROWS": tile.rows, "CAUSAL": causal}
+    def use(which, tokens, head_dim, capability, causal=False, want_out=True, dtype=torch.bfloat16):
+        tile, dim = tile_of(which, tokens, head_dim, capability, causal), attention.padded(head_dim)
+        constexprs = {"HEAD_DIM": head_dim, "DIM": dim, "ROWS": tile.rows, "CAUSAL": causal}
+        kernel = attention.forward_kernel
         if which == "backward":
-            constexprs |= {"TALL": plan.tall} | ({} if want_out else {"out": None})
-        kinds = dict.fromkeys(("heads", "d_heads", "tokens"), "i32") | {"scale": "fp32", "lse": "*fp32"}
+            kernel = attention.two_pass_kernel if tile.passes == 2 else attention.one_pass_kernel
+            constexprs |= {} if want_out else {"out": None}
+        if kernel is attention.one_pass_kernel:
+            constexprs |= {"KEYS": attention.padded(tokens), "TALL": tile.tall}
+        else:
+            constexprs["SIZES"] = attention.pieces_of(tokens, tile.least, tile.most)
+        kinds = dict.fromkeys(("heads", "d_heads", "tokens", "d_tokens"), "i32")
+        kinds |= {"scale": "fp32", "lse": "*fp32", "delta": "*fp32"}
         signature = {
             name: "constexpr" if name in constexprs else kinds.get(name, TRITON[dtype]) for name in kernel.arg_names
         }
@@ -215,45 +247,49 @@ def usage(triton_usage, monkeypatch, tmp_path):
     return use
 
 
-def plans(capability, narrow=True):
-    """Every plan the launcher can choose, with a head_dim that fills it and, if wanted, one that does not."""
-    from lift_fast.kernels import attention
-
-    here = divmod(capability, 10)
-    for keys, dim in attention.TILES[here]:
-        for head_dim in (dim, dim * 5 // 8) if narrow else (dim,):
-            if (plan := attention.plan(keys, head_dim, here)) is not None:
-                yield head_dim, plan
-
-
-def sound(found, capability):
-    """No spills, what the hardware has, and all products on its tensor cores."""
+def sound(found, which, tokens, head_dim, capability, causal=False):
+    """No spills, what the hardware has, all products on its tensor cores; on Hopper two programs but in one pass."""
+    tile = tile_of(which, tokens, head_dim, capability, causal)
     ptx, sass = found.pop("asm")["ptx"], found.pop("sass")
     assert found["spills"] == 0 and found["registers"] > 16, found
     assert found["shared"] <= LIMIT[capability] and found["tensor"] <= 512, found
-    products = {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma.")}
+    if capability == 90 and (which == "forward" or tile.passes == 2):
+        assert 2 * found["registers"] * 32 * tile.warps <= 65536 and found["shared"] <= 113 << 10, found
+    counts = {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma.")}
     here = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma."}[capability]
-    assert products.pop(here) and not any(products.values()), products
+    assert counts.pop(here) and not any(counts.values()), counts
     if capability == 90:  # ptxas waits after each one if it finds something between them; it says so in a warning only
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))
-        assert waits <= 5 < sass.count("HGMMA"), (waits, sass.count("HGMMA"))
+        assert waits <= dots(tile, which, tokens), (waits, sass.count("HGMMA"))
+
+
+def dots(tile, which, tokens):
+    """Products in a kernel's text, each of which may be waited for once."""
+    from lift_fast.kernels import attention
+
+    pieces = len(attention.pieces_of(tokens, tile.least, tile.most))
+    return 2 * pieces if which == "forward" else 9 * pieces if tile.passes == 2 else 5
+
+
+# (tokens, head_dim) of each padding, and of ViTs
+CORNERS = [(64, 64), (128, 64), (197, 64), (256, 64), (64, 128), (128, 128)]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_it_compiles_for_gpus_that_are_not_here(capability, usage):
-    for head_dim, plan in plans(capability, narrow=False):
+    for tokens, head_dim in CORNERS:
         for which in ("forward", "backward"):
-            sound(usage(plan, which, head_dim, capability), capability)
+            if tile_of(which, tokens, head_dim, capability):
+                sound(usage(which, tokens, head_dim, capability), which, tokens, head_dim, capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_its_largest_form_compiles_causal_and_without_out(capability, usage):
-    from lift_fast.kernels import attention
-
-    plan = attention.plan(256, 64, divmod(capability, 10))
-    sound(usage(plan, "forward", 64, capability, causal=True), capability)
-    sound(usage(plan, "backward", 64, capability, causal=True, dtype=torch.float16), capability)
-    sound(usage(plan, "backward", 64, capability, want_out=False), capability)
+def test_its_largest_forms_compile_causal_and_without_out(capability, usage):
+    for tokens in (197, 256):
+        sound(usage("forward", tokens, 64, capability, causal=True), "forward", tokens, 64, capability, True)
+        found = usage("backward", tokens, 64, capability, causal=True, dtype=torch.float16)
+        sound(found, "backward", tokens, 64, capability, True)
+        sound(usage("backward", tokens, 64, capability, want_out=False), "backward", tokens, 64, capability)
 
 
 @pytest.mark.campaign
@@ -261,31 +297,25 @@ def test_its_largest_form_compiles_causal_and_without_out(capability, usage):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_all_of_it_compiles_for_gpus_that_are_not_here(capability, causal, dtype, usage):
-    for head_dim, plan in plans(capability):
-        sound(usage(plan, "forward", head_dim, capability, causal, dtype=dtype), capability)
-        for want_out in (False, True):
-            sound(usage(plan, "backward", head_dim, capability, causal, want_out, dtype), capability)
-
-
-def products(plan, which):
-    """wgmma instructions in a kernel's text: 64 rows at a time, 16 deep, spread over the warpgroups."""
-    tile = getattr(plan, which)
-    groups, rows = tile.warps // 4, tile.rows
-    if which == "forward":
-        return math.ceil(rows / 64 / groups) * (plan.dim + plan.keys) // 16
-    tall = math.ceil(plan.keys / 64 / groups)
-    scores, sums = 2 * tall * plan.dim // 16, 2 * tall * rows // 16
-    over_keys = 2 * math.ceil(plan.dim / 64 / groups) * plan.keys // 16
-    return scores + sums + over_keys
+    """Every number of pieces, and a head_dim that does not fill its padding."""
+    cases = [(tokens, 64) for tokens in range(16, 257, 16)]
+    cases += [(tokens, head_dim) for tokens in (64, 128, 256) for head_dim in (40, 80, 128)]
+    for tokens, head_dim in cases:
+        if tile_of("backward", tokens, head_dim, capability, causal):
+            case = tokens, head_dim, capability, causal
+            sound(usage("forward", *case, dtype=dtype), "forward", *case)
+            for want_out in (False, True):
+                sound(usage("backward", *case, want_out, dtype), "backward", *case)
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_every_product_is_a_wgmma_on_hopper(which, usage):
-    from lift_fast.kernels import attention
-
-    plan = attention.plan(197, 64, (9, 0))
-    found = usage(plan, which, 64, 90)
-    assert found["asm"]["ptx"].count("wgmma.mma_async") == products(plan, which)
+    """Instructions in the kernel's text: 64 rows at a time, 16 deep."""
+    found = usage(which, 197, 64, 90)
+    scores, sums = 3 * 64 // 16, 208 // 16
+    assert found["asm"]["ptx"].count("wgmma.mma_async") == {
+        "forward": scores + sums, "backward": 4 * scores + 5 * sums
+    }[which]  # fmt: skip
 
 
 @pytest.fixture

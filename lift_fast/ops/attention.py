@@ -5,6 +5,10 @@
 qkv is what one linear layer leaves, [batch, tokens, 3, heads, head_dim], and its gradient is written in that form:
 nothing is transposed or copied around the kernels. Backends of this project keep no `out`: their backward, which
 has P, computes it again where the layer behind needs it. Those of libraries keep it.
+
+One backend does both directions: lse means the same everywhere, but what a library's backward needs, `out`, is a tenth
+more memory for a block to keep, and no figure says yet that another's backward is faster than the one beside its
+forward. Which backend comes first is in the tables of `tuned`, family "attention".
 """
 
 from typing import Any, Protocol
@@ -57,8 +61,8 @@ class Backend(Protocol):
         """d_qkv as qkv, and out if it is wanted: computed again, or what was kept."""
 
 
-# device -> modules of this package in order of preference: NAME is NAME_attention.py. A library's backend must be here
-# and take the shape to be chosen; see each module for what it has been compared with.
+# device -> modules of this package: NAME is NAME_attention.py. A library's backend must be here and take the shape to
+# be chosen; see each module for what it has been compared with.
 BACKENDS: Backends[Backend] = Backends(
     "attention",
     {
@@ -69,15 +73,21 @@ BACKENDS: Backends[Backend] = Backends(
 load, backends_here = BACKENDS.load, BACKENDS.here
 
 
+def preferred(device: str, tokens: int, head_dim: int, dtype: torch.dtype) -> list[str]:
+    """Backends for this, the table's first one first."""
+    name = str(dtype).removeprefix("torch.")
+    return BACKENDS.order(device, "attention", tokens=tokens, head_dim=head_dim, dtype=name)
+
+
 def choose(
     device: str, tokens: int, head_dim: int, dtype: torch.dtype, backend: str | None = None
 ) -> tuple[str, Backend]:
-    """The named backend, or the first that is here and takes this. Raises BackendError."""
+    """The named backend, or the table's first that is here and takes this. Raises BackendError."""
     names = BACKENDS.offered(device)
     if backend and backend not in names:
         raise BackendError(f"attention has no backend {backend!r} on {device}; it has {', '.join(names)}")
     reason = None
-    for name in [backend] if backend else names:
+    for name in [backend] if backend else preferred(device, tokens, head_dim, dtype):
         found = load(name)
         reason = found if isinstance(found, str) else found.refuses(tokens, head_dim, dtype)
         if reason is None and not isinstance(found, str):

@@ -80,14 +80,22 @@ load, backends_here = BACKENDS.load, BACKENDS.here
 FUSED_GEMM = "triton_gemm"
 
 
+def preferred(device: str, dtype: torch.dtype) -> list[str]:
+    """Backends for tokens of this dtype, the table's first one first."""
+    if dtype == torch.float64:
+        return ["torch"]
+    return BACKENDS.order(device, "transformer", dtype=str(dtype).removeprefix("torch."))
+
+
 def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> Backend:
-    """The named backend, or the first that is here, for tokens of this dtype. Raises BackendError."""
+    """The named backend, or the table's first that is here, for tokens of this dtype. Raises BackendError."""
     names = BACKENDS.offered(device) if dtype != torch.float64 else ("torch",)
     backend = "triton" if backend == FUSED_GEMM else backend
     if backend and backend not in names:
         kind = f"{str(dtype).removeprefix('torch.')} on {device}"
         raise BackendError(f"layernorm and mlp have no backend {backend!r} for {kind}; they have {', '.join(names)}")
-    for name in [backend] if backend else names:
+    order = [backend] if backend else preferred(device, dtype)
+    for name in order:
         found = load(name)
         if not isinstance(found, str):
             return found

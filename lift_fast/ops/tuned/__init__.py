@@ -35,12 +35,27 @@ def lookup(family: str, device: str, setting: str, **facts: int | str | bool) ->
 def _lookup(family: str, device: str, setting: str, facts: tuple[tuple[str, int | str | bool], ...]) -> Any:
     known = dict(facts)
     for entry in entries(family, device):
-        if entry["setting"] == setting and all(_holds(known[name], rule) for name, rule in entry["when"].items()):
+        if entry["setting"] == setting and all(holds(known[name], rule) for name, rule in entry["when"].items()):
             return entry["value"]
     raise LookupError(f"lift_fast/ops/tuned/{family}.{device}.json has no {setting!r} for {known}")
 
 
-def _holds(fact: int | str | bool, rule: Any) -> bool:
+Rule = tuple[list[tuple[str, Any]], Any]
+
+
+def rules(family: str, device: str, setting: str) -> list[Rule]:
+    """When a setting has which value, in the order in which they are tried."""
+    forced = (family, setting) in _forced
+    return [([], _forced[family, setting])] if forced else _rules(family, device, setting)
+
+
+@functools.cache
+def _rules(family: str, device: str, setting: str) -> list[Rule]:
+    found = (entry for entry in entries(family, device) if entry["setting"] == setting)
+    return [(list(entry["when"].items()), entry["value"]) for entry in found]
+
+
+def holds(fact: int | str | bool, rule: Any) -> bool:
     if not isinstance(rule, list):
         return fact == rule
     low, high = rule
