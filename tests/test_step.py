@@ -34,6 +34,16 @@ def batch(kind, device, size=6, seed=0):
     return pixels.to(device), QuantizedRows(codes, torch.ones(size), "int8", 24).to(device)
 
 
+@pytest.fixture
+def deterministic():
+    """cuDNN's gradient of the patch embedding's weight is not the same at every run unless it is asked to be."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+    torch.use_deterministic_algorithms(False)
+
+
 class Waits(TorchDispatchMode):
     """Lists the operations for which the host of a GPU would wait: what it reads back, shapes that depend on values,
     and tensors made of its own numbers, which are copied."""
@@ -75,7 +85,7 @@ def test_the_test_sees_what_waits():
 
 @pytest.mark.parametrize("kind", ["lift", "clip"])
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_a_step_is_the_plain_one(kind, device):
+def test_a_step_is_the_plain_one(kind, device, deterministic):
     """The same as torch's own calls, one by one."""
     from lift_fast.data.pixels import normalise
 
@@ -126,7 +136,7 @@ def test_inductor_compiles_the_tower(checkpointing):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["lift", "clip"])
-def test_a_captured_step_is_the_same_step(kind):
+def test_a_captured_step_is_the_same_step(kind, deterministic):
     model, step = make(kind, "cuda", capturable=True)
     other, graphed = make(kind, "cuda", capturable=True, graphed=True)
     for turn in range(8):
@@ -135,7 +145,12 @@ def test_a_captured_step_is_the_same_step(kind):
         lr = 1e-3 / (turn + 1)
         torch.testing.assert_close(graphed(*inputs, lr), step(*inputs, lr), rtol=1e-4, atol=1e-5)
     assert graphed.graph is not None
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name.endswith("qkv.bias"):
+            # The keys' bias moves no softmax. Its gradient is rounding, of which Adam makes whole steps.
+            (p_q, p_k, p_v), (q_q, q_k, q_v) = p.chunk(3), q.chunk(3)
+            torch.testing.assert_close(p_k, q_k, rtol=0, atol=2 * sum(1e-3 / (turn + 1) for turn in range(8)))
+            p, q = torch.cat([p_q, p_v]), torch.cat([q_q, q_v])
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
