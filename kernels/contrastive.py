@@ -1,18 +1,21 @@
 """Symmetric InfoNCE over one block of scores (CLIP, arXiv 2103.00020, figure 3).
 
-z_ij = logit_scale · a_i · q_j · (x_i · t_j) + logit_bias;  row i's own pair is column offset + i
+z_ij = u_ij + logit_bias,  u_ij = logit_scale · a_i · q_j · (x_i · t_j);  row i's own pair is column offset + i
 g_ij = row_weight · exp(z_ij − m_i) / l_i + col_weight · exp(z_ij − m_j) / l_j,   and own_g_i for own pairs
 
     stats, a tile of ROWS × COLS:                   then merge_softmax: parts of all tiles -> the running (m, l, w)
         p = products (pairs.py), or from memory     in a fixed order: no atomics, the same bits every time
-        c, z = a_i · q_j · p, logit_scale · c + logit_bias
-        own[i] = c[i, offset + i], if it lies here;  z = −inf and c = 0 there
-        row by row, column by column: m = max z, l = Σ exp(z − m), w = Σ exp(z − m) · c  ->  parts[tile]
+        own[i] = the score of (i, offset + i), if it lies here;  u = NONE there and beyond the edge
+        a quarter of the columns at a time, row by row, column by column:
+            m = max u, l = Σ exp(u − m), w = Σ exp(u − m) · u;  rows: over the quarters -> row_parts[tile], col_parts
     grad, a tile:
-        p, c, z as above;  out = factor · a_i · q_j · g, rounded once to the dtype of the next GEMMs
+        p, u as above;  out = factor · a_i · q_j · g, rounded once to the dtype of the next GEMMs:
+        g = 2^((u − (m_i − logit_bias)) log2 e + log2(row_weight / l_i)) + the same by the column
 
 Own pairs are left out of the sums and their g is given because p − 1 cancels for a pair that has converged: the
-sum over the others is what has its digits. m and l come apart because m + log l forgets l where |m| is large.
+sum over the others is what has its digits. m and l come apart because m + log l forgets l where |m| is large. For the
+same reason u is rounded before m is subtracted, by the same two multiplications in both kernels and with no fused
+multiply-add to round it otherwise (`OPTIONS`).
 
 The two gradients are GEMMs with the same matrix. d_image_i = scale·a_i Σ_j g_ij q_j t_j and
 d_text_j = scale·q_j Σ_i g_ij a_i x_i both want G = scale·a·q·g, the gradient of the product x_i · t_j itself:
@@ -21,7 +24,7 @@ or without a and q, and nothing is scaled afterwards; what bfloat16 rounds away 
 float16 has no range for a and q (1e12 for a zero row): there out = factor · g, and the GEMMs take a·x and q·t.
 
 Formed from features, a tile's 2 · ROWS · COLS · dim FLOP are the bound (tensor cores), and nothing reaches
-memory but parts: 12 (1/ROWS + 4/COLS) bytes an element, 0.28 for 128 × 256. Over products in memory a tile reads
+memory but parts: 12 (1/ROWS + 1/COLS) bytes an element, 0.19 for 128 × 128. Over products in memory a tile reads
 4 bytes an element and writes 0.38 (stats), 2 or 4 (grad), for two exponentials: memory bandwidth.
 """
 
@@ -29,207 +32,246 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interpreter import round_to
 from .pairs import (
-    STORED,
+    LOG2E,
+    NONE,
+    Facts,
     Tile,
-    crossed,
-    merge_softmax,
-    partials,
-    product_gradient,
-    products,
+    aligned,
+    at_edge,
+    multiple,
+    own_products,
     quarters,
-    scores,
-    softmax_partials,
-    store,
+    spaced,
     store_partials,
     stored,
     tile_at,
-    tile_for,
 )
+
+OPTIONS = {"enable_fp_fusion": False}
+INTEGERS = [
+    "first", "rows", "cols", "dim", "x_stride", "t_stride", "p_stride", "keep_stride", "out_stride", "tall", "wide",
+    "parts_stride", "col_first", "offset",
+]  # fmt: skip
+
+
+@triton.jit
+def sums_of(e, u, AXIS: tl.constexpr):
+    """Σ e and Σ e · u along AXIS."""
+    return tl.reduce((e, e * u), AXIS, both)
+
+
+@triton.jit
+def both(first, second, more_first, more_second):
+    return first + more_first, second + more_second
 
 
 @triton.jit
 def stats_of(
-    p, a, q, scale, bias, row_parts, col_parts, own, row_tile, col_tile, i, j, rows, cols, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    p, left, row_facts, col_facts, own, col_parts, m, l, w, row_tile, i, first, rows, cols,  # noqa: E741
+    tall, wide, edge, offset, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's share of the statistics, and its own pairs."""
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
-    c = tl.where(inside, scores(p, a, q, i, j, rows, cols), 0.0)
-    z = tl.where(inside, tl.load(scale) * c + tl.load(bias), float("-inf"))
-    if crossed(row_tile, col_tile, offset, ROWS, COLS):
+    """Merges a tile's COLS columns from first on into (m, l, w) of its rows; their own goes to col_parts[row_tile]."""
+    j = first + tl.arange(0, COLS)
+    if edge:
         pair = i + offset
-        mine = j[None, :] == pair[:, None]
-        here = (pair >= col_tile * COLS) & (pair < tl.minimum(cols, col_tile * COLS + COLS))
-        tl.store(own + i, tl.sum(tl.where(mine, c, 0.0), 1), mask=here & (i < rows))
-        z, c = tl.where(mine, float("-inf"), z), tl.where(mine, 0.0, c)
-    m, l, w = softmax_partials(z, c, 1)  # noqa: E741
-    store_partials(row_parts, m, l, w, col_tile, i, rows)
-    m, l, w = softmax_partials(z, c, 0)  # noqa: E741
-    store_partials(col_parts, m, l, w, row_tile, j, cols)
+        here = (pair >= first) & (pair < tl.minimum(cols, first + COLS)) & (i < rows)
+        mine = tl.sum(tl.where(j[None, :] == pair[:, None], p, 0.0), 1) * tl.load(row_facts + tall + i)
+        tl.store(own + i, mine * tl.load(col_facts + pair, mask=here, other=0.0), mask=here)
+    u = p * left[:, None] * tl.load(col_facts + j)[None, :]
+    if edge:
+        out = (j[None, :] == (i + offset)[:, None]) | (i >= rows)[:, None] | (j >= cols)[None, :]
+        u = tl.where(out, NONE, u)
+    # The row's maximum so far stays the reference of what was added up before.
+    part_m = tl.max(u, 1)
+    part_l, part_w = sums_of(tl.exp2((u - part_m[:, None]) * LOG2E), u, 1)
+    highest = tl.maximum(m, part_m)
+    old, new = tl.exp2((m - highest) * LOG2E), tl.exp2((part_m - highest) * LOG2E)
+    col_m = tl.max(u, 0)
+    col_l, col_w = sums_of(tl.exp2((u - col_m[None, :]) * LOG2E), u, 0)
+    store_partials(col_parts, col_m, col_l, col_w, row_tile, wide, j)
+    return highest, l * old + part_l * new, w * old + part_w * new
 
 
 @triton.jit
-def softmax_scale(state, stride, weight, at, n):
-    """(m, weight / l) of state [2, n]; beyond n, and for a weight of 0, nothing is read: (inf, weight)."""
-    read = (at < n) & (weight != 0.0)
-    m = tl.load(state + at, mask=read, other=float("inf"))
-    return m, weight / tl.load(state + stride + at, mask=read, other=1.0)
-
-
-@triton.jit
-def grad_of(
-    p, a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor, row_tile, col_tile, i, j, rows, cols,
-    row_stride, col_stride, offset, dtype: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def gradient_of(
+    p, left, row_m, row_share, factor, col_facts, own_g, i, j, wide, crossing, offset, dtype: tl.constexpr
 ):  # fmt: skip
-    """factor · a · q · g of a tile, in dtype (`product_gradient`)."""
-    z = tl.load(scale) * scores(p, a, q, i, j, rows, cols) + tl.load(bias)
-    row_m, row_scale = softmax_scale(row, row_stride, row_weight, i, rows)
-    col_m, col_scale = softmax_scale(col, col_stride, col_weight, j, cols)
-    g = row_scale[:, None] * tl.exp(z - row_m[:, None]) + col_scale[None, :] * tl.exp(z - col_m[None, :])
-    if crossed(row_tile, col_tile, offset, ROWS, COLS):
-        mine = tl.load(own_g + i, mask=i < rows, other=0.0)
-        g = tl.where(j[None, :] == (i + offset)[:, None], mine[:, None], g)
-    return product_gradient(g, factor, a, q, i, j, rows, cols, dtype)
+    """factor · a · q · g of a tile, in dtype; in float16, whose range has no room for a and q, factor · g."""
+    right, col_m, col_share = tl.load(col_facts + j), tl.load(col_facts + wide + j), tl.load(col_facts + 2 * wide + j)
+    u = p * left[:, None] * right[None, :]
+    g = tl.exp2(tl.fma(u - row_m[:, None], LOG2E, row_share[:, None]))
+    g += tl.exp2(tl.fma(u - col_m[None, :], LOG2E, col_share[None, :]))
+    if crossing:
+        g = tl.where(j[None, :] == (i + offset)[:, None], own_g[:, None], g)
+    if dtype == tl.float16:
+        g *= factor
+    else:
+        g = g * (left * factor)[:, None] * right[None, :]
+    return round_to(g, dtype)
 
 
-@triton.jit
-def stats_kernel(
-    p, a, q, scale, bias, row_parts, col_parts, own, rows, cols, p_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 1)
-    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    stats_of(
-        stored(p, i, j, rows, cols, p_stride), a, q, scale, bias, row_parts, col_parts, own,
-        row_tile, col_tile, i, j, rows, cols, offset, ROWS, COLS,
-    )  # fmt: skip
-
-
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
 def scores_stats_kernel(
-    x, t, a, q, scale, bias, row_parts, col_parts, own, keep,
-    rows, cols, dim, x_stride, t_stride, keep_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    x, t, row_facts, col_facts, own, keep, row_parts, col_parts, first, rows, cols, dim,
+    x_stride, t_stride, keep_stride, tall, wide, parts_stride, offset,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 8)
-    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    p = quarters(products(x, t, i, j, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH), ROWS, COLS)
-    for part in tl.static_range(4):
-        j = col_tile * COLS + part * (COLS // 4) + tl.arange(0, COLS // 4)
-        if keep is not None:
-            store(keep, p[part], i, j, rows, cols, keep_stride)
-        stats_of(
-            p[part], a, q, scale, bias, row_parts, col_parts, own,
-            row_tile, col_tile * 4 + part, i, j, rows, cols, offset, ROWS, COLS // 4,
-        )  # fmt: skip
-
-
-@triton.jit
-def grad_kernel(
-    p, a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor, out,
-    rows, cols, p_stride, row_stride, col_stride, out_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 1)
-    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    g = grad_of(
-        stored(p, i, j, rows, cols, p_stride), a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor,
-        row_tile, col_tile, i, j, rows, cols, row_stride, col_stride, offset, out.dtype.element_ty, ROWS, COLS,
+    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
+    p = own_products(
+        x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
     )  # fmt: skip
-    store(out, g, i, j, rows, cols, out_stride)
+    i = first + row_tile * ROWS + tl.arange(0, ROWS)
+    if keep is not None:
+        # All at once and in 32 bits within the tile: by quarters, or in 64, the registers are too few.
+        keep_stride = multiple(keep_stride, ALIGNED)
+        to = keep + (first + row_tile * ROWS).to(tl.int64) * keep_stride + col_tile * COLS
+        down, along = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        inside = (down < rows - first - row_tile * ROWS) & (along < multiple(cols, EVEN) - col_tile * COLS)
+        tl.store(to + (down * keep_stride + along), p, mask=inside)
+    quarter = quarters(p, ROWS, COLS)
+    edge = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
+    tall, wide, parts_stride = multiple(tall, True), multiple(wide, True), multiple(parts_stride, True)
+    left = tl.load(row_facts + i)
+    m = tl.full((ROWS,), NONE, tl.float32)
+    l, w = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)  # noqa: E741
+    for part in tl.static_range(4):
+        m, l, w = stats_of(  # noqa: E741
+            quarter[part], left, row_facts, col_facts, own, col_parts, m, l, w, row_tile, i,
+            col_tile * COLS + part * (COLS // 4), rows, cols, tall, wide, edge, offset, COLS // 4,
+        )  # fmt: skip
+    store_partials(row_parts, m, l, w, col_tile, parts_stride, row_tile * ROWS + tl.arange(0, ROWS))
 
 
-@triton.jit
-def scores_grad_kernel(
-    x, t, a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor, out,
-    rows, cols, dim, x_stride, t_stride, row_stride, col_stride, out_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
+def stats_kernel(
+    p, row_facts, col_facts, own, row_parts, col_parts, first, rows, col_first, cols,
+    p_stride, tall, wide, parts_stride, offset,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 8)
+    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    p = quarters(products(x, t, i, j, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH), ROWS, COLS)
+    products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
+    edge = at_edge(row_tile, col_tile, rows - first, cols - col_first, offset + first - col_first, ROWS, COLS)
+    tall, wide, parts_stride = multiple(tall, True), multiple(wide, True), multiple(parts_stride, True)
+    col_first = multiple(col_first, True)
+    left = tl.load(row_facts + first + i)
+    m, zero = tl.full((ROWS,), NONE, tl.float32), tl.zeros((ROWS,), tl.float32)
+    m, l, w = stats_of(  # noqa: E741
+        products, left, row_facts, col_facts, own, col_parts, m, zero, zero, row_tile, first + i,
+        col_first + col_tile * COLS, rows, cols, tall, wide, edge, offset, COLS,
+    )  # fmt: skip
+    store_partials(row_parts, m, l, w, col_first // COLS + col_tile, parts_stride, i)
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["factor", "own_g"])
+def scores_grad_kernel(
+    x, t, row_facts, col_facts, factor, own_g, out, first, rows, cols, dim,
+    x_stride, t_stride, tall, wide, out_stride, offset,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
+    p = own_products(
+        x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
+    )  # fmt: skip
+    quarter = quarters(p, ROWS, COLS)
+    tall, wide, out_stride = multiple(tall, True), multiple(wide, True), multiple(out_stride, True)
+    i = first + row_tile * ROWS + tl.arange(0, ROWS)
+    left, m, share = tl.load(row_facts + i), tl.load(row_facts + 2 * tall + i), tl.load(row_facts + 3 * tall + i)
+    given, f = tl.load(own_g + i, mask=i < rows, other=0.0), tl.load(factor)
+    crossing = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
+    to = out + (row_tile * ROWS).to(tl.int64) * out_stride + tl.arange(0, ROWS)[:, None] * out_stride
     for part in tl.static_range(4):
         j = col_tile * COLS + part * (COLS // 4) + tl.arange(0, COLS // 4)
-        g = grad_of(
-            p[part], a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor,
-            row_tile, col_tile * 4 + part, i, j, rows, cols, row_stride, col_stride, offset,
-            out.dtype.element_ty, ROWS, COLS // 4,
+        g = gradient_of(
+            quarter[part], left, m, share, f, col_facts, given, i, j, wide, crossing, offset, out.dtype.element_ty
         )  # fmt: skip
-        store(out, g, i, j, rows, cols, out_stride)
+        tl.store(to + j[None, :], g)
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["factor", "own_g"])
+def grad_kernel(
+    p, row_facts, col_facts, factor, own_g, out, first, rows, col_first, cols, p_stride, tall, wide, out_stride, offset,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
+    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
+    tall, wide, out_stride = multiple(tall, True), multiple(wide, True), multiple(out_stride, True)
+    to = out + i.to(tl.int64)[:, None] * out_stride + j[None, :]
+    col_first = multiple(col_first, True)
+    i, j = first + i, col_first + j
+    left, m, share = tl.load(row_facts + i), tl.load(row_facts + 2 * tall + i), tl.load(row_facts + 3 * tall + i)
+    given, f = tl.load(own_g + i, mask=i < rows, other=0.0), tl.load(factor)
+    crossing = at_edge(row_tile, col_tile, rows - first, cols - col_first, offset + first - col_first, ROWS, COLS)
+    g = gradient_of(
+        products, left, m, share, f, col_facts, given, i, j, wide, crossing, offset, out.dtype.element_ty
+    )  # fmt: skip
+    tl.store(to, g)
 
 
 def stats(
-    p: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int,
-    row: Tensor, col: Tensor, own: Tensor, tile: Tile = STORED,
+    p: Tensor, facts: Facts, own: Tensor, row_parts: Tensor, col_parts: Tensor, rows: tuple[int, int],
+    cols: tuple[int, int], offset: int, tile: Tile,
 ) -> None:  # fmt: skip
-    """Merges the statistics of a block of products p, float32 [rows, cols], into row [3, rows] and col [3, cols].
+    """The statistics of products p, float32, of the rows and columns named (from, to): the columns' first is a tile's.
 
-    Own pairs are left out of them; own [rows]: the score c of row i's own column offset + i is written where there is
-    one. a [rows] and q [cols], or None: what the products are multiplied by; scale, bias: float32, 0-d. All float32,
-    on p's device.
+    Own pairs are left out of them; own [all rows]: the score of row i's own column offset + i is written where there
+    is one. Parts as `partials` makes them, for these rows and all columns.
     """
-    rows, cols = p.shape
-    across, down = triton.cdiv(cols, tile.cols), triton.cdiv(rows, tile.rows)
-    row_parts, col_parts = partials(across, rows, p.device), partials(down, cols, p.device)
-    stats_kernel[(across * down,)](
-        p, a, q, scale, bias, row_parts, col_parts, own, rows, cols, p.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    (first, stop), (col_first, col_stop) = rows, cols
+    stats_kernel[(-(-(stop - first) // tile.rows) * -(-(col_stop - col_first) // tile.cols),)](
+        p, facts.rows, facts.cols, own, row_parts, col_parts, first, stop, col_first, col_stop,
+        p.stride(0), facts.rows.stride(0), facts.cols.stride(0), row_parts.stride(1), offset,
+        ALIGNED=spaced(p), ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps, **OPTIONS,
     )  # fmt: skip
-    merge_softmax(row_parts, row)
-    merge_softmax(col_parts, col)
 
 
 def scores_stats(
-    x: Tensor, t: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int,
-    row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None = None, tile: Tile | None = None,
+    x: Tensor, t: Tensor, facts: Facts, own: Tensor, keep: Tensor | None, row_parts: Tensor, col_parts: Tensor,
+    rows: tuple[int, int], offset: int, tile: Tile,
 ) -> None:  # fmt: skip
-    """`stats` of the products x @ t.T, which are formed here and reach memory only in keep [rows, cols], if given.
+    """`stats` of the products of these rows with all columns, which reach memory only in keep, if given.
 
-    x [rows, dim]: float32, bfloat16 or float16; t [cols, dim]: the same, or int8. Rows are contiguous.
+    x [all rows, dim]: bfloat16 or float16; t [cols, dim]: the same, or int8. keep [all rows, cols].
     """
-    (rows, dim), cols = x.shape, len(t)
-    tile = tile or tile_for(x, t, "wide" if keep is None else "narrow")
-    across, down = triton.cdiv(cols, tile.cols), triton.cdiv(rows, tile.rows)
-    row_parts, col_parts = partials(across * 4, rows, x.device), partials(down, cols, x.device)
-    scores_stats_kernel[(across * down,)](
-        x, t, a, q, scale, bias, row_parts, col_parts, own, keep,
-        rows, cols, dim, x.stride(0), t.stride(0), 0 if keep is None else keep.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    first, stop = rows
+    scores_stats_kernel[(-(-(stop - first) // tile.rows) * -(-len(t) // tile.cols),)](
+        x, t, facts.rows, facts.cols, own, keep, row_parts, col_parts, first, stop, len(t), x.shape[1],
+        x.stride(0), t.stride(0), 0 if keep is None else keep.stride(0), facts.rows.stride(0), facts.cols.stride(0),
+        row_parts.stride(1), offset,
+        ALIGNED=aligned(x) and aligned(t) and (keep is None or spaced(keep)),
+        EVEN=keep is not None and len(t) % 16 == 0,
+        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
     )  # fmt: skip
-    merge_softmax(row_parts, row)
-    merge_softmax(col_parts, col)
 
 
 def grad(
-    p: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int,
-    row: Tensor, col: Tensor, row_weight: float, col_weight: float, own_g: Tensor, factor: Tensor,
-    out: Tensor, tile: Tile = STORED,
+    p: Tensor, facts: Facts, own_g: Tensor, out: Tensor, rows: tuple[int, int], cols: tuple[int, int], offset: int,
+    tile: Tile,
 ) -> None:  # fmt: skip
-    """out [rows, cols] = factor · a · q · g, in out's dtype (float16: factor · g); factor: float32, 0-d. out may be p.
+    """out = factor · a · q · g of products p, in out's dtype (float16: factor · g). out may be p.
 
-    p, a, q, scale, bias, offset as for `stats`; row [2, rows], col [2, cols]: (m, l) over all pairs, not read where
-    their weight is 0; own_g [rows]: g of own pairs. All float32.
+    out: these rows and columns, with room for whole tiles; own_g [all rows]: g of own pairs.
     """
-    rows, cols = p.shape
-    grad_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
-        p, a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor, out,
-        rows, cols, p.stride(0), row.stride(0), col.stride(0), out.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    (first, stop), (col_first, col_stop) = rows, cols
+    grad_kernel[(-(-(stop - first) // tile.rows) * -(-(col_stop - col_first) // tile.cols),)](
+        p, facts.rows, facts.cols, facts.factor, own_g, out, first, stop, col_first, col_stop,
+        p.stride(0), facts.rows.stride(0), facts.cols.stride(0), out.stride(0), offset,
+        ALIGNED=spaced(p), ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps, **OPTIONS,
     )  # fmt: skip
 
 
 def scores_grad(
-    x: Tensor, t: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int,
-    row: Tensor, col: Tensor, row_weight: float, col_weight: float, own_g: Tensor, factor: Tensor,
-    out: Tensor, tile: Tile | None = None,
+    x: Tensor, t: Tensor, facts: Facts, own_g: Tensor, out: Tensor, rows: tuple[int, int], offset: int, tile: Tile
 ) -> None:  # fmt: skip
-    """`grad` of the products x @ t.T, which are formed here and never reach memory."""
-    (rows, dim), cols = x.shape, len(t)
-    tile = tile or tile_for(x, t, "wide")
-    scores_grad_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
-        x, t, a, q, scale, bias, row, col, row_weight, col_weight, own_g, factor, out,
-        rows, cols, dim, x.stride(0), t.stride(0), row.stride(0), col.stride(0), out.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+    """`grad` of the products of these rows of x with all of t, which are formed here and never reach memory."""
+    first, stop = rows
+    scores_grad_kernel[(-(-(stop - first) // tile.rows) * -(-len(t) // tile.cols),)](
+        x, t, facts.rows, facts.cols, facts.factor, own_g, out, first, stop, len(t), x.shape[1],
+        x.stride(0), t.stride(0), facts.rows.stride(0), facts.cols.stride(0), out.stride(0), offset,
+        ALIGNED=aligned(x) and aligned(t), ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
     )  # fmt: skip

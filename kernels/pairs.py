@@ -1,20 +1,26 @@
 """What the kernels over pairs share: a tile of the score matrix, and the merging of what its tiles found.
 
-The products p = x @ t.T of one block, [rows, cols] in float32, come by tiles: computed here from the
-features (`products`), or read from memory where cuBLAS left them (`stored`).
+The products p = x @ t.T of one block, float32, come by tiles: computed here from the features (`products`), or read
+from memory where cuBLAS left them (`stored`). scale · a_i · q_j · p = u are the scores without logit_bias.
 
+    prepare: what a tile needs to know of its rows and columns, once for all tiles     -> row_facts, col_facts
     program: a tile of ROWS × COLS, in an order that keeps both sides' features in the L2 (`tile_at`)
         p = 0
         for k in steps of DEPTH:
             p += x[i, k : +DEPTH] @ t[j, k : +DEPTH].T     int8 codes are widened in registers, exactly
-        c = a_i · q_j · p                                  the scores (`scores`); z = logit_scale · c + logit_bias
+        a quarter of the columns at a time (`quarters`): the scores, and what is made of them  -> parts, out
+    merge: the parts of all tiles, in their order                                      -> the caller's sums
 
-A step of 128 × 256 × 64 in bfloat16 does 4.2 MFLOP on the 48 KB it moves into shared memory: the tensor cores
-are the bound, and the epilogue is what they wait for: about ten float operations, two exponentials and the
-shuffles of two reductions for each of 32 768 elements, as long as some 500 of dim take.
+A step of 128 × 128 × 64 in bfloat16 does 2.1 MFLOP on the 32 KB that it moves into shared memory: the tensor cores are
+the bound, as long as the epilogue hides. A multiprocessor takes 48 issue slots of each scheduler for the products of
+32 scores at a dim of 768, and some 20 (gradient) to 40 (statistics) for their epilogue, so two programs share it, and
+one's epilogue runs beside the other's products: 128 registers a thread, half the shared memory.
 
-Rows and columns beyond the edge load the last one instead of being masked: what comes out of them is never
-stored, and its scores count as −inf.
+The texts of a tile are taken in an order (`fanned`) in which a thread, whose tensor core results are pairs of columns
+8 apart, holds 8 neighbours: 16 bytes at once in bfloat16.
+
+Rows and columns beyond the edge load the last one instead of being masked; facts, parts and gradients have room for
+whole tiles, so only what the caller gave is guarded.
 """
 
 from typing import NamedTuple
@@ -24,48 +30,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .interpreter import dot, round_to, widen
+from .interpreter import dot, widen
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NONE = tl.constexpr(-1e36)  # the score of what is not to be counted: 256 of them add up to a finite number
+LEAST = tl.constexpr(1e-20)  # of |logit_scale|: u / scale must stay a number
+PAD = 256  # facts, parts and gradients have room for rows and columns up to a multiple of it; every tile divides it
+FACTS = 512  # rows or columns that a program prepares
 
 
 class Tile(NamedTuple):
-    """ROWS × COLS of the scores a program, DEPTH of the features a step."""
+    """ROWS × COLS of the scores a program, DEPTH of the features a step; registers: the most a thread may have."""
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
-
-
-# Chosen from registers and shared memory as the compiler reports them (none spills: see the tests); not measured
-# yet. By compute capability, the last that is not above the device's. "wide" and "narrow": two-byte features, and
-# int8 codes beside them, under an epilogue that needs few and many registers; "float32"; "odd": features that are
-# not aligned (`aligned`), which pass through registers. Eight warps hold 128 × 128 sums in 64 registers a thread
-# and 128 × 256 in 128. 8.6, 8.9 and 12.0 have 99 KB of shared memory and no wgmma, so they share 8.0's.
-_AMPERE = {
-    "wide": Tile(128, 128, 32, 8, 4),
-    "narrow": Tile(128, 128, 32, 8, 4),
-    "float32": Tile(64, 64, 32, 4, 3),
-    "odd": Tile(64, 64, 32, 8, 2),
-}
-_HOPPER = _AMPERE | {"wide": Tile(128, 256, 64, 8, 3), "narrow": Tile(128, 128, 64, 8, 3)}
-TILES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _HOPPER, (12, 0): _AMPERE}
-STORED = Tile(64, 64, 0, 8, 1)  # over products in memory: a warp reads rows of 256 bytes
-MERGE = (32, 32)  # tiles × rows that a program merges at once
+    registers: int | None = None
 
 
 def aligned(features: Tensor) -> bool:
     """Whether rows start on 16 bytes and their length and distance divide by 16, as copies to shared memory want."""
-    return all(n % 16 == 0 for n in (features.data_ptr(), features.stride(0), features.shape[1]))
+    return features.data_ptr() % 16 == 0 and features.stride(0) % 16 == 0 and features.shape[1] % 16 == 0
 
 
-def tile_for(x: Tensor, t: Tensor, kind: str) -> Tile:
-    """The tile in which a kernel forms the products of x and t; kind: "wide" or "narrow"."""
-    here = torch.cuda.get_device_capability(x.device) if x.is_cuda else min(TILES)
-    tiles = TILES[max((known for known in TILES if known <= here), default=min(TILES))]
-    if not aligned(x) or not aligned(t):
-        return tiles["odd"]
-    return tiles["float32" if x.dtype == torch.float32 else kind]
+def spaced(matrix: Tensor) -> bool:
+    """Whether rows start on 16 bytes and their distance divides by 16, whatever their length."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0
+
+
+def padded(n: int) -> int:
+    return -(-n // PAD) * PAD
 
 
 @triton.jit
@@ -87,11 +83,20 @@ def crossed(row_tile, col_tile, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def multiple(n, ALIGNED: tl.constexpr):
+    """n, which the compiler then knows to divide by 16: sizes and distances are no part of a compiled kernel."""
+    if ALIGNED:
+        n = n // 16 * 16
+    return n
+
+
+@triton.jit
 def products(
     x, t, i, j, rows, cols, dim, x_stride, t_stride,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """x[i] @ t[j].T in float32."""
+    dim, x_stride, t_stride = multiple(dim, ALIGNED), multiple(x_stride, ALIGNED), multiple(t_stride, ALIGNED)
     k = tl.arange(0, DEPTH)
     left = x + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
     right = t + tl.minimum(j, cols - 1).to(tl.int64)[None, :] * t_stride + k[:, None]
@@ -133,45 +138,100 @@ def store(out, tile, i, j, rows, cols, stride):
 
 
 @triton.jit
-def scores(p, a, q, i, j, rows, cols):
-    """c = a_i · q_j · p; a or q may be None, which is 1."""
-    if a is not None:
-        p = p * tl.load(a + i, mask=i < rows, other=0.0)[:, None]
-    if q is not None:
-        p = p * tl.load(q + j, mask=j < cols, other=0.0)[None, :]
+def fanned(first, COLS: tl.constexpr):
+    """The columns from first on in the order in which a tile takes them, if its quarters are of 32: see `unfanned`."""
+    n = tl.arange(0, COLS)
+    if COLS % 128 == 0:
+        n = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
+    return first + n
+
+
+@triton.jit
+def unfanned(p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Products of fanned columns, in the order of the columns. No data moves: a thread's registers get other names."""
+    if COLS % 128 == 0:
+        p = tl.reshape(tl.permute(tl.reshape(p, (ROWS, COLS // 32, 4, 4, 2)), (0, 1, 3, 2, 4)), (ROWS, COLS))
     return p
 
 
 @triton.jit
-def product_gradient(g, factor, a, q, i, j, rows, cols, dtype: tl.constexpr):
-    """factor · a · q · g, rounded to dtype; in float16, whose range has no room for a and q, factor · g."""
-    g = g * tl.load(factor)
-    if dtype != tl.float16:
-        g = scores(g, a, q, i, j, rows, cols)
-    return round_to(g, dtype)
+def own_products(
+    x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The products of a tile of rows first..rows-1."""
+    i, j = first + row_tile * ROWS + tl.arange(0, ROWS), fanned(col_tile * COLS, COLS)
+    p = products(x, t, i, j, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED)
+    return unfanned(p, ROWS, COLS)
 
 
 @triton.jit
-def softmax_partials(z, c, AXIS: tl.constexpr):
-    """(m, l, w) along AXIS: m = max z, l = Σ exp(z − m), w = Σ exp(z − m)·c. A NaN in z makes l NaN."""
-    m = tl.max(z, AXIS)
-    e = tl.exp(z - tl.expand_dims(tl.where(m == float("-inf"), 0.0, m), AXIS))
-    return m, tl.sum(e, AXIS), tl.sum(e * c, AXIS)
+def at_edge(row_tile, col_tile, rows, cols, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Whether a tile has own pairs or lies across the end of the rows or columns."""
+    return (
+        crossed(row_tile, col_tile, offset, ROWS, COLS)
+        | (row_tile * ROWS + ROWS > rows)
+        | (col_tile * COLS + COLS > cols)
+    )  # fmt: skip
 
 
 @triton.jit
-def store_partials(parts, first, second, third, tile, at, n):
-    """Into parts[tile, :, at] of [tiles, 3, n]."""
-    to = parts + tile.to(tl.int64) * 3 * n + at
-    tl.store(to, first, mask=at < n)
-    tl.store(to + n, second, mask=at < n)
-    tl.store(to + 2 * n, third, mask=at < n)
+def softmax_facts(state, stride, weight, bias, at, n):
+    """m − bias and log2(weight / l) of state [2, n]; beyond n, and for a weight of 0, nothing is read: (inf, 0)."""
+    read = (at < n) & (weight != 0.0)
+    m = tl.load(state + at, mask=read, other=float("inf"))
+    share = weight / tl.load(state + stride + at, mask=read, other=1.0)
+    return m - bias, tl.where(read, tl.log2(share), 0.0)
 
 
-@triton.jit
-def merge_softmax_kernel(parts, out, tiles, n, out_stride, TILES: tl.constexpr, N: tl.constexpr):
-    """Merges parts [tiles, 3, n] of (m, l, w) into out [3, n], in the order of the tiles."""
+@triton.jit(
+    do_not_specialize=["row_weight", "col_weight", "rows", "cols", "row_stride", "col_stride", "tall", "wide"],
+    do_not_specialize_on_alignment=["a", "q", "scale", "bias", "factor", "row", "col"],
+)
+def facts_kernel(
+    a, q, scale, bias, factor, row, col, row_weight, col_weight, row_facts, col_facts,
+    rows, cols, row_stride, col_stride, tall, wide, NARROW: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """See `Facts`. The first programs make the rows', the others the columns'."""
+    s, b = tl.load(scale), tl.load(bias)
+    s = tl.where(tl.abs(s) < LEAST, LEAST, s)
     at = tl.program_id(0) * N + tl.arange(0, N)
+    one = tl.zeros((N,), tl.float32) + 1.0
+    if tl.program_id(0) * N < tall:
+        if a is not None:
+            one = tl.load(a + at, mask=at < rows, other=0.0)
+        tl.store(row_facts + at, one * s, mask=at < tall)
+        tl.store(row_facts + tall + at, one, mask=at < tall)
+        if row is not None:
+            m, share = softmax_facts(row, row_stride, row_weight, b, at, rows)
+            tl.store(row_facts + 2 * tall + at, m, mask=at < tall)
+            tl.store(row_facts + 3 * tall + at, share, mask=at < tall)
+    else:
+        at -= tl.cdiv(tall, N) * N
+        if q is not None:
+            one = tl.load(q + at, mask=at < cols, other=0.0)
+        tl.store(col_facts + at, one, mask=at < wide)
+        if col is not None:
+            m, share = softmax_facts(col, col_stride, col_weight, b, at, cols)
+            tl.store(col_facts + wide + at, m, mask=at < wide)
+            tl.store(col_facts + 2 * wide + at, share, mask=at < wide)
+        if factor is not None:
+            f = tl.load(factor)
+            tl.store(col_facts + 3 * wide, f if NARROW else f / s)
+
+
+@triton.jit
+def store_partials(parts, first, second, third, tile, stride, at):
+    """Into parts[tile, :, at] of [tiles, 3, stride]."""
+    to = parts + (tile * 3).to(tl.int64) * stride + at
+    tl.store(to, first)
+    tl.store(to + stride, second)
+    tl.store(to + 2 * stride, third)
+
+
+@triton.jit
+def merged_softmax(parts, out, at, n, tiles, stride, out_stride, scale, bias, TILES: tl.constexpr):
+    """Merges parts [tiles, 3, stride] of (max u, Σ e, Σ e u) into (m, l, w) of out [3, n], in the tiles' order."""
     inside = at < n
     m = tl.load(out + at, mask=inside, other=float("-inf"))
     l = tl.load(out + out_stride + at, mask=inside, other=0.0)  # noqa: E741
@@ -179,22 +239,47 @@ def merge_softmax_kernel(parts, out, tiles, n, out_stride, TILES: tl.constexpr, 
     for first in range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
         mask = (tile < tiles)[:, None] & inside[None, :]
-        part = parts + tile.to(tl.int64)[:, None] * 3 * n + at[None, :]
-        part_m = tl.load(part, mask=mask, other=float("-inf"))
+        part = parts + tile.to(tl.int64)[:, None] * 3 * stride + at[None, :]
+        part_m = tl.load(part, mask=mask, other=NONE)
+        part_l = tl.load(part + stride, mask=mask, other=0.0)
+        # A tile without a score that counts is left out, but not one whose scores are NaN.
+        mask = mask & ((part_m != NONE) | (part_l != part_l))
+        part_m, part_l = tl.where(mask, part_m + bias, float("-inf")), tl.where(mask, part_l, 0.0)
         highest = tl.maximum(m, tl.max(part_m, 0))
         base = tl.where(highest == float("-inf"), 0.0, highest)
         old, new = tl.exp(m - base), tl.exp(part_m - base[None, :])
-        l = l * old + tl.sum(tl.load(part + n, mask=mask, other=0.0) * new, 0)  # noqa: E741
-        w = w * old + tl.sum(tl.load(part + 2 * n, mask=mask, other=0.0) * new, 0)
+        l = l * old + tl.sum(part_l * new, 0)  # noqa: E741
+        w = w * old + tl.sum(tl.load(part + 2 * stride, mask=mask, other=0.0) * new, 0) / scale
         m = highest
     tl.store(out + at, m, mask=inside)
     tl.store(out + out_stride + at, l, mask=inside)
     tl.store(out + 2 * out_stride + at, w, mask=inside)
 
 
-@triton.jit
-def merge_sums_kernel(parts, first, second, third, tiles, n, TILES: tl.constexpr, N: tl.constexpr):
-    """Adds the tiles of parts [tiles, 3, n] to three vectors [n], in the order of the tiles."""
+@triton.jit(
+    do_not_specialize=[
+        "rows", "cols", "row_tiles", "col_tiles", "tall", "wide", "row_stride", "col_stride"
+    ],
+    do_not_specialize_on_alignment=["row", "col", "scale", "bias"],
+)  # fmt: skip
+def merge_softmax_kernel(
+    row_parts, col_parts, row, col, scale, bias, rows, cols, row_tiles, col_tiles, tall, wide, row_stride, col_stride,
+    TILES: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Both sides at once: the first programs merge row_parts [row_tiles, 3, tall], the others col_parts."""
+    s, b = tl.load(scale), tl.load(bias)
+    s = tl.where(tl.abs(s) < LEAST, LEAST, s)
+    program, before = tl.program_id(0), tl.cdiv(rows, N)
+    parts, out, n, tiles, stride, out_stride = row_parts, row, rows, row_tiles, tall, row_stride
+    if program >= before:
+        program -= before
+        parts, out, n, tiles, stride, out_stride = col_parts, col, cols, col_tiles, wide, col_stride
+    merged_softmax(parts, out, program * N + tl.arange(0, N), n, tiles, stride, out_stride, s, b, TILES)
+
+
+@triton.jit(do_not_specialize=["tiles", "n", "stride"], do_not_specialize_on_alignment=["first", "second", "third"])
+def merge_sums_kernel(parts, first, second, third, tiles, n, stride, TILES: tl.constexpr, N: tl.constexpr):
+    """Adds the tiles of parts [tiles, 3, stride] to three vectors [n], in the order of the tiles."""
     at = tl.program_id(0) * N + tl.arange(0, N)
     inside = at < n
     one = tl.load(first + at, mask=inside, other=0.0)
@@ -203,29 +288,72 @@ def merge_sums_kernel(parts, first, second, third, tiles, n, TILES: tl.constexpr
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
         mask = (tile < tiles)[:, None] & inside[None, :]
-        part = parts + tile.to(tl.int64)[:, None] * 3 * n + at[None, :]
+        part = parts + tile.to(tl.int64)[:, None] * 3 * stride + at[None, :]
         one += tl.sum(tl.load(part, mask=mask, other=0.0), 0)
-        two += tl.sum(tl.load(part + n, mask=mask, other=0.0), 0)
-        three += tl.sum(tl.load(part + 2 * n, mask=mask, other=0.0), 0)
+        two += tl.sum(tl.load(part + stride, mask=mask, other=0.0), 0)
+        three += tl.sum(tl.load(part + 2 * stride, mask=mask, other=0.0), 0)
     tl.store(first + at, one, mask=inside)
     tl.store(second + at, two, mask=inside)
     tl.store(third + at, three, mask=inside)
 
 
-def partials(tiles: int, n: int, device: torch.device) -> Tensor:
-    """Room for three numbers of each of n rows (or columns) from every tile across them."""
-    return torch.empty((tiles, 3, n), dtype=torch.float32, device=device)
+class Facts(NamedTuple):
+    """What the tiles of a block need to know, from `facts`.
+
+    rows [4, tall]: a · scale, a, m − bias, log2(weight / l); cols [3, wide]: q, m − bias, log2(weight / l); padded.
+    factor [1]: what left · g · right is multiplied by, left = a · scale and right = q; in float16 g itself.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    factor: Tensor
 
 
-def merge_softmax(parts: Tensor, out: Tensor) -> None:
-    """parts [tiles, 3, n] of (m, l, w) into the running out [3, n]."""
-    tiles, _, n = parts.shape
-    grid = (triton.cdiv(n, MERGE[1]),)
-    merge_softmax_kernel[grid](parts, out, tiles, n, out.stride(0), TILES=MERGE[0], N=MERGE[1])
+def facts(
+    rows: int, cols: int, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, factor: Tensor | None = None,
+    row: Tensor | None = None, col: Tensor | None = None, row_weight: float = 0.0, col_weight: float = 0.0,
+    narrow: bool = False,
+) -> Facts:  # fmt: skip
+    """Facts of a block. a [rows], q [cols]: float32, or None: all one; scale, bias: float32, 0-d.
+
+    factor: float32, 0-d: the gradient is factor · a · q · g, in float16 (narrow) factor · g. row [2, rows],
+    col [2, cols]: (m, l) over all pairs, not read where their weight is 0. What is None is not wanted.
+    """
+    tall, wide = padded(rows), padded(cols)
+    room = torch.empty(4 * tall + 3 * wide + 1, dtype=torch.float32, device=scale.device)
+    cut, end = 4 * tall, 4 * tall + 3 * wide
+    made = Facts(room[:cut].view(4, tall), room[cut:end].view(3, wide), room[end:])
+    facts_kernel[(-(-tall // FACTS) + -(-wide // FACTS),)](
+        a, q, scale, bias, factor, row, col, row_weight, col_weight, made.rows, made.cols,
+        rows, cols, 0 if row is None else row.stride(0), 0 if col is None else col.stride(0), tall, wide,
+        NARROW=narrow, N=FACTS,
+    )  # fmt: skip
+    return made
 
 
-def merge_sums(parts: Tensor, first: Tensor, second: Tensor, third: Tensor) -> None:
+def partials(rows: int, cols: int, tile: Tile, both: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Room for three numbers of each row from every tile across it, and with both of each column likewise."""
+    tall, wide = padded(rows), padded(cols)
+    across, down = -(-cols // tile.cols), -(-rows // tile.rows) if both else 0
+    room = torch.empty(3 * (across * tall + down * wide), dtype=torch.float32, device=like.device)
+    cut = 3 * across * tall
+    return room[:cut].view(across, 3, tall), room[cut:].view(down, 3, wide) if both else None
+
+
+def merge_softmax(
+    row_parts: Tensor, col_parts: Tensor, row: Tensor, col: Tensor, scale: Tensor, bias: Tensor, merge: tuple[int, int]
+) -> None:
+    """What the tiles found, into the running (m, l, w): row [3, rows], col [3, cols]. merge: tiles × rows at once."""
+    (tiles, n), rows, cols = merge, row.shape[1], col.shape[1]
+    merge_softmax_kernel[(-(-rows // n) + -(-cols // n),)](
+        row_parts, col_parts, row, col, scale, bias, rows, cols, len(row_parts), len(col_parts),
+        row_parts.stride(1), col_parts.stride(1), row.stride(0), col.stride(0), TILES=tiles, N=n,
+    )  # fmt: skip
+
+
+def merge_sums(parts: Tensor, first: Tensor, second: Tensor, third: Tensor, merge: tuple[int, int]) -> None:
     """The sums over tiles of parts [tiles, 3, n], added to three vectors [n]."""
-    tiles, _, n = parts.shape
-    grid = (triton.cdiv(n, MERGE[1]),)
-    merge_sums_kernel[grid](parts, first, second, third, tiles, n, TILES=MERGE[0], N=MERGE[1])
+    tiles, n = merge
+    merge_sums_kernel[(-(-len(first) // n),)](
+        parts, first, second, third, len(parts), len(first), parts.stride(1), TILES=tiles, N=n
+    )

@@ -4,137 +4,161 @@ z_ij = logit_scale · a_i · q_j · (x_i · t_j) + logit_bias,   y_ij = 1 for ow
 loss_i = Σ_j softplus(−y_ij z_ij),   g_ij = −y_ij σ(−y_ij z_ij), its derivative by z_ij
 
     a tile of ROWS × COLS:
-        p = products (pairs.py), or from memory;   c, z = a_i · q_j · p, logit_scale · c + logit_bias
+        p = products (pairs.py), or from memory;   v, z = q_j · p, logit_scale · a_i · v + logit_bias
         e = exp(−|z|):  softplus = max(−y z, 0) + log1p(e),  σ = 1 / (1 + e) or e / (1 + e)
-        row by row: Σ softplus, Σ g c, Σ g  ->  parts[tile];  merge_sums adds the parts of all tiles, in order
+        row by row: Σ softplus, a_i Σ g v, Σ g  ->  parts[tile];  merge_sums adds the parts of all tiles, in order
         out = factor · a_i · q_j · g, rounded once, for both sides' gradients (see contrastive.py)
 
 One pass has the loss and all gradients: a score needs no other. Formed from features, a tile's
 2 · ROWS · COLS · dim FLOP are the bound (tensor cores); over products in memory it reads 4 bytes an element and
-writes 2 or 4, or nothing without out, and 0.19 of parts, for one exponential and two divisions: memory bandwidth.
+writes 2 or 4, or nothing without out, and 0.19 of parts, for one exponential and one root: memory bandwidth.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contrastive import INTEGERS
+from .interpreter import round_to
 from .pairs import (
-    STORED,
+    LOG2E,
+    NONE,
+    Facts,
     Tile,
-    merge_sums,
-    partials,
-    product_gradient,
-    products,
+    aligned,
+    at_edge,
+    multiple,
+    own_products,
     quarters,
-    scores,
-    store,
+    spaced,
     store_partials,
     stored,
     tile_at,
-    tile_for,
 )
 
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative: 2 atanh(s), s = e / (2 + e), by a polynomial in s².
-
-    log(1 + e) itself would lose the small e that make up the loss of far pairs.
-    """
-    s = e / (2.0 + e)
-    y = s * s
-    return s * (2.0 + y * (0.66666322 + y * (0.40024595 + y * (0.27965158 + y * 0.28157778))))
+    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative, by a polynomial: log(1 + e) itself would lose the small e that make
+    up the loss of far pairs."""
+    y = tl.fma(e, 0.00523267664, -0.0295051681)
+    y = tl.fma(e, y, 0.0782258369)
+    y = tl.fma(e, y, -0.13663236)
+    y = tl.fma(e, y, 0.191060022)
+    y = tl.fma(e, y, -0.24842981)
+    y = tl.fma(e, y, 0.333190967)
+    y = tl.fma(e, y, -0.499994931)
+    return e * tl.fma(e, y, 0.99999997)
 
 
 @triton.jit
 def sigmoid_of(
-    p, a, q, scale, bias, alpha, factor, out, i, j, rows, cols, out_stride, offset
+    p, left, factor, col_facts, bias, out, to, i, j, cols, edge, offset
 ):  # fmt: skip
-    """Sums over the columns of a tile: softplus, alpha · g · c, alpha · g; writes the tile of out."""
-    c = scores(p, a, q, i, j, rows, cols)
-    z = tl.load(scale) * c + tl.load(bias)
-    own = j[None, :] == (i + offset)[:, None]
-    u = tl.where(own, -z, z)
-    e = tl.exp(-tl.abs(u))
-    s = 1.0 / (1.0 + e)
-    sigma = tl.where(u >= 0, s, e * s)
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
-    g = tl.where(inside, tl.where(own, -sigma, sigma), 0.0)
+    """Sums over the columns of a tile: softplus, g · v, g; writes out[to] if it is not None."""
+    right = tl.load(col_facts + j)
+    v = p * right[None, :]
+    u = tl.fma(v, left[:, None], bias)
+    if edge:
+        u = tl.where(j[None, :] == (i + offset)[:, None], -u, u)
+        u = tl.where((j < cols)[None, :], u, NONE)
+    e = tl.exp2(tl.abs(u) * -LOG2E)
+    softplus = tl.sum(tl.maximum(u, 0.0) + log1p(e), 1)
+    root = tl.rsqrt(1.0 + e)
+    g = tl.where(u >= 0, root, e * root) * root
+    if edge:
+        g = tl.where(j[None, :] == (i + offset)[:, None], -g, g)
+    sums = tl.sum(g * v, 1), tl.sum(g, 1)
     if out is not None:
-        rounded = product_gradient(g, factor, a, q, i, j, rows, cols, out.dtype.element_ty)
-        store(out, rounded, i, j, rows, cols, out_stride)
-    softplus = tl.where(inside, tl.maximum(u, 0.0) + log1p(e), 0.0)
-    return tl.sum(softplus, 1), alpha * tl.sum(g * c, 1), alpha * tl.sum(g, 1)
+        if out.dtype.element_ty != tl.float16:
+            # Loaded again, from the L1: to hold it would take registers that there are not.
+            g *= left[:, None] * tl.load(col_facts + j, cache_modifier=".ca")[None, :]
+        g *= factor
+        tl.store(out + to, round_to(g, out.dtype.element_ty))
+    return softplus, sums[0], sums[1]
 
 
-@triton.jit
-def sigmoid_kernel(
-    p, a, q, scale, bias, alpha, factor, parts, out, rows, cols, p_stride, out_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 1)
-    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    loss, gc, g = sigmoid_of(
-        stored(p, i, j, rows, cols, p_stride), a, q, scale, bias, alpha, factor, out,
-        i, j, rows, cols, out_stride, offset,
-    )  # fmt: skip
-    store_partials(parts, loss, gc, g, col_tile, i, rows)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=[*INTEGERS, "alpha"], do_not_specialize_on_alignment=["bias", "factor"])
 def scores_sigmoid_kernel(
-    x, t, a, q, scale, bias, alpha, factor, parts, out, rows, cols, dim, x_stride, t_stride, out_stride, offset,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    x, t, row_facts, col_facts, bias, factor, alpha, parts, out, first, rows, cols, dim,
+    x_stride, t_stride, tall, parts_stride, out_stride, offset,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 8)
-    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    p = quarters(products(x, t, i, j, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH), ROWS, COLS)
-    loss, gc, g = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
+    p = own_products(
+        x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
+    )  # fmt: skip
+    quarter = quarters(p, ROWS, COLS)
+    tall, out_stride, parts_stride = multiple(tall, True), multiple(out_stride, True), multiple(parts_stride, True)
+    i = first + row_tile * ROWS + tl.arange(0, ROWS)
+    left, b = tl.load(row_facts + i), tl.load(bias)
+    if out is not None:
+        factor = tl.load(factor)
+        out += (row_tile * ROWS).to(tl.int64) * out_stride + col_tile * COLS
+    down, along = tl.arange(0, ROWS)[:, None] * out_stride, tl.arange(0, COLS // 4)[None, :]
+    edge = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
+    loss, gv, g = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for part in tl.static_range(4):
         j = col_tile * COLS + part * (COLS // 4) + tl.arange(0, COLS // 4)
-        more_loss, more_gc, more_g = sigmoid_of(
-            p[part], a, q, scale, bias, alpha, factor, out, i, j, rows, cols, out_stride, offset
-        )  # fmt: skip
-        loss, gc, g = loss + more_loss, gc + more_gc, g + more_g
-    store_partials(parts, loss, gc, g, col_tile, i, rows)
+        to = down + (part * (COLS // 4) + along)
+        more = sigmoid_of(quarter[part], left, factor, col_facts, b, out, to, i, j, cols, edge, offset)
+        loss, gv, g = loss + more[0], gv + more[1], g + more[2]
+    gv *= tl.load(row_facts + tall + i) * alpha
+    store_partials(parts, loss, gv, g * alpha, col_tile, parts_stride, row_tile * ROWS + tl.arange(0, ROWS))
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "alpha"], do_not_specialize_on_alignment=["bias", "factor"])
+def sigmoid_kernel(
+    p, row_facts, col_facts, bias, factor, alpha, parts, out, first, rows, col_first, cols,
+    p_stride, tall, parts_stride, out_stride, offset,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
+    i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
+    tall, out_stride, parts_stride = multiple(tall, True), multiple(out_stride, True), multiple(parts_stride, True)
+    left, b = tl.load(row_facts + first + i), tl.load(bias)
+    if out is not None:
+        factor = tl.load(factor)
+    edge = at_edge(row_tile, col_tile, rows - first, cols - col_first, offset + first - col_first, ROWS, COLS)
+    loss, gv, g = sigmoid_of(
+        products, left, factor, col_facts, b, out, i.to(tl.int64)[:, None] * out_stride + j[None, :],
+        first + i, col_first + j, cols, edge, offset,
+    )  # fmt: skip
+    gv *= tl.load(row_facts + tall + first + i) * alpha
+    store_partials(parts, loss, gv, g * alpha, col_first // COLS + col_tile, parts_stride, i)
 
 
 def sigmoid(
-    p: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int, alpha: float,
-    factor: Tensor, loss: Tensor, d_scale: Tensor, d_bias: Tensor, out: Tensor | None, tile: Tile = STORED,
+    p: Tensor, facts: Facts, bias: Tensor, alpha: float, parts: Tensor, out: Tensor | None, rows: tuple[int, int],
+    cols: tuple[int, int], offset: int, tile: Tile,
 ) -> None:  # fmt: skip
-    """Adds Σ_j softplus(−y z), alpha Σ_j g c and alpha Σ_j g of a block of products p, float32 [rows, cols].
+    """Σ_j softplus(−y z), alpha Σ_j g c and alpha Σ_j g of products p, float32, of the rows and columns named.
 
-    loss, d_scale, d_bias: float32 [rows]. a [rows] and q [cols], or None: what the products are multiplied by;
-    scale, bias: float32, 0-d. out: None, or [rows, cols], p itself even, which becomes factor · a · q · g
-    in its dtype (float16: factor · g); factor: float32, 0-d.
+    parts as `partials` makes them, for these rows and all columns; the columns' first is a tile's. out: None, or these
+    rows and columns with room for whole tiles, p itself even, which become factor · a · q · g in its dtype
+    (float16: factor · g).
     """
-    rows, cols = p.shape
-    parts = partials(triton.cdiv(cols, tile.cols), rows, p.device)
-    sigmoid_kernel[(len(parts) * triton.cdiv(rows, tile.rows),)](
-        p, a, q, scale, bias, alpha, factor, parts, out,
-        rows, cols, p.stride(0), 0 if out is None else out.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
+    (first, stop), (col_first, col_stop) = rows, cols
+    sigmoid_kernel[(-(-(stop - first) // tile.rows) * -(-(col_stop - col_first) // tile.cols),)](
+        p, facts.rows, facts.cols, bias, facts.factor, alpha, parts, out, first, stop, col_first, col_stop,
+        p.stride(0), facts.rows.stride(0), parts.stride(1), 0 if out is None else out.stride(0), offset,
+        ALIGNED=spaced(p), ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
     )  # fmt: skip
-    merge_sums(parts, loss, d_scale, d_bias)
 
 
 def scores_sigmoid(
-    x: Tensor, t: Tensor, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, offset: int,
-    alpha: float, factor: Tensor, loss: Tensor, d_scale: Tensor, d_bias: Tensor, out: Tensor | None,
-    tile: Tile | None = None,
+    x: Tensor, t: Tensor, facts: Facts, bias: Tensor, alpha: float, parts: Tensor, out: Tensor | None,
+    rows: tuple[int, int], offset: int, tile: Tile,
 ) -> None:  # fmt: skip
-    """`sigmoid` of the products x @ t.T, which are formed here and never reach memory.
+    """`sigmoid` of the products of these rows with all columns, which are formed here and never reach memory.
 
-    x [rows, dim]: float32, bfloat16 or float16; t [cols, dim]: the same, or int8. Rows are contiguous.
+    x [all rows, dim]: bfloat16 or float16; t [cols, dim]: the same, or int8.
     """
-    (rows, dim), cols = x.shape, len(t)
-    tile = tile or tile_for(x, t, "narrow")
-    parts = partials(triton.cdiv(cols, tile.cols), rows, x.device)
-    scores_sigmoid_kernel[(len(parts) * triton.cdiv(rows, tile.rows),)](
-        x, t, a, q, scale, bias, alpha, factor, parts, out,
-        rows, cols, dim, x.stride(0), t.stride(0), 0 if out is None else out.stride(0), offset,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+    first, stop = rows
+    scores_sigmoid_kernel[(-(-(stop - first) // tile.rows) * -(-len(t) // tile.cols),)](
+        x, t, facts.rows, facts.cols, bias, facts.factor, alpha, parts, out, first, stop, len(t), x.shape[1],
+        x.stride(0), t.stride(0), facts.rows.stride(0), parts.stride(1), 0 if out is None else out.stride(0), offset,
+        ALIGNED=aligned(x) and aligned(t), ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
-    merge_sums(parts, loss, d_scale, d_bias)
