@@ -15,6 +15,8 @@ bandwidth is the bound. So a row is read once, the variance comes from what is i
 backward's column sums stay there until a program has seen all its rows. No atomics: the same bits at every run.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,13 +25,23 @@ from torch import Tensor
 from .interpreter import round_to
 from .pairs import store, stored
 
-# Not measured on a GPU yet. Elements of a program's tile at least, and of a warp: forward a whole row of up to 1024,
-# whose sums then need no shared memory; backward 8 a thread, which with both sums take some 100 registers.
-TILE, FORWARD, BACKWARD = 1024, 1024, 256
 MAX_WARPS = 16
-# What a thread of the backward gets, for all of its programs to run at once; by itself ptxas takes fewer, and spills.
-REGISTERS = 128
-MERGE = (128, 32)  # parts × columns that a program merges at once
+
+
+class RowTile(NamedTuple):
+    """Elements of a program's tile at least, and of a warp; registers that a thread gets, None: what ptxas takes."""
+
+    elements: int
+    a_warp: int
+    registers: int | None = None
+
+
+class MergeTile(NamedTuple):
+    """Parts and columns that a program merges at once."""
+
+    parts: int
+    columns: int
+    warps: int
 
 
 @triton.jit
@@ -37,7 +49,7 @@ def normed_rows(s, mean, rstd):
     return (s - mean[:, None]) * rstd[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def layernorm_kernel(
     x, residual, weight, bias, eps, y, stream, mean, rstd, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -57,7 +69,7 @@ def layernorm_kernel(
     store(y, round_to(tl.fma(normed_rows(s, m, r), w, b), y.dtype.element_ty), i, j, rows, width, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def layernorm_backward_kernel(
     dy, stream, mean, rstd, weight, bias, d_stream, dx, y, parts, rows, width,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -87,7 +99,7 @@ def layernorm_backward_kernel(
     tl.store(to + width, tl.sum(d_bias, 0), mask=j < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tiles", "n"))
 def merge_kernel(parts, out, tiles, n, TILES: tl.constexpr, N: tl.constexpr):
     """out [n] = the sum of parts [tiles, n], in the order of the tiles."""
     j = tl.program_id(0) * N + tl.arange(0, N)
@@ -97,51 +109,54 @@ def merge_kernel(parts, out, tiles, n, TILES: tl.constexpr, N: tl.constexpr):
     tl.store(out + j, tl.sum(sums, 0), mask=j < n)
 
 
-def shape(width: int, a_warp: int) -> tuple[int, int, int]:
-    """(ROWS, WIDTH, warps) of a program that holds whole rows, a_warp elements in a warp."""
+def shape(width: int, tile: RowTile) -> tuple[int, int, int]:
+    """(ROWS, WIDTH, warps) of a program that holds whole rows."""
     padded = triton.next_power_of_2(width)
-    return max(1, TILE // padded), padded, min(MAX_WARPS, max(TILE, padded) // a_warp)
+    warps = min(MAX_WARPS, max(tile.elements, padded) // tile.a_warp)
+    return max(1, tile.elements // padded), padded, warps
 
 
-def merge(parts: Tensor) -> Tensor:
+def merge(parts: Tensor, tile: MergeTile) -> Tensor:
     """The sum over the first dimension of parts, float32, in its order."""
     out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     tiles, n = len(parts), out.numel()
-    merge_kernel[(triton.cdiv(n, MERGE[1]),)](parts, out, tiles, n, TILES=MERGE[0], N=MERGE[1], num_warps=8)
+    merge_kernel[(triton.cdiv(n, tile.columns),)](
+        parts, out, tiles, n, TILES=tile.parts, N=tile.columns, num_warps=tile.warps
+    )
     return out
 
 
-def resident(warps: int, registers: int, device: torch.device) -> int:
-    """Programs of so many warps that run at once, if a thread has so many registers."""
+def resident(warps: int, registers: int | None, device: torch.device) -> int:
+    """Programs of so many warps that run at once, if a thread has so many registers (None: as many as there are)."""
     on = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return on * max(1, 65536 // (32 * registers * warps))
+    return on * max(1, 65536 // (32 * (registers or 255) * warps))
 
 
 def layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-    y: Tensor, stream: Tensor | None, mean: Tensor, rstd: Tensor,
+    y: Tensor, stream: Tensor | None, mean: Tensor, rstd: Tensor, tile: RowTile,
 ) -> None:  # fmt: skip
     """See ops/blocks.py."""
     rows, width = x.shape
-    tile_rows, padded, warps = shape(width, FORWARD)
+    tile_rows, padded, warps = shape(width, tile)
     layernorm_kernel[(triton.cdiv(rows, tile_rows),)](
         x, residual, weight, bias, eps, y, stream, mean, rstd, rows, width,
-        ROWS=tile_rows, WIDTH=padded, num_warps=warps,
+        ROWS=tile_rows, WIDTH=padded, num_warps=warps, maxnreg=tile.registers,
     )  # fmt: skip
 
 
 def layernorm_backward(
     dy: Tensor, stream: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-    d_stream: Tensor | None, dx: Tensor, y: Tensor | None,
+    d_stream: Tensor | None, dx: Tensor, y: Tensor | None, tile: RowTile, merged: MergeTile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ops/blocks.py."""
+    """See ops/blocks.py. tile.registers: with which all of its programs run at once."""
     rows, width = stream.shape
-    tile_rows, padded, warps = shape(width, BACKWARD)
-    programs = min(triton.cdiv(rows, tile_rows), resident(warps, REGISTERS, stream.device))
+    tile_rows, padded, warps = shape(width, tile)
+    programs = min(triton.cdiv(rows, tile_rows), resident(warps, tile.registers, stream.device))
     parts = torch.empty((programs, 2, width), dtype=torch.float32, device=stream.device)
     layernorm_backward_kernel[(programs,)](
         dy, stream, mean, rstd, weight, bias, d_stream, dx, y, parts, rows, width,
-        ROWS=tile_rows, WIDTH=padded, num_warps=warps, maxnreg=REGISTERS,
+        ROWS=tile_rows, WIDTH=padded, num_warps=warps, maxnreg=tile.registers,
     )  # fmt: skip
-    d_weight, d_bias = merge(parts)
+    d_weight, d_bias = merge(parts, merged)
     return d_weight, d_bias

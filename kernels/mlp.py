@@ -19,25 +19,38 @@ a is the same bits from all four: z is formed from the rounded h, and no multipl
 an addition but in an explicit fma, so the compiler has nothing to contract in one kernel and not in another.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .interpreter import dot, round_to
-from .layernorm import merge, resident
-from .pairs import Tile, aligned, products, quarters, store, stored, tile_at
+from .layernorm import MergeTile, merge, resident
+from .pairs import multiple, products, quarters, store, stored, tile_at
 
-# The products' tiles by compute capability, the last that is not above the device's, chosen from registers and shared
-# memory as the compiler reports them; not measured on a GPU yet. "odd": operands that are not aligned, which pass
-# through registers. 8.6, 8.9 and 12.0 have 99 KB of shared memory and no wgmma, so they share 8.0's.
-_AMPERE = {"even": Tile(128, 64, 32, 4, 4), "odd": Tile(64, 64, 32, 8, 2)}
-_HOPPER = _AMPERE | {"even": Tile(128, 128, 64, 8, 3)}
-TILES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _HOPPER, (12, 0): _AMPERE}
-GROUP = 8  # row tiles that pass over the columns together
 
-ELEMENTWISE, WARPS = (4, 256), 4  # the tile of the activation by itself: 8 elements a thread
-REGISTERS = 64  # that a thread of its backward gets, for all of its programs to run at once
+class Tile(NamedTuple):
+    """The activation by itself: ROWS × COLS a step. registers: what a thread gets; None: what ptxas takes."""
+
+    rows: int
+    cols: int
+    warps: int
+    registers: int | None = None
+
+
+class ProductTile(NamedTuple):
+    """ROWS × COLS of the product a program, by steps of DEPTH; GROUP row tiles pass over the columns together."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    group: int
+    aligned: bool  # all operands, as pairs.py says
+    registers: int | None = None
 
 
 @triton.jit
@@ -89,7 +102,7 @@ def backward_of(da, h, bias, dh, a, i, j, rows, cols, ACTIVATION: tl.constexpr):
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def bias_act_kernel(
     h, bias, a, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
@@ -99,7 +112,7 @@ def bias_act_kernel(
     store(a, round_to(z * gate_of(z, ACTIVATION), a.dtype.element_ty), i, j, rows, cols, cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def bias_act_backward_kernel(
     da, h, bias, dh, a, parts, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
@@ -112,11 +125,13 @@ def bias_act_backward_kernel(
     tl.store(parts + tl.program_id(1).to(tl.int64) * cols + j, tl.sum(sums, 0), mask=j < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "cols", "dim"))
 def linear_act_kernel(
     x, weight, bias, h, a, rows, cols, dim,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    cols, dim = multiple(cols, ALIGNED), multiple(dim, ALIGNED)
     row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, GROUP)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     p = quarters(products(x, weight, i, j, rows, cols, dim, dim, dim, ROWS, COLS, DEPTH), ROWS, COLS)
@@ -149,11 +164,13 @@ def turned_products(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "cols", "dim"))
 def linear_act_backward_kernel(
     dm, weight, h, bias, dh, a, parts, rows, cols, dim,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    cols, dim = multiple(cols, ALIGNED), multiple(dim, ALIGNED)
     row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, GROUP)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     da = quarters(turned_products(dm, weight, i, j, rows, cols, dim, ROWS, COLS, DEPTH), ROWS, COLS)
@@ -164,60 +181,53 @@ def linear_act_backward_kernel(
         tl.store(parts + row_tile.to(tl.int64) * cols + j, sums, mask=j < cols)
 
 
-def tile_for(*operands: Tensor) -> Tile:
-    """The tile in which the products of these matrices are formed."""
-    device = operands[0].device
-    here = torch.cuda.get_device_capability(device) if device.type == "cuda" else min(TILES)
-    tiles = TILES[max((known for known in TILES if known <= here), default=min(TILES))]
-    return tiles["even" if all(map(aligned, operands)) else "odd"]
-
-
-def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor) -> None:
+def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor, tile: Tile) -> None:
     """See ops/blocks.py."""
     rows, cols = h.shape
-    tile_rows, tile_cols = ELEMENTWISE
-    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols),)
-    bias_act_kernel[grid](
-        h, bias, a, rows, cols, ACTIVATION=activation, ROWS=tile_rows, COLS=tile_cols, num_warps=WARPS
-    )
+    bias_act_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
+        h, bias, a, rows, cols, ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols,
+        num_warps=tile.warps, maxnreg=tile.registers,
+    )  # fmt: skip
 
 
 def bias_act_backward(
-    da: Tensor, h: Tensor, bias: Tensor, activation: str, dh: Tensor, a: Tensor | None
-) -> Tensor:  # fmt: skip
-    """See ops/blocks.py."""
+    da: Tensor, h: Tensor, bias: Tensor, activation: str, dh: Tensor, a: Tensor | None, tile: Tile, merged: MergeTile
+) -> Tensor:
+    """See ops/blocks.py. tile.registers: with which all of its programs run at once."""
     rows, cols = h.shape
-    tile_rows, tile_cols = ELEMENTWISE
-    across = triton.cdiv(cols, tile_cols)
-    down = min(triton.cdiv(rows, tile_rows), max(1, resident(WARPS, REGISTERS, h.device) // across))
+    across = triton.cdiv(cols, tile.cols)
+    down = min(triton.cdiv(rows, tile.rows), max(1, resident(tile.warps, tile.registers, h.device) // across))
     parts = torch.empty((down, cols), dtype=torch.float32, device=h.device)
     bias_act_backward_kernel[(across, down)](
         da, h, bias, dh, a, parts, rows, cols, ACTIVATION=activation,
-        ROWS=tile_rows, COLS=tile_cols, num_warps=WARPS, maxnreg=REGISTERS,
+        ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps, maxnreg=tile.registers,
     )  # fmt: skip
-    return merge(parts)
+    return merge(parts, merged)
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, h: Tensor, a: Tensor) -> None:
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, h: Tensor, a: Tensor, tile: ProductTile
+) -> None:
     """h = x @ weight.T, rounded, and a = act(h + bias). x [rows, dim], weight [cols, dim], h and a [rows, cols]."""
     (rows, dim), cols = x.shape, len(weight)
-    tile = tile_for(x, weight, h, a)
     linear_act_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
-        x, weight, bias, h, a, rows, cols, dim, ACTIVATION=activation,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
+        x, weight, bias, h, a, rows, cols, dim, ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols,
+        DEPTH=tile.depth, GROUP=tile.group, ALIGNED=tile.aligned,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
 def linear_act_backward(
-    dm: Tensor, weight: Tensor, h: Tensor, bias: Tensor | None, activation: str, dh: Tensor, a: Tensor
+    dm: Tensor, weight: Tensor, h: Tensor, bias: Tensor | None, activation: str, dh: Tensor, a: Tensor,
+    tile: ProductTile, merged: MergeTile,
 ) -> Tensor:  # fmt: skip
     """dh = (dm @ weight) · act'(h + bias), and a again; returns d_bias. dm [rows, dim], weight [dim, cols]."""
     (rows, dim), cols = dm.shape, weight.shape[1]
-    tile = tile_for(dm, weight, h, dh, a)
     down = triton.cdiv(rows, tile.rows)
     parts = torch.empty((down, cols), dtype=torch.float32, device=dm.device)
     linear_act_backward_kernel[(down * triton.cdiv(cols, tile.cols),)](
-        dm, weight, h, bias, dh, a, parts, rows, cols, dim, ACTIVATION=activation,
-        ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
+        dm, weight, h, bias, dh, a, parts, rows, cols, dim, ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols,
+        DEPTH=tile.depth, GROUP=tile.group, ALIGNED=tile.aligned,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
-    return merge(parts)
+    return merge(parts, merged)

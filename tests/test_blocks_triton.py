@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast.ops import torch_blocks, triton_blocks
+from lift_fast.ops import torch_blocks, triton_blocks, tuned
 from lift_fast.ops.blocks import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -185,12 +185,19 @@ def test_layernorm_of_constant_rows_is_the_bias():
     near(stats[1], torch.full((5,), 1e3, dtype=torch.float64), torch.float32)
 
 
+def setting(capability, name, **facts):
+    """The value that a table has."""
+    facts = {"width": 768, "itemsize": 2, "dim": 768, "aligned": True} | facts
+    return tuned.lookup("transformer", f"sm_{capability}", name, **facts)
+
+
 def check_merge(device):
     from lift_fast.kernels import layernorm
 
     for shape in [(1, 1), (300, 50), (129, 2, 33)]:
         parts = torch.randn(shape).to(device)
-        near(layernorm.merge(parts), parts.double().sum(0), torch.float32)
+        tile = layernorm.MergeTile(**setting(80, "merge"))
+        near(layernorm.merge(parts, tile), parts.double().sum(0), torch.float32)
 
 
 @pytest.mark.interpret
@@ -304,7 +311,8 @@ def usage(triton_usage, monkeypatch):
                 signature[name] = "i32"
             else:
                 signature[name] = "fp32" if name == "eps" else "*" + KINDS[dtype if name in operands else torch.float32]
-        even = [name for name, kind in signature.items() if kind[0] == "*" or name in ("cols", "width", "dim", "n")]
+        given = {kernel.arg_names[at] if isinstance(at, int) else at for at in kernel.do_not_specialize}
+        even = [name for name, kind in signature.items() if kind[0] == "*" or kind == "i32" and name not in given]
         even = [name for name in even if name not in constexprs]
         compiled = []
 
@@ -339,21 +347,21 @@ def test_layernorm_compiles_for_gpus_that_are_not_here(capability, dtype, absent
     """The widths of ViTs, and the widest, differ only in what they are padded to."""
     from lift_fast.kernels import layernorm
 
-    shapes = {
-        a_warp: {layernorm.shape(width, a_warp) for width in (*WIDTHS.values(), 4096)}
-        for a_warp in (layernorm.FORWARD, layernorm.BACKWARD)
+    tiles = {
+        kernel: layernorm.RowTile(**setting(capability, kernel.fn.__name__.removesuffix("_kernel")))
+        for kernel in (layernorm.layernorm_kernel, layernorm.layernorm_backward_kernel)
     }
-    assert {shape[1] for shape in shapes[layernorm.FORWARD]} == {256, 512, 1024, 2048, 4096}
-    for rows, width, warps in shapes[layernorm.FORWARD]:
-        sizes, names = {"ROWS": rows, "WIDTH": width}, ("residual", "stream") if absent else ()
-        found = usage(layernorm.layernorm_kernel, capability, sizes, dtype, warps, absent=names)
-        assert fits(found, capability, warps, programs=16 // warps), (width, found)
-    for rows, width, warps in shapes[layernorm.BACKWARD]:
-        sizes, limit = {"ROWS": rows, "WIDTH": width}, {"absent": absent, "registers": layernorm.REGISTERS}
-        found = usage(layernorm.layernorm_backward_kernel, capability, sizes, dtype, warps, **limit)
-        assert fits(found, capability, warps, programs=16 // warps), (width, found)
-    tiles, columns = layernorm.MERGE
-    assert fits(usage(layernorm.merge_kernel, capability, {"TILES": tiles, "N": columns}, warps=8), capability, 8, 4)
+    for kernel, tile in tiles.items():
+        shapes = {layernorm.shape(width, tile) for width in (*WIDTHS.values(), 4096)}
+        assert {shape[1] for shape in shapes} == {256, 512, 1024, 2048, 4096}
+        names = ("residual", "stream") if absent and kernel is layernorm.layernorm_kernel else absent
+        for rows, width, warps in shapes:
+            sizes, options = {"ROWS": rows, "WIDTH": width}, {"absent": names, "registers": tile.registers}
+            found = usage(kernel, capability, sizes, dtype, warps, **options)
+            assert fits(found, capability, warps, programs=16 // warps), (width, found)
+    tile = layernorm.MergeTile(**setting(capability, "merge"))
+    found = usage(layernorm.merge_kernel, capability, {"TILES": tile.parts, "N": tile.columns}, warps=tile.warps)
+    assert fits(found, capability, tile.warps, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=CAMPAIGN)])
@@ -362,10 +370,16 @@ def test_layernorm_compiles_for_gpus_that_are_not_here(capability, dtype, absent
 def test_bias_act_compiles_for_gpus_that_are_not_here(capability, activation, dtype, usage):
     from lift_fast.kernels import mlp
 
-    sizes = {"ACTIVATION": activation} | dict(zip(("ROWS", "COLS"), mlp.ELEMENTWISE, strict=True))
     for kernel in (mlp.bias_act_kernel, mlp.bias_act_backward_kernel):
-        found = usage(kernel, capability, sizes, dtype, mlp.WARPS, registers=mlp.REGISTERS)
-        assert fits(found, capability, mlp.WARPS, programs=8), (kernel.fn.__name__, found)
+        tile = mlp.Tile(**setting(capability, kernel.fn.__name__.removesuffix("_kernel")))
+        sizes = {"ACTIVATION": activation, "ROWS": tile.rows, "COLS": tile.cols}
+        found = usage(kernel, capability, sizes, dtype, tile.warps, registers=tile.registers)
+        assert fits(found, capability, tile.warps, programs=8), (kernel.fn.__name__, found)
+
+
+def product_sizes(tile, activation):
+    sizes = {"ACTIVATION": activation, "GROUP": tile.group, "ALIGNED": tile.aligned}
+    return sizes | {"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth}
 
 
 @pytest.mark.parametrize(
@@ -383,37 +397,38 @@ def test_bias_act_compiles_for_gpus_that_are_not_here(capability, activation, dt
 def test_products_compile_for_gpus_that_are_not_here(capability, activation, name, usage):
     from lift_fast.kernels import mlp
 
-    tile = mlp.TILES[divmod(capability, 10)]["odd" if name == "odd" else "even"]
-    sizes = {"ACTIVATION": activation, "GROUP": mlp.GROUP, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth}
+    aligned = name != "odd"
     dtype = torch.float16 if name == "fp16" else torch.bfloat16
     for kernel in (mlp.linear_act_kernel, mlp.linear_act_backward_kernel):
-        found = usage(kernel, capability, sizes, dtype, tile.warps, tile.stages, aligned=name != "odd")
+        value = setting(capability, kernel.fn.__name__.removesuffix("_kernel"), aligned=aligned)
+        tile = mlp.ProductTile(**value, aligned=aligned)
+        options = {"aligned": aligned, "registers": tile.registers}
+        found = usage(kernel, capability, product_sizes(tile, activation), dtype, tile.warps, tile.stages, **options)
         ptx = found.pop("ptx")
         assert fits(found, capability, tile.warps, programs=2), (kernel.fn.__name__, found)
+        if capability == 90 and aligned:
+            assert found["registers"] <= 128 and found["shared"] <= 113 << 10 and tile.warps == 8, found
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability] in ptx
-        if name != "odd":  # operands go to shared memory 16 bytes at once, and past the registers
+        if aligned:  # operands go to shared memory 16 bytes at once, and past the registers
             assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
 
 
 def test_sizes_of_one_compile(usage):
     from lift_fast.kernels import layernorm, mlp
 
-    one = dict.fromkeys(("rows", "width", "cols", "dim", "tiles", "n"), 1)
-    for kernel, a_warp in [
-        (layernorm.layernorm_kernel, layernorm.FORWARD),
-        (layernorm.layernorm_backward_kernel, layernorm.BACKWARD),
-    ]:
-        rows, width, warps = layernorm.shape(1, a_warp)
+    one = dict.fromkeys(("width", "cols"), 1)
+    for kernel in (layernorm.layernorm_kernel, layernorm.layernorm_backward_kernel):
+        tile = layernorm.RowTile(**setting(90, kernel.fn.__name__.removesuffix("_kernel")))
+        rows, width, warps = layernorm.shape(1, tile)
         for absent in ((), ("residual", "stream") if kernel is layernorm.layernorm_kernel else ("d_stream", "y")):
             usage(kernel, 90, one | {"ROWS": rows, "WIDTH": width}, warps=warps, aligned=False, absent=absent)
-    tiles, columns = layernorm.MERGE
-    usage(layernorm.merge_kernel, 90, one | {"TILES": tiles, "N": columns}, warps=8, aligned=False)
-    sizes = one | {"ACTIVATION": "gelu"} | dict(zip(("ROWS", "COLS"), mlp.ELEMENTWISE, strict=True))
+    tile = mlp.Tile(**setting(90, "bias_act"))
+    sizes = one | {"ACTIVATION": "gelu", "ROWS": tile.rows, "COLS": tile.cols}
     for kernel in (mlp.bias_act_kernel, mlp.bias_act_backward_kernel):
         usage(kernel, 90, sizes, aligned=False, absent=("a",) if kernel is mlp.bias_act_backward_kernel else ())
-    tile = mlp.TILES[9, 0]["odd"]
-    sizes |= {"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "GROUP": mlp.GROUP}
     for kernel in (mlp.linear_act_kernel, mlp.linear_act_backward_kernel):
+        tile = mlp.ProductTile(**setting(90, "linear_act", aligned=False), aligned=False)
+        sizes = product_sizes(tile, "gelu")
         usage(kernel, 90, sizes, warps=tile.warps, stages=tile.stages, aligned=False, absent=("bias",))
 
 

@@ -4,9 +4,12 @@
 costs no pass over memory of its own. In bfloat16 and float16; exact float32 products are cuBLAS's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import tuned
 from .blocks import Activation
 
 HALF = (torch.bfloat16, torch.float16)
@@ -42,7 +45,8 @@ def layernorm(
 
     if x.numel():
         with torch.cuda.device_of(x):
-            kernels.layernorm(x, residual, weight, bias, eps, y, stream, mean, rstd)
+            tile = kernels.RowTile(**_setting("layernorm", x))
+            kernels.layernorm(x, residual, weight, bias, eps, y, stream, mean, rstd, tile)
 
 
 def layernorm_backward(
@@ -61,7 +65,10 @@ def layernorm_backward(
     if not dy.numel():
         return torch.zeros_like(weight), torch.zeros_like(bias)
     with torch.cuda.device_of(dy):
-        d_weight, d_bias = kernels.layernorm_backward(dy, stream, mean, rstd, weight, bias, d_stream, dx, y)
+        tile, merged = kernels.RowTile(**_setting("layernorm_backward", dy)), kernels.MergeTile(**_setting("merge", dy))
+        d_weight, d_bias = kernels.layernorm_backward(
+            dy, stream, mean, rstd, weight, bias, d_stream, dx, y, tile, merged
+        )
         return d_weight, d_bias.clone()  # both lie in one tensor, which two results of an operator may not
 
 
@@ -70,7 +77,7 @@ def bias_act(h: Tensor, bias: Tensor, activation: Activation, a: Tensor) -> None
 
     if h.numel():
         with torch.cuda.device_of(h):
-            kernels.bias_act(h, bias, activation, a)
+            kernels.bias_act(h, bias, activation, a, kernels.Tile(**_setting("bias_act", h)))
 
 
 def bias_act_backward(
@@ -81,7 +88,8 @@ def bias_act_backward(
     if not h.numel():
         return torch.zeros_like(bias)
     with torch.cuda.device_of(h):
-        return kernels.bias_act_backward(da, h, bias, activation, dh, a)
+        tile, merged = kernels.Tile(**_setting("bias_act_backward", h)), kernels.MergeTile(**_setting("merge", h))
+        return kernels.bias_act_backward(da, h, bias, activation, dh, a, tile, merged)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -97,7 +105,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
     a = torch.empty_like(h)
     if h.numel():
         with torch.cuda.device_of(x):
-            kernels.linear_act(x, weight, bias, activation, h, a)
+            tile = kernels.ProductTile(**_product_setting("linear_act", x, weight, h, a))
+            kernels.linear_act(x, weight, bias, activation, h, a, tile)
     return h, a
 
 
@@ -117,7 +126,22 @@ def linear_act_backward(
     if not h.numel():
         return dh, a, torch.zeros(h.shape[1], dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(dm):
-        return dh, a, kernels.linear_act_backward(dm, weight, h, bias, activation, dh, a)
+        tile = kernels.ProductTile(**_product_setting("linear_act_backward", dm, weight, h, dh, a))
+        merged = kernels.MergeTile(**_setting("merge", h))
+        return dh, a, kernels.linear_act_backward(dm, weight, h, bias, activation, dh, a, tile, merged)
+
+
+def _setting(name: str, x: Tensor, **facts: int | str | bool) -> dict[str, Any]:
+    facts |= {"width": x.shape[1], "itemsize": x.element_size()}
+    return tuned.lookup("transformer", tuned.gpu("transformer", x.device), name, **facts)
+
+
+def _product_setting(name: str, *operands: Tensor) -> dict[str, Any]:
+    """Operands that are not aligned pass through registers on their way to shared memory."""
+    from ..kernels.pairs import aligned
+
+    even = all(map(aligned, operands))
+    return _setting(name, operands[2], dim=operands[0].shape[1], aligned=even) | {"aligned": even}
 
 
 def _check(*operands: Tensor) -> None:
