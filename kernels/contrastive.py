@@ -12,6 +12,8 @@ g_ij = row_weight · exp(z_ij − m_i) / l_i + col_weight · exp(z_ij − m_j) /
         p, u as above;  out = factor · a_i · q_j · g, rounded once to the dtype of the next GEMMs:
         g = 2^((u − (m_i − logit_bias)) log2 e + log2(row_weight / l_i)) + the same by the column
 
+    own_pairs, a pair: loss, g and the (m, l) over all pairs from its z and the (m, l, w) of its row and its column
+
 Own pairs are left out of the sums and their g is given because p − 1 cancels for a pair that has converged: the
 sum over the others is what has its digits. m and l come apart because m + log l forgets l where |m| is large. For the
 same reason u is rounded before m is subtracted, by the same two multiplications in both kernels and with no fused
@@ -40,6 +42,7 @@ from .pairs import (
     Tile,
     aligned,
     at_edge,
+    log1p,
     multiple,
     own_products,
     quarters,
@@ -50,6 +53,7 @@ from .pairs import (
 )
 
 OPTIONS = {"enable_fp_fusion": False}
+OWN = 256  # own pairs a program
 INTEGERS = [
     "first", "rows", "cols", "dim", "x_stride", "t_stride", "p_stride", "keep_stride", "out_stride", "tall", "wide",
     "parts_stride", "col_first", "offset",
@@ -211,6 +215,44 @@ def grad_kernel(
     tl.store(to, g)
 
 
+@triton.jit
+def own_of(state, stride, i, n, z, c):
+    """Of row i's own pair, or column i's, and the (m, l, w) of all others: m and l of all, loss, its derivative by
+    scale, 1 - p."""
+    m = tl.load(state + i, mask=i < n, other=0.0)
+    l = tl.load(state + stride + i, mask=i < n, other=1.0)  # noqa: E741
+    w = tl.load(state + 2 * stride + i, mask=i < n, other=0.0)
+    low = (l > 0.0) & (l < 1.0)  # m may lie above the maximum; its state is brought to l = 1
+    grow = tl.where(low, 1.0 / l, 1.0)
+    m = tl.where(low, m + tl.log(l), m)
+    most = tl.where((z > m) | (z != z), z, m)  # a NaN gets through
+    shrink = tl.exp(m - most)
+    others, e = l * grow * shrink, tl.exp(z - most)
+    total = others + e
+    x = others + (e - 1.0)  # of 0 or more: the others are 1 or more, or e is 1
+    loss = (most - z) + tl.where(x < 1.0, log1p(x), tl.log(1.0 + x))
+    return most, total, loss, (w * grow * shrink - others * c) / total, others / total
+
+
+@triton.jit(do_not_specialize=["n", "row_stride", "col_stride", "weight"], do_not_specialize_on_alignment=["row", "col"])
+def own_pairs_kernel(row, col, own, scale, bias, weight, out, n, row_stride, col_stride, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    c = tl.load(own + i, mask=i < n, other=0.0)
+    z = tl.fma(tl.load(scale), c, tl.load(bias))
+    row_m, row_l, row_loss, row_d, row_rest = own_of(row, row_stride, i, n, z, c)
+    col_m, col_l, col_loss, col_d, col_rest = own_of(col, col_stride, i, n, z, c)
+    row_g, col_g = -weight * row_rest, -weight * col_rest
+    tl.store(out + i, 0.5 * (row_loss + col_loss), mask=i < n)
+    tl.store(out + n + i, 0.5 * (row_d + col_d), mask=i < n)
+    tl.store(out + 2 * n + i, row_g, mask=i < n)
+    tl.store(out + 3 * n + i, col_g, mask=i < n)
+    tl.store(out + 4 * n + i, row_g + col_g, mask=i < n)
+    tl.store(out + 5 * n + i, row_m, mask=i < n)
+    tl.store(out + 6 * n + i, row_l, mask=i < n)
+    tl.store(out + 7 * n + i, col_m, mask=i < n)
+    tl.store(out + 8 * n + i, col_l, mask=i < n)
+
+
 def stats(
     p: Tensor, facts: Facts, own: Tensor, row_parts: Tensor, col_parts: Tensor, rows: tuple[int, int],
     cols: tuple[int, int], offset: int, tile: Tile,
@@ -275,3 +317,11 @@ def scores_grad(
         ALIGNED=aligned(x) and aligned(t), ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
     )  # fmt: skip
+
+
+def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float, out: Tensor) -> None:
+    """See ops/pairs.py; out [9, n]."""
+    n = len(own)
+    own_pairs_kernel[(-(-n // OWN),)](
+        row, col, own, scale, bias, weight, out, n, row.stride(0), col.stride(0), N=OWN, **OPTIONS
+    )

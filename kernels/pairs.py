@@ -221,6 +221,20 @@ def facts_kernel(
 
 
 @triton.jit
+def log1p(e):
+    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative, by a polynomial: log(1 + e) itself would lose the small e that make
+    up the loss of far pairs."""
+    y = tl.fma(e, 0.00523267664, -0.0295051681)
+    y = tl.fma(e, y, 0.0782258369)
+    y = tl.fma(e, y, -0.13663236)
+    y = tl.fma(e, y, 0.191060022)
+    y = tl.fma(e, y, -0.24842981)
+    y = tl.fma(e, y, 0.333190967)
+    y = tl.fma(e, y, -0.499994931)
+    return e * tl.fma(e, y, 0.99999997)
+
+
+@triton.jit
 def store_partials(parts, first, second, third, tile, stride, at):
     """Into parts[tile, :, at] of [tiles, 3, stride]."""
     to = parts + (tile * 3).to(tl.int64) * stride + at

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lift_fast.ops import pairs
+from lift_fast.ops import pairs, torch_pairs
 
 SHAPES = [(rows, dim) for rows in (1, 2, 127, 129) for dim in (1, 100, 768, 4096)]
 LARGE = [(4097, dim) for dim in (1, 100, 768, 4096)]
@@ -147,3 +147,29 @@ class Spy:
 
     def named(self, name):
         return [arguments for called, arguments in self.calls if called == name]
+
+
+def check_own_pairs(backend, n, device):
+    """A backend's `own_pairs` against the same in float64: probabilities near 0 and 1, states far below l = 1, no others
+    at all, and NaN."""
+    generator = torch.Generator().manual_seed(n)
+    own = torch.rand(n, generator=generator) * 2 - 1
+    for spread in (1.0, 30.0):
+        m = spread * torch.randn(2, n, generator=generator)
+        l = torch.exp(8 * torch.randn(2, n, generator=generator))  # noqa: E741
+        state = torch.stack([m, l, l * torch.randn(2, n, generator=generator)])
+        state[:, 0, ::7] = torch.tensor([-torch.inf, 0.0, 0.0])[:, None]
+        scale, bias = torch.tensor(14.3), torch.tensor(-0.7)
+        wide = [x.double() for x in (state[:, 0], state[:, 1], own, scale, bias)]
+        want = torch_pairs.own_pairs(*wide, 0.25)
+        apart = torch.full((3, 2, n + 5), torch.nan)
+        apart[:, :, 2 : n + 2] = state
+        row, col = apart[:, :, 2 : n + 2].to(device).unbind(1)
+        given = row, col, own.to(device), scale.to(device), bias.to(device)
+        found = backend.own_pairs(*given, 0.25).cpu()
+        assert found.shape == want.shape == (9, n)
+        # z and m are float32 numbers of up to 100 or so, of which a probability is the exponential.
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
+    own[n // 2] = torch.nan
+    found = backend.own_pairs(row, col, own.to(device), *given[3:], 0.25)
+    assert found[:, n // 2].isnan().all() and found.isnan().sum() == 9

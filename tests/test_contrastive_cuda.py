@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import emulate
+from pair_cases import check_own_pairs
 
 from lift_fast import _C
-from lift_fast.ops import cuda_pairs, torch_pairs, tuned
+from lift_fast.ops import cuda_pairs, tuned
 from lift_fast.ops.pairs import Block, exact_float32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -328,28 +329,7 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 255, 257, 1000])
 def test_own_pairs(device, n, on):
-    """Against the same in float64: probabilities near 0 and 1, states far below l = 1, no others at all, and NaN."""
-    device, generator = on(device), torch.Generator().manual_seed(n)
-    own = torch.rand(n, generator=generator) * 2 - 1
-    for spread in (1.0, 30.0):
-        m = spread * torch.randn(2, n, generator=generator)
-        l = torch.exp(8 * torch.randn(2, n, generator=generator))  # noqa: E741
-        state = torch.stack([m, l, l * torch.randn(2, n, generator=generator)])
-        state[:, 0, ::7] = torch.tensor([-torch.inf, 0.0, 0.0])[:, None]
-        scale, bias = torch.tensor(14.3), torch.tensor(-0.7)
-        wide = [x.double() for x in (state[:, 0], state[:, 1], own, scale, bias)]
-        want = torch_pairs.own_pairs(*wide, 0.25)
-        padded_state = torch.full((3, 2, n + 5), torch.nan)
-        padded_state[:, :, 2 : n + 2] = state
-        row, col = padded_state[:, :, 2 : n + 2].to(device).unbind(1)
-        given = row, col, own.to(device), scale.to(device), bias.to(device)
-        found = cuda_pairs.own_pairs(*given, 0.25).cpu()
-        assert found.shape == want.shape == (9, n)
-        # z and m are float32 numbers of up to 100 or so, of which a probability is the exponential.
-        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
-    own[n // 2] = torch.nan
-    found = cuda_pairs.own_pairs(row, col, own.to(device), *given[3:], 0.25)
-    assert found[:, n // 2].isnan().all() and found.isnan().sum() == 9
+    check_own_pairs(cuda_pairs, n, on(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from pair_cases import check_own_pairs
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lift_fast.ops import contrastive as contrastive_op
+from lift_fast.ops import sigmoid as sigmoid_op
 from lift_fast.ops import triton_pairs, tuned
 from lift_fast.ops.pairs import Block
 
@@ -201,6 +204,34 @@ def test_triton_in_its_interpreter(run_interpreted):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_backend(shape, dtype, int8, form):
     check(block(*shape, dtype, int8, scaled=shape != SHAPES[-1], offset=shape[0] % 3 - 1), keep=shape != SHAPES[-1])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("n", [1, 2, 255, 257, 1000])
+def test_own_pairs(n):
+    check_own_pairs(triton_pairs, n, "cpu")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("budget", [None, 0, 4 * 70 * 33])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_losses_as_a_whole(normalize, budget):
+    features = [F.normalize(torch.randn(70, 40), dim=1) for _ in range(2)]
+    for module in (contrastive_op, sigmoid_op):
+        got, want = ([x.to(dtype).clone().requires_grad_() for x in features] for dtype in (torch.float32, torch.double))
+        op = getattr(module, module.__name__.rpartition(".")[2])
+        loss = op(*got, 14.3, -0.7, normalize=normalize, budget=budget, backend="triton")
+        right = module.reference(*want, 14.3, -0.7, normalize=normalize)
+        assert abs(loss.item() - right.item()) <= 1e-5 * max(1, abs(right.item()))
+        loss.backward(), right.backward()
+        for x, y in zip(got, want, strict=True):
+            near(x.grad, y.grad, STEP[torch.float32])
+
+
+@pytest.mark.gpu
+def test_own_pairs_on_a_gpu():
+    for n in (1, 2, 255, 257, 1000):
+        check_own_pairs(triton_pairs, n, "cuda")
 
 
 @pytest.mark.interpret
@@ -465,7 +496,7 @@ def usage(triton_usage, monkeypatch):
             name = param.name
             if name in constexprs:
                 signature[name] = "constexpr"
-            elif name in ("row_weight", "col_weight", "alpha"):
+            elif name in ("row_weight", "col_weight", "alpha", "weight"):
                 signature[name] = "fp32"
             elif param.do_not_specialize:
                 signature[name] = "i32"
@@ -537,6 +568,7 @@ def test_kernels_over_scores_compile_for_gpus_that_are_not_here(capability, alig
         (contrastive.stats_kernel, torch.float32, []),
         (contrastive.grad_kernel, torch.bfloat16, []),
         (contrastive.grad_kernel, torch.float32, []),
+        (contrastive.own_pairs_kernel, torch.float32, []),
         (sigmoid.sigmoid_kernel, torch.bfloat16, []),
         (sigmoid.sigmoid_kernel, torch.float32, ["out"]),
         (pairs.facts_kernel, torch.float32, []),

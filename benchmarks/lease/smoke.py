@@ -149,8 +149,8 @@ def dequant(backend: str) -> float:
 def _pairs_cases() -> Iterator[tuple[str, Case]]:
     triton = {
         "contrastive": {
-            torch.bfloat16: ("scores_stats_kernel", "scores_grad_kernel"),
-            torch.float32: ("stats_kernel", "grad_kernel"),
+            torch.bfloat16: ("scores_stats_kernel", "own_pairs_kernel", "scores_grad_kernel"),
+            torch.float32: ("stats_kernel", "own_pairs_kernel", "grad_kernel"),
         },
         "sigmoid": {torch.bfloat16: ("scores_sigmoid_kernel",), torch.float32: ("sigmoid_kernel",)},
     }

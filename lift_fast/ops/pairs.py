@@ -150,7 +150,12 @@ def preferred(x: Tensor) -> list[str]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that torch's tensors do not fill. Asks neither the GPU nor its driver, so may be captured."""
+    """Bytes of a GPU that torch's tensors do not fill. Asks neither the GPU nor its driver, so may be captured.
+
+    Kernels that are interpreted, or emulated, on the CPU have little.
+    """
+    if device.type != "cuda":
+        return 1 << 30
     total = torch.cuda.get_device_properties(device).total_memory
     return max(0, total - torch.cuda.memory_allocated(device))
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from . import triton_blocks, tuned
 from .pairs import Block, exact_float32
-from .torch_pairs import own_pairs  # noqa: F401  part of this backend
 
 if TYPE_CHECKING:
     from ..kernels.pairs import Tile
@@ -72,6 +71,15 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
                 for across, p in scores.of(start, stop):
                     contrastive.stats(p, facts, own, *parts, (start, stop), across, block.offset, tile)
             pairs.merge_softmax(*parts, row[:, start:stop], col, block.scale, block.bias, merge)
+
+
+def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float) -> Tensor:
+    from ..kernels import contrastive
+
+    out = own.new_empty((9, len(own)))
+    with _on(own):
+        contrastive.own_pairs(row, col, own, scale, bias, weight, out)
+    return out
 
 
 def grads(
