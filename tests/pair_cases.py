@@ -150,8 +150,10 @@ class Spy:
 
 
 def check_own_pairs(backend, n, device):
-    """A backend's `own_pairs` against the same in float64: probabilities near 0 and 1, states far below l = 1, no others
-    at all, and NaN."""
+    """A backend's `own_pairs` against the same in float64.
+
+    Probabilities near 0 and 1, states far below l = 1, no others at all, and NaN.
+    """
     generator = torch.Generator().manual_seed(n)
     own = torch.rand(n, generator=generator) * 2 - 1
     for spread in (1.0, 30.0):

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import bench_contrastive, bench_sigmoid, pairs, plot
+from benchmarks import bench_contrastive, bench_host, bench_sigmoid, pairs, plot
 from benchmarks.harness import Suite
 from lift_fast.errors import ConfigError
 from lift_fast.measure.time import Timing
@@ -184,3 +184,12 @@ def test_make_gpu_says_that_there_is_no_gpu(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no CUDA GPU here" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["contrastive", "sigmoid"])
+def test_python_time_is_until_the_last_launch(op, backend):
+    pytest.importorskip("triton")
+    op = {"contrastive": bench_host.contrastive, "sigmoid": bench_host.sigmoid}[op]
+    found = bench_host.loss(op, 32768, 768, backend, 3)
+    assert 0 < found["python_us"] < found["whole_call_us"]

@@ -451,7 +451,8 @@ def test_triton_compiles_for_gpus_that_are_not_here(capability, codec, triton_us
     for dtype, normalize, aligned in cases:
         rows, cols = tile(4096, normalize)
         constexprs = {"scales_stride": 1, "HAS_ROWS": True, "HAS_SCALES": kind.scaled and not normalize}
-        constexprs |= {"NORMALIZE": normalize, "UNIT": 16 if aligned else 1, "ROWS": rows, "COLS": cols, **packing(kind.levels)}
+        constexprs |= {"NORMALIZE": normalize, "UNIT": 16 if aligned else 1, "ROWS": rows, "COLS": cols}
+        constexprs |= packing(kind.levels)
         types = {"codes": POINTERS[codec], "scales": "*fp32", "rows": "*i64", "out": TYPES[dtype]}
         signature = {name: types.get(name, "i64") for name in dequant_kernel.arg_names}
         signature |= dict.fromkeys(constexprs, "constexpr")

@@ -1,6 +1,6 @@
 """What the "cuda" backend of the pair losses would do at full size, counted: products, bytes of features, launches.
 
-The real driver (csrc/pairs_blocks.cu) runs, with kernels that do nothing and a cublasGemmEx that notes what it is asked.
+The real driver (csrc/pairs_blocks.cu) runs, with kernels that do nothing and a cublasGemmEx that notes its arguments.
 """
 
 import ctypes
@@ -115,4 +115,4 @@ def test_a_failure_of_cublas_is_told(counter, monkeypatch):
     broken = GEMM(lambda *arguments: 13)
     monkeypatch.setattr(cuda_pairs, "_gemm", lambda x: (ctypes.cast(broken, ctypes.c_void_p).value, 0))
     with pytest.raises(RuntimeError, match="cuBLAS failed to execute"):
-            run(contrastive, 64, 512)
+        run(contrastive, 64, 512)

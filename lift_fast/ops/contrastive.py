@@ -37,6 +37,7 @@ from .pairs import (
     scalar,
     text_grad,
     times,
+    without_autocast,
 )
 from .torch_pairs import with_own
 
@@ -122,7 +123,7 @@ def _contrastive(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, the gradients of the features that need one (else empty) and logit_scale's."""
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         x, t, wide = operands(image, text)
         a, q = row_scales(x, None, normalize, wide), row_scales(t, text_scales, normalize, wide)
         bias = scale.new_zeros(()) if bias is None else bias

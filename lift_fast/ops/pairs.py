@@ -10,7 +10,7 @@ dtype; with float64 features everything is float64.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Block:
 
     def rows(self, start: int, stop: int) -> "Block":
         """Its rows start..stop-1, over the same columns."""
-        if start == 0 and stop == len(self.x):
+        if start == 0 and stop == self.x.shape[0]:
             return self
         a = None if self.a is None else self.a[start:stop]
         return replace(self, x=self.x[start:stop], a=a, offset=self.offset + start)
@@ -69,9 +69,7 @@ class Backend(Protocol):
         NaN in a feature gives NaN in l.
         """
 
-    def own_pairs(
-        self, row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float
-    ) -> Tensor:
+    def own_pairs(self, row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float) -> Tensor:
         """What the own pairs make of the statistics of all others: [9, n].
 
         row, col [3, n]: (m, l, w) of each own pair's row and column without it; own [n]: its c; last dimensions
@@ -253,6 +251,12 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("the losses over pairs can be differentiated once only")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, nothing is cast; entering autocast costs more than asking whether it is on."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def exact(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -34,7 +34,7 @@ def plan(
     """
     if budget is not None and budget < 0:
         raise ValueError(f"budget must be bytes, 0 or more, not {budget}")
-    facts = {"backend": backend, "dim": dim, "itemsize": itemsize}
+    facts: dict[str, int | str] = {"backend": backend, "dim": dim, "itemsize": itemsize}
     if budget is None:
         room = _kept_bytes(rows, cols, itemsize, device, facts, free) if keep else 0
     else:

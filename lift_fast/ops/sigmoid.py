@@ -30,6 +30,7 @@ from .pairs import (
     scalar,
     text_grad,
     times,
+    without_autocast,
 )
 
 
@@ -97,7 +98,7 @@ def _sigmoid(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the gradients of the features that need one (else empty), logit_scale's and logit_bias's."""
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         x, t, wide = operands(image, text)
         a, q = row_scales(x, None, normalize, wide), row_scales(t, text_scales, normalize, wide)
         bias = scale.new_zeros(()) if bias is None else bias

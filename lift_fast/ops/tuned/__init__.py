@@ -28,12 +28,11 @@ def lookup(family: str, device: str, setting: str, **facts: int | str | bool) ->
     """The value of a setting for these facts, as JSON has it. Raises LookupError where no entry holds."""
     if (family, setting) in _forced:
         return _forced[family, setting]
-    return _lookup(family, device, setting, tuple(sorted(facts.items())))
+    return _lookup(family, device, setting, **facts)
 
 
 @functools.lru_cache(4096)
-def _lookup(family: str, device: str, setting: str, facts: tuple[tuple[str, int | str | bool], ...]) -> Any:
-    known = dict(facts)
+def _lookup(family: str, device: str, setting: str, **known: int | str | bool) -> Any:
     for entry in entries(family, device):
         if entry["setting"] == setting and all(holds(known[name], rule) for name, rule in entry["when"].items()):
             return entry["value"]

@@ -1,0 +1,214 @@
+"""python -m benchmarks.roofline [--write]: the limits of each kernel on an H100, what was counted, and an estimate.
+
+Nothing here was measured on our kernels. Limits come from ceilings that others measured (`H100`), instructions a score
+from the compiled code (tests hold them), and an estimate adds up what does not overlap. --write makes docs/roofline.md,
+where a column is empty until a GPU fills it.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lift_fast.ops import policy, tuned
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "roofline.md"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates in 1/s: bfloat16 FLOPs of a large product; bytes of memory and of the L2 cache, read + written; and
+    instructions of a lane, over 4 schedulers of 32 lanes on each multiprocessor."""
+
+    flops: float
+    memory: float
+    l2: float
+    instructions: float
+
+
+# H100 SXM: an 8 192³ product and a device-to-device copy as measured before by others; 132 multiprocessors at 1.755
+# GHz; the rate of the L2 is what is published of reads from it.
+H100 = Gpu(798e12, 3.0e12, 5.5e12, 132 * 4 * 32 * 1.755e9)
+
+
+def instructions(file: str) -> list[float]:
+    """Instructions a score of a CUDA epilogue on sm_90a: its file's head has what tests/test_pairs_sass.py counts."""
+    head = (ROOT / "csrc" / file).read_text().split("#include")[0].replace("\n//", "")
+    found = re.search(r"Instructions a score: ([\d.]+)(?: and ([\d.]+))?", head)
+    assert found, file
+    return [float(number) for number in found.groups() if number]
+
+
+STATISTICS, GRADIENT = instructions("contrastive.cu")
+(SIGMOID,) = instructions("sigmoid.cu")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds. by_products, by_memory: what no kernel undercuts; seconds: what the form that is here may take."""
+
+    case: str
+    form: str
+    flops: float
+    bytes: float
+    by_products: float
+    by_memory: float
+    seconds: float
+
+
+def _estimate(
+    case: str, form: str, flops: float, moved: float, seconds: Callable[[Gpu], float] | None = None, gpu: Gpu = H100
+) -> Estimate:
+    by_products, by_memory = flops / gpu.flops, moved / gpu.memory
+    taken = max(by_products, by_memory) if seconds is None else seconds(gpu)
+    return Estimate(case, form, flops, moved, by_products, by_memory, taken)
+
+
+def contrastive(rows: int, dim: int, trained: bool = False) -> Estimate:
+    """Forward and backward in bfloat16 as the table for sm_90 has them, with 80 GB free."""
+    scores, product, needed = rows * rows, 2.0 * rows * rows * dim, 2 + trained
+    backend = tuned.lookup("pairs", "sm_90", "backend", dim=dim, itemsize=2)[0]
+    kept = policy.plan(rows, rows, dim, 2, backend, None, True, "sm_90", lambda: 80 * 10**9).kept / rows
+
+    def fused(gpu: Gpu) -> float:
+        """Epilogues hide behind the products of the other program on a multiprocessor; G goes through memory."""
+        return (needed + 1) * product / gpu.flops + 2 * scores / gpu.memory
+
+    def apart(gpu: Gpu) -> float:
+        """Products that are kept are written while the next are formed; the kernels between overlap with nothing."""
+        statistics = max(STATISTICS * scores / gpu.instructions, 4 * scores / gpu.l2)
+        gradient = max(GRADIENT * scores / gpu.instructions, (4 * kept + 2) * scores / gpu.memory)
+        return (needed + 1 - kept) * product / gpu.flops + statistics + gradient
+
+    form = "fused" if backend == "triton" else "cuBLAS, scores kept" if kept == 1 else "cuBLAS, scores recomputed"
+    name = f"contrastive, B = {rows:,}, D = {dim:,}, {'trained' if trained else 'frozen'} text"
+    return _estimate(name, form, needed * product, 4.0 * rows * dim * needed, fused if backend == "triton" else apart)
+
+
+def sigmoid(rows: int, dim: int) -> Estimate:
+    """Forward and backward in bfloat16, frozen text."""
+    scores, product = rows * rows, 2.0 * rows * rows * dim
+    backend = tuned.lookup("pairs", "sm_90", "backend", dim=dim, itemsize=2)[0]
+
+    def taken(gpu: Gpu) -> float:
+        epilogue = max(SIGMOID * scores / gpu.instructions, 4 * scores / gpu.l2, 2 * scores / gpu.memory)
+        return 2 * product / gpu.flops + (2 * scores / gpu.memory if backend == "triton" else epilogue)
+
+    form = "fused" if backend == "triton" else "cuBLAS"
+    return _estimate(f"sigmoid, B = {rows:,}, D = {dim:,}, frozen text", form, 2 * product, 8.0 * rows * dim, taken)
+
+
+def epilogues() -> list[Estimate]:
+    """The CUDA kernels between the products, on one block of scores that lies in the L2."""
+    high, wide = tuned.lookup("pairs", "sm_90", "block", dim=4096)
+    found = []
+    for name, instructions, written in (
+        ("statistics", STATISTICS, 0),
+        ("gradient", GRADIENT, 2),
+        ("sigmoid", SIGMOID, 2),
+    ):
+        scores = high * wide
+        counted = f"CUDA, {instructions:g} instructions a score"
+
+        def taken(gpu: Gpu, instructions=instructions, written=written, scores=scores) -> float:
+            return scores * max(instructions / gpu.instructions, 4 / gpu.l2, written / gpu.memory)
+
+        found.append(_estimate(f"{name} of {high:,} x {wide:,} scores", counted, 0, scores * (4.0 + written), taken))
+    return found
+
+
+def elementwise(tokens: int = 256 * 197, width: int = 768) -> list[Estimate]:
+    """What a block of ViT-B/16 at batch 256 does between its products, in bfloat16; every byte once."""
+    here = f"{tokens:,} x {width:,}"
+    hidden = f"{tokens:,} x {4 * width:,}"
+    return [
+        _estimate(f"layernorm with residual, {here}", "memory", 0, 8.0 * tokens * width),
+        _estimate(f"layernorm backward with y again, {here}", "memory", 0, 10.0 * tokens * width),
+        _estimate(f"bias and GELU, {hidden}", "memory", 0, 4.0 * tokens * 4 * width),
+        _estimate(f"bias and GELU backward with a again, {hidden}", "memory", 0, 8.0 * tokens * 4 * width),
+    ]
+
+
+def attention(tokens: int = 197, heads: int = 12, head_dim: int = 64, batch: int = 256) -> list[Estimate]:
+    """Triton's kernels, bfloat16; the FLOPs that are needed are of the tokens, those that are done of padded tiles."""
+    each, case = batch * heads, f"{tokens} x {heads} x {head_dim}, batch {batch}"
+    size, product = 2.0 * each * tokens * head_dim, 2.0 * each * tokens**2 * head_dim
+    rows, other = -(-tokens // 64) * 64, -(-tokens // 16) * 16
+    done = 2.0 * each * rows * other * head_dim  # of one product as the tiles have it
+    return [
+        _estimate(f"attention forward, {case}", "Triton", 2 * product, 4 * size),
+        _estimate(f"attention backward with out again, {case}", "Triton, two passes", 6 * product, 8 * size,
+                  lambda gpu: 9 * done / (0.8 * gpu.flops)),  # a fifth of the time is not hidden
+    ]  # fmt: skip
+
+
+def gathers(rows: int = 4096, dim: int = 4096) -> list[Estimate]:
+    """Cached rows to bfloat16: codes in, two bytes out."""
+    return [
+        _estimate(f"{codec} to bf16, {rows:,} rows of {dim:,}", "memory", 0, rows * dim * (bits / 8 + 2))
+        for codec, bits in (("int8", 8), ("int4r", 4), ("int2r", 2), ("bf16", 16))
+    ]
+
+
+def losses() -> list[Estimate]:
+    sizes = [(16384, 768), (16384, 4096), (65536, 768), (65536, 4096)]
+    return [
+        *(contrastive(*size) for size in sizes),
+        contrastive(16384, 768, trained=True),
+        contrastive(65536, 4096, trained=True),
+        *(sigmoid(*size) for size in sizes),
+    ]
+
+
+INTRODUCTION = """# Limits, counts and estimates of the GPU kernels
+
+Written by `python -m benchmarks.roofline --write`; a test holds this page to it. **Nothing here was measured on a
+GPU.** Limits are for an H100 SXM: {flops:.0f} TFLOP/s in bfloat16 and {memory:.1f} TB/s of memory, read and written, as
+measured before by others; {l2:.1f} TB/s of L2 cache as published; 132 multiprocessors of 4 × 32 lanes at 1.755 GHz. "By
+products" and "by memory" are the FLOPs that no method can do without and the bytes of inputs and outputs, over these
+rates. The estimate adds up what the form that the tables choose ([tuned.md](tuned.md)) cannot overlap; for "fused" it
+takes Triton's products to be as fast as cuBLAS's and every epilogue to be hidden, which a GPU may refute. Instructions
+a score are counted in the compiled code by tests/test_pairs_sass.py. Times are milliseconds of forward and backward for
+the losses, of one launch for the kernels.
+"""
+
+
+def page() -> str:
+    lines = [INTRODUCTION.format(flops=H100.flops / 1e12, memory=H100.memory / 1e12, l2=H100.l2 / 1e12)]
+    parts = [
+        ("The losses", losses()),
+        ("Kernels between their products", epilogues()),
+        ("Attention", attention()),
+        ("Layer norm and activation", elementwise()),
+        ("Cached rows", gathers()),
+    ]
+    for title, estimates in parts:
+        lines.append(f"## {title}\n")
+        lines.append("| case | form | GFLOP | MB | by products | by memory | estimate | an H100 says |")
+        lines.append("|-|-|-|-|-|-|-|-|")
+        lines += [
+            f"| {one.case} | {one.form} | {one.flops / 1e9:,.0f} | {one.bytes / 1e6:,.0f} | {_ms(one.by_products)} "
+            f"| {_ms(one.by_memory)} | {_ms(one.seconds)} | |"
+            for one in estimates
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline")
+    parser.add_argument("--write", action="store_true", help=f"write {DOCS.name} instead of printing it")
+    if parser.parse_args().write:
+        DOCS.write_text(page())
+    else:
+        print(page())
+
+
+if __name__ == "__main__":
+    main()
