@@ -116,27 +116,16 @@ def gradient_of(
     return round_to(g, dtype)
 
 
-@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
-def scores_stats_kernel(
-    x, t, row_facts, col_facts, own, keep, row_parts, col_parts, first, rows, cols, dim,
-    x_stride, t_stride, keep_stride, tall, wide, parts_stride, offset,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit
+def stats_of_tile(
+    p, row_facts, col_facts, own, row_parts, col_parts, row_tile, col_tile, first, rows, cols,
+    tall, wide, parts_stride, offset, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
-    p = own_products(
-        x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
-    )  # fmt: skip
-    i = first + row_tile * ROWS + tl.arange(0, ROWS)
-    if keep is not None:
-        # All at once and in 32 bits within the tile: by quarters, or in 64, the registers are too few.
-        keep_stride = multiple(keep_stride, ALIGNED)
-        to = keep + (first + row_tile * ROWS).to(tl.int64) * keep_stride + col_tile * COLS
-        down, along = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-        inside = (down < rows - first - row_tile * ROWS) & (along < multiple(cols, EVEN) - col_tile * COLS)
-        tl.store(to + (down * keep_stride + along), p, mask=inside)
+    """What a tile of products p, of rows first..rows-1, adds to the statistics, a quarter at a time."""
     quarter = quarters(p, ROWS, COLS)
     edge = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
     tall, wide, parts_stride = multiple(tall, True), multiple(wide, True), multiple(parts_stride, True)
+    i = first + row_tile * ROWS + tl.arange(0, ROWS)
     left = tl.load(row_facts + i)
     m = tl.full((ROWS,), NONE, tl.float32)
     l, w = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)  # noqa: E741
@@ -148,13 +137,62 @@ def scores_stats_kernel(
     store_partials(row_parts, m, l, w, col_tile, parts_stride, row_tile * ROWS + tl.arange(0, ROWS))
 
 
+@triton.jit
+def gradient_of_tile(
+    p, row_facts, col_facts, factor, own_g, out, dtype: tl.constexpr, row_tile, col_tile, first, rows, cols,
+    tall, wide, out_stride, offset, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of products p, of rows first..rows-1, by quarters. out_stride: None if out is a tensor
+    descriptor."""
+    quarter = quarters(p, ROWS, COLS)
+    tall, wide = multiple(tall, True), multiple(wide, True)
+    i = first + row_tile * ROWS + tl.arange(0, ROWS)
+    left, m, share = tl.load(row_facts + i), tl.load(row_facts + 2 * tall + i), tl.load(row_facts + 3 * tall + i)
+    given, f = tl.load(own_g + i, mask=i < rows, other=0.0), tl.load(factor)
+    crossing = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
+    if out_stride is not None:
+        out_stride = multiple(out_stride, True)
+        to = out + (row_tile * ROWS).to(tl.int64) * out_stride + tl.arange(0, ROWS)[:, None] * out_stride
+    for part in tl.static_range(4):
+        from_col = col_tile * COLS + part * (COLS // 4)
+        j = from_col + tl.arange(0, COLS // 4)
+        g = gradient_of(quarter[part], left, m, share, f, col_facts, given, i, j, wide, crossing, offset, dtype)
+        if out_stride is not None:
+            tl.store(to + j[None, :], g)
+        else:
+            out.store([row_tile * ROWS, from_col], g)
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
+def scores_stats_kernel(
+    x, t, row_facts, col_facts, own, keep, row_parts, col_parts, first, rows, cols, dim,
+    x_stride, t_stride, keep_stride, tall, wide, parts_stride, offset,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols, ROWS, COLS, 8)
+    p = own_products(
+        x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
+    )  # fmt: skip
+    if keep is not None:
+        # All at once and in 32 bits within the tile: by quarters, or in 64, the registers are too few.
+        keep_stride = multiple(keep_stride, ALIGNED)
+        to = keep + (first + row_tile * ROWS).to(tl.int64) * keep_stride + col_tile * COLS
+        down, along = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        inside = (down < rows - first - row_tile * ROWS) & (along < multiple(cols, EVEN) - col_tile * COLS)
+        tl.store(to + (down * keep_stride + along), p, mask=inside)
+    stats_of_tile(
+        p, row_facts, col_facts, own, row_parts, col_parts, row_tile, col_tile, first, rows, cols,
+        tall, wide, parts_stride, offset, ROWS, COLS,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
 def stats_kernel(
     p, row_facts, col_facts, own, row_parts, col_parts, first, rows, col_first, cols,
     p_stride, tall, wide, parts_stride, offset,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols - col_first, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
     edge = at_edge(row_tile, col_tile, rows - first, cols - col_first, offset + first - col_first, ROWS, COLS)
@@ -175,23 +213,14 @@ def scores_grad_kernel(
     x_stride, t_stride, tall, wide, out_stride, offset,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols, ROWS, COLS, 8)
     p = own_products(
         x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
     )  # fmt: skip
-    quarter = quarters(p, ROWS, COLS)
-    tall, wide, out_stride = multiple(tall, True), multiple(wide, True), multiple(out_stride, True)
-    i = first + row_tile * ROWS + tl.arange(0, ROWS)
-    left, m, share = tl.load(row_facts + i), tl.load(row_facts + 2 * tall + i), tl.load(row_facts + 3 * tall + i)
-    given, f = tl.load(own_g + i, mask=i < rows, other=0.0), tl.load(factor)
-    crossing = at_edge(row_tile, col_tile, rows - first, cols, offset + first, ROWS, COLS)
-    to = out + (row_tile * ROWS).to(tl.int64) * out_stride + tl.arange(0, ROWS)[:, None] * out_stride
-    for part in tl.static_range(4):
-        j = col_tile * COLS + part * (COLS // 4) + tl.arange(0, COLS // 4)
-        g = gradient_of(
-            quarter[part], left, m, share, f, col_facts, given, i, j, wide, crossing, offset, out.dtype.element_ty
-        )  # fmt: skip
-        tl.store(to + j[None, :], g)
+    gradient_of_tile(
+        p, row_facts, col_facts, factor, own_g, out, out.dtype.element_ty, row_tile, col_tile, first, rows, cols,
+        tall, wide, out_stride, offset, ROWS, COLS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["factor", "own_g"])
@@ -199,7 +228,7 @@ def grad_kernel(
     p, row_facts, col_facts, factor, own_g, out, first, rows, col_first, cols, p_stride, tall, wide, out_stride, offset,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols - col_first, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
     tall, wide, out_stride = multiple(tall, True), multiple(wide, True), multiple(out_stride, True)
@@ -234,7 +263,9 @@ def own_of(state, stride, i, n, z, c):
     return most, total, loss, (w * grow * shrink - others * c) / total, others / total
 
 
-@triton.jit(do_not_specialize=["n", "row_stride", "col_stride", "weight"], do_not_specialize_on_alignment=["row", "col"])
+@triton.jit(
+    do_not_specialize=["n", "row_stride", "col_stride", "weight"], do_not_specialize_on_alignment=["row", "col"]
+)
 def own_pairs_kernel(row, col, own, scale, bias, weight, out, n, row_stride, col_stride, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     c = tl.load(own + i, mask=i < n, other=0.0)

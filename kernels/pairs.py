@@ -65,14 +65,13 @@ def padded(n: int) -> int:
 
 
 @triton.jit
-def tile_at(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP row tiles pass over the columns together."""
+def tile_at(number, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of the tile of this number: GROUP row tiles pass over the columns together."""
     row_tiles = tl.cdiv(rows, ROWS)
     a_group = GROUP * tl.cdiv(cols, COLS)
-    program = tl.program_id(0)
-    first = program // a_group * GROUP
+    first = number // a_group * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
-    return first + program % a_group % height, program % a_group // height
+    return first + number % a_group % height, number % a_group // height
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def scores_sigmoid_kernel(
     x_stride, t_stride, tall, parts_stride, out_stride, offset,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols, ROWS, COLS, 8)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols, ROWS, COLS, 8)
     p = own_products(
         x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED
     )  # fmt: skip
@@ -100,7 +100,7 @@ def sigmoid_kernel(
     p_stride, tall, parts_stride, out_stride, offset,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows - first, cols - col_first, ROWS, COLS, 1)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows - first, cols - col_first, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     products = stored(p, i, j, rows - first, cols - col_first, multiple(p_stride, ALIGNED))
     tall, out_stride, parts_stride = multiple(tall, True), multiple(out_stride, True), multiple(parts_stride, True)

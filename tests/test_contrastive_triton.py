@@ -1,6 +1,7 @@
 """The "triton" backend of the pair losses and its kernels against the dense definition in float64."""
 
 import contextlib
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,9 +18,24 @@ from lift_fast.ops.pairs import Block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
 SHAPES = [(1, 1, 1), (2, 3, 5), (127, 129, 100), (65, 200, 33)]
-FORMS = {"scores from cuBLAS": -1, "scores of its own": 1 << 30}
+FORMS = {"stored": -1, "fused": 1 << 30, "persistent": 1 << 30}  # the dims whose scores the kernels form
+CASES = [
+    pytest.param(form, dtype, int8, id=f"{form}-{str(dtype).removeprefix('torch.')}{'-int8' if int8 else ''}")
+    for form in FORMS
+    for dtype in DTYPES
+    for int8 in (False, True)
+    if form != "persistent" or not (int8 or dtype == torch.float32)  # which are not for it: they would run as "fused"
+]
 
 CAMPAIGN = pytest.mark.campaign
+
+
+@contextlib.contextmanager
+def settings(**values):
+    with contextlib.ExitStack() as stack:
+        for setting, value in values.items():
+            stack.enter_context(tuned.using("pairs", setting, value))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +46,14 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=FORMS, ids=["stored", "fused"])
-def form(request):
-    with tuned.using("pairs", "fused_up_to", FORMS[request.param]):
-        yield
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Its name. In the persistent form `block` makes features that tensor descriptors can load."""
+    if persistent := request.param == "persistent":
+        make = block
+        monkeypatch.setattr(sys.modules[__name__], "block", lambda *args, **more: described(make(*args, **more)))
+    with settings(fused_up_to=FORMS[request.param], form="persistent" if persistent else "plain"):
+        yield request.param
 
 
 def block(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=0, device="cpu", scale=14.3):
@@ -45,6 +65,12 @@ def block(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=
     a, q = (a.to(device), q.to(device)) if scaled else (None, q.to(device) if int8 else None)
     scale, bias = torch.tensor(scale, device=device), torch.tensor(-0.7, device=device)
     return Block(x.to(device, dtype), t.to(device), a, q, scale, bias, offset)
+
+
+def described(b):
+    """b, its 16-bit features in rows that are a multiple of 32 bytes apart, with NaN around them."""
+    half = {name: one for name, one in (("x", b.x), ("t", b.t)) if one.element_size() == 2}
+    return replace(b, **{name: guarded(one, *one.shape, dtype=one.dtype)[0].copy_(one) for name, one in half.items()})
 
 
 @dataclass
@@ -199,11 +225,30 @@ def test_triton_in_its_interpreter(run_interpreted):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "dtype", "int8"), CASES, indirect=["form"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_backend(shape, dtype, int8, form):
+def test_the_backend(shape, form, dtype, int8):
     check(block(*shape, dtype, int8, scaled=shape != SHAPES[-1], offset=shape[0] % 3 - 1), keep=shape != SHAPES[-1])
+
+
+@pytest.mark.interpret
+def test_what_is_asked_for_is_what_runs(monkeypatch):
+    """Programs that stay, but not for int8 codes, float32, rows that start anywhere or scores that are kept."""
+    from lift_fast.kernels import persistent
+
+    ran = []
+    for name in ("scores_stats", "scores_grad"):
+        launch = getattr(persistent, name)
+        monkeypatch.setattr(persistent, name, lambda *args, launch=launch: ran.append(len(args[0])) or launch(*args))
+    with settings(form="persistent", fused_up_to=1 << 30):
+        check(described(block(20, 30, 9, torch.float16)))
+        check(block(21, 30, 24, torch.bfloat16))
+        assert ran == [20, 20, 21, 21]
+        check(block(22, 30, 9, torch.bfloat16))
+        check(described(block(23, 30, 16, torch.bfloat16, int8=True)))
+        check(block(24, 30, 16))
+        check(block(25, 30, 16, torch.bfloat16), keep=True)
+        assert ran == [20, 20, 21, 21]
 
 
 @pytest.mark.interpret
@@ -218,7 +263,9 @@ def test_own_pairs(n):
 def test_the_losses_as_a_whole(normalize, budget):
     features = [F.normalize(torch.randn(70, 40), dim=1) for _ in range(2)]
     for module in (contrastive_op, sigmoid_op):
-        got, want = ([x.to(dtype).clone().requires_grad_() for x in features] for dtype in (torch.float32, torch.double))
+        got, want = (
+            [x.to(dtype).clone().requires_grad_() for x in features] for dtype in (torch.float32, torch.double)
+        )
         op = getattr(module, module.__name__.rpartition(".")[2])
         loss = op(*got, 14.3, -0.7, normalize=normalize, budget=budget, backend="triton")
         right = module.reference(*want, 14.3, -0.7, normalize=normalize)
@@ -249,20 +296,14 @@ def test_blocks_are_merged(dtype, form):
 SMALL = {"tile": [4, 16, 8, 4, 1], "stored": [4, 16, 0, 4, 1], "merge": [2, 8]}
 
 
-@contextlib.contextmanager
-def settings(**values):
-    with contextlib.ExitStack() as stack:
-        for setting, value in values.items():
-            stack.enter_context(tuned.using("pairs", setting, value))
-        yield
-
-
 @pytest.mark.interpret
 def test_every_tile_of_a_kernel_is_right(form):
     """Small tiles, so that there are many: groups of row tiles, the last ones cut off on both sides."""
-    with settings(**SMALL):
+    tile = {"tile": [4, 32, 8, 4, 1]} if form == "persistent" else {}  # a box of a gradient is of 16 bytes at least
+    with settings(**(SMALL | tile)):
         check(block(37, 21, 9, torch.bfloat16, offset=-5), keep=True)
         check(block(18, 33, 8, torch.bfloat16, int8=True, offset=-3))
+        check(block(43, 150, 19, torch.float16, offset=40))
 
 
 @pytest.mark.interpret
@@ -491,11 +532,15 @@ def usage(triton_usage, monkeypatch):
         sizes = {"ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "TILES": 32, "N": 32, "NARROW": False}
         sizes |= {"ALIGNED": aligned, "EVEN": aligned}
         constexprs = {name: sizes.get(name) for name in kernel.arg_names if name in sizes or name in absent}
+        boxes = {"x": (tile.rows, tile.depth), "t": (tile.cols, tile.depth), "out": (tile.rows, tile.cols // 4)}
+        boxes = boxes if kernel.fn.__module__.endswith(".persistent") else {}
         signature, even = {}, []
         for param in kernel.params:
             name = param.name
             if name in constexprs:
                 signature[name] = "constexpr"
+            elif name in boxes:
+                signature[name] = f"tensordesc<{KINDS[pointers[name]]}{list(boxes[name])}>"
             elif name in ("row_weight", "col_weight", "alpha", "weight"):
                 signature[name] = "fp32"
             elif param.do_not_specialize:
@@ -550,6 +595,23 @@ def test_kernels_that_form_scores_compile_for_gpus_that_are_not_here(capability,
                 assert "st.global.v4.b32" in asm["ptx"]
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_kernels_whose_programs_stay_compile_for_a_gpu_that_is_not_here(name, usage):
+    from lift_fast.kernels import persistent
+
+    for kind, kernel in [("stats", persistent.scores_stats_kernel), ("grad", persistent.scores_grad_kernel)]:
+        tile = tile_of(90, "tile", kind=kind, aligned=True)
+        found = usage(kernel, 90, tile, dict.fromkeys(("x", "t", "out"), HALF[name]))
+        ptx = found.pop("asm")["ptx"]
+        # Two programs share a multiprocessor, as in the other form.
+        assert tile.warps == 8 and found["registers"] <= 128 and found["shared"] <= 113 << 10, (kind, found)
+        assert found["spills"] == 0, (kind, found)
+        # Features come, and gradients leave, by tensor descriptors only, and those through 16 bytes of a thread.
+        assert "wgmma.mma_async" in ptx
+        assert "cp.async.bulk.tensor.2d.shared" in ptx and "cp.async.ca" not in ptx and "cp.async.cg" not in ptx
+        assert ("cp.async.bulk.tensor.2d.global.shared" in ptx) == ("stmatrix" in ptx) == (kind == "grad")
+
+
 def test_the_smallest_shared_memory_of_a_table_is_enough(usage):
     """12.0 has the tiles of 8.0, and 99 KB."""
     from lift_fast.kernels import contrastive
@@ -585,9 +647,9 @@ def test_kernels_over_scores_compile_for_gpus_that_are_not_here(capability, alig
 
 def test_a_kernel_is_compiled_once_for_all_sizes():
     pytest.importorskip("triton")
-    from lift_fast.kernels import contrastive, pairs, sigmoid
+    from lift_fast.kernels import contrastive, pairs, persistent, sigmoid
 
-    for module in (contrastive, pairs, sigmoid):
+    for module in (contrastive, pairs, persistent, sigmoid):
         for name in dir(module):
             if name.endswith("_kernel"):
                 numbers = [
@@ -601,16 +663,25 @@ def test_a_kernel_is_compiled_once_for_all_sizes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "dtype", "int8"), CASES, indirect=["form"])
 @pytest.mark.parametrize("shape", [*SHAPES, (520, 1100, 256), (512, 1024, 128), (300, 700, 1024)])
-def test_the_backend_on_a_gpu(shape, dtype, int8, form):
+def test_the_backend_on_a_gpu(shape, form, dtype, int8):
     if triton_pairs.why_not():
         pytest.skip(triton_pairs.why_not())
     check(block(*shape, dtype, int8, device="cuda"), keep=True)
     check(block(*shape, dtype, int8, scaled=False, offset=-3, device="cuda"), narrow=True)
     if min(shape) > 2:
         check(block(*shape, dtype, int8, device="cuda", scale=100.0), parts=2, keep=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_programs_that_stay_on_a_gpu(dtype):
+    """Each with several tiles."""
+    if triton_pairs.why_not():
+        pytest.skip(triton_pairs.why_not())
+    with settings(form="persistent", fused_up_to=1 << 30):
+        check(block(2900, 3100, 80, dtype, offset=150, device="cuda"))
 
 
 @pytest.mark.gpu

@@ -147,6 +147,8 @@ def sweeps(device: str) -> Iterator[Sweep]:
     fused, stored = partial(loss, 768, False, "triton"), partial(loss, 1536, False, "triton")
     yield from known("fused_up_to", {}, (511,), fused)  # at 768 from cuBLAS's scores
     yield from known("fused_up_to", {}, (2047,), stored)  # at 1536 from its own
+    for kind in ("stats", "grad"):
+        yield from known("form", {"kind": kind}, ("persistent",), fused, kind=kind)
     yield from known("tile", {"aligned": True}, PAIR_TILES, fused, aligned=True, kind="stats")
     yield from known("stored", {}, STORED_TILES, stored)
     yield from _tiles(device)

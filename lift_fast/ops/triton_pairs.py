@@ -1,10 +1,11 @@
 """The pair losses' blocks on a GPU, in Triton: kernels that form the scores themselves, or work on cuBLAS's.
 
-Both forms do the same to a score (kernels/contrastive.py, kernels/sigmoid.py). A score's way through memory costs 8
-bytes, or L2 traffic where the block stays there; cuBLAS forms it faster than Triton's dot does, and its epilogue
-runs beside nothing. So the kernels form the scores themselves up to a dim that the table knows ("fused_up_to"), from
-int8 texts as they are, and else cuBLAS does, from texts that `operand` widens, in blocks of rows and columns that stay
-in the L2 cache ("block"). float32 always goes to cuBLAS, and never by way of tf32.
+Both do the same to a score (kernels/contrastive.py, kernels/sigmoid.py). A score's way through memory costs 8
+bytes, or L2 traffic where the block stays there; cuBLAS forms it faster than Triton's dot does, and its epilogue runs
+beside nothing. So the kernels form the scores themselves up to a dim that the table knows ("fused_up_to"), from int8
+texts as they are, with a program a tile or a few that stay ("form"). Above it cuBLAS does, from texts that `operand`
+widens, in blocks of rows and columns that stay in the L2 cache ("block"). float32 always goes to cuBLAS, and never by
+way of tf32.
 
 The gradients are products of one matrix, G = alpha · scale · a · q · g, with the texts and with the images. G is there
 for a band of rows and all columns at a time ("band"), so that each side's gradient is one product a band.
@@ -13,6 +14,7 @@ for a band of rows and all columns at a time ("band"), so that each side's gradi
 import contextlib
 import functools
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,14 +61,14 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
         return
     with _on(x):
         facts = pairs.facts(rows, cols, block.a, block.q, block.scale, block.bias)
-        scores = None if _fused(block) else _Scores(block, keep)
-        tile = _tile(block, "stats" if keep is None else "keep") if scores is None else _stored(x)
+        scores, kind = None if _fused(block) else _Scores(block, keep), "stats" if keep is None else "keep"
+        tile, form = (_tile(block, kind), _form(block, kind)) if scores is None else (_stored(x), contrastive)
         merge = _setting(x, "merge")
         most = _setting(x, "parts")["bytes"] // (12 * (-(-cols // tile.rows) - (-cols // tile.cols)))
         for start, stop in _spans(rows, most, pairs.PAD) if scores is None else _spans(rows, scores.high):
             parts = pairs.partials(stop - start, cols, tile, True, x)
             if scores is None:
-                contrastive.scores_stats(x, block.t, facts, own, keep, *parts, (start, stop), block.offset, tile)
+                form.scores_stats(x, block.t, facts, own, keep, *parts, (start, stop), block.offset, tile)
             else:
                 for across, p in scores.of(start, stop):
                     contrastive.stats(p, facts, own, *parts, (start, stop), across, block.offset, tile)
@@ -107,13 +109,13 @@ def grads(
         )  # fmt: skip
         fused = kept is None and _fused(block)
         scores = None if fused or kept is not None else _Scores(block)
-        tile = _tile(block, "grad") if fused else _stored(x)
+        tile, form = (_tile(block, "grad"), _form(block, "grad")) if fused else (_stored(x), contrastive)
         bands = _Bands(block, d_text is not None)
         for start, stop in bands.spans:
             if kept is not None:
                 contrastive.grad(kept[start:stop], facts, own_g, bands.g, (start, stop), (0, cols), block.offset, tile)
             elif scores is None:
-                contrastive.scores_grad(x, block.t, facts, own_g, bands.g, (start, stop), block.offset, tile)
+                form.scores_grad(x, block.t, facts, own_g, bands.g, (start, stop), block.offset, tile)
             else:
                 for down in _spans(stop, scores.high, first=start):
                     for across, p, g in scores.beside(bands.g[down[0] - start :], *down):
@@ -240,6 +242,18 @@ def _tile(block: Block, kind: str) -> "Tile":
     from ..kernels.pairs import Tile, aligned
 
     return Tile(*_setting(block.x, "tile", kind=kind, aligned=aligned(block.x) and aligned(block.t)))
+
+
+def _form(block: Block, kind: str) -> ModuleType:
+    """Whose kernels form the scores: a program a tile, or programs that stay if those can load the features."""
+    from ..kernels import contrastive
+
+    if kind == "keep" or _setting(block.x, "form", kind=kind) == "plain":
+        return contrastive
+    from ..kernels import persistent
+
+    able = block.x.dtype == block.t.dtype and persistent.describes(block.x) and persistent.describes(block.t)
+    return persistent if able else contrastive
 
 
 def _stored(x: Tensor) -> "Tile":
