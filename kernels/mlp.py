@@ -106,7 +106,7 @@ def backward_of(da, h, bias, dh, a, i, j, rows, cols, ACTIVATION: tl.constexpr):
 def bias_act_kernel(
     h, bias, a, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, 1)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows, cols, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     z = biased(stored(h, i, j, rows, cols, cols), bias, j, cols)
     store(a, round_to(z * gate_of(z, ACTIVATION), a.dtype.element_ty), i, j, rows, cols, cols)
@@ -132,7 +132,7 @@ def linear_act_kernel(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     cols, dim = multiple(cols, ALIGNED), multiple(dim, ALIGNED)
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, GROUP)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows, cols, ROWS, COLS, GROUP)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     p = quarters(products(x, weight, i, j, rows, cols, dim, dim, dim, ROWS, COLS, DEPTH), ROWS, COLS)
     for part in tl.static_range(4):
@@ -171,7 +171,7 @@ def linear_act_backward_kernel(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     cols, dim = multiple(cols, ALIGNED), multiple(dim, ALIGNED)
-    row_tile, col_tile = tile_at(rows, cols, ROWS, COLS, GROUP)
+    row_tile, col_tile = tile_at(tl.program_id(0), rows, cols, ROWS, COLS, GROUP)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
     da = quarters(turned_products(dm, weight, i, j, rows, cols, dim, ROWS, COLS, DEPTH), ROWS, COLS)
     for part in tl.static_range(4):
