@@ -59,7 +59,7 @@ def widen(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
     text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
-    products = _matrix(high, wide, block.x, torch.float32) if keep is None else keep
+    products = _room(block, high, wide) if keep is None else keep
     scratch = _floats(_C.contrastive_stats_scratch(len(block.x), len(text), high, wide), block.x)
     with exact(block.x.dtype):
         _C.contrastive_stats_cuda(
@@ -124,7 +124,7 @@ def sigmoid(
 
     if d_image is None and d_text is None:
         text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
-        products = _matrix(high, wide, block.x, torch.float32)
+        products = _room(block, high, wide)
         with exact(block.x.dtype):
             fill(0, len(block.x), _pass(block, text, high, wide, products, False), _gradient(block, None, text))
     else:
@@ -148,7 +148,7 @@ def _features(
     high, wide = _block(block)
     room = _matrix(band, len(text), block.x)
     in_place = kept is None and block.x.dtype == torch.float32
-    products = None if in_place or kept is not None else _matrix(min(high, band), wide, block.x, torch.float32)
+    products = None if in_place or kept is not None else _room(block, high, wide)
     half = block.x.dtype == torch.float16
     factor = block.scale * (alpha / UP) if half else None
     with exact(block.x.dtype):
@@ -236,6 +236,11 @@ def _band(block: Block, trained: bool) -> int:
     size = tuned.lookup("pairs", tuned.gpu("pairs", block.x.device), "band", trained=trained)["bytes"]
     high, row = _block(block)[0], block.x.element_size() * max(1, len(block.t))
     return max(high, size // row // high * high)
+
+
+def _room(block: Block, high: int, wide: int) -> Tensor:
+    """For the products of a block of so many rows and columns, or of all there are."""
+    return _matrix(min(high, len(block.x)), min(wide, len(block.t)), block.x, torch.float32)
 
 
 def _matrix(rows: int, cols: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -131,20 +131,15 @@ def choose(x: Tensor, backend: str | None = None) -> tuple[str, Backend, str]:
     if backend and backend not in offered:
         kind = f"{str(x.dtype).removeprefix('torch.')} on {device}"
         raise BackendError(f"the pair losses have no backend {backend!r} for {kind}; they have {', '.join(offered)}")
-    names = [backend] if backend else [name for name in preferred(x) if name in offered]
+    facts = {"dim": x.shape[1], "itemsize": x.element_size()}
+    order = [backend] if backend else BACKENDS.order(device, "pairs", **facts)
+    names = [name for name in order if name in offered]
     for name in names:
         found = BACKENDS.load(name)
         if not isinstance(found, str):
             # An interpreted kernel is cut as on a GPU.
             return name, found, (tuned.gpu if name in ("cuda", "triton") else tuned.on)("pairs", x.device)
     raise BackendError(f"the pair losses' backend {backend!r} is not here: {found}")
-
-
-def preferred(x: Tensor) -> list[str]:
-    """Backends for features as x, the fastest first; on devices that have no table, plain torch."""
-    if x.device.type not in BACKENDS.by_device:
-        return ["torch"]
-    return tuned.lookup("pairs", tuned.on("pairs", x.device), "backend", dim=x.shape[1], itemsize=x.element_size())
 
 
 def free_memory(device: torch.device) -> int:
