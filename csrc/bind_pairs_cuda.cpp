@@ -130,13 +130,13 @@ void bind_pairs_cuda(py::module_& module) {
              arg("block_cols"));
   module.def("sigmoid_scratch", &gpu::sigmoid_pass_scratch, arg("rows"), arg("cols"), arg("block_rows"),
              arg("block_cols"));
-  module.def("contrastive_stats_cuda", &contrastive_stats, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"), arg("rows"),
-             arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
+  module.def("contrastive_stats_cuda", &contrastive_stats, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"),
+             arg("rows"), arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
              arg("block_rows"), arg("block_cols"), arg("products"), arg("products_stride"), arg("kept"), arg("gemm"),
              arg("handle"), arg("row"), arg("row_stride"), arg("col"), arg("col_stride"), arg("own"),
              arg("scratch"), arg("device"), arg("stream"));
-  module.def("contrastive_gradient_cuda", &contrastive_gradient, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"), arg("rows"),
-             arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
+  module.def("contrastive_gradient_cuda", &contrastive_gradient, arg("x"), arg("x_stride"), arg("t"), arg("t_stride"),
+             arg("rows"), arg("cols"), arg("dim"), arg("type"), arg("a"), arg("q"), arg("scale"), arg("bias"), arg("offset"),
              arg("block_rows"), arg("block_cols"), arg("products"), arg("products_stride"), arg("kept"), arg("gemm"),
              arg("handle"), arg("row"), arg("row_stride"), arg("col"), arg("col_stride"), arg("row_weight"),
              arg("col_weight"), arg("own_g"), arg("g"), arg("g_stride"), arg("left"), arg("right"), arg("factor"),
