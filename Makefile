@@ -7,7 +7,7 @@ BIN := .venv/bin
 # --no-compile: the recipe below compiles Python's files on all cores.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 # What the package is built from; a change here builds it anew.
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
 # make gpu: in the Python that is there, with nothing downloaded; see benchmarks/gpu.py.
 gpu: PYTHON := python3

@@ -24,7 +24,7 @@ from setuptools.errors import CompileError
 
 DEFAULT_ARCHS = "80;90a;100"
 CSRC = Path("csrc")
-CUDA_SOURCES = [str(path) for path in sorted(CSRC.glob("*.cu"))]
+CUDA_SOURCES = [str(path) for path in sorted(CSRC.rglob("*.cu"))]
 # As many compilers run side by side as this process may use cores.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -139,7 +139,7 @@ class Build(build_ext):
         nvcc = find_nvcc()
         archs = archs_for(nvcc)
         library = static_runtime(nvcc)
-        flags = ["-O3", "-std=c++17", "--threads", str(CORES), "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC"]
+        flags = ["-O3", "-std=c++17", "--threads", str(CORES), "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC", f"-I{CSRC}"]
         objects = [str(temp / f"{Path(source).stem}.cu.o") for source in CUDA_SOURCES]
         commands = [
             [nvcc, *flags, *gencode(archs), "-c", source, "-o", target]
@@ -167,9 +167,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "lift_fast._C",
-            [str(path) for path in sorted(CSRC.glob("*.cpp"))],
+            [str(path) for path in sorted(CSRC.rglob("*.cpp"))],
             include_dirs=[str(CSRC)],
-            depends=[str(path) for path in sorted(CSRC.iterdir())],
+            depends=[str(path) for path in sorted(CSRC.rglob("*.*"))],
             extra_compile_args=["-O3", "-g0", "-pthread"],
             extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
             cxx_std=17,

@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lift_fast.cache import Cache, CacheWriter, Manifest, Rotation, encode
 from lift_fast.cache.manifest import MANIFEST, Shard, shard_name
 from lift_fast.cache.shard import header, tensors
-from lift_fast.codecs import CODECS
 from lift_fast.measure.time import median_ms
-from lift_fast.ops.dequant import _BACKENDS, dequant
-from lift_fast.ops.table import KeyTable, key_hashes
-from lift_fast.quantized import QuantizedRows
+from lift_fast.ops.rows.codecs import CODECS
+from lift_fast.ops.rows.dequant import _BACKENDS, dequant
+from lift_fast.ops.rows.quantized import QuantizedRows
+from lift_fast.ops.rows.table import KeyTable, key_hashes
 
 from .harness import Suite
 from .start import small

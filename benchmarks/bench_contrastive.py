@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lift_fast.ops.contrastive import contrastive
+from lift_fast.ops.pairs.contrastive import contrastive
 
 from .harness import Suite
 from .pairs import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lift_fast import _C
-from lift_fast.ops.dequant import _BACKENDS, _job, dequant, reference
+from lift_fast.ops.rows.dequant import _BACKENDS, _job, dequant, reference
 
 from .harness import Suite
 

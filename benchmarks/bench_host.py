@@ -17,11 +17,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lift_fast.ops import attention as attention_op
-from lift_fast.ops import contrastive as contrastive_op
-from lift_fast.ops import cuda_pairs, pairs, policy, triton_pairs, tuned
-from lift_fast.ops.contrastive import contrastive
-from lift_fast.ops.sigmoid import sigmoid
+from lift_fast.ops import tuned
+from lift_fast.ops.attention import op as attention_op
+from lift_fast.ops.pairs import contract as pairs
+from lift_fast.ops.pairs import contrastive as contrastive_op
+from lift_fast.ops.pairs import cuda as cuda_pairs
+from lift_fast.ops.pairs import policy
+from lift_fast.ops.pairs import triton as triton_pairs
+from lift_fast.ops.pairs.contrastive import contrastive
+from lift_fast.ops.pairs.sigmoid import sigmoid
 
 from . import roofline
 from .harness import Suite
@@ -76,9 +80,7 @@ def stubs(backend: str) -> Iterator[Clock]:
             patch(tuned, table, lambda family, device: "sm_90")
         patch(contrastive_op, "free_memory", lambda device: 40 * 10**9)
         for backends in (pairs.BACKENDS,) if backend == "cuda" else (pairs.BACKENDS, attention_op.BACKENDS):
-            module = (
-                importlib.import_module(f"lift_fast.ops.{backend}_{backends.kind}") if backend != "cuda" else cuda_pairs
-            )
+            module = importlib.import_module(f"lift_fast.ops.{backends.family}.{backend}")
             stack.enter_context(mock.patch.dict(backends.loaded, {backend: module}))
             stack.enter_context(mock.patch.dict(backends.by_device, {"cpu": (backend,)}))
         yield clock

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lift_fast.ops.sigmoid import sigmoid
+from lift_fast.ops.pairs.sigmoid import sigmoid
 
 from .harness import Suite
 from .pairs import COMPILED, LEAN, OURS, Case, Loss, Op, Truth, compiled, device, fits, measure

@@ -22,7 +22,7 @@ from lift_fast.losses import ClipLoss
 from lift_fast.measure.flops import count
 from lift_fast.measure.peaks import gemm, mfu, peak
 from lift_fast.nn import PRESETS, Lift, Preset, Vit, VitConfig
-from lift_fast.ops import float8
+from lift_fast.ops.transformer import float8
 from lift_fast.train.step import Step
 
 from .harness import Suite

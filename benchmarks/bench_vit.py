@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from lift_fast.measure.flops import count
 from lift_fast.nn import PRESETS, Vit, VitConfig
 from lift_fast.nn.transformer import Transformer
-from lift_fast.ops import blocks
-from lift_fast.ops.attention import attention, backends_here
-from lift_fast.ops.layernorm import layernorm
-from lift_fast.ops.linear import input_product, product, weight_product
-from lift_fast.ops.mlp import mlp
+from lift_fast.ops.attention.op import attention, backends_here
+from lift_fast.ops.transformer import contract as blocks
+from lift_fast.ops.transformer.layernorm import layernorm
+from lift_fast.ops.transformer.linear import input_product, product, weight_product
+from lift_fast.ops.transformer.mlp import mlp
 
 from .harness import Suite
 from .pairs import DTYPES, device
@@ -192,7 +192,7 @@ def _attention(suite: Suite, where: str, tokens: int) -> None:
 
 
 class _LayerNormPart(nn.LayerNorm):
-    """ops/layernorm.py with the residual's addition; the sum is an output too."""
+    """ops/transformer/layernorm.py with the residual's addition; the sum is an output too."""
 
     def __init__(self, width: int, backend: str | None):
         super().__init__(width)
@@ -234,7 +234,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearPart(nn.Linear):
-    """ops/linear.py's three products, as block.py calls them."""
+    """ops/transformer/linear.py's three products, as block.py calls them."""
 
     fp8 = False
 
@@ -247,7 +247,7 @@ class _Float8Part(_LinearPart):
 
 
 class _Mlp(nn.Sequential):
-    """ops/mlp.py, by the weights of its layers."""
+    """ops/transformer/mlp.py, by the weights of its layers."""
 
     backend: str | None = None
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from lift_fast.measure.machine import machine
 from lift_fast.measure.time import Timing, interleaved_ms, median_ms
 from lift_fast.ops import tuned
-from lift_fast.ops.pairs import choose
-from lift_fast.quantized import QuantizedRows
+from lift_fast.ops.pairs.contract import choose
+from lift_fast.ops.rows.quantized import QuantizedRows
 
 from .harness import Suite
 from .launches import launches, registers

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lift_fast.ops import policy, tuned
+from lift_fast.ops import tuned
+from lift_fast.ops.pairs import policy
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "roofline.md"
@@ -34,8 +35,8 @@ H100 = Gpu(798e12, 3.0e12, 5.5e12, 132 * 4 * 32 * 1.755e9)
 
 
 def instructions(file: str) -> list[float]:
-    """Instructions a score of a CUDA epilogue on sm_90a: its file's head has what tests/test_pairs_sass.py counts."""
-    head = (ROOT / "csrc" / file).read_text().split("#include")[0].replace("\n//", "")
+    """Instructions a score of a CUDA epilogue on sm_90a: its file's head has what test_pairs_sass.py counts."""
+    head = (ROOT / "csrc" / "pairs" / file).read_text().split("#include")[0].replace("\n//", "")
     found = re.search(r"Instructions a score: ([\d.]+)(?: and ([\d.]+))?", head)
     assert found, file
     return [float(number) for number in found.groups() if number]
@@ -170,7 +171,7 @@ measured before by others; {l2:.1f} TB/s of L2 cache as published; 132 multiproc
 products" and "by memory" are the FLOPs that no method can do without and the bytes of inputs and outputs, over these
 rates. The estimate adds up what the form that the tables choose ([tuned.md](tuned.md)) cannot overlap; for "fused" it
 takes Triton's products to be as fast as cuBLAS's and every epilogue to be hidden, which a GPU may refute. Instructions
-a score are counted in the compiled code by tests/test_pairs_sass.py. Times are milliseconds of forward and backward for
+a score are counted in the compiled code by test_pairs_sass.py. Times are milliseconds of forward and backward for
 the losses, of one launch for the kernels.
 """
 

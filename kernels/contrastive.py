@@ -351,7 +351,7 @@ def scores_grad(
 
 
 def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor, weight: float, out: Tensor) -> None:
-    """See ops/pairs.py; out [9, n]."""
+    """See ops/pairs/contract.py; out [9, n]."""
     n = len(own)
     own_pairs_kernel[(-(-n // OWN),)](
         row, col, own, scale, bias, weight, out, n, row.stride(0), col.stride(0), N=OWN, **OPTIONS

@@ -136,7 +136,7 @@ def layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     y: Tensor, stream: Tensor | None, mean: Tensor, rstd: Tensor, tile: RowTile,
 ) -> None:  # fmt: skip
-    """See ops/blocks.py."""
+    """See ops/transformer/contract.py."""
     rows, width = x.shape
     tile_rows, padded, warps = shape(width, tile)
     layernorm_kernel[(triton.cdiv(rows, tile_rows),)](
@@ -149,7 +149,7 @@ def layernorm_backward(
     dy: Tensor, stream: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     d_stream: Tensor | None, dx: Tensor, y: Tensor | None, tile: RowTile, merged: MergeTile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ops/blocks.py. tile.registers: with which all of its programs run at once."""
+    """See ops/transformer/contract.py. tile.registers: with which all of its programs run at once."""
     rows, width = stream.shape
     tile_rows, padded, warps = shape(width, tile)
     programs = min(triton.cdiv(rows, tile_rows), resident(warps, tile.registers, stream.device))

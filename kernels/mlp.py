@@ -182,7 +182,7 @@ def linear_act_backward_kernel(
 
 
 def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor, tile: Tile) -> None:
-    """See ops/blocks.py."""
+    """See ops/transformer/contract.py."""
     rows, cols = h.shape
     bias_act_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
         h, bias, a, rows, cols, ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols,
@@ -193,7 +193,7 @@ def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor, tile: Tile) ->
 def bias_act_backward(
     da: Tensor, h: Tensor, bias: Tensor, activation: str, dh: Tensor, a: Tensor | None, tile: Tile, merged: MergeTile
 ) -> Tensor:
-    """See ops/blocks.py. tile.registers: with which all of its programs run at once."""
+    """See ops/transformer/contract.py. tile.registers: with which all of its programs run at once."""
     rows, cols = h.shape
     across = triton.cdiv(cols, tile.cols)
     down = min(triton.cdiv(rows, tile.rows), max(1, resident(tile.warps, tile.registers, h.device) // across))

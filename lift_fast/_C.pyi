@@ -1,4 +1,4 @@
-# csrc/bind*.cpp. Pointers and streams are integers; shapes: csrc/ops.h, csrc/table.h, csrc/pairs.h and csrc/blocks.h.
+# csrc/*/bind*.cpp. Pointers and streams are integers; shapes are in the headers that those files include.
 from typing import Any
 
 import numpy as np

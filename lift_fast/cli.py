@@ -671,7 +671,7 @@ class SourceKeys:
         return self._source.read(number)[0]
 
     def shard_hashes(self, number: int) -> "Tensor":
-        from .ops.table import key_hashes
+        from .ops.rows.table import key_hashes
 
         return key_hashes(self.shard_keys(number))
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ops.contrastive import contrastive
-from .ops.cosine import cosine
-from .ops.sigmoid import sigmoid
-from .quantized import QuantizedRows
+from .ops.pairs.contrastive import contrastive
+from .ops.pairs.cosine import cosine
+from .ops.pairs.sigmoid import sigmoid
+from .ops.rows.quantized import QuantizedRows
 
 __all__ = ["ClipLoss", "CosineLoss", "SigLipLoss", "cached_step", "contrastive", "cosine", "sigmoid"]
 

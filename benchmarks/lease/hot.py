@@ -34,7 +34,7 @@ def ours() -> set[str]:
     from .smoke import CASES
 
     triton = {kernel.rsplit(".")[-1] for case in CASES.values() for kernel in case.kernels if not case.built}
-    cuda = "".join(file.read_text() for file in sorted((ROOT / "csrc").glob("*.cu*")))
+    cuda = "".join(file.read_text() for file in sorted((ROOT / "csrc").rglob("*.cu*")))
     return triton | set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", cuda))
 
 

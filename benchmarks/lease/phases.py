@@ -31,7 +31,7 @@ SMOKE_S, MARGIN_S, START_S = 60.0, 5.0, 30.0
 # Tests that are large or that are the likeliest to end their process come last, what these find in their names.
 LAST = "large", "4097", "65536", "huge", "captured", "graph", "extremes", "outside", "pinned"
 # Of a short run: how many tests of which files, and how many cases of each kind.
-SHORT, SHORT_TESTS = 3, ("tests/test_layernorm.py", "tests/test_contrastive_triton.py")
+SHORT, SHORT_TESTS = 3, ("tests/transformer/test_layernorm.py", "tests/pairs/test_contrastive_triton.py")
 EXIT_IN_WORDS = {TIMED_OUT: "timed out", NOT_BEGUN: "not run"}
 # Of rehearsal.py's counts.
 COUNTS, TOTALS = "REHEARSAL_COUNTS", {"compiles": "compiles", "compile_cpu_s": "cpu_s"}

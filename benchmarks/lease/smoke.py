@@ -2,7 +2,7 @@
 
 A line for the case: the worst error, and each kernel that was launched, with its registers where it is Triton's.
 Exit status 1 where a value is wrong or a kernel that the case names was not launched. Each case runs in a process of
-its own (phases.py), under compute-sanitizer where that is installed; tests/test_lease.py holds the list complete.
+its own (phases.py), under compute-sanitizer where that is installed; test_lease.py holds the list complete.
 """
 
 import sys
@@ -19,7 +19,7 @@ from .. import lines
 from ..launches import launches, registers
 from ..start import begin, rehearsing
 
-# An odd number of tiles; enough for narrow features to be multiplied as they are (ops/policy.py).
+# An odd number of tiles; enough for narrow features to be multiplied as they are (ops/pairs/policy.py).
 ROWS, DIM = 520, 80
 FAR = {torch.float32: 5e-5, torch.bfloat16: 1e-2}  # in relative norm
 TEXTS = "frozen", "trained", "int8"
@@ -54,8 +54,9 @@ def here(tensor: Tensor) -> Tensor:
 
 def pairs(op: str, backend: str, dtype: torch.dtype, text_is: str, **settings: Any) -> float:
     """Forward and backward of a pair loss, with scores kept and recomputed."""
-    from lift_fast.ops import contrastive, sigmoid, tuned
-    from lift_fast.quantized import QuantizedRows
+    from lift_fast.ops import tuned
+    from lift_fast.ops.pairs import contrastive, sigmoid
+    from lift_fast.ops.rows.quantized import QuantizedRows
 
     module = {"contrastive": contrastive, "sigmoid": sigmoid}[op]
     image, text = (F.normalize(torch.randn(ROWS, DIM), dim=1).to(dtype) for _ in range(2))
@@ -85,7 +86,7 @@ def pairs(op: str, backend: str, dtype: torch.dtype, text_is: str, **settings: A
 
 
 def layernorm(backend: str) -> float:
-    from lift_fast.ops import layernorm as op
+    from lift_fast.ops.transformer import layernorm as op
 
     x, residual = (torch.randn(37, 200).bfloat16().requires_grad_() for _ in range(2))
     weight, bias = (torch.randn(200).requires_grad_() for _ in range(2))
@@ -99,7 +100,7 @@ def layernorm(backend: str) -> float:
 
 
 def mlp(backend: str) -> float:
-    from lift_fast.ops import mlp as op
+    from lift_fast.ops.transformer import mlp as op
 
     shapes = (130, 64), (200, 64), (200,), (64, 200), (64,)
     leaves = [(torch.randn(shape) / 4).bfloat16().requires_grad_() for shape in shapes]
@@ -113,7 +114,7 @@ def mlp(backend: str) -> float:
 
 
 def attention(backend: str) -> float:
-    from lift_fast.ops import attention as op
+    from lift_fast.ops.attention import op
 
     found = 0.0
     for tokens, head_dim, causal in ((50, 64, False), (197, 64, False), (77, 64, True)):
@@ -129,8 +130,8 @@ def attention(backend: str) -> float:
 
 
 def dequant(backend: str) -> float:
-    from lift_fast.codecs import CODECS
-    from lift_fast.ops import dequant as op
+    from lift_fast.ops.rows import dequant as op
+    from lift_fast.ops.rows.codecs import CODECS
 
     found = 0.0
     for name, codec in CODECS.items():

@@ -61,8 +61,8 @@ def in_front(family: str, device: str, entry: Mapping[str, Any]) -> Iterator[Non
 
 
 def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = None, rows: int = ROWS) -> Call:
-    from lift_fast.ops.contrastive import contrastive
-    from lift_fast.ops.sigmoid import sigmoid
+    from lift_fast.ops.pairs.contrastive import contrastive
+    from lift_fast.ops.pairs.sigmoid import sigmoid
 
     from ..bench_contrastive import features
     from ..pairs import Case
@@ -79,7 +79,7 @@ def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = No
 
 
 def attention(tokens: int, head_dim: int = 64) -> Call:
-    from lift_fast.ops.attention import attention as op
+    from lift_fast.ops.attention.op import attention as op
 
     qkv = torch.randn(BATCH, tokens, 3, 12, head_dim, device="cuda").bfloat16().requires_grad_()
     seed = torch.randn(BATCH, tokens, 12, head_dim, device="cuda").bfloat16()
@@ -87,7 +87,7 @@ def attention(tokens: int, head_dim: int = 64) -> Call:
 
 
 def layernorm(width: int, backend: str | None = None) -> Call:
-    from lift_fast.ops.layernorm import layernorm as op
+    from lift_fast.ops.transformer.layernorm import layernorm as op
 
     x, residual, seed = (torch.randn(BATCH * TOKENS, width, device="cuda").bfloat16() for _ in range(3))
     weight, bias = (torch.randn(width, device="cuda").requires_grad_() for _ in range(2))
@@ -96,7 +96,7 @@ def layernorm(width: int, backend: str | None = None) -> Call:
 
 
 def mlp(width: int, backend: str | None = None) -> Call:
-    from lift_fast.ops.mlp import mlp as op
+    from lift_fast.ops.transformer.mlp import mlp as op
 
     shapes = (BATCH * TOKENS, width), (4 * width, width), (4 * width,), (width, 4 * width), (width,)
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
@@ -168,8 +168,9 @@ def _orders(
     family: str, device: str, when: Mapping[str, Any], facts: Mapping[str, Any], build: Callable[[], Call]
 ) -> Iterator[Sweep]:
     """Each backend that is here first, the others behind it as they are; torch's own is the last resort."""
-    from lift_fast.ops import attention as attention_op
-    from lift_fast.ops import blocks, pairs
+    from lift_fast.ops.attention import op as attention_op
+    from lift_fast.ops.pairs import contract as pairs
+    from lift_fast.ops.transformer import contract as blocks
 
     known = {"pairs": pairs.BACKENDS, "attention": attention_op.BACKENDS, "transformer": blocks.BACKENDS}[family]
     entry = _entry(family, device, "backend", facts)

@@ -6,7 +6,7 @@ codecs.py what a code stands for. All little-endian, as in safetensors. A cache 
 partial.json in place of manifest.json.
 """
 
-from ..ops.table import key_hashes
+from ..ops.rows.table import key_hashes
 from .codec import encode, key_hash
 from .manifest import Manifest, Shard
 from .reader import Cache

@@ -5,9 +5,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, codec_named
 from ..errors import CacheError
-from ..quantized import QuantizedRows
+from ..ops.rows.codecs import Codec, codec_named
+from ..ops.rows.quantized import QuantizedRows
 from .rotation import Rotation
 
 

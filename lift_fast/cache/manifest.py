@@ -6,8 +6,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ..codecs import codec_named
 from ..errors import CacheError
+from ..ops.rows.codecs import codec_named
 from .rotation import Rotation
 
 FORMAT = 2

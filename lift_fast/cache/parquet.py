@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..codecs import codec_named
 from ..errors import BackendError, DataError
-from ..ops.table import key_hashes
-from ..quantized import QuantizedRows
+from ..ops.rows.codecs import codec_named
+from ..ops.rows.quantized import QuantizedRows
+from ..ops.rows.table import key_hashes
 from .codec import encode
 from .rotation import Rotation
 from .writer import CacheWriter

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, CacheMismatch
-from ..ops.table import KeyTable, Table, key_hashes
-from ..quantized import QuantizedRows
+from ..ops.rows.quantized import QuantizedRows
+from ..ops.rows.table import KeyTable, Table, key_hashes
 from .manifest import MANIFEST, PARTIAL, Manifest
 from .rotation import Rotation
 from .shard import AGAIN, MappedShard, check_content, map_shard

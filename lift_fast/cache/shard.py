@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs import CODECS
 from ..errors import CacheError
-from ..quantized import QuantizedRows
+from ..ops.rows.codecs import CODECS
+from ..ops.rows.quantized import QuantizedRows
 from .manifest import Manifest, Shard
 
 PAGE = 4096

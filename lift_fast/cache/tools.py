@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..codecs import CODECS, codec_named
 from ..errors import CacheError, CacheMismatch, ConfigError
-from ..quantized import QuantizedRows
+from ..ops.rows.codecs import CODECS, codec_named
+from ..ops.rows.quantized import QuantizedRows
 from .codec import encode
 from .manifest import MANIFEST, Manifest
 from .reader import Cache

@@ -25,8 +25,8 @@ import numpy as np
 
 from ..errors import CacheError, CacheMismatch
 from ..files import write_whole
-from ..ops.table import key_hashes
-from ..quantized import QuantizedRows
+from ..ops.rows.quantized import QuantizedRows
+from ..ops.rows.table import key_hashes
 from .manifest import MANIFEST, PARTIAL, Manifest, Shard, shard_name
 from .rotation import Rotation
 from .shard import check_content, content, describe, header, map_shard, tensors

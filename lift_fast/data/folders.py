@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from ..ops.table import key_hashes
+from ..ops.rows.table import key_hashes
 from .index import PICTURE_SUFFIXES
 from .reading import read_picture
 from .samples import BadSample, located

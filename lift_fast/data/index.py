@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..ops.table import key_hashes
+from ..ops.rows.table import key_hashes
 from .reading import Stamp, stamp_of
 from .tars import NotWhole, members
 

@@ -2,7 +2,7 @@
 
 Counted: parameters, gradients, AdamW's two moments, the batch (float32 pixels; cached rows or tokens), every
 activation autograd keeps, and every tensor that lives for a moment in between. Not counted: scratch inside
-one op (the loss keeps scores as its budget allows, see ops/policy.py), the allocator's rounding and fragmentation,
+one op (the loss keeps scores as its budget allows, ops/pairs/policy.py), the allocator's rounding and fragmentation,
 and the CUDA context.
 
 The fakes are CPU tensors. A GPU's are the same: under either's autocast the towers' residual stream is bfloat16, and
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ConfigError
 from ..nn import Clip, Lift, Preset
 from ..ops.block import Checkpointing
-from ..ops.contrastive import contrastive
-from ..quantized import QuantizedRows
+from ..ops.pairs.contrastive import contrastive
+from ..ops.rows.quantized import QuantizedRows
 
 Kind = Literal["lift", "clip"]
 

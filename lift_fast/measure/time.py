@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 import torch
 
 from ..nn import Clip
-from ..quantized import QuantizedRows
+from ..ops.rows.quantized import QuantizedRows
 
 K = TypeVar("K", bound=Hashable)
 

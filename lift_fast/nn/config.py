@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import ConfigError
-from ..ops.blocks import ACTIVATIONS, Activation
+from ..ops.transformer.contract import ACTIVATIONS, Activation
 
 CLIP_VOCAB_SIZE = 49_408
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import float8
 from ..ops.block import Checkpointing
+from ..ops.transformer import float8
 from .config import Preset
 from .head import Head
 from .text import TextTransformer
@@ -35,7 +35,7 @@ class _Scaled(nn.Module):
                 module.checkpointing = level
 
     def set_fp8(self, enabled: bool) -> None:
-        """Whether the blocks' linear layers multiply in float8 (ops/float8.py). Raises ConfigError where none can."""
+        """Whether the blocks' linear layers multiply in float8. Raises ConfigError where none can."""
         if enabled and (reason := float8.why_not(self.logit_scale.device)):
             raise ConfigError(f"fp8: {reason}; leave it out")
         for module in self.modules():

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import choose, keeps_out
+from ..ops.attention.op import choose, keeps_out
 from ..ops.block import Checkpointing, block, kept_bytes
-from ..ops.blocks import Activation
-from ..ops.layernorm import layernorm
+from ..ops.transformer.contract import Activation
+from ..ops.transformer.layernorm import layernorm
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, by ops/layernorm.py: any backend, float32 statistics, out in its input's dtype also under autocast."""
+    """torch's, by our layernorm: any backend, float32 statistics, out in its input's dtype also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = layernorm(x, self.weight, self.bias, self.eps)
@@ -39,7 +39,7 @@ class Transformer(nn.Module):
     """`layers` blocks. x [batch, tokens, width] -> the same, in the dtype the blocks multiply in.
 
     checkpointing: what the backward computes again, see ops/block.py. fp8: linear layers multiply in float8, see
-    ops/float8.py. backend, attention_backend: None for the first of each that is here. All may be set at any time.
+    float8.py. backend, attention_backend: None for the first of each that is here. All may be set at any time.
     """
 
     def __init__(

@@ -14,19 +14,19 @@ B = TypeVar("B")  # the Protocol that the modules follow; it has why_not() -> st
 class Backends(Generic[B]):
     """The backends of one kind of op.
 
-    kind: backend NAME is the module NAME_kind.py of this package. by_device: device type -> names; any other device
-    has "torch". Which of them comes first is for the tables of `tuned` to say.
+    family: the package of this one where backend NAME is the module NAME, "torch" the module eager. by_device: device
+    type -> names; any other device has "torch". Which of them comes first is for the tables of `tuned` to say.
     """
 
-    def __init__(self, kind: str, by_device: dict[str, tuple[str, ...]]):
-        self.kind, self.by_device = kind, by_device
+    def __init__(self, family: str, by_device: dict[str, tuple[str, ...]]):
+        self.family, self.by_device = family, by_device
         self.loaded: dict[str, B | str] = {}
 
     def load(self, name: str) -> B | str:
         """The backend, or why it is not here."""
         if name not in self.loaded:
             try:
-                module = importlib.import_module(f".{name}_{self.kind}", __package__)
+                module = importlib.import_module(f".{self.family}.{'eager' if name == 'torch' else name}", __package__)
                 self.loaded[name] = module.why_not() or cast(B, module)
             except ImportError as error:
                 self.loaded[name] = str(error)

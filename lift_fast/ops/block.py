@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import attention as attention_op
-from .blocks import ACTIVATIONS, Activation
-from .layernorm import wide
-from .linear import input_product, multiplied_in, product, weight_product
-from .mlp import down_backward, up
+from .attention import op as attention_op
+from .transformer.contract import ACTIVATIONS, Activation
+from .transformer.layernorm import wide
+from .transformer.linear import input_product, multiplied_in, product, weight_product
+from .transformer.mlp import down_backward, up
 
 Checkpointing = Literal["none", "mlp", "branches", "block"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cache import Cache
 from ..data.samples import Collection
 from ..errors import CacheMismatch
-from ..quantized import QuantizedRows
+from ..ops.rows.quantized import QuantizedRows
 
 
 class CachedText:

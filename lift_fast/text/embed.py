@@ -29,11 +29,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..cache import Cache, CacheWriter, Rotation, encode, key_hashes
-from ..codecs import codec_named
 from ..data.shards import Shards
 from ..data.sources import Source, Tars
 from ..errors import ConfigError, DataError
-from ..quantized import QuantizedRows
+from ..ops.rows.codecs import codec_named
+from ..ops.rows.quantized import QuantizedRows
 from .spec import EncoderSpec, check_batch_size
 
 # A group is complete when it has this many captions: a 64th of all, so that many ranks have their share, but no fewer

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..data.pixels import normalise
 from ..nn import Clip, Lift
-from ..quantized import QuantizedRows
+from ..ops.rows.quantized import QuantizedRows
 
 Text = Tensor | QuantizedRows
 WARM_UP = 3  # steps before a graph is captured: cuBLAS, Triton and the allocator settle

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...ops.blocks import Activation
+from ...ops.transformer.contract import Activation
 from ..config import VitConfig
 from ..head import Head
 from ..vit import Vit

@@ -1,0 +1,65 @@
+"""The "cpp" backend of attention: csrc/attention, on the CPU. float16 is widened to float32 in between."""
+
+import torch
+from torch import Tensor
+
+from ..rows.dequant import _why_no_cpp as why_not
+
+try:
+    from ... import _C
+except ImportError:  # a source tree that nobody built
+    _C = None  # type: ignore[assignment]
+
+__all__ = ["KEEPS_OUT", "backward", "forward", "refuses", "why_not"]
+
+KEEPS_OUT = False
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Element` of csrc/pairs/pairs.h
+
+
+def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why it does not take this; None if it does."""
+    if dtype not in TYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _attention(qkv: Tensor, scale: float, causal: bool) -> "_C.Attention":
+    batch, tokens, _, heads, dim = qkv.shape
+    return _C.Attention(
+        qkv=qkv.data_ptr(),
+        type=TYPES[qkv.dtype],
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        dim=dim,
+        scale=scale,
+        causal=causal,
+    )
+
+
+def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """qkv: [batch, tokens, 3, heads, head_dim]. out: [batch, tokens, heads, head_dim]; lse: [batch, heads, tokens]."""
+    batch, tokens, _, heads, dim = qkv.shape
+    out = qkv.new_empty(batch, tokens, heads, dim)
+    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    _C.attention_forward(
+        _attention(qkv, scale, causal), out=out.data_ptr(), lse=lse.data_ptr(), threads=torch.get_num_threads()
+    )
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
+) -> tuple[Tensor, Tensor | None]:
+    """d_qkv, and out again if it is wanted."""
+    d_qkv, again = torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
+    _C.attention_backward(
+        _attention(qkv, scale, causal),
+        d_out=d_out.data_ptr(),
+        lse=lse.data_ptr(),
+        d_qkv=d_qkv.data_ptr(),
+        out=0 if again is None else again.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return d_qkv, again

@@ -1,0 +1,63 @@
+"""FlashAttention-2 of the package flash-attn (Dao, arXiv 2307.08691). See attention.py for the contract.
+
+It takes views of qkv and writes the gradients into views of d_qkv. Not run on a GPU yet.
+"""
+
+import torch
+from torch import Tensor
+
+from .library import Library, named, no_gpu, not_taken
+
+KEEPS_OUT = True
+
+_library = Library(
+    "flash-attn",
+    ("flash_attn.flash_attn_interface",),
+    "it needs flash-attn 2.7 or later, built for this torch: pip install --no-build-isolation 'flash-attn>=2.7'",
+    (
+        (
+            "_flash_attn_forward",
+            "q k v dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes "
+            "return_softmax",
+        ),
+        (
+            "_flash_attn_backward",
+            "dout q k v out softmax_lse dq dk dv dropout_p softmax_scale causal window_size_left window_size_right "
+            "softcap alibi_slopes deterministic",
+        ),
+    ),
+)
+_PLAIN = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+
+
+def why_not() -> str | None:
+    return no_gpu((8, 0)) or _library.why_not()
+
+
+def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    return not_taken(head_dim, dtype, 256)
+
+
+def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _library.module._flash_attn_forward(
+        **named("q k v", qkv), softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN
+    )
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
+) -> tuple[Tensor, Tensor | None]:
+    d_qkv = torch.empty_like(qkv)
+    _library.module._flash_attn_backward(
+        dout=d_out,
+        **named("q k v", qkv),
+        out=out,
+        softmax_lse=lse,
+        **named("dq dk dv", d_qkv),
+        softmax_scale=scale,
+        causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_PLAIN,
+    )
+    return d_qkv, out if want_out else None

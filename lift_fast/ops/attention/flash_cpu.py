@@ -1,0 +1,36 @@
+"""torch's own attention in tiles on CPUs. See attention.py for the contract.
+
+As flash_attention.py, in every floating dtype; the log-sum-exp comes as [batch, tokens, heads] and is transposed.
+"""
+
+import torch
+from torch import Tensor
+
+from .library import by_head, parts
+
+KEEPS_OUT = True
+
+
+def why_not() -> str | None:
+    return None
+
+
+def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    q, k, v = map(by_head, parts(qkv))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return by_head(out), lse.contiguous()
+
+
+def backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
+) -> tuple[Tensor, Tensor | None]:
+    assert out is not None
+    q, k, v = map(by_head, parts(qkv))
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        by_head(d_out), q, k, v, by_head(out), lse, 0.0, causal, scale=scale
+    )
+    return torch.stack([by_head(g) for g in gradients], dim=2), out if want_out else None

@@ -1,0 +1,1 @@
+"""Rows of quantized vectors: what a codec is, and gathering and widening its rows."""

@@ -1,0 +1,200 @@
+"""lift-fast data: index, stats, check, pack and the built-in sets, as commands."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import complete  # noqa: F401
+from support.tiny_sets import make_set
+
+from lift_fast.cli import main, parse
+from lift_fast.data.index import INDEX
+from lift_fast.data.shards import Shards
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def run(command: str) -> None:
+    main(shlex.split(f"data {command}"))
+
+
+def status(command: str) -> int | str | None:
+    """The exit status of a command that ends with one."""
+    with pytest.raises(SystemExit) as stop:
+        run(command)
+    return stop.value.code
+
+
+def told(capfd, command: str) -> str:
+    """Runs a command that must fail with status 2 and one message; returns the message."""
+    assert status(command) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lift-fast: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_built_in_sets_keep_their_arguments(tmp_path, capfd):
+    run(f"scenes --out {tmp_path}/s --train 3 --heldout 2 --px 16 --seed 1")
+    assert len(Shards(tmp_path / "s/train")) == 3 and len(Shards(tmp_path / "s/heldout")) == 2
+    command = parse(shlex.split(f"data openmoji --out {tmp_path}/o --heldout 7 --px 9 --train 5")).command
+    assert (command.kind, command.heldout, command.px, command.train) == ("openmoji", 7, 9, 5)
+    assert "exists already" in told(capfd, f"scenes --out {tmp_path}/s")
+    assert "px must be at least 8" in told(capfd, f"openmoji --out {tmp_path}/o --px 7")
+    assert status("openmoji") == status("neither") == status("") == 2
+
+
+def test_index(tmp_path, capfd):
+    make_set(tmp_path / "d")
+    run(f"index {tmp_path}/d --threads 1")
+    out = capfd.readouterr().out
+    size = (tmp_path / "d" / INDEX).stat().st_size
+    assert re.search(rf"10 samples in 3 shards, 3 read anew, in [\d.]+ s; the index has {size} bytes", out)
+    other = make_set(tmp_path / "e", 2, seed=1)
+    other.paths[0].rename(tmp_path / "d/00001.tar")
+    assert "out of date" in told(capfd, f"stats {tmp_path}/d")
+    run(f"index {tmp_path}/d --threads 1")
+    assert "8 samples in 3 shards, 1 read anew" in capfd.readouterr().out
+
+
+def test_stats(tmp_path, capfd):
+    make_set(tmp_path / "d", 20, broken={3}, per_shard=8)
+    run(f"stats {tmp_path}/d --json {tmp_path}/s.json --threads 2")
+    out, figures = capfd.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert figures["formats"] == {"png": 19} and figures["sampled"] == 20
+    for words in ("20 in 3 shards of 4 to 8, 0.1 MB", "png 100.0%", "12 to 12 pixels, median 12", "1 not a picture"):
+        assert words in out
+    assert re.search(r"'long' +100.0% have it, of 14 characters", out) and "100.0% have a side below 224" in out
+    run(f"stats {tmp_path}/d --sample 5 --json {tmp_path}/s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["sampled"] == 5
+    run(f"stats {tmp_path}/d --sample all --json {tmp_path}/s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["sampled"] == 20
+
+
+def test_stats_of_nothing_that_can_be_read(tmp_path, capfd):
+    make_set(tmp_path / "d", 2, broken={0, 1})
+    run(f"stats {tmp_path}/d")
+    out = capfd.readouterr().out
+    assert "not one picture can be read" in out and "2 not a picture" in out and "width" not in out
+
+
+def test_check_tells_by_its_status(tmp_path, capfd):
+    make_set(tmp_path / "d", 20, broken={3, 11}, per_shard=8)
+    assert status(f"check {tmp_path}/d --json {tmp_path}/c.json --bad {tmp_path}/bad.jsonl --threads 2") == 1
+    out, figures = capfd.readouterr().out, json.loads((tmp_path / "c.json").read_text())
+    assert "20 samples in 3 shards, 2 bad (2 not a picture)" in out and re.search(r"\d+ images/s", out)
+    assert "00000.tar: sample 's0-003': not a picture" in out
+    assert figures["bad"] == 2 and figures["causes"] == {"not a picture": 2}
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == [3, 11]
+
+    make_set(tmp_path / "clean")
+    run(f"check {tmp_path}/clean --field long --bad {tmp_path}/bad.jsonl")
+    assert "0 bad (none)" in capfd.readouterr().out
+    assert (tmp_path / "bad.jsonl").read_text() == ""
+
+
+def test_check_of_a_damaged_tar(tmp_path, capfd):
+    make_set(tmp_path / "d")
+    tar = tmp_path / "d/00001.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    assert status(f"check {tmp_path}/d") == 1
+    out = capfd.readouterr().out
+    assert "6 samples in 2 shards, 0 bad (1 damaged shard)" in out
+    assert "00001.tar: damaged shard" in out and out.count("00001.tar") == 1
+
+
+def test_pack(tmp_path, capfd):
+    make_set(tmp_path / "d", 10, broken={4}, per_shard=4)
+    run(
+        f"pack {tmp_path}/d {tmp_path}/out --samples-per-shard 5 --size 8 --quality 80 --field nothing long "
+        f"--threads 2 --json {tmp_path}/p.json"
+    )
+    out, figures = capfd.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert f"9 samples in 2 shards, 9 resized, in {tmp_path}/out" in out
+    assert "1 left out (1 not a picture)" in out and "bad.jsonl" in out
+    assert figures["samples"] == 9 and figures["first"][0]["row"] == 4
+    packed = Shards(tmp_path / "out")
+    assert packed.shard_sizes == [5, 4] and packed.caption(0) == "long caption 0"
+    assert packed.meta(0) == {"txt": "caption 0"} and packed.image_bytes(0)[:2] == b"\xff\xd8"
+    assert names(tmp_path / "out") == {"00000.tar", "00001.tar", "bad.jsonl", INDEX}
+    run(f"check {tmp_path}/out")
+
+
+def test_a_clean_pack_has_no_list(tmp_path):
+    make_set(tmp_path / "d")
+    run(f"pack {tmp_path}/d {tmp_path}/out")
+    assert names(tmp_path / "out") == {"00000.tar", INDEX}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_a_cancelled_pack_leaves_nothing(tmp_path, number):
+    make_set(tmp_path / "d", 3000, per_shard=3000)
+    command = f"pack {tmp_path}/d {tmp_path}/out --samples-per-shard 10 --threads 1"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lift_fast.cli import main; main()", "data", *shlex.split(command)],
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("out.*/00001.tar")) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert names(tmp_path) == {"d"}
+
+
+def test_bad_input_is_told(tmp_path, capfd):
+    make_set(tmp_path / "d")
+    nowhere = tmp_path / "nowhere"
+    for command in (f"stats {nowhere}", f"check {nowhere}", f"pack {nowhere} {tmp_path}/out", f"index {nowhere}"):
+        assert "nowhere" in told(capfd, command)
+    for command in ("index", "stats", "check", f"pack {tmp_path}/d"):
+        assert "threads must be at least 1" in told(capfd, f"{command} {tmp_path}/d --threads 0")
+    assert "sample must be at least 1" in told(capfd, f"stats {tmp_path}/d --sample 0")
+    assert "exists already" in told(capfd, f"pack {tmp_path}/d {tmp_path}/d")
+    assert "quality must be 100" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --quality 101")
+    assert "name of the captions" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --field")
+    assert "no caption 'x'" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --field x")
+    assert "No such file" in told(capfd, f"check {tmp_path}/d --bad {tmp_path}/no/folder.jsonl")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.jpg").write_bytes(b"")
+    assert "metadata.csv" in told(capfd, f"check {tmp_path}/pictures")
+    assert "pictures" in told(capfd, f"stats {tmp_path}/d --pictures {tmp_path}/pictures")
+    assert names(tmp_path) == {"d", "pictures"}
+    if os.geteuid():  # root writes everywhere
+        (tmp_path / "pictures").chmod(0o500)
+        assert "denied" in told(capfd, f"pack {tmp_path}/d {tmp_path}/pictures/out")
+
+
+def test_the_page_s_commands_run(tmp_path, monkeypatch, capfd):
+    """The commands of docs/data.md, one after the other, print what it says; but for bytes and speeds."""
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(re.findall(r"^```console\n(.*?)^```", DOCS.read_text(), re.M | re.S)).splitlines()
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    used = [line.split()[2] for line in commands if line.startswith("lift-fast data")]
+    assert set(used) >= {"scenes", "index", "stats", "check", "pack"}
+    printed = []
+    for command in commands:
+        if not command.startswith("lift-fast "):
+            subprocess.run(command, shell=True, check=True)
+        elif "check photos" in command:
+            assert status(command.removeprefix("lift-fast data ")) == 1
+        else:
+            main(shlex.split(command)[1:])
+        printed += [f"$ {command}", *capfd.readouterr().out.replace(str(tmp_path), "/data").splitlines()]
+    varies = re.compile(r"[\d.]+(?= (s;|images/s|bytes|MB|kB))")
+    assert [varies.sub("N", line) for line in printed] == [varies.sub("N", line) for line in lines]
+    for code in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.M | re.S):
+        ran: dict = {}
+        exec(code, ran)
+        assert ran["batch"].pixels.shape == (64, 224, 224, 3) and ran["place"]["taken"] == 64

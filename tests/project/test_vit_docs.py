@@ -1,0 +1,22 @@
+"""docs/vit.md: its Python is run, block after block, as it stands."""
+
+import re
+from pathlib import Path
+
+DOC = Path(__file__).parents[2] / "docs" / "vit.md"
+
+
+def test_the_examples_run(capsys):
+    scope: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(DOC), "exec"), scope)
+    assert scope["y"].shape == scope["z"].shape == (2, 197, 192)
+    assert scope["out"].shape == (2, 197, 3, 64)
+    assert scope["features"].shape == (2, 192)
+    kept = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(kept) == 4
+    # 9, 5, 2 and 1 widths of 768 bfloat16 a token, 12 layers, 197 tokens, 256 pictures; statistics beside them.
+    widths = [gib * 2**30 / (256 * 197 * 12 * 768 * 2) for gib in kept]
+    assert all(abs(got - want) < 0.05 for got, want in zip(widths, (9, 5, 2, 1), strict=True)), widths

@@ -1,0 +1,67 @@
+"""Small text caches for the tests."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lift_fast.cache import CacheWriter, Rotation, encode, key_hash
+from lift_fast.ops.rows.codecs import CODECS
+from lift_fast.ops.rows.table import key_hashes
+
+ENCODER = {"id": "some/encoder", "revision": "abc", "pooling": "mean", "prompt": "", "max_length": 128}
+
+
+@dataclass
+class Data:
+    """What check_keys asks of a data set."""
+
+    keys: list[str]
+    shard_sizes: list[int]
+    folder: Path = field(default=Path("some/data"))
+
+    def __len__(self):
+        return len(self.keys)
+
+    def shard_keys(self, number):
+        start = sum(self.shard_sizes[:number])
+        return self.keys[start : start + self.shard_sizes[number]]
+
+    def shard_hashes(self, number):
+        return key_hashes(self.shard_keys(number))
+
+
+def data_of(sizes):
+    return Data([f"key-{i:04d}" for i in range(sum(sizes))], list(sizes))
+
+
+def vectors_of(count, dim, seed=0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation_for(codec, dim, seed=0):
+    return Rotation(dim, seed) if CODECS[codec].rotated else None
+
+
+def writer_for(folder, sizes, dim, encoder=ENCODER, field="txt", codec="int8", rotation_seed=0):
+    source = [{"name": f"{k:05d}.tar", "samples": size} for k, size in enumerate(sizes)]
+    return CacheWriter(folder, dim, codec, encoder, source, field, rotation_for(codec, dim, rotation_seed))
+
+
+def write(folder, sizes, dim, shards=None, finish=True, seed=0, codec="int8", **options):
+    """A cache of random vectors, or only some shards of it; returns the vectors."""
+    data, vectors = data_of(sizes), vectors_of(sum(sizes), dim, seed)
+    writer = writer_for(folder, sizes, dim, codec=codec, **options)
+    rotation = rotation_for(codec, dim, options.get("rotation_seed", 0))
+    starts = np.cumsum([0, *sizes])
+    for k in writer.missing() if shards is None else shards:
+        part = slice(starts[k], starts[k + 1])
+        writer.write_shard(k, encode(vectors[part], codec, rotation), [key_hash(key) for key in data.keys[part]])
+    if finish:
+        writer.finish()
+    return vectors
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
