@@ -74,7 +74,7 @@ def stubs(backend: str) -> Iterator[Clock]:
                 patch(module, kernel, clock)
         patch(triton_pairs, "_product", clock.product)
         patch(cuda_pairs, "_C", clock)
-        patch(cuda_pairs, "_where", lambda tensor: {"device": 0, "stream": 0})
+        patch(cuda_pairs, "launch_on", lambda tensor: {"device": 0, "stream": 0})
         patch(cuda_pairs, "_gemm", lambda x: (0, 0))
         for table in ("gpu", "on"):
             patch(tuned, table, lambda family, device: "sm_90")

@@ -117,13 +117,13 @@ cases = {
     "another device": lambda: torch.empty(3, device="cuda:1"),
 }
 if cuda_pairs.why_not() is None:
-    where = cuda_pairs._where
+    where = cuda_pairs.launch_on
     def misnamed():
-        cuda_pairs._where = lambda t: {"device": 0, "queue": 0}
+        cuda_pairs.launch_on = lambda t: {"device": 0, "queue": 0}
         try:
             contrastive(x[None].clone(), x[None].clone(), 1.0, backend="cuda")
         finally:
-            cuda_pairs._where = where
+            cuda_pairs.launch_on = where
     cases["pybind11"] = misnamed
 for name, case in cases.items():
     try:

@@ -48,7 +48,7 @@ def on(request, monkeypatch):
     def prepare(device: str) -> str:
         if device == "cpu":
             monkeypatch.setattr(cuda_pairs, "_C", request.getfixturevalue("emulated"))
-            monkeypatch.setattr(cuda_pairs, "_where", lambda tensor: {"device": 0, "stream": 0})
+            monkeypatch.setattr(cuda_pairs, "launch_on", lambda tensor: {"device": 0, "stream": 0})
             monkeypatch.setattr(cuda_pairs, "_gemm", lambda x: (cuda_pairs._C.gemm(), 0))
         elif cuda_pairs.why_not():
             pytest.skip(cuda_pairs.why_not())

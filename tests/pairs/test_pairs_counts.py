@@ -60,7 +60,7 @@ def counter(monkeypatch, without_kernels):
     """An H100 of which 80 GB are free."""
     counter = Counter()
     monkeypatch.setattr(cuda_pairs, "_C", without_kernels)
-    monkeypatch.setattr(cuda_pairs, "_where", lambda tensor: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda_pairs, "launch_on", lambda tensor: {"device": 0, "stream": 0})
     monkeypatch.setattr(cuda_pairs, "_gemm", lambda x: (counter.address, 0))
     monkeypatch.setattr(contrastive_op, "free_memory", lambda device: FREE)
     monkeypatch.setitem(pairs.BACKENDS.loaded, "cuda", cuda_pairs)

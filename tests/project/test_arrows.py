@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "former_paths": set(),
     "kernels": set(),
     "ops": {"errors", "kernels", "_C"},
     "losses": {"errors", "ops"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lift_fast.errors import BackendError
+from lift_fast.ops import backends
 from lift_fast.ops.rows import dequant as module
 from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.ops.rows.dequant import dequant, reference
@@ -248,7 +249,7 @@ def test_a_backend_that_is_not_here_says_what_brings_it(monkeypatch):
     codes, scales = table(4, 8)
     with pytest.raises(BackendError, match="no backend 'cuda' on cpu; it has cpp, torch"):
         dequant(codes, scales, backend="cuda")
-    monkeypatch.setattr(module, "_C", None)
+    monkeypatch.setattr(backends, "_C", None)
     monkeypatch.setattr(module, "_chosen", {})
     with pytest.raises(BackendError, match="not built; run `pip install -e .`"):
         dequant(codes, scales, backend="cpp")
@@ -273,12 +274,12 @@ def test_a_gpu_that_the_build_has_no_code_for_does_not_get_it(archs, served, not
         build_info = staticmethod(lambda: {"cuda": True, "archs": archs, "reason": ""})
         cuda_device_count = staticmethod(lambda: 1)
 
-    monkeypatch.setattr(module, "_C", Built)
+    monkeypatch.setattr(backends, "_C", Built)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for capability in served + not_served:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
-        why_not = module._why_no_cuda()
+        why_not = backends.why_no_cuda()
         if capability in served:
             assert why_not is None
         else:
@@ -289,7 +290,7 @@ def test_a_gpu_that_the_build_has_no_code_for_does_not_get_it(archs, served, not
     monkeypatch.setattr(module, "_chosen", {})
     with pytest.raises(BackendError, match="compute capability"):
         module._choose("cuda", "cuda")
-    monkeypatch.setattr(module, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(module, "why_no_triton", lambda: None)
     assert module._choose("cuda", "") is not module._cuda
 
 
@@ -470,7 +471,18 @@ def test_cuda_compiles_without_spills(tmp_path):
     archs = ["80", "90a", "100"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     done = subprocess.run(
-        [nvcc, "-O3", "-std=c++17", "-DLIFT_FAST_CUDA=1", "--threads", "2", "-Xptxas", "-v", *flags]
+        [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "-DLIFT_FAST_CUDA=1",
+            "--threads",
+            "2",
+            "-Xptxas",
+            "-v",
+            f"-I{ROOT / 'csrc'}",
+            *flags,
+        ]
         + ["-fatbin", str(ROOT / "csrc" / "rows" / "dequant.cu"), "-o", str(tmp_path / "dequant.fatbin")],
         capture_output=True,
         text=True,

@@ -41,7 +41,7 @@ def on(request, monkeypatch):
     def prepare(device: str) -> str:
         if device == "cpu":
             monkeypatch.setattr(cuda_blocks, "_C", request.getfixturevalue("emulated"))
-            monkeypatch.setattr(cuda_blocks, "_where", lambda tensor: {"device": 0, "stream": 0})
+            monkeypatch.setattr(cuda_blocks, "launch_on", lambda tensor: {"device": 0, "stream": 0})
             monkeypatch.setattr(cuda_blocks, "_multiprocessors", lambda tensor: 1)  # many rows a block
         elif cuda_blocks.why_not():
             pytest.skip(cuda_blocks.why_not())

@@ -3,23 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..rows.dequant import _why_no_cpp as why_not
-
-try:
-    from ... import _C
-except ImportError:  # a source tree that nobody built
-    _C = None  # type: ignore[assignment]
+from ..backends import _C, DTYPES
+from ..backends import why_no_cpp as why_not
 
 __all__ = ["KEEPS_OUT", "backward", "forward", "refuses", "why_not"]
 
 KEEPS_OUT = False
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Element` of csrc/pairs/pairs.h
-
 
 def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why it does not take this; None if it does."""
-    if dtype not in TYPES:
+    if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -28,7 +22,7 @@ def _attention(qkv: Tensor, scale: float, causal: bool) -> "_C.Attention":
     batch, tokens, _, heads, dim = qkv.shape
     return _C.Attention(
         qkv=qkv.data_ptr(),
-        type=TYPES[qkv.dtype],
+        type=DTYPES[qkv.dtype],
         batch=batch,
         tokens=tokens,
         heads=heads,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..transformer.triton import why_not
+from ..backends import why_no_triton as why_not
 
 if TYPE_CHECKING:
     from ...kernels.attention import Tile

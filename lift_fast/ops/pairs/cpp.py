@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..rows.dequant import _why_no_cpp as why_not
+from ..backends import _C, DTYPES, address
+from ..backends import why_no_cpp as why_not
 from .contract import Block
 from .eager import own_pairs
 
-try:
-    from ... import _C
-except ImportError:  # a source tree that nobody built
-    _C = None  # type: ignore[assignment]
-
 __all__ = ["grads", "operand", "own_pairs", "room", "sigmoid", "stats", "why_not"]
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # `Element` of csrc/pairs/pairs.h
 # Scores that a text's gradient of the sigmoid loss reads again instead of making them again; every chunk of rows
 # packs the texts anew, so that it should not have few.
 KEEP_BYTES, KEEP_ROWS = 64 << 20, 1024
@@ -24,10 +19,10 @@ def _pairs(block: Block) -> "_C.Pairs":
     x, t = (
         _C.Rows(
             data=rows.data_ptr(),
-            type=TYPES[rows.dtype],
+            type=DTYPES[rows.dtype],
             count=len(rows),
             stride=rows.stride(0),
-            scales=_address(scales),
+            scales=address(scales),
         )
         for rows, scales in ((block.x, block.a), (block.t, block.q))
     )
@@ -36,19 +31,15 @@ def _pairs(block: Block) -> "_C.Pairs":
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _gradient(
     block: Block, out: Tensor | None, alpha: float, kept: Tensor | None, of_text: bool = False
 ) -> "_C.Gradient":
     return _C.Gradient(
         of_text=of_text,
         factor=alpha * float(block.scale),
-        out=_address(out),
-        out_type=0 if out is None else TYPES[out.dtype],
-        kept=_address(kept),
+        out=address(out),
+        out_type=0 if out is None else DTYPES[out.dtype],
+        kept=address(kept),
         kept_stride=0 if kept is None else kept.stride(0),
     )
 
@@ -72,7 +63,7 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
         col=col.data_ptr(),
         col_stride=col.stride(0),
         own=own.data_ptr(),
-        keep=_address(keep),
+        keep=address(keep),
         keep_stride=0 if keep is None else keep.stride(0),
         threads=torch.get_num_threads(),
     )
@@ -148,10 +139,10 @@ def _sigmoid(
         _pairs(block),
         gradient,
         alpha=alpha,
-        loss=_address(loss),
-        d_scale=_address(d_scale),
-        d_bias=_address(d_bias),
-        keep=_address(keep),
+        loss=address(loss),
+        d_scale=address(d_scale),
+        d_bias=address(d_bias),
+        keep=address(keep),
         keep_stride=0 if keep is None else keep.stride(0),
         threads=torch.get_num_threads(),
     )

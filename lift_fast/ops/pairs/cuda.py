@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..rows.dequant import _C, DTYPES, _why_no_cuda
+from ..backends import _C, DTYPES, address, launch_on, why_no_cuda
 from .contract import Block, exact
 
 UP = 1024.0  # 1 / rows is subnormal in float16
 
 
 def why_not() -> str | None:
-    if reason := _why_no_cuda():
+    if reason := why_no_cuda():
         return reason
     try:
         _gemm_ex()
@@ -52,7 +52,7 @@ def widen(codes: Tensor, dtype: torch.dtype) -> Tensor:
     rows, dim = codes.shape
     _C.widen_cuda(
         codes=codes.data_ptr(), stride=codes.stride(0), rows=rows, dim=dim, out=out.data_ptr(), type=DTYPES[dtype],
-        **_where(codes),
+        **launch_on(codes),
     )  # fmt: skip
     return out
 
@@ -65,7 +65,7 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
         _C.contrastive_stats_cuda(
             **_pass(block, text, high, wide, products, keep is not None), row=row.data_ptr(), row_stride=row.stride(0),
             col=col.data_ptr(), col_stride=col.stride(0), own=own.data_ptr(), scratch=scratch.data_ptr(),
-            **_where(block.x),
+            **launch_on(block.x),
         )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor
     out = _floats(9 * len(own), own).view(9, len(own))
     _C.own_pairs_cuda(
         row=row.data_ptr(), row_stride=row.stride(0), col=col.data_ptr(), col_stride=col.stride(0), own=own.data_ptr(),
-        n=len(own), scale=scale.data_ptr(), bias=bias.data_ptr(), weight=weight, out=out.data_ptr(), **_where(own),
+        n=len(own), scale=scale.data_ptr(), bias=bias.data_ptr(), weight=weight, out=out.data_ptr(), **launch_on(own),
     )  # fmt: skip
     return out
 
@@ -183,14 +183,14 @@ def _pass(block: Block, text: Tensor, high: int, wide: int, products: Tensor | N
         "cols": len(text),
         "dim": x.shape[1],
         "type": DTYPES[x.dtype],
-        "a": _address(block.a),
-        "q": _address(block.q),
+        "a": address(block.a),
+        "q": address(block.q),
         "scale": block.scale.data_ptr(),
         "bias": block.bias.data_ptr(),
         "offset": block.offset,
         "block_rows": high,
         "block_cols": wide,
-        "products": _address(products),
+        "products": address(products),
         "products_stride": 0 if products is None else products.stride(0),
         "kept": kept,
         "gemm": gemm,
@@ -211,18 +211,18 @@ def _gradient(
 ) -> dict[str, Any]:
     """Gradient and FeatureGradients of csrc/*.h: G = left_i g_ij right_j factor, times logit_scale if scaled."""
     return {
-        "g": _address(g),
+        "g": address(g),
         "g_stride": 0 if g is None else g.stride(0),
-        "left": _address(left),
-        "right": _address(right),
+        "left": address(left),
+        "right": address(right),
         "factor": factor,
         "scaled": scaled,
-        "image": _address(image),
+        "image": address(image),
         "image_stride": 0 if image is None else image.stride(0),
         "image_type": 0 if image is None else DTYPES[image.dtype],
-        "text": _address(d_text),
+        "text": address(d_text),
         "text_stride": 0 if d_text is None else d_text.stride(0),
-        **_where(block.x),
+        **launch_on(block.x),
     }
 
 
@@ -252,10 +252,6 @@ def _floats(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _gemm(x: Tensor) -> tuple[int, int]:
     """cublasGemmEx and torch's handle for it, which has the current stream and torch's workspace."""
     if x.device.index == torch.cuda.current_device():
@@ -272,8 +268,3 @@ def _gemm_ex() -> int:
     address = ctypes.cast(library.cublasGemmEx, ctypes.c_void_p).value
     assert address
     return address
-
-
-def _where(tensor: Tensor) -> dict[str, Any]:
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return {"device": tensor.device.index, "stream": stream}

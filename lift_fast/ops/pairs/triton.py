@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..transformer import triton as triton_blocks
+from ..backends import why_no_triton
 from .contract import Block, exact_float32
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Span = tuple[int, int]  # rows or columns, from and to
 
 
 def why_not() -> str | None:
-    if reason := triton_blocks.why_not():
+    if reason := why_no_triton():
         return reason
     if torch.cuda.is_available() and "dtype" not in torch.ops.aten.mm.overloads():
         return f"torch {torch.__version__} has no torch.mm(..., out_dtype=...); install torch >= 2.8"

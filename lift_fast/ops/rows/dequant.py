@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
+from ..backends import _C, DTYPES, address, launch_on, why_no_cpp, why_no_cuda, why_no_triton
 from .codecs import CODECS, Codec
-
-try:
-    from ... import _C
-except ImportError:  # a source tree that nobody built
-    _C = None  # type: ignore[assignment]
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # and `Out` of csrc/common/ops.h
 
 
 def reference(
@@ -238,8 +232,8 @@ def _job(
     m, dim = out.shape
     return {
         "codes": codes.data_ptr(),
-        "scales": 0 if scales is None else scales.data_ptr(),
-        "rows": 0 if rows is None else rows.data_ptr(),
+        "scales": address(scales),
+        "rows": address(rows),
         "out": out.data_ptr(),
         "n": len(codes),
         "m": m,
@@ -259,8 +253,7 @@ def _cpp(codes: Tensor, scales: Tensor | None, rows: Tensor | None, out: Tensor,
 def _cuda(
     codes: Tensor, scales: Tensor | None, rows: Tensor | None, out: Tensor, codec: Codec, normalize: bool
 ) -> None:
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    _C.dequant_cuda(**_job(codes, scales, rows, out, codec, normalize), device=out.device.index, stream=stream)
+    _C.dequant_cuda(**_job(codes, scales, rows, out, codec, normalize), **launch_on(out))
 
 
 def _triton(
@@ -280,53 +273,12 @@ def _torch(
     out.copy_(reference(codes, scales, None, out.dtype, codec=codec.name, dim=out.shape[1], normalize=normalize))
 
 
-def _why_no_cpp() -> str | None:
-    return None if _C else "lift_fast._C is not built; run `pip install -e .` in the source tree"
-
-
-def _why_no_cuda() -> str | None:
-    if _C is None or not _C.build_info()["cuda"]:
-        why = _C.build_info()["reason"] if _C else "lift_fast._C is not built"
-        return f"{why}; install again with LIFT_FAST_CUDA=1 and a CUDA toolkit"
-    if not _C.cuda_device_count():
-        return "its CUDA runtime finds no GPU, or the driver is older than it"
-    archs = _C.build_info()["archs"]
-    for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        if not _serves(archs.split(";"), (major, minor)):
-            here = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
-            wanted = f'LIFT_FAST_CUDA=1 LIFT_FAST_CUDA_ARCHS="{major}{minor}"'
-            return f"{here}, and lift_fast._C is compiled for {archs}; install again with {wanted}"
-    return None
-
-
-def _serves(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether a build for archs, made as setup.py makes it, has code for a GPU of this (major, minor).
-
-    Machine code serves its own major from its minor on; of "90a" only 9.0. The PTX of the last, without its
-    a or f, serves everything from there on.
-    """
-    for arch in archs:
-        least = divmod(int(arch.rstrip("af")), 10)
-        if capability == least or (not arch.endswith("a") and capability[0] == least[0] and capability > least):
-            return True
-    return capability >= divmod(int(archs[-1].rstrip("af")), 10)
-
-
-def _why_no_triton() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed; a CUDA build of torch brings it, or `pip install triton`"
-    return None
-
-
 # device -> backends in order of preference: name -> (launch, why it is not here)
 _BACKENDS: dict[str, dict[str, tuple[Launch, Callable[[], str | None]]]] = {
-    "cpu": {"cpp": (_cpp, _why_no_cpp), "torch": (_torch, lambda: None)},
+    "cpu": {"cpp": (_cpp, why_no_cpp), "torch": (_torch, lambda: None)},
     "cuda": {
-        "cuda": (_cuda, _why_no_cuda),
-        "triton": (_triton, _why_no_triton),
+        "cuda": (_cuda, why_no_cuda),
+        "triton": (_triton, why_no_triton),
         "torch": (_torch, lambda: None),
     },
 }
@@ -338,7 +290,7 @@ def _choose(device: str, backend: str) -> Launch:
     if (device, backend) not in _chosen:
         offered = dict(_BACKENDS.get(device, {"torch": (_torch, lambda: None)}))
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-            offered["triton"] = (_triton, _why_no_triton)
+            offered["triton"] = (_triton, why_no_triton)
         if backend and backend not in offered:
             raise BackendError(f"dequant has no backend {backend!r} on {device}; it has {', '.join(offered)}")
         for name in [backend] if backend else offered:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
+from ..backends import _C, DTYPES, NOT_BUILT
 from .codecs import CODECS
-from .dequant import _C, DTYPES
 
 _CODES = 4  # Out::codes of csrc/common/ops.h
 
@@ -24,7 +24,7 @@ class Table:
 
     def __init__(self, codec: str, dim: int, starts: np.ndarray):
         if _C is None:
-            raise BackendError("lift_fast._C is not built; run `pip install -e .` in the source tree")
+            raise BackendError(NOT_BUILT)
         self.codec, self.dim = CODECS[codec], dim
         self._table = _C.Table(self.codec.number, dim, np.ascontiguousarray(starts, dtype=np.int64))
 

@@ -3,21 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..rows.dequant import _why_no_cpp as why_not
+from ..backends import _C, DTYPES, address
+from ..backends import why_no_cpp as why_not
 from .contract import ACTIVATIONS, Activation
 
-try:
-    from ... import _C
-except ImportError:  # a source tree that nobody built
-    _C = None  # type: ignore[assignment]
-
 __all__ = ["bias_act", "bias_act_backward", "layernorm", "layernorm_backward", "why_not"]
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Element` of csrc/pairs/pairs.h
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def layernorm(
@@ -33,17 +23,17 @@ def layernorm(
 ) -> None:
     _C.layernorm_cpu(
         x=x.data_ptr(),
-        residual=_address(residual),
+        residual=address(residual),
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
         eps=eps,
         y=y.data_ptr(),
-        stream=_address(stream),
+        stream=address(stream),
         mean=mean.data_ptr(),
         rstd=rstd.data_ptr(),
         rows=x.shape[0],
         width=x.shape[1],
-        type=TYPES[x.dtype],
+        type=DTYPES[x.dtype],
         threads=torch.get_num_threads(),
     )
 
@@ -67,14 +57,14 @@ def layernorm_backward(
         rstd=rstd.data_ptr(),
         weight=weight.data_ptr(),
         bias=bias.data_ptr(),
-        d_stream=_address(d_stream),
+        d_stream=address(d_stream),
         dx=dx.data_ptr(),
-        y=_address(y),
+        y=address(y),
         d_weight=d_weight.data_ptr(),
         d_bias=d_bias.data_ptr(),
         rows=dy.shape[0],
         width=dy.shape[1],
-        type=TYPES[dy.dtype],
+        type=DTYPES[dy.dtype],
         threads=torch.get_num_threads(),
     )
     return d_weight, d_bias
@@ -88,7 +78,7 @@ def bias_act(h: Tensor, bias: Tensor, activation: Activation, a: Tensor) -> None
         rows=h.shape[0],
         width=h.shape[1],
         activation=ACTIVATIONS.index(activation),
-        type=TYPES[h.dtype],
+        type=DTYPES[h.dtype],
         threads=torch.get_num_threads(),
     )
 
@@ -102,12 +92,12 @@ def bias_act_backward(
         h=h.data_ptr(),
         bias=bias.data_ptr(),
         dh=dh.data_ptr(),
-        a=_address(a),
+        a=address(a),
         d_bias=d_bias.data_ptr(),
         rows=h.shape[0],
         width=h.shape[1],
         activation=ACTIVATIONS.index(activation),
-        type=TYPES[h.dtype],
+        type=DTYPES[h.dtype],
         threads=torch.get_num_threads(),
     )
     return d_bias

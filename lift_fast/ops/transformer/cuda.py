@@ -4,17 +4,15 @@ Sums over rows are cut into as many parts as keep this GPU's multiprocessors bus
 every run on one kind of GPU. Scratch memory is torch's, so that all of it can be captured in a CUDA graph.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..rows.dequant import _C, DTYPES, _why_no_cuda
+from ..backends import _C, DTYPES, address, launch_on, why_no_cuda
 from .contract import ACTIVATIONS, Activation
 
 
 def why_not() -> str | None:
-    return _why_no_cuda()
+    return why_no_cuda()
 
 
 def layernorm(
@@ -29,8 +27,8 @@ def layernorm(
     rstd: Tensor,
 ) -> None:
     _C.layernorm_cuda(
-        x=x.data_ptr(), residual=_address(residual), weight=weight.data_ptr(), bias=bias.data_ptr(), eps=eps,
-        y=y.data_ptr(), s=_address(stream), mean=mean.data_ptr(), rstd=rstd.data_ptr(), **_shape(x), **_where(x),
+        x=x.data_ptr(), residual=address(residual), weight=weight.data_ptr(), bias=bias.data_ptr(), eps=eps,
+        y=y.data_ptr(), s=address(stream), mean=mean.data_ptr(), rstd=rstd.data_ptr(), **_shape(x), **launch_on(x),
     )  # fmt: skip
 
 
@@ -51,8 +49,8 @@ def layernorm_backward(
     d_weight, d_bias, scratch = _floats(width, dy), _floats(width, dy), _floats(parts * 2 * width, dy)
     _C.layernorm_backward_cuda(
         dy=dy.data_ptr(), s=stream.data_ptr(), mean=mean.data_ptr(), rstd=rstd.data_ptr(), weight=weight.data_ptr(),
-        bias=bias.data_ptr(), d_s=_address(d_stream), dx=dx.data_ptr(), y=_address(y), d_weight=d_weight.data_ptr(),
-        d_bias=d_bias.data_ptr(), scratch=scratch.data_ptr(), parts=parts, **shape, **_where(dy),
+        bias=bias.data_ptr(), d_s=address(d_stream), dx=dx.data_ptr(), y=address(y), d_weight=d_weight.data_ptr(),
+        d_bias=d_bias.data_ptr(), scratch=scratch.data_ptr(), parts=parts, **shape, **launch_on(dy),
     )  # fmt: skip
     return d_weight, d_bias
 
@@ -60,7 +58,7 @@ def layernorm_backward(
 def bias_act(h: Tensor, bias: Tensor, activation: Activation, a: Tensor) -> None:
     _C.bias_act_cuda(
         h=h.data_ptr(), bias=bias.data_ptr(), a=a.data_ptr(), activation=ACTIVATIONS.index(activation),
-        multiprocessors=_multiprocessors(h), **_shape(h), **_where(h),
+        multiprocessors=_multiprocessors(h), **_shape(h), **launch_on(h),
     )  # fmt: skip
 
 
@@ -71,9 +69,9 @@ def bias_act_backward(
     parts = _C.bias_act_parts(**shape, multiprocessors=_multiprocessors(h))
     d_bias, scratch = _floats(shape["width"], h), _floats(parts * shape["width"], h)
     _C.bias_act_backward_cuda(
-        da=da.data_ptr(), h=h.data_ptr(), bias=bias.data_ptr(), dh=dh.data_ptr(), a=_address(a),
+        da=da.data_ptr(), h=h.data_ptr(), bias=bias.data_ptr(), dh=dh.data_ptr(), a=address(a),
         d_bias=d_bias.data_ptr(), scratch=scratch.data_ptr(), parts=parts, activation=ACTIVATIONS.index(activation),
-        **shape, **_where(h),
+        **shape, **launch_on(h),
     )  # fmt: skip
     return d_bias
 
@@ -87,13 +85,5 @@ def _floats(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def _where(tensor: Tensor) -> dict[str, Any]:
-    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}

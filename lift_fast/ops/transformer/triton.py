@@ -15,21 +15,6 @@ from .contract import Activation
 HALF = (torch.bfloat16, torch.float16)
 
 
-def why_not() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed; a CUDA build of torch brings it, or `pip install triton`"
-    if triton.knobs.runtime.interpret:
-        return None
-    if not torch.cuda.is_available():
-        return "there is no CUDA GPU here, and TRITON_INTERPRET=1 is not set"
-    major, minor = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
-    if major < 8:
-        return f"its kernels need compute capability 8.0, and there is a GPU of {major}.{minor} here"
-    return None
-
-
 def layernorm(
     x: Tensor,
     residual: Tensor | None,

@@ -1,0 +1,40 @@
+"""Modules that have moved: until 0.2 an import by the path of 0.1 warns and gives the module."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+MOVED = {
+    "lift_fast.codecs": "lift_fast.ops.rows.codecs",
+    "lift_fast.quantized": "lift_fast.ops.rows.quantized",
+    "lift_fast.ops.contrastive": "lift_fast.ops.pairs.contrastive",
+    "lift_fast.ops.cosine": "lift_fast.ops.pairs.cosine",
+    "lift_fast.ops.dequant": "lift_fast.ops.rows.dequant",
+    "lift_fast.ops.float8": "lift_fast.ops.transformer.float8",
+    "lift_fast.ops.layernorm": "lift_fast.ops.transformer.layernorm",
+    "lift_fast.ops.linear": "lift_fast.ops.transformer.linear",
+    "lift_fast.ops.mlp": "lift_fast.ops.transformer.mlp",
+    "lift_fast.ops.sigmoid": "lift_fast.ops.pairs.sigmoid",
+    "lift_fast.ops.table": "lift_fast.ops.rows.table",
+}
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the modules of MOVED, after Python's own finders have not."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        warnings.warn(f"{name} has moved to {MOVED[name]}; import it from there", DeprecationWarning, stacklevel=2)
+        sys.modules[name] = importlib.import_module(MOVED[name])
+
+
+sys.meta_path.append(Finder())
