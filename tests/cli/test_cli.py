@@ -19,7 +19,7 @@ from support import complete  # noqa: F401
 from support.tiny_sets import make_set, png
 
 from lift_fast.cache import Cache
-from lift_fast.cli import _duration, main, parse
+from lift_fast.cli.main import _duration, main, parse
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.eval.composition import TASKS
 

@@ -14,7 +14,7 @@ import pytest
 from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
-from lift_fast.cli import main, parse
+from lift_fast.cli.main import main, parse
 from lift_fast.data.index import INDEX
 from lift_fast.data.shards import Shards
 

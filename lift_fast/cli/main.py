@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .errors import ConfigError, DataError, LiftFastError
-from .files import write_whole
-from .text.spec import Dtype, Padding, Pooling
-from .train.config import TrainConfig
+from ..errors import ConfigError, DataError, LiftFastError
+from ..files import write_whole
+from ..text.spec import Dtype, Padding, Pooling
+from ..train.config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .data.sources import Source
-    from .text.encoder import Encoder
+    from ..data.sources import Source
+    from ..text.encoder import Encoder
 
 # Imports of torch and the rooms that need it stand inside the commands: `lift-fast --help` answers at once.
 
@@ -66,7 +66,7 @@ class Data:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def __call__(self) -> None:
-        from .data import openmoji, scenes
+        from ..data import openmoji, scenes
 
         made = [self.out / split for split in ("train", "heldout") if (self.out / split).exists()]
         if made:
@@ -98,7 +98,7 @@ class DataIndex:
         _check_threads(self.threads)
 
     def __call__(self) -> None:
-        from .data.index import build_index
+        from ..data.index import build_index
 
         began = time.perf_counter()
         told = build_index(self.data, self.threads)
@@ -127,8 +127,8 @@ class DataStats:
         _check_threads(self.threads)
 
     def __call__(self) -> None:
-        from .data.open import open_data
-        from .data.tools import SMALL, stats
+        from ..data.open import open_data
+        from ..data.tools import SMALL, stats
 
         told = stats(open_data(self.data, self.pictures), None if self.sample == "all" else self.sample, self.threads)
         good = sum(told["formats"].values())
@@ -180,7 +180,7 @@ class DataCheck:
         _check_threads(self.threads)
 
     def __call__(self) -> None:
-        from .data.tools import check
+        from ..data.tools import check
 
         with open(self.bad, "w") if self.bad else nullcontext() as file:
             told = check(self.data, self.field, self.pictures, file, self.threads)
@@ -222,8 +222,8 @@ class DataPack:
         _check_threads(self.threads)
 
     def __call__(self) -> None:
-        from .data.open import open_data
-        from .data.tools import pack
+        from ..data.open import open_data
+        from ..data.tools import pack
 
         told = pack(
             open_data(self.source, self.pictures),
@@ -349,12 +349,12 @@ class Embed:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .data.sources import open_source
-        from .text.embed import Rank, embed_share
-        from .text.encoder import Encoder
-        from .text.presets import spec_for
-        from .train.loop import pick_device
+        from ..cache import Cache
+        from ..data.sources import open_source
+        from ..text.embed import Rank, embed_share
+        from ..text.encoder import Encoder
+        from ..text.presets import spec_for
+        from ..train.loop import pick_device
 
         rank = Rank.from_environment()
         source = open_source(self.data, self.field, self.key, self.shard_rows)
@@ -398,7 +398,7 @@ class Embed:
 
     def tell(self, source: "Source", encoder: "Encoder") -> None:
         """What a cache of `source` will cost."""
-        from .text.embed import estimate, in_bytes
+        from ..text.embed import estimate, in_bytes
 
         worlds = sorted({1, self.world})
         found = estimate(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, worlds=worlds)
@@ -433,7 +433,7 @@ class Train:
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 
     def __call__(self) -> None:
-        from .train.loop import train
+        from ..train.loop import train
 
         run = train(self.config)
         print(
@@ -466,8 +466,8 @@ class Eval:
     device: str = "auto"
 
     def __call__(self) -> None:
-        from .eval.run import evaluate
-        from .train.loop import pick_device
+        from ..eval.run import evaluate
+        from ..train.loop import pick_device
 
         device = pick_device(self.device)
         trust = self.trust_remote_code
@@ -502,8 +502,8 @@ class CacheInfo:
     """File for the figures."""
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.tools import info
+        from ..cache import Cache
+        from ..cache.tools import info
 
         told = info(Cache(self.cache))
         rotation = "".join(f", rotated ({r['kind']}, seed {r['seed']})" for r in [told["rotation"]] if r)
@@ -538,9 +538,9 @@ class CacheVerify:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.tools import verify
-        from .data.sources import open_source
+        from ..cache import Cache
+        from ..cache.tools import verify
+        from ..data.sources import open_source
 
         cache = Cache(self.cache)
         verify(cache, self.threads)
@@ -562,8 +562,8 @@ class CacheConvert:
     """How vectors are kept (docs/cache.md)."""
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.tools import convert, info
+        from ..cache import Cache
+        from ..cache.tools import convert, info
 
         source = Cache(self.cache)
         convert(source, self.out, self.codec)
@@ -597,10 +597,10 @@ class CacheImportParquet:
     revision: str | None = None
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.parquet import import_parquet
-        from .cache.tools import info
-        from .text.presets import spec_for
+        from ..cache import Cache
+        from ..cache.parquet import import_parquet
+        from ..cache.tools import info
+        from ..text.presets import spec_for
 
         used: dict[str, Any] = {"pooling": self.pooling, "prompt": self.prompt, "max_length": self.max_length}
         spec = spec_for(self.encoder, revision=self.revision, **used)
@@ -616,8 +616,8 @@ class CacheMerge:
     """Folders of the caches, in order, and last the folder of the new one."""
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.tools import info, merge
+        from ..cache import Cache
+        from ..cache.tools import info, merge
 
         *sources, out = self.caches or (Path(),)
         merge([Cache(folder) for folder in sources], out)
@@ -638,9 +638,9 @@ class CacheSample:
     """File for the figures."""
 
     def __call__(self) -> None:
-        from .cache import Cache
-        from .cache.tools import sample
-        from .data.sources import open_source
+        from ..cache import Cache
+        from ..cache.tools import sample
+        from ..data.sources import open_source
 
         cache = Cache(self.cache)
         told = sample(cache, self.rows, self.seed)
@@ -671,7 +671,7 @@ class SourceKeys:
         return self._source.read(number)[0]
 
     def shard_hashes(self, number: int) -> "Tensor":
-        from .ops.rows.table import key_hashes
+        from ..ops.rows.table import key_hashes
 
         return key_hashes(self.shard_keys(number))
 
@@ -722,8 +722,8 @@ class Compare:
     device: str = "auto"
 
     def __call__(self) -> None:
-        from .measure import compare
-        from .measure.machine import machine, versions
+        from ..measure import compare
+        from ..measure.machine import machine, versions
 
         measured: dict[str, Any] = {}
         if self.lift and self.clip and self.data and len(self.cache) == len(self.context):
@@ -737,12 +737,12 @@ class Compare:
 
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""
-        from .cache import Cache
-        from .data.open import open_data
-        from .measure.runs import check_pair, compare_runs
-        from .text.cached import CachedText
-        from .train import checkpoint
-        from .train.loop import open_sets, pick_device
+        from ..cache import Cache
+        from ..data.open import open_data
+        from ..measure.runs import check_pair, compare_runs
+        from ..text.cached import CachedText
+        from ..train import checkpoint
+        from ..train.loop import open_sets, pick_device
 
         samples = open_data(data)
         caches = dict(zip(self.context, map(Cache, self.cache), strict=True))
@@ -775,10 +775,10 @@ class Report:
     """Named in the report as what made it."""
 
     def __call__(self) -> None:
-        from .data.open import open_data
-        from .measure import report
-        from .measure.gather import gather
-        from .train import checkpoint
+        from ..data.open import open_data
+        from ..measure import report
+        from ..measure.gather import gather
+        from ..train import checkpoint
 
         folders = {"lift": self.lift, "clip": self.clip}
         runs = {name: checkpoint.load_run(folder) for name, folder in folders.items()}
