@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lift_fast import _C
 from lift_fast.ops.pairs import cpp as cpp_pairs
-from lift_fast.ops.pairs.contract import Block
+from lift_fast.ops.pairs.contract import ScoreTile
 from lift_fast.ops.pairs.contrastive import contrastive
 
 ISAS = _C.pairs_isa_levels()
@@ -50,7 +50,7 @@ def block_of(rows, cols, dim, image, text, scale, bias, offset, scaled):
     x, t = features(rows, image), features(cols, text)
     a = torch.rand(rows) + 0.5 if scaled else None
     q = (torch.rand(cols) + 0.5) / (127 * dim**0.5 if text == I8 else 1) if scaled or text == I8 else None
-    block = Block(x, t, a, q, torch.tensor(scale), torch.tensor(bias), offset)
+    block = ScoreTile(x, t, a, q, torch.tensor(scale), torch.tensor(bias), offset)
     c = x.double() @ t.double().T
     c = c * (1 if a is None else a.double()[:, None]) * (1 if q is None else q.double())
     own = torch.zeros(rows, cols, dtype=torch.float64)
@@ -184,7 +184,7 @@ def test_rows_and_columns_of_very_different_size(isa, scale):
     t[::5] *= 30
     x[3] = 0
     t[4] = 0
-    block = Block(x, t, None, None, torch.tensor(scale), torch.tensor(0.0), 0)
+    block = ScoreTile(x, t, None, None, torch.tensor(scale), torch.tensor(0.0), 0)
     z = scale * (x.double() @ t.double().T)
     row, col = started(rows), started(cols)
     cpp_pairs.stats(block, row, col, torch.empty(rows), None)

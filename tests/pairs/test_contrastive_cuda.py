@@ -17,7 +17,7 @@ from support.pair_cases import check_own_pairs
 from lift_fast import _C
 from lift_fast.ops import tuned
 from lift_fast.ops.pairs import cuda as cuda_pairs
-from lift_fast.ops.pairs.contract import Block, exact_float32
+from lift_fast.ops.pairs.contract import ScoreTile, exact_float32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
@@ -81,7 +81,7 @@ def make(shape, dtype, device, offset=0, scaled="aq", codes=False, scale=14.3, b
         text = text if "q" in scaled else text * q[:, None]
         text = padded(text.to(dtype))
     image = padded((image if "a" in scaled else image * a[:, None]).to(dtype))
-    return Block(
+    return ScoreTile(
         image.to(device),
         padded(text).to(device) if codes else text.to(device),
         a.to(device) if "a" in scaled else None,
@@ -157,7 +157,7 @@ def pieces(block):
                 a = None if block.a is None else block.a[i]
                 q = None if block.q is None else block.q[j]
                 offset = block.offset + i.start - j.start
-                yield i, j, Block(block.x[i], block.t[j], a, q, block.scale, block.bias, offset)
+                yield i, j, ScoreTile(block.x[i], block.t[j], a, q, block.scale, block.bias, offset)
 
 
 def softmax(z, device, part=0.9):
@@ -212,7 +212,7 @@ def test_statistics_whole_and_in_pieces(device, shape, on):
     for number, offset in enumerate([0, 3, -2, cols, -rows, 2**40]):
         scaled, codes = CASES[(number + rows) % len(CASES)]
         block = make(shape, DTYPES[number % 3], device, offset if offset != 2**40 else 0, scaled, codes)
-        block = Block(block.x, block.t, block.a, block.q, block.scale, block.bias, offset)
+        block = ScoreTile(block.x, block.t, block.a, block.q, block.scale, block.bias, offset)
         row, col, own = states(rows, cols, device)
         cuda_pairs.stats(block, row, col, own, None)
         check_states(row, col, own, block)
@@ -300,7 +300,7 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
     x = 200 * torch.eye(n, dtype=dtype, device=device)
     own_g = -torch.rand(n, generator=torch.Generator().manual_seed(n)).to(device)
     for huge in (1e38, -1e38):  # own pairs' z is infinite, others' is the bias
-        block = Block(x, x, None, None, torch.tensor(huge, device=device), torch.tensor(-3.0, device=device), 0)
+        block = ScoreTile(x, x, None, None, torch.tensor(huge, device=device), torch.tensor(-3.0, device=device), 0)
         row, col, own = states(n, n, device)
         cuda_pairs.stats(block, row, col, own, None)
         for state in (row, col):
@@ -318,7 +318,7 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
     a, middle = torch.full((n,), 1e30, device=device), torch.arange(n, device=device) == n // 2
     for broken in (middle & False, middle):
         image = x.masked_fill(broken[:, None], torch.nan)
-        block = Block(image, x, a, a, torch.tensor(2.0, device=device), torch.tensor(1.0, device=device), 0)
+        block = ScoreTile(image, x, a, a, torch.tensor(2.0, device=device), torch.tensor(1.0, device=device), 0)
         row, col, own = states(n, n, device)
         cuda_pairs.stats(block, row, col, own, None)
         assert own[broken].isnan().all() and (own[~broken] == torch.inf).all()
@@ -421,7 +421,7 @@ def test_losses_of_every_size_in_a_product(device, u, on):
         t[17] = u
         one, zero = torch.tensor(1.0, device=device), torch.tensor(0.0, device=device)
         sums = [torch.zeros(rows, device=device) for _ in range(3)]
-        cuda_pairs.sigmoid(Block(x, t, None, None, one, zero, -rows), 1.0, *sums, None, None)
+        cuda_pairs.sigmoid(ScoreTile(x, t, None, None, one, zero, -rows), 1.0, *sums, None, None)
         z = t[:, 0].cpu().double()
         true = torch.nn.functional.softplus(z), torch.sigmoid(z) * z, torch.sigmoid(z)
         for found, terms in zip(sums, true, strict=True):
@@ -500,7 +500,7 @@ def test_products_that_overflow(device, on):
     t = torch.tensor([[-1e30], [0.5], [1.0], [-1e30], [2.0]], device=device)
     one, zero = torch.tensor(1e-30, device=device), torch.tensor(0.0, device=device)
     row, col, own = states(3, 5, device)
-    cuda_pairs.stats(Block(x, t, None, None, one, zero, 0), row, col, own, None)
+    cuda_pairs.stats(ScoreTile(x, t, None, None, one, zero, 0), row, col, own, None)
     # Row 0: -inf twice, which weighs nothing. Row 2: +inf, whose softmax is undefined.
     z = torch.tensor([0.5, 1.0, 2.0]).double()
     close(row[0, 0] + row[1, 0].log(), z.logsumexp(0), 1e-6)
@@ -508,7 +508,7 @@ def test_products_that_overflow(device, on):
     assert own[0] == -torch.inf
     # A column of nothing but -inf.
     row, col, own = states(1, 2, device)
-    cuda_pairs.stats(Block(x[:1], t[[0, 0]], None, None, one, zero, 0), row, col, own, None)
+    cuda_pairs.stats(ScoreTile(x[:1], t[[0, 0]], None, None, one, zero, 0), row, col, own, None)
     assert (col[0] == -torch.inf).all() and (col[1] == 0).all() and row[1, 0] == 0
 
 
@@ -621,7 +621,7 @@ def test_more_scores_than_31_bits_count(on):
     if torch.cuda.mem_get_info()[0] < 12 * n * n:
         pytest.skip("too little memory")
     block = make((8, n, 2), torch.float32, device, offset=40, scaled="")
-    block = Block(block.x.repeat(n // 8, 1), block.t, None, None, block.scale, block.bias, 40)
+    block = ScoreTile(block.x.repeat(n // 8, 1), block.t, None, None, block.scale, block.bias, 40)
     row, col, own = states(n // 8 * 8, n, device)
     cuda_pairs.stats(block, row, col, own, None)
     z = block.x[:8].cpu().double() @ block.t.cpu().double().T * block.scale.item() + block.bias.item()
@@ -638,4 +638,6 @@ def test_more_scores_than_31_bits_count(on):
     own_g = torch.full((n // 8 * 8,), -0.5, device=device)
     cuda_pairs.grads(block, full, col[:2], 1.0, 0.0, own_g, 1.0, None, image, None)
     g = (z - lse[:, None]).exp().masked_fill(mask, -0.5)
-    close(image[:8], features(Block(block.x[:8], block.t, None, None, block.scale, block.bias, 40), g, 1.0)[0], 2e-5)
+    close(
+        image[:8], features(ScoreTile(block.x[:8], block.t, None, None, block.scale, block.bias, 40), g, 1.0)[0], 2e-5
+    )

@@ -14,7 +14,7 @@ from lift_fast.ops import tuned
 from lift_fast.ops.pairs import contrastive as contrastive_op
 from lift_fast.ops.pairs import sigmoid as sigmoid_op
 from lift_fast.ops.pairs import triton as triton_pairs
-from lift_fast.ops.pairs.contract import Block
+from lift_fast.ops.pairs.contract import ScoreTile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
@@ -65,7 +65,7 @@ def block(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=
     q = q / (50 * dim**0.5) if int8 else q
     a, q = (a.to(device), q.to(device)) if scaled else (None, q.to(device) if int8 else None)
     scale, bias = torch.tensor(scale, device=device), torch.tensor(-0.7, device=device)
-    return Block(x.to(device, dtype), t.to(device), a, q, scale, bias, offset)
+    return ScoreTile(x.to(device, dtype), t.to(device), a, q, scale, bias, offset)
 
 
 def described(b):
@@ -78,7 +78,7 @@ def described(b):
 class Dense:
     """The definition, in float64."""
 
-    block: Block
+    block: ScoreTile
 
     def __post_init__(self):
         b = self.block
