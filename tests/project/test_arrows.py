@@ -16,6 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": {"errors", "ops"},
     "cache": {"errors", "files", "ops"},
     "data": {"errors", "files", "ops"},
+    "demo": {"errors", "data"},
     "text": {"errors", "ops", "cache", "data"},
     "measure": {"errors", "files", "ops", "losses", "nn", "cache", "text"},
     "train": {"errors", "files", "ops", "losses", "nn", "cache", "data", "text", "measure"},

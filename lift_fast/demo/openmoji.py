@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..data.shards import ShardWriter
 from ..errors import DataError
-from .shards import ShardWriter
 
 _SKIN_TONES = re.compile(r"-1F3F[B-F]")
 
