@@ -25,7 +25,7 @@ TINY = 1e-12  # the least norm that is divided by, as in F.normalize
 
 
 @dataclass(frozen=True)
-class Block:
+class ScoreTile:
     """Some rows of the score matrix, over some of its columns.
 
     x: [rows, dim] float32, bfloat16, float16 or float64 ("torch" only); t: [cols, dim] of x's dtype, or int8;
@@ -41,7 +41,7 @@ class Block:
     bias: Tensor
     offset: int  # row i's own column is offset + i; outside 0..cols-1: row i's own text is not in this block
 
-    def rows(self, start: int, stop: int) -> "Block":
+    def rows(self, start: int, stop: int) -> "ScoreTile":
         """Its rows start..stop-1, over the same columns."""
         if start == 0 and stop == self.x.shape[0]:
             return self
@@ -61,7 +61,7 @@ class Backend(Protocol):
     def room(self, rows: int, cols: int, like: Tensor) -> Tensor:
         """Where the products of a block are kept: [rows, cols] of like's dtype and device, not initialised."""
 
-    def stats(self, block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+    def stats(self, block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
         """Merges the block, without its own pairs, into the running (m, l, w) of its rows and columns.
 
         row [3, rows] and col [3, cols]: m = max z, l = Σ exp(z − m), w = Σ exp(z − m) · c, from m = −inf, l = w = 0.
@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     def grads(
         self,
-        block: Block,
+        block: ScoreTile,
         row: Tensor,
         col: Tensor,
         row_weight: float,
@@ -103,7 +103,7 @@ class Backend(Protocol):
 
     def sigmoid(
         self,
-        block: Block,
+        block: ScoreTile,
         alpha: float,
         loss: Tensor,
         d_scale: Tensor,

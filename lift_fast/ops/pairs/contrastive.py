@@ -25,8 +25,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..rows.quantized import QuantizedRows
 from . import exchange, policy
 from .contract import (
-    Block,
     ImageGrad,
+    ScoreTile,
     checked,
     choose,
     free_memory,
@@ -139,7 +139,7 @@ def _contrastive(
         own = scale.new_full((rows,), torch.nan)
         kept = launch.room(plan.kept, columns.count, scale)
         for at, tt, qq, (seen,) in columns.visit(col):
-            block = Block(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
+            block = ScoreTile(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
             for start, stop in plan.chunks:
                 products = kept[start:stop, at : at + len(tt)] if stop <= plan.kept else None
                 launch.stats(block.rows(start, stop), row[:, start:stop], seen, own[start:stop], products)
@@ -166,7 +166,7 @@ def _contrastive(
         d_image = ImageGrad(x, a, columns.turns, wide) if need_image else None
         d_text = scale.new_zeros(columns.width, x.shape[1]) if need_text else None
         for at, tt, qq, (seen, *d_texts) in columns.visit(col, *([] if d_text is None else [d_text])):
-            block = Block(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
+            block = ScoreTile(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
             for start, stop in plan.chunks:
                 products = kept[start:stop, at : at + len(tt)] if stop <= plan.kept else None
                 d, e = d_image.chunk(start, stop) if d_image else None, d_texts[0] if d_texts else None

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import _C, DTYPES, address
 from ..backends import why_no_cpp as why_not
-from .contract import Block
+from .contract import ScoreTile
 from .eager import own_pairs
 
 __all__ = ["grads", "operand", "own_pairs", "room", "sigmoid", "stats", "why_not"]
@@ -15,7 +15,7 @@ __all__ = ["grads", "operand", "own_pairs", "room", "sigmoid", "stats", "why_not
 KEEP_BYTES, KEEP_ROWS = 64 << 20, 1024
 
 
-def _pairs(block: Block) -> "_C.Pairs":
+def _pairs(block: ScoreTile) -> "_C.Pairs":
     x, t = (
         _C.Rows(
             data=rows.data_ptr(),
@@ -32,7 +32,7 @@ def _pairs(block: Block) -> "_C.Pairs":
 
 
 def _gradient(
-    block: Block, out: Tensor | None, alpha: float, kept: Tensor | None, of_text: bool = False
+    block: ScoreTile, out: Tensor | None, alpha: float, kept: Tensor | None, of_text: bool = False
 ) -> "_C.Gradient":
     return _C.Gradient(
         of_text=of_text,
@@ -55,7 +55,7 @@ def room(rows: int, cols: int, like: Tensor) -> Tensor:
     return torch.frombuffer(_C.Scratch(bytes=4 * rows * cols), dtype=torch.float32, count=rows * cols).view(rows, cols)
 
 
-def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+def stats(block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
     _C.pairs_stats(
         _pairs(block),
         row=row.data_ptr(),
@@ -70,7 +70,7 @@ def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | No
 
 
 def grads(
-    block: Block,
+    block: ScoreTile,
     row: Tensor,
     col: Tensor,
     row_weight: float,
@@ -98,7 +98,7 @@ def grads(
 
 
 def sigmoid(
-    block: Block,
+    block: ScoreTile,
     alpha: float,
     loss: Tensor,
     d_scale: Tensor,
@@ -111,7 +111,7 @@ def sigmoid(
     kept = None if d_text is None else room(step, cols, block.scale)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        here = Block(
+        here = ScoreTile(
             block.x[part],
             block.t,
             None if block.a is None else block.a[part],
@@ -127,7 +127,7 @@ def sigmoid(
 
 
 def _sigmoid(
-    block: Block,
+    block: ScoreTile,
     gradient: "_C.Gradient",
     alpha: float,
     loss: Tensor | None,

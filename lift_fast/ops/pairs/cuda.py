@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import tuned
 from ..backends import _C, DTYPES, address, launch_on, why_no_cuda
-from .contract import Block, exact
+from .contract import ScoreTile, exact
 
 UP = 1024.0  # 1 / rows is subnormal in float16
 
@@ -57,7 +57,7 @@ def widen(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+def stats(block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
     text, (high, wide) = operand(block.t, block.x.dtype), _block(block)
     products = _room(block, high, wide) if keep is None else keep
     scratch = _floats(_C.contrastive_stats_scratch(len(block.x), len(text), high, wide), block.x)
@@ -79,7 +79,7 @@ def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor
 
 
 def grads(
-    block: Block,
+    block: ScoreTile,
     row: Tensor,
     col: Tensor,
     row_weight: float,
@@ -102,7 +102,7 @@ def grads(
 
 
 def sigmoid(
-    block: Block,
+    block: ScoreTile,
     alpha: float,
     loss: Tensor,
     d_scale: Tensor,
@@ -132,7 +132,7 @@ def sigmoid(
 
 
 def _features(
-    block: Block,
+    block: ScoreTile,
     alpha: float,
     kept: Tensor | None,
     d_image: Tensor | None,
@@ -170,7 +170,7 @@ def _features(
                 d_text.addcmul_(d, (factor.expand(len(text)) if part.q is None else factor * part.q)[:, None])
 
 
-def _pass(block: Block, text: Tensor, high: int, wide: int, products: Tensor | None, kept: bool) -> dict[str, Any]:
+def _pass(block: ScoreTile, text: Tensor, high: int, wide: int, products: Tensor | None, kept: bool) -> dict[str, Any]:
     """Features and Blocks of pairs_blocks.h, in addresses and counts. products None: they lie where G will."""
     x = block.x
     gemm, handle = _gemm(x)
@@ -199,7 +199,7 @@ def _pass(block: Block, text: Tensor, high: int, wide: int, products: Tensor | N
 
 
 def _gradient(
-    block: Block,
+    block: ScoreTile,
     g: Tensor | None,
     text: Tensor,
     left: Tensor | None = None,
@@ -226,19 +226,19 @@ def _gradient(
     }
 
 
-def _block(block: Block) -> tuple[int, int]:
+def _block(block: ScoreTile) -> tuple[int, int]:
     """Rows and columns of a block of scores; see the table."""
     return tuple(tuned.lookup("pairs", tuned.gpu("pairs", block.x.device), "block", dim=block.x.shape[1]))
 
 
-def _band(block: Block, trained: bool) -> int:
+def _band(block: ScoreTile, trained: bool) -> int:
     """Rows of which G is held at once."""
     size = tuned.lookup("pairs", tuned.gpu("pairs", block.x.device), "band", trained=trained)["bytes"]
     high, row = _block(block)[0], block.x.element_size() * max(1, len(block.t))
     return max(high, size // row // high * high)
 
 
-def _room(block: Block, high: int, wide: int) -> Tensor:
+def _room(block: ScoreTile, high: int, wide: int) -> Tensor:
     """For the products of a block of so many rows and columns, or of all there are."""
     return _matrix(min(high, len(block.x)), min(wide, len(block.t)), block.x, torch.float32)
 

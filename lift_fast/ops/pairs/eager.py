@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import Block, exact_float32
+from .contract import ScoreTile, exact_float32
 
 HALF = (torch.bfloat16, torch.float16)
 TILE = 1 << 20  # elements of a narrow operand that are widened at a time
@@ -25,7 +25,7 @@ def room(rows: int, cols: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, cols)
 
 
-def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+def stats(block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
     raw = _scores(block)
     if keep is not None:
         keep.copy_(raw)
@@ -72,7 +72,7 @@ def settled(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def grads(
-    block: Block,
+    block: ScoreTile,
     row: Tensor,
     col: Tensor,
     row_weight: float,
@@ -96,7 +96,7 @@ def grads(
 
 
 def sigmoid(
-    block: Block,
+    block: ScoreTile,
     alpha: float,
     loss: Tensor,
     d_scale: Tensor,
@@ -116,19 +116,19 @@ def sigmoid(
     _features(block, g, alpha, d_image, d_text)
 
 
-def _own(block: Block) -> tuple[Tensor, Tensor]:
+def _own(block: ScoreTile) -> tuple[Tensor, Tensor]:
     """Rows and columns of the own pairs that lie in the block."""
     first = max(0, -block.offset)
     i = torch.arange(first, max(first, min(len(block.x), len(block.t) - block.offset)), device=block.x.device)
     return i, i + block.offset
 
 
-def _scores(block: Block) -> Tensor:
+def _scores(block: ScoreTile) -> Tensor:
     """x · tᵀ"""
     return _product(block.x, block.t.T, block.x.dtype)
 
 
-def _scaled(raw: Tensor, block: Block) -> Tensor:
+def _scaled(raw: Tensor, block: ScoreTile) -> Tensor:
     """c from the products, in place."""
     if block.a is not None:
         raw *= block.a[:, None]
@@ -146,7 +146,7 @@ def _merge(state: Tensor, z: Tensor, c: Tensor, dim: int) -> None:
     state[0] = m
 
 
-def _features(block: Block, g: Tensor, alpha: float, d_image: Tensor | None, d_text: Tensor | None) -> None:
+def _features(block: ScoreTile, g: Tensor, alpha: float, d_image: Tensor | None, d_text: Tensor | None) -> None:
     """The features' gradients from g, which is used up."""
     dtype = block.x.dtype
     up = 1024.0 if dtype == torch.float16 else 1.0  # 1 / rows is subnormal in float16

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..rows.quantized import QuantizedRows
 from . import exchange, policy
 from .contract import (
-    Block,
     ImageGrad,
+    ScoreTile,
     checked,
     choose,
     gradient_of,
@@ -111,7 +111,7 @@ def _sigmoid(
         d_image = ImageGrad(x, a, columns.turns, wide) if need_image else None
         d_text = scale.new_zeros(columns.width, x.shape[1]) if need_text else None
         for at, tt, qq, d_texts in columns.visit(*([] if d_text is None else [d_text])):
-            block = Block(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
+            block = ScoreTile(x, launch.operand(tt, x.dtype), a, qq, scale, bias, columns.first - at)
             for start, stop in plan.chunks:
                 d, e = d_image.chunk(start, stop) if d_image else None, d_texts[0] if d_texts else None
                 loss, d_scale, d_bias = sums[:, start:stop]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import tuned
 from ..backends import why_no_triton
-from .contract import Block, exact_float32
+from .contract import ScoreTile, exact_float32
 
 if TYPE_CHECKING:
     from ...kernels.pairs import Tile
@@ -54,7 +54,7 @@ def room(rows: int, cols: int, like: Tensor) -> Tensor:
     return like.new_empty((rows, -(-cols // 16) * 16))[:, :cols]
 
 
-def stats(block: Block, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+def stats(block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
     from ...kernels import contrastive, pairs
 
     x, rows, cols = block.x, len(block.x), len(block.t)
@@ -86,7 +86,7 @@ def own_pairs(row: Tensor, col: Tensor, own: Tensor, scale: Tensor, bias: Tensor
 
 
 def grads(
-    block: Block,
+    block: ScoreTile,
     row: Tensor,
     col: Tensor,
     row_weight: float,
@@ -125,7 +125,7 @@ def grads(
 
 
 def sigmoid(
-    block: Block,
+    block: ScoreTile,
     alpha: float,
     loss: Tensor,
     d_scale: Tensor,
@@ -166,7 +166,7 @@ def sigmoid(
 class _Scores:
     """cuBLAS's products of a block's rows with blocks of its columns, one at a time."""
 
-    def __init__(self, block: Block, keep: Tensor | None = None):
+    def __init__(self, block: ScoreTile, keep: Tensor | None = None):
         """keep: where all of them are to stay."""
         tile = _stored(block.x)
         high, wide = (
@@ -205,7 +205,7 @@ class _Scores:
 class _Bands:
     """G for some rows and all columns of a block, with room for whole tiles; each band's rows; the texts beside it."""
 
-    def __init__(self, block: Block, trained: bool):
+    def __init__(self, block: ScoreTile, trained: bool):
         from ...kernels import pairs
 
         x, rows, wide = block.x, len(block.x), pairs.padded(len(block.t))
@@ -238,14 +238,14 @@ def _setting(x: Tensor, name: str, **facts: int | str | bool) -> Any:
     return tuned.lookup("pairs", tuned.gpu("pairs", x.device), name, **facts)
 
 
-def _tile(block: Block, kind: str) -> "Tile":
+def _tile(block: ScoreTile, kind: str) -> "Tile":
     """The tile of the kernels that form the scores; kind: "stats", "keep" (stats that also stores them), ..."""
     from ...kernels.pairs import Tile, aligned
 
     return Tile(*_setting(block.x, "tile", kind=kind, aligned=aligned(block.x) and aligned(block.t)))
 
 
-def _form(block: Block, kind: str) -> ModuleType:
+def _form(block: ScoreTile, kind: str) -> ModuleType:
     """Whose kernels form the scores: a program a tile, or programs that stay if those can load the features."""
     from ...kernels import contrastive
 
@@ -264,7 +264,7 @@ def _stored(x: Tensor) -> "Tile":
     return Tile(*_setting(x, "stored"))
 
 
-def _nothing(block: Block, d_image: Tensor | None, d_text: Tensor | None) -> bool:
+def _nothing(block: ScoreTile, d_image: Tensor | None, d_text: Tensor | None) -> bool:
     """Whether there is nothing to multiply; an empty sum is zero."""
     if len(block.x) and len(block.t):
         return d_image is None and d_text is None
@@ -273,7 +273,7 @@ def _nothing(block: Block, d_image: Tensor | None, d_text: Tensor | None) -> boo
     return True
 
 
-def _fused(block: Block) -> bool:
+def _fused(block: ScoreTile) -> bool:
     """Whether the kernels form the scores."""
     return _fuses(block.t, block.x.dtype) and _fuses(block.x, block.x.dtype)
 
@@ -287,12 +287,12 @@ def _fuses(features: Tensor, dtype: torch.dtype) -> bool:
     return features.shape[1] <= _setting(features, "fused_up_to")
 
 
-def _widened(block: Block) -> Tensor:
+def _widened(block: ScoreTile) -> Tensor:
     """The texts in x's dtype; int8 codes are exact in all of them."""
     return block.t.to(block.x.dtype)
 
 
-def _factor(block: Block, alpha: float) -> tuple[Tensor, Tensor | None]:
+def _factor(block: ScoreTile, alpha: float) -> tuple[Tensor, Tensor | None]:
     """What g is multiplied by before it is rounded, and for float16 what its products are, afterwards."""
     wanted = block.scale if alpha == 1 else block.scale * alpha
     if block.x.dtype != torch.float16:
@@ -301,7 +301,7 @@ def _factor(block: Block, alpha: float) -> tuple[Tensor, Tensor | None]:
 
 
 def _features(
-    block: Block,
+    block: ScoreTile,
     texts: Tensor,
     g: Tensor,
     rows: Span,
