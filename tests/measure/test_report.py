@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lift_fast.measure import report as report_module
+from lift_fast.measure.report import page as report_module
 from lift_fast.measure.report import line_chart, print_table, render_html, summary, verdict, write
 
 TASKS = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")

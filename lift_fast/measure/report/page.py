@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import write_whole
+from ...files import write_whole
 
 DASH = "–"
 THIN = "\u202f"  # narrow space that does not break: 12 000
