@@ -36,9 +36,9 @@ from PIL import Image
 from torch import Tensor
 
 from lift_fast.data.host import HostPipeline
+from lift_fast.data.images import decode, decode_box, read_header
 from lift_fast.data.loading import DRAWS, Loading, Pipeline
 from lift_fast.data.order import uniform
-from lift_fast.data.pictures import decode, decode_box, read_header
 from lift_fast.data.samples import Collection
 from lift_fast.data.shards import Shards
 from lift_fast.data.transforms import View, render, render_centre, resize, view_of

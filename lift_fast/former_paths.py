@@ -11,6 +11,7 @@ from types import ModuleType
 MOVED = {
     "lift_fast.codecs": "lift_fast.ops.rows.codecs",
     "lift_fast.data.openmoji": "lift_fast.demo.openmoji",
+    "lift_fast.data.pictures": "lift_fast.data.images",
     "lift_fast.data.scenes": "lift_fast.demo.scenes",
     "lift_fast.quantized": "lift_fast.ops.rows.quantized",
     "lift_fast.ops.contrastive": "lift_fast.ops.pairs.contrastive",

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, DataError
+from .images import Box, Header, decode_box, read_header
 from .loading import Assembled, Batch, Loading, Pipeline
-from .pictures import Box, Header, decode_box, read_header
 from .pixels import MEAN, STD, laid_out
 from .samples import BadSample, Collection, Samples
 from .transforms import centre_of, recoloured, render, render_centre, resize, view_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .images import read_header
 from .loading import Batch, Pipeline
-from .pictures import read_header
 from .pixels import laid_out
 from .samples import BadSample, Samples
 from .transforms import render, render_centre, view_of

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
 from .folders import ParquetPictures, TablePictures, column_of
+from .images import Header, decode, read_header
 from .index import Index, build_index, key_and_suffix, scan
 from .open import open_data
 from .order import permuted
-from .pictures import Header, decode, read_header
 from .samples import BadSample, Samples
 from .shards import Shards, ShardWriter
 from .sources import read_parquet

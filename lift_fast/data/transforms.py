@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .images import Box, Header, decode, decode_box, scale_of
 from .loading import DRAWS, Loading
-from .pictures import Box, Header, decode, decode_box, scale_of
 
 _TRIES = 10
 assert DRAWS == 2 * _TRIES + 2 + 1 + 3  # an area and an aspect a try; a place; the mirror; three colours

@@ -23,8 +23,8 @@ from support.hostile import encoded, hostile, insert_segment, scene
 from lift_fast.data import dali
 from lift_fast.data.dali import DaliPipeline, load_pictures
 from lift_fast.data.host import HostPipeline
+from lift_fast.data.images import read_header
 from lift_fast.data.loading import Loading
-from lift_fast.data.pictures import read_header
 from lift_fast.data.samples import Collection
 from lift_fast.data.transforms import render_centre
 from lift_fast.errors import BackendError, DataError

@@ -8,8 +8,8 @@ from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
 from lift_fast.data.host import HostPipeline, load_pictures
+from lift_fast.data.images import decode, read_header
 from lift_fast.data.loading import Loading
-from lift_fast.data.pictures import decode, read_header
 from lift_fast.data.samples import Collection
 from lift_fast.errors import ConfigError, DataError
 

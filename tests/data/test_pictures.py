@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from support import complete  # noqa: F401
 from support.hostile import encoded, exif, hostile, insert_segment, interlaced_png, png_chunk, raw_png, scene
 
+from lift_fast.data.images import MAX_PIXELS, BadSample, Header, decode, decode_box, read_header, scale_of
 from lift_fast.data.loading import Loading
 from lift_fast.data.order import uniform
-from lift_fast.data.pictures import MAX_PIXELS, BadSample, Header, decode, decode_box, read_header, scale_of
 from lift_fast.data.pixels import MEAN, STD, normalise
 from lift_fast.data.transforms import (
     DRAWS,

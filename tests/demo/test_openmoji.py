@@ -6,7 +6,7 @@ import sys
 import pytest
 from support import complete  # noqa: F401
 
-from lift_fast.data.pictures import read_header
+from lift_fast.data.images import read_header
 from lift_fast.data.shards import Shards
 from lift_fast.errors import DataError
 
