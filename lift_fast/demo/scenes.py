@@ -33,8 +33,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..data.shards import ShardWriter
-
-TASKS = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
+from ..sugarcrepe import TASKS
 
 COLOURS = {
     "red": "#d91e1e",

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import DataError
-
-TASKS = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
+from ..sugarcrepe import TASKS
 
 
 def composition(image: Tensor, captions: dict[str, Tensor], foils: dict[str, Tensor]) -> dict:

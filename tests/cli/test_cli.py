@@ -21,7 +21,7 @@ from support.tiny_sets import make_set, png
 from lift_fast.cache import Cache
 from lift_fast.cli.main import _duration, main, parse
 from lift_fast.data.shards import Shards, ShardWriter
-from lift_fast.eval.composition import TASKS
+from lift_fast.sugarcrepe import TASKS
 
 
 def told(capfd, command: str) -> str:

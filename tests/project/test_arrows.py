@@ -11,16 +11,17 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "former_paths": set(),
     "kernels": set(),
+    "sugarcrepe": set(),
     "ops": {"errors", "kernels", "_C"},
     "losses": {"errors", "ops"},
     "nn": {"errors", "ops"},
     "cache": {"errors", "files", "ops"},
     "data": {"errors", "files", "ops"},
-    "demo": {"errors", "data"},
+    "demo": {"errors", "sugarcrepe", "data"},
     "text": {"errors", "ops", "cache", "data"},
-    "measure": {"errors", "files", "ops", "losses", "nn", "cache", "text"},
+    "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
     "train": {"errors", "files", "ops", "losses", "nn", "cache", "data", "text", "measure"},
-    "eval": {"errors", "ops", "losses", "nn", "cache", "data", "text", "measure", "train"},
+    "eval": {"errors", "sugarcrepe", "ops", "losses", "nn", "cache", "data", "text", "measure", "train"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 
