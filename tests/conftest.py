@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def poisoned():
+    """torch.empty gives NaN: what is read must have been written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def run_interpreted():
     """run_interpreted(file): runs the file's `interpret` tests in Triton's interpreter and passes if they do."""
 

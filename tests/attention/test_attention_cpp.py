@@ -39,7 +39,7 @@ def isa(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
+def poisoned_scratch(monkeypatch):
     """Whatever the backend allocates holds NaN, and so does the scratch that it takes from the pool."""
     scratch = [torch.frombuffer(_C.Scratch(bytes=1 << power), dtype=F32).fill_(torch.nan) for power in range(14, 24)]
     del scratch

@@ -271,7 +271,7 @@ def installed(monkeypatch):
 
 
 @pytest.fixture
-def poisoned():
+def deterministic():
     """Every new tensor holds NaN until it is written; and algorithms are deterministic."""
     torch.use_deterministic_algorithms(True)
     yield
@@ -281,7 +281,7 @@ def poisoned():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_what_libraries_are_given(name, dtype, causal, installed, poisoned):
+def test_what_libraries_are_given(name, dtype, causal, installed, deterministic):
     """Views of qkv, scale and mask; where they write gradients, views of what is returned."""
     module = backend(name)
     qkv, d_out = case(37, 24, dtype)

@@ -30,12 +30,7 @@ SHAPES = [
 CASES = [(causal, dtype) for causal in (False, True) for dtype in STEP]
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: what is read must have been written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def near(got, want, step, floor=0.0):

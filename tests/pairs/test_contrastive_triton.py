@@ -39,12 +39,7 @@ def settings(**values):
         yield
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: what is read must have been written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(params=FORMS)

@@ -1,19 +1,17 @@
 """Small data sets for the tests."""
 
-import io
 import random
 
 import numpy as np
-from PIL import Image
 
 from lift_fast.data.shards import Shards, ShardWriter
+
+from .hostile import encoded
 
 
 def png(rng: random.Random, size=(12, 10)) -> bytes:
     pixels = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size[1], size[0], 3)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+    return encoded(pixels, "PNG")
 
 
 def keys_of(data):

@@ -21,12 +21,7 @@ CASES = [(s, d) for at, s in enumerate(SHAPES) for d in DTYPES if s[0] * s[1] < 
 CAMPAIGN = pytest.mark.campaign
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: what is read must have been written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Outputs:

@@ -1,0 +1,1 @@
+"""What tests of several folders share: data sets, stand-ins, and how near is near."""
