@@ -1,33 +1,57 @@
-"""Typed errors. The CLI prints one as a single message and leaves with exit status 2."""
+"""Typed errors. The CLI prints one as a single message and exits with status 2."""
 
 
 class LiftFastError(Exception):
-    """Something the user can act on: the message says what is wrong, where, and what to do."""
+    """The base of every error that a user can act on. The message says what is wrong, where, and what to do."""
 
 
 class ConfigError(LiftFastError):
-    """A setting, or two settings together, that cannot work."""
+    """Raised for a setting that is invalid, or that does not work together with another setting or with the machine.
+
+    What to do: change the setting that the message names; it lists the valid values where there are few. The loaders
+    of image-tower weights also raise it, for a file or state dict that is not of the expected model.
+    """
 
 
 class DataError(LiftFastError):
-    """A data set that is missing, empty, cut short, or lacks a caption."""
+    """Raised for a data set that is missing, empty, cut short or damaged, or for a sample without a caption.
+
+    What to do: repair, copy again or leave out the file or sample that the message names.
+    """
 
 
 class CacheError(LiftFastError):
-    """A text cache that is missing, incomplete, damaged, or cannot be written."""
+    """Raised for a text cache that is missing, unfinished or damaged, or that cannot be written.
+
+    What to do: run the same `lift-fast embed` command again. It writes the missing shards and keeps the others; remove
+    a damaged shard first. For a write error, free disk space before that.
+    """
 
 
 class CacheMismatch(CacheError):
-    """A text cache that belongs to other data, another caption field, or another head."""
+    """Raised for an intact text cache that does not fit: it was made from other data, another caption field or another
+    encoder, or its vectors have another dim than the model's head.
+
+    What to do: name the cache that was made from this data, or embed the data into another folder.
+    """
 
 
 class EncoderError(LiftFastError):
-    """A text encoder that cannot be found or loaded."""
+    """Raised for a text encoder that is not found, is not installed, does not load or returns invalid vectors.
+
+    What to do: install the extra that the message names, or correct the encoder's name, pooling or max_length.
+    """
 
 
 class BackendError(LiftFastError):
-    """A backend that was asked for and is not here; the message names what brings it."""
+    """Raised for a backend that was requested and is not available; the message names what provides it.
+
+    What to do: install it or build the extension, or leave the choice of the backend to lift-fast.
+    """
 
 
 class TrainingError(LiftFastError):
-    """A run that cannot go on, such as a loss that is no longer finite."""
+    """Raised for a run that cannot continue, such as one whose loss is no longer finite.
+
+    What to do: restart from the last checkpoint with the change that the message suggests.
+    """

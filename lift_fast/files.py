@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files: each appears whole or not at all."""
 
 import os
 from collections.abc import Mapping
@@ -6,11 +6,12 @@ from pathlib import Path
 
 
 def write_whole(files: Mapping[Path, bytes], tag: str = "") -> None:
-    """Files of one folder, all or none of them: written beside their places, forced to disk, then renamed in order.
+    """Writes files of one folder: each to a temporary file in that folder, flushed to disk, then renamed, in order.
 
-    tag: tells the unfinished files of several processes apart that may write the same file at once.
+    files: path -> content. tag: a suffix for the temporary names, so that processes that write the same file at the
+    same time do not share a temporary file.
 
-    Raises OSError, having removed what it wrote; files that were there stay as they were.
+    Raises OSError after removing the temporary files. No file is replaced unless all were written completely.
     """
     parts = {path: path.with_name(f"{path.name}{tag}.part") for path in files}
     try:

@@ -1,6 +1,6 @@
-"""The ops as modules, with the signatures people already use, and large batches in small pieces.
+"""The pair losses as modules with open_clip's signatures, and `cached_step` for large batches.
 
-The functions are here too: `from lift_fast.losses import contrastive, sigmoid, cosine`.
+The functions can be imported from here too: `from lift_fast.losses import contrastive, sigmoid, cosine`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,54 @@ Group = dist.ProcessGroup | str | None
 Batch = TypeVar("Batch")
 
 
-class ClipLoss(nn.Module):
-    """open_clip's ClipLoss: symmetric InfoNCE, the same values and gradients for all of its options.
+class _PairLoss(nn.Module):
+    """The arguments and the forward that ClipLoss and SigLipLoss share."""
 
-    With world_size > 1 each rank passes its own rows; the group is torch.distributed's default where none is
-    given. The rest is ours: normalize, budget and backend are those of `ops.contrastive.contrastive`. cache_labels
-    is accepted; there are no labels to cache.
+    def __init__(
+        self, rank: int, world_size: int, normalize: bool, group: Group, budget: int | None, backend: str | None
+    ):
+        super().__init__()
+        self.rank, self.world_size, self.group = rank, world_size, group
+        self.normalize, self.budget, self.backend = normalize, budget, backend
 
-    Raises ValueError for use_horovod, and in the forward when the group does not have this rank and world size.
+    def _op(self, *arguments: Any, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor | QuantizedRows,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Any:
+        """Returns the loss, a scalar of float32 or float64, or {"contrastive_loss": loss} with output_dict.
+
+        image_features: [rows, dim]. text_features: [rows, dim], trained or fixed, or QuantizedRows; with a group
+        either this rank's texts or those of all ranks, [world_size * rows, dim]. logit_scale: the scale itself, not
+        its logarithm.
+        """
+        loss = self._op(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            normalize=self.normalize,
+            group=_group(self.group, self.rank, self.world_size),
+            budget=self.budget,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class ClipLoss(_PairLoss):
+    """open_clip's ClipLoss (symmetric InfoNCE), with the same values and gradients for each of its options.
+
+    With world_size > 1 every rank passes its own rows; group defaults to torch.distributed's default group. The
+    keyword-only arguments are not open_clip's: normalize, budget and backend are those of
+    `ops.pairs.contrastive.contrastive`. cache_labels is accepted and ignored: no label tensor is built.
+
+    Raises ValueError for use_horovod, and in forward for a group whose rank and size are not rank and world_size.
     """
 
     def __init__(
@@ -46,46 +86,23 @@ class ClipLoss(nn.Module):
         budget: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
+        super().__init__(rank, world_size, normalize, group, budget, backend)
         if use_horovod:
             raise ValueError("Horovod is not supported; start the processes with torchrun and leave use_horovod out")
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size, self.group = rank, world_size, group
-        self.normalize, self.budget, self.backend = normalize, budget, backend
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor | QuantizedRows,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-    ) -> Any:
-        """image_features [rows, dim]; text_features: theirs, trained or not, as QuantizedRows, or with a group
-        those of all ranks. logit_scale: the scale itself, not its log. Returns a scalar or {"contrastive_loss": it}.
-        """
-        loss = contrastive(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            normalize=self.normalize,
-            group=_group(self.group, self.rank, self.world_size),
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-            budget=self.budget,
-            backend=self.backend,
-        )
-        return {"contrastive_loss": loss} if output_dict else loss
+    def _op(self, *arguments: Any, **options: Any) -> Tensor:
+        return contrastive(*arguments, local_loss=self.local_loss, gather_with_grad=self.gather_with_grad, **options)
 
 
-class SigLipLoss(nn.Module):
-    """open_clip's SigLipLoss: the sigmoid loss, the same values and gradients for all of its options.
+class SigLipLoss(_PairLoss):
+    """open_clip's SigLipLoss (the sigmoid loss), with the same values and gradients for each of its options.
 
-    dist_impl and chunk_size say how open_clip exchanges texts and cuts logits. They change no value, and here
-    `ops.policy` decides; they are checked and otherwise unused, as is cache_labels. The rest as for `ClipLoss`.
+    In open_clip dist_impl and chunk_size choose how texts are exchanged and how the logits are split. Neither changes
+    the loss; here `ops.pairs.policy` decides both, so dist_impl is validated and otherwise ignored, and so are
+    chunk_size and cache_labels. The other arguments are those of `ClipLoss`.
 
-    Raises ValueError for an unknown dist_impl.
+    Raises ValueError for an unknown dist_impl, and in forward as `ClipLoss` does.
     """
 
     def __init__(
@@ -101,36 +118,16 @@ class SigLipLoss(nn.Module):
         budget: int | None = None,
         backend: str | None = None,
     ):
-        super().__init__()
+        super().__init__(rank, world_size, normalize, group, budget, backend)
         if dist_impl not in (None, "", "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"no dist_impl {dist_impl!r}; there are: bidir, shift, reduce, gather")
-        self.rank, self.world_size, self.group = rank, world_size, group
-        self.normalize, self.budget, self.backend = normalize, budget, backend
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor | QuantizedRows,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-    ) -> Any:
-        """As for `ClipLoss`."""
-        loss = sigmoid(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            normalize=self.normalize,
-            group=_group(self.group, self.rank, self.world_size),
-            budget=self.budget,
-            backend=self.backend,
-        )
-        return {"contrastive_loss": loss} if output_dict else loss
+    def _op(self, *arguments: Any, **options: Any) -> Tensor:
+        return sigmoid(*arguments, **options)
 
 
 class CosineLoss(nn.Module):
-    """−cos of the pairs, no negatives; see `ops.cosine`. Takes and ignores a scale, so that it drops in."""
+    """The mean of -cosine over the positives, without negatives; see `ops.pairs.cosine`."""
 
     def forward(
         self,
@@ -140,23 +137,28 @@ class CosineLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Any:
+        """Returns as `ClipLoss` does. logit_scale and logit_bias are ignored, so that it can replace a ClipLoss."""
         loss = cosine(image_features, text_features)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 def _group(group: Group, rank: int, world_size: int) -> Group:
-    """The group that open_clip's rank and world_size speak of. Raises ValueError when it is another."""
+    """The process group to use for open_clip's rank and world_size. Raises ValueError when they are not the group's."""
     if world_size == 1:
         return group
     if group is None:
         if not dist.is_initialized():
-            raise ValueError(f"world_size is {world_size}, and torch.distributed has no process group yet")
+            raise ValueError(
+                f"world_size is {world_size}, and torch.distributed has no process group yet; call init_process_group"
+            )
         group = dist.group.WORLD
     elif isinstance(group, str):
         return group
-    here = dist.get_rank(group), dist.get_world_size(group)
-    if here != (rank, world_size):
-        raise ValueError(f"rank {rank} of {world_size} was said, and the process group has rank {here[0]} of {here[1]}")
+    found = dist.get_rank(group), dist.get_world_size(group)
+    if found != (rank, world_size):
+        raise ValueError(
+            f"rank {rank} of {world_size} was passed, and the process group has rank {found[0]} of {found[1]}"
+        )
     return group
 
 
@@ -167,12 +169,12 @@ def cached_step(
     *,
     backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Tensor:
-    """Forward and backward of one large batch in micro-batches: the gradients are those of the whole, exactly.
+    """Forward and backward of one large batch in micro-batches, with exactly the gradients of the whole batch.
 
-    A contrastive loss is no sum over samples, so gradients of micro-batches do not add up to its own. Here
-    (GradCache, arXiv 2101.06983, on one tower) every micro-batch is encoded without a graph, the loss is taken
-    once over all features, and every micro-batch is encoded again and given its features' gradient. That costs one
-    more forward of the tower, and the memory of one micro-batch.
+    A contrastive loss is not a sum over samples, so the gradients of micro-batches do not add up to the gradient of
+    the batch. GradCache (arXiv 2101.06983; here for one tower) encodes every micro-batch without a graph, computes the
+    loss once over all features, then encodes every micro-batch again and back-propagates the gradient of its features.
+    This costs one more forward of the tower, and the memory of one micro-batch.
 
         loss = cached_step(
             model.encode_image,
@@ -181,17 +183,17 @@ def cached_step(
         )
         optimizer.step()
 
-    encode: micro-batch -> features [rows, dim], or a tuple of them and further tensors that do not depend on the
-        micro-batch, such as the model's logit_scale.exp(). A DistributedDataParallel model must return what it
-        wants a gradient for, and waits with its exchange for the last micro-batch.
-    batches: the micro-batches, in the order of the texts; of any sizes.
-    loss: (features of all, *further tensors) -> scalar. Whatever else it uses gets its gradient too: trained texts,
-        a group of processes.
-    backward: what is done with the loss instead of `loss.backward()`: `lambda loss: scaler.scale(loss).backward()`.
+    encode: micro-batch -> features [rows, dim], or a tuple of the features and further tensors that do not depend on
+        the micro-batch, such as the model's logit_scale.exp(). A DistributedDataParallel model must return everything
+        that needs a gradient; its gradients are reduced once, with the last micro-batch.
+    batches: the micro-batches, of any sizes, in the order of the texts.
+    loss: (features of all micro-batches, *further tensors) -> scalar. Other tensors that it uses, such as trained
+        texts, get their gradients too; it may use a process group.
+    backward: called with the loss in place of `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
 
-    Gradients are added to `.grad`. Under autocast call it inside the context. Random numbers (dropout) are the same
-    in both passes; batch normalisation sees micro-batches, twice. Returns the loss, detached.
-    Raises ValueError without a micro-batch, or when the loss does not depend on the features.
+    Gradients are added to `.grad`. Under autocast call it inside the context. Both encodings of a micro-batch draw the
+    same random numbers (dropout); batch normalisation sees every micro-batch twice. Returns the loss, detached.
+    Raises ValueError when there is no micro-batch, or when the loss does not depend on the features.
     """
     if not batches:
         raise ValueError("cached_step needs at least one micro-batch")
@@ -201,10 +203,10 @@ def cached_step(
     for batch in batches:
         states.append(_random_state())
         with torch.no_grad():
-            image, *others = _as_tuple(encode(batch))
+            image, *rest = _as_tuple(encode(batch))
         features.append(image)
-        further = further or [other.detach().requires_grad_() for other in others]
-    torch.clear_autocast_cache()  # its copies of the weights were made without a graph
+        further = further or [tensor.detach().requires_grad_() for tensor in rest]
+    torch.clear_autocast_cache()  # its casts of the weights were made without a graph
 
     leaf = torch.cat(features).requires_grad_()
     sizes = [len(part) for part in features]
@@ -220,12 +222,12 @@ def cached_step(
             last = i == len(sizes) - 1
             _set_random_state(state)
             with nullcontext() if last else getattr(encode, "no_sync", nullcontext)():
-                image, *others = _as_tuple(encode(batch))
+                image, *rest = _as_tuple(encode(batch))
                 outputs, gradients = [image], [d_image]
-                for output, leaf_of in zip(others, further, strict=True):
-                    if last and leaf_of.grad is not None:
+                for output, detached in zip(rest, further, strict=True):
+                    if last and detached.grad is not None:
                         outputs.append(output)
-                        gradients.append(leaf_of.grad)
+                        gradients.append(detached.grad)
                 torch.autograd.backward(outputs, gradients)
     return value.detach()
 

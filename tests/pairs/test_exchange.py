@@ -365,7 +365,7 @@ def test_every_rank_refuses(ranks):
         assert "the same kind" in said["one trained"] and "the same kind" in said["two dtypes"]
         assert "cannot be given a gradient" in said["trained whole"]
         assert said["neither"] == f"{world} ranks of 3 images need 3 or {3 * world} texts on each, not 2"
-        assert f"rank {world} of {world} was said" in said["rank"]
+        assert f"rank {world} of {world} was passed" in said["rank"]
 
 
 def test_compiled_with_a_group(ranks):

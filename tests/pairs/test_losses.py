@@ -1,4 +1,4 @@
-"""The modules with open_clip's signatures, and a large batch in small pieces."""
+"""The loss modules with open_clip's signatures, and cached_step: a large batch in micro-batches."""
 
 import copy
 
@@ -102,7 +102,7 @@ def test_cached_step_is_the_whole_batch(loss_of, autocast):
 
 
 def test_cached_step_repeats_its_random_numbers():
-    """Dropout is the same in both passes, and the generator goes on where one pass would have left it."""
+    """Dropout is the same in both passes, and the generator ends in the state that a single pass leaves it in."""
     model, pixels, text = Tower(), torch.randn(12, 8), torch.randn(12, 16)
     torch.manual_seed(3)
     features = torch.cat([model.layers(part) for part in pixels.split(4)])
@@ -118,7 +118,7 @@ def test_cached_step_repeats_its_random_numbers():
 
 
 def test_cached_step_scales_and_adds():
-    """Trained texts get their gradient too; a scaler's factor is on everything; gradients add up."""
+    """Trained texts get their gradient too; a scaler's factor applies to every gradient; gradients accumulate."""
     model, pixels = Tower().eval(), torch.randn(12, 8)
     text = torch.randn(12, 16, requires_grad=True)
 
