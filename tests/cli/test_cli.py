@@ -19,7 +19,8 @@ from support import complete  # noqa: F401
 from support.tiny_sets import make_set, png
 
 from lift_fast.cache import Cache
-from lift_fast.cli.main import _duration, main, parse
+from lift_fast.cli.embed import _duration
+from lift_fast.cli.main import main, parse
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.sugarcrepe import TASKS
 

@@ -16,8 +16,8 @@ from support.tiny_sets import keys_of
 from lift_fast.data.shards import Shards
 from lift_fast.demo import scenes
 from lift_fast.demo.scenes import Entity, Exists, Noun, Related, Scene, generate, holds, render, write
-from lift_fast.sugarcrepe import TASKS
 from lift_fast.errors import DataError
+from lift_fast.sugarcrepe import TASKS
 
 
 @pytest.fixture(scope="module")
