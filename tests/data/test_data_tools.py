@@ -20,13 +20,13 @@ from support import complete  # noqa: F401
 from support.hostile import encoded, exif, hostile, scene
 from support.tiny_sets import make_set
 
-from lift_fast.data import tools
+from lift_fast.data import pack as tools
 from lift_fast.data.images import decode, read_header
 from lift_fast.data.index import INDEX, build_index
 from lift_fast.data.open import open_data
+from lift_fast.data.pack import check, pack, safe_key, stats
 from lift_fast.data.samples import BadSample
 from lift_fast.data.shards import Shards
-from lift_fast.data.tools import check, pack, safe_key, stats
 from lift_fast.errors import ConfigError, DataError
 
 
