@@ -95,7 +95,7 @@ class DataStats:
 
     def __call__(self) -> None:
         from ..data.open import open_data
-        from ..data.pack import SMALL, stats
+        from ..data.stats import SMALL, stats
 
         told = stats(open_data(self.data, self.pictures), None if self.sample == "all" else self.sample, self.threads)
         good = sum(told["formats"].values())
@@ -147,7 +147,7 @@ class DataCheck:
         _check_threads(self.threads)
 
     def __call__(self) -> None:
-        from ..data.pack import check
+        from ..data.check import check
 
         with open(self.bad, "w") if self.bad else nullcontext() as file:
             told = check(self.data, self.field, self.pictures, file, self.threads)

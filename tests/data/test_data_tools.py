@@ -1,4 +1,4 @@
-"""lift_fast.data.tools: stats, check and pack, on data sets with everything that can be wrong."""
+"""lift_fast.data.{stats,check,pack}, on data sets with everything that can be wrong."""
 
 import csv
 import io
@@ -20,13 +20,14 @@ from support import complete  # noqa: F401
 from support.hostile import encoded, exif, hostile, scene
 from support.tiny_sets import make_set
 
-from lift_fast.data import pack as tools
+from lift_fast.data.check import check
 from lift_fast.data.images import decode, read_header
 from lift_fast.data.index import INDEX, build_index
 from lift_fast.data.open import open_data
-from lift_fast.data.pack import check, pack, safe_key, stats
+from lift_fast.data.pack import pack, safe_key
 from lift_fast.data.samples import BadSample
 from lift_fast.data.shards import Shards
+from lift_fast.data.stats import CaptionCounts, stats
 from lift_fast.errors import ConfigError, DataError
 
 
@@ -137,7 +138,7 @@ def test_stats_reads_a_random_sample_and_decodes_nothing(tmp_path, monkeypatch):
     make_set(tmp_path / "d", 500, per_shard=100)
     samples = open_data(tmp_path / "d")
     read = []
-    monkeypatch.setattr(tools, "decode", None)
+    monkeypatch.setattr("lift_fast.data.images._decode", None)
     real = samples.image_bytes
     monkeypatch.setattr(samples, "image_bytes", lambda row: read.append(row) or real(row))
     told = stats(samples, 100, threads=3, progress=False)
@@ -188,12 +189,12 @@ def test_stats_of_the_other_layouts(tmp_path):
 
 
 def test_repeats_are_estimated_in_bounded_memory(monkeypatch):
-    monkeypatch.setattr(tools, "_DISTINCT", 1000)
-    found = tools._Captions()
+    monkeypatch.setattr("lift_fast.data.stats._DISTINCT", 1000)
+    found = CaptionCounts()
     for i in range(40_000):
         found.add(f"caption {i % 20_000}")
     assert len(found._kept) <= 1000
-    assert found.told()["repeats"] == pytest.approx(0.5, abs=0.06)
+    assert found.report()["repeats"] == pytest.approx(0.5, abs=0.06)
 
 
 # check
@@ -322,7 +323,7 @@ def test_threads_end_with_a_failure(tmp_path, monkeypatch):
     def broken(data, header):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(tools, "decode", broken)
+    monkeypatch.setattr("lift_fast.data.check.decode", broken)
     before = threading.active_count()
     with pytest.raises(AssertionError, match="a bug"):
         check(tmp_path / "d", threads=4, progress=False)
@@ -496,7 +497,7 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path, monkeypatch):
         return decode(data, header)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tools, "decode", stopped)
+        patch.setattr("lift_fast.data.pack.decode", stopped)
         with pytest.raises(KeyboardInterrupt):
             pack(samples, tmp_path / "out", samples_per_shard=4, threads=2, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
@@ -505,7 +506,7 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tools, "build_index", full)
+        patch.setattr("lift_fast.data.pack.build_index", full)
         with pytest.raises(OSError, match="No space"):
             pack(samples, tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]

@@ -1,0 +1,147 @@
+"""Counts what a data set holds: formats and sizes of its images, lengths of its captions."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import ConfigError, DataError
+from .images import Header, read_header
+from .order import permuted
+from .passes import in_order, text_columns, whole_meta
+from .samples import BadSample, Samples
+from .shards import Shards
+
+SMALL = 224  # pixels: a picture with a shorter side is enlarged for the usual model
+_FIELDS = 100  # texts that are counted: metadata may have other entries in every sample
+_DISTINCT = 1 << 20  # captions that are told apart exactly
+
+
+def stats(
+    samples: Samples, sample: int | None = 10_000, threads: int | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """What a data set holds, JSON-able, by the headers and captions of `sample` samples drawn without repeats (None:
+    of all). Nothing is decoded.
+
+    "bytes": of all tars, null elsewhere. The rest is of the samples looked at. "formats": pictures by format; "width",
+    "height": min, median and max, upright; "below_224": the share with a shorter side below. "captions": of "txt" and
+    each text of the metadata (the first 100) the samples that have it, characters (median, 95 %, max), and the share
+    that repeats another's, an estimate above a million distinct ones. "no_text": samples without any, or with metadata
+    that cannot be read. "bad": pictures by cause.
+
+    Raises ConfigError for a sample below 1.
+    """
+    if sample is not None and sample < 1:
+        raise ConfigError(f"sample must be at least 1, not {sample}")
+    total = len(samples)
+    looked = total if sample is None else min(sample, total)
+    # In the order of the files. The draw needs no table of them.
+    rows = range(total) if looked == total else map(int, np.sort(permuted(np.arange(looked), total, 0)))
+    formats: Counter[str] = Counter()
+    bad: Counter[str] = Counter()
+    sides: dict[str, Counter[int]] = {"width": Counter(), "height": Counter(), "shorter": Counter()}
+    captions: dict[str, CaptionCounts] = {}
+    read = no_text = 0
+    columns = text_columns(samples)
+
+    def look(row: int) -> tuple[int, Header | BadSample, dict[str, str]]:
+        data = b""
+        try:
+            data = samples.image_bytes(row)
+            return len(data), read_header(data), _texts(samples, row, columns)
+        except BadSample as error:
+            return len(data), error, _texts(samples, row, columns)
+
+    told = tqdm(in_order(look, rows, threads), "stats", looked, unit="sample", disable=not progress, leave=False)
+    for _, (length, header, texts) in told:
+        read += length
+        no_text += not texts
+        for field, text in texts.items():
+            if field in captions or len(captions) < _FIELDS:
+                captions.setdefault(field, CaptionCounts()).add(text)
+        if isinstance(header, BadSample):
+            bad[header.cause] += 1
+            continue
+        formats[header.format] += 1
+        for name, side in ("width", header.width), ("height", header.height):
+            sides[name][side] += 1
+        sides["shorter"][min(header.width, header.height)] += 1
+    good = formats.total()
+    small = sum(n for side, n in sides["shorter"].items() if side < SMALL)
+    return {
+        "samples": total,
+        "shards": len(samples.shard_sizes),
+        "smallest_shard": min(samples.shard_sizes),
+        "largest_shard": max(samples.shard_sizes),
+        "bytes": sum(path.stat().st_size for path in samples.paths) if isinstance(samples, Shards) else None,
+        "sampled": looked,
+        "picture_bytes": read,
+        "formats": dict(formats.most_common()),
+        "width": _spread(sides["width"]),
+        "height": _spread(sides["height"]),
+        f"below_{SMALL}": small / good if good else None,
+        "captions": {field: found.report() for field, found in captions.items()},
+        "no_text": no_text,
+        "bad": dict(bad.most_common()),
+    }
+
+
+def _texts(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, str]:
+    """The texts of a sample that could be its caption, by field; not those that are missing, blank or unreadable."""
+    try:
+        meta = whole_meta(samples, row, columns)
+    except DataError:
+        return {}
+    return {name: text.strip() for name, text in meta.items() if isinstance(text, str) and text.strip()}
+
+
+class CaptionCounts:
+    """Lengths and repeats of the captions of one field, in bounded memory.
+
+    Distinct ones are counted by adaptive sampling (Wegman; Flajolet, 1990): hashes that divide by 2^k are kept, k
+    growing as they become too many.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: Counter[int] = Counter()
+        self._kept: set[int] = set()
+        self._modulus = 1
+
+    def add(self, text: str) -> None:
+        self._lengths[len(text)] += 1
+        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+        if (number := int.from_bytes(digest, "little")) % self._modulus == 0:
+            self._kept.add(number)
+            if len(self._kept) > _DISTINCT:
+                self._modulus *= 2
+                self._kept = {number for number in self._kept if number % self._modulus == 0}
+
+    def report(self) -> dict[str, Any]:
+        """{"samples", "median", "p95", "max": characters, "repeats": share}."""
+        samples = self._lengths.total()
+        return {
+            "samples": samples,
+            "median": _quantile(self._lengths, 0.5),
+            "p95": _quantile(self._lengths, 0.95),
+            "max": max(self._lengths),
+            "repeats": max(0.0, 1 - len(self._kept) * self._modulus / samples),
+        }
+
+
+def _spread(counts: Counter[int]) -> dict[str, int] | None:
+    if not counts:
+        return None
+    return {"min": min(counts), "median": _quantile(counts, 0.5), "max": max(counts)}
+
+
+def _quantile(counts: Counter[int], share: float) -> int:
+    """The smallest of the numbers that at least this share of all do not exceed."""
+    wanted, below = share * counts.total(), 0
+    for number in sorted(counts):
+        below += counts[number]
+        if below >= wanted:
+            return number
+    raise AssertionError("a share above 1")
