@@ -84,7 +84,7 @@ Head head_of(const AttentionPass& pass, int64_t index) {
   return head;
 }
 
-#define KERNELS "attention_kernels.h"
+#define KERNELS "attention/attention_kernels.h"
 #include "common/isas.h"
 
 // The loops of one instruction set, for float words or for words of two bf16.

@@ -13,7 +13,7 @@ void bind_pairs(py::module_& module);         // bind_pairs.cpp
 void bind_pairs_cuda(py::module_& module);    // bind_pairs_cuda.cpp
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled ops of lift_fast. Pointers are integers; see csrc/common/ops.h for shapes.";
+  module.doc() = "Compiled ops of lift_fast. Pointers are integers; see csrc/rows/dequant.h for shapes.";
   module.def("build_info", [] {
     py::dict info;
     info["cuda"] = static_cast<bool>(LIFT_FAST_CUDA);

@@ -1,13 +1,13 @@
-// The pair losses on a GPU for Python, and the widening of int8 text; addresses are integers. See pairs_blocks.h.
+// The pair losses on a GPU for Python, and the widening of int8 text; addresses are integers. See score_tiles.h.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "build_info.h"  // written by setup.py: LIFT_FAST_CUDA
-#include "common/ops.h"
+#include "rows/dequant.h"
 #if LIFT_FAST_CUDA
-#include "pairs_blocks.h"
+#include "score_tiles.h"
 #endif
 
 namespace py = pybind11;

@@ -142,7 +142,7 @@ int64_t block_rows_of(int64_t rows, int threads) {
   return (size + kMicroRows - 1) / kMicroRows * kMicroRows;
 }
 
-#define KERNELS "pairs_kernels.h"
+#define KERNELS "pairs/pairs_kernels.h"
 #include "common/isas.h"
 
 // The loops of one instruction set, for float words and for words of two bf16.

@@ -58,7 +58,7 @@ struct Sigmoid {
   float *loss, *d_scale, *d_bias;
 };
 
-// Instruction sets: Isa of ops.h, and above it AVX-512 with bf16 products.
+// Instruction sets: Isa of rows/dequant.h, and above it AVX-512 with bf16 products.
 enum class PairsIsa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 PairsIsa best_pairs_isa();
 

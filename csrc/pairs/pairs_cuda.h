@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/ops.h"
+#include "rows/dequant.h"
 
 namespace lift_fast::gpu {
 

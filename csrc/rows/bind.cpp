@@ -1,4 +1,4 @@
-// ops.h and table.h for Python: gathering rows on the CPU, and keys. Addresses are integers, 0 for null.
+// dequant.h and table.h for Python: gathering rows on the CPU, and keys. Addresses are integers, 0 for null.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "common/ops.h"
+#include "rows/dequant.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -41,7 +41,7 @@ Isa isa_named(const std::string& wanted) {
 }
 
 Codec codec_numbered(int codec) {
-  if (codec < 0 || codec > 5) throw std::invalid_argument("codec must be 0 to 5 (Codec of csrc/common/ops.h)");
+  if (codec < 0 || codec > 5) throw std::invalid_argument("codec must be 0 to 5 (Codec of csrc/rows/dequant.h)");
   return static_cast<Codec>(codec);
 }
 

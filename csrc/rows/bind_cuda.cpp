@@ -1,11 +1,11 @@
-// Gather and widen on the GPU for Python; addresses are integers, see csrc/common/ops.h for shapes.
+// Gather and widen on the GPU for Python; addresses are integers, see csrc/rows/dequant.h for shapes.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "build_info.h"  // written by setup.py: LIFT_FAST_CUDA
-#include "common/ops.h"
+#include "rows/dequant.h"
 
 namespace py = pybind11;
 

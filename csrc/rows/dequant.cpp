@@ -16,7 +16,7 @@
 
 #include "common/floats.h"
 #include "gather.h"
-#include "common/ops.h"
+#include "rows/dequant.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -22,7 +22,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/ops.h"
+#include "rows/dequant.h"
 
 namespace lift_fast {
 namespace {

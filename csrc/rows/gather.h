@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "common/ops.h"
+#include "rows/dequant.h"
 
 namespace lift_fast {
 

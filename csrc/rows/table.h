@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "gather.h"
-#include "common/ops.h"
+#include "rows/dequant.h"
 
 namespace lift_fast {
 

@@ -47,7 +47,7 @@ struct Kernels {
   void (*backward)(const LayerNormBackwardPass&, int64_t, int);
 };
 
-#define KERNELS "layernorm_kernels.h"
+#define KERNELS "transformer/layernorm_kernels.h"
 #include "blocks_isas.h"
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The loops of layernorm.cpp over vectors.h; see isas.h. A row is read from memory once, then from the first cache.
-#include "common/vectors.h"
+#include "transformer/tokens.h"
 
 // Element c of s = x + residual, rounded as it is kept.
 template <Element T, bool Residual, bool Part>

@@ -55,7 +55,7 @@ struct Kernels {  // by Activation
   void (*backward[3])(const BiasActBackwardPass&, int64_t, int);
 };
 
-#define KERNELS "mlp_kernels.h"
+#define KERNELS "transformer/mlp_kernels.h"
 #include "blocks_isas.h"
 
 }  // namespace

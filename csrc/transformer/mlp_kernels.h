@@ -1,5 +1,5 @@
 // The loops of mlp.cpp over vectors.h; see isas.h.
-#include "common/vectors.h"
+#include "transformer/tokens.h"
 
 struct Left {
   V value, slope;  // of Phi(z), by which the activation multiplies z, and of the activation's derivative, at z = -t

@@ -30,7 +30,7 @@ def emulated(tmp_path_factory):
     # Thread blocks of many rows are had with fewer of them than would fill a GPU.
     return emulate(
         tmp_path_factory.mktemp("emulated"),
-        ["contrastive", "own_pairs", "sigmoid", "pairs_blocks", "dequant"],
+        ["contrastive", "positives", "sigmoid", "score_tiles", "dequant"],
         ["pairs"],
         "pairs",
         more='module.def("gemm", [] { return reinterpret_cast<std::uintptr_t>(&emulated::gemm_ex); });',

@@ -1,6 +1,6 @@
 """What the "cuda" backend of the pair losses would do at full size, counted: products, bytes of features, launches.
 
-The real driver (pairs_blocks.cu) runs, with kernels that do nothing and a cublasGemmEx that notes its arguments.
+The real driver (score_tiles.cu) runs, with kernels that do nothing and a cublasGemmEx that notes its arguments.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ class Counter:
 def without_kernels(tmp_path_factory):
     return emulate(
         tmp_path_factory.mktemp("without_kernels"),
-        ["contrastive", "own_pairs", "sigmoid", "pairs_blocks", "dequant"],
+        ["contrastive", "positives", "sigmoid", "score_tiles", "dequant"],
         ["pairs"],
         "pairs",
         edit=lambda text: text.replace("emulated::launch(", "emulated::skip("),

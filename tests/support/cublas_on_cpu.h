@@ -1,4 +1,4 @@
-// cublasGemmEx as csrc/pairs/pairs_blocks.cu calls it, on the CPU: for tests, with cuda_on_cpu.h's number formats.
+// cublasGemmEx as csrc/pairs/score_tiles.cu calls it, on the CPU: for tests, with cuda_on_cpu.h's number formats.
 #pragma once
 #include <algorithm>
 #include <cstdint>

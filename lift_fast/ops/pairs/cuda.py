@@ -1,6 +1,6 @@
 """The pair losses' blocks on a GPU: cuBLAS for the matrix products, csrc/*.cu for all between them.
 
-pairs_blocks.cu goes through the score matrix in blocks of rows and columns whose products x · tᵀ, float32, stay in
+score_tiles.cu goes through the score matrix in blocks of rows and columns whose products x · tᵀ, float32, stay in
 the GPU's L2 cache. One call does a whole pass: Python is not in the loop. The gradients' matrix products take in one
 more matrix of the features' dtype, G, whole over the columns and for a band of rows at a time:
 
@@ -171,7 +171,7 @@ def _features(
 
 
 def _pass(block: ScoreTile, text: Tensor, high: int, wide: int, products: Tensor | None, kept: bool) -> dict[str, Any]:
-    """Features and Blocks of pairs_blocks.h, in addresses and counts. products None: they lie where G will."""
+    """Features and Blocks of score_tiles.h, in addresses and counts. products None: they lie where G will."""
     x = block.x
     gemm, handle = _gemm(x)
     return {

@@ -62,7 +62,7 @@ const char* gradient_pass(const Features& of, const Gemm& gemm, const Blocks& by
 const char* sigmoid_pass(const Features& of, const Gemm& gemm, const Blocks& by, const Sigmoid& sums,
                          const Gradient& g, const FeatureGradients& to, int device, std::uintptr_t stream);
 
-// See own_pairs.cu and own_pairs of lift_fast/ops/pairs/contract.py.
+// See positives.cu and own_pairs of lift_fast/ops/pairs/contract.py.
 struct OwnPairs {
   const float* row;  // (m, l, w) [3, n], row_stride apart, without the own pairs
   int64_t row_stride;

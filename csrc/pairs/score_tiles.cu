@@ -1,5 +1,5 @@
-// See pairs_blocks.h: the loops over blocks, and the products by cuBLAS.
-#include "pairs_blocks.h"
+// See score_tiles.h: the loops over blocks, and the products by cuBLAS.
+#include "score_tiles.h"
 
 #include <algorithm>
 

@@ -6,7 +6,7 @@
 //
 // All of it comes from sums without the own pair: where a model has learned they are far smaller than what p = 1 is
 // rounded by. A thread a pair; 28 bytes in, 36 out. In place of some sixty elementwise launches.
-#include "pairs_blocks.h"
+#include "score_tiles.h"
 
 #include "pairs.cuh"
 
