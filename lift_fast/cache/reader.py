@@ -1,9 +1,10 @@
 """Reads a cache: the manifest on opening, a shard's header on first use, then the rows that are asked for."""
 
+import os
 import shlex
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -11,13 +12,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import CacheError, CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import KeyTable, Table, key_hashes
 from .manifest import MANIFEST, PARTIAL, Manifest
 from .rotation import Rotation
-from .shard import AGAIN, MappedShard, check_content, map_shard
+from .shard import AGAIN, MappedShard, check_content, content_bytes, map_shard
 
 # Linux lets a process have 65 530 maps; the oldest of ours go when there are more than this.
 _MOST_MAPS = 30_000
@@ -170,10 +172,42 @@ class Cache:
                     f"(first difference at row {first}, {key}); {remedy}"
                 )
 
-    def verify(self) -> None:
-        """Reads every shard and compares checksums. Raises CacheError naming the first that is damaged."""
-        for number, entry in enumerate(self.manifest.shards):
-            check_content(self.manifest, number, self.folder / entry.name)
+    def verify(self, threads: int | None = None, progress: bool = False) -> None:
+        """Reads every shard, several at a time, and compares its checksum with the manifest's.
+
+        threads: shards read at a time; None: one for each processor, at most 8. progress: whether to show a bar.
+
+        Raises CacheError listing every shard that is missing or damaged, and every shard file in the folder that the
+        manifest does not list.
+        """
+        shards = self.manifest.shards
+        listed = {shard.name for shard in shards}
+        problems = {
+            len(shards) + k: f"{path} is in the folder and not in its manifest: the manifest is another cache's, or "
+            "has lost its last entries"
+            for k, path in enumerate(sorted(self.folder.glob("text-*.safetensors")))
+            if path.name not in listed
+        }
+        sizes = [content_bytes(self.manifest, shard.rows) for shard in shards]
+        with (
+            ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
+            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
+        ):
+            numbers = {
+                pool.submit(check_content, self.manifest, number, self.folder / shard.name): number
+                for number, shard in enumerate(shards)
+            }
+            for done in as_completed(numbers):
+                number = numbers[done]
+                bar.update(sizes[number])
+                try:
+                    done.result()
+                except CacheError as error:
+                    problems[number] = str(error)
+        if problems:
+            count = f"{len(problems)} of {len(shards)} shards" if len(shards) > 1 else "its shard"
+            lines = "".join(f"\n  {problems[number]}" for number in sorted(problems))
+            raise CacheError(f"{self.folder}: {count} cannot be trusted:{lines}")
 
     def _index(self, rows: Tensor | np.ndarray) -> Tensor:
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").contiguous()

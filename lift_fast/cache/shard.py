@@ -74,6 +74,11 @@ def content(manifest: Manifest, rows: QuantizedRows, keys: np.ndarray) -> bytes:
     return b"".join(part.view(torch.uint8).numpy().tobytes() for part in flat if part.numel())
 
 
+def content_bytes(manifest: Manifest, rows: int) -> int:
+    """The length of `content`, in bytes."""
+    return sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for dtype, shape in tensors(manifest, rows).values())
+
+
 def describe(manifest: Manifest, number: int, path: Path) -> Shard:
     """The manifest's entry of a shard that an earlier run or another rank wrote, from the shard itself.
 
@@ -139,8 +144,7 @@ def check_content(manifest: Manifest, number: int, path: Path) -> None:
 
 def _check(path: Path, before: bytes, manifest: Manifest, shard: Shard) -> int:
     """The size of a file that begins with `before` and has the length it must have. Raises CacheError."""
-    layout = tensors(manifest, shard.rows).values()
-    wanted = len(before) + sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for dtype, shape in layout)
+    wanted = len(before) + content_bytes(manifest, shard.rows)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -1,8 +1,6 @@
 """What is done with whole caches: looked at, checked, recoded, joined."""
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from .codec import encode
 from .manifest import MANIFEST, Manifest
 from .reader import Cache
 from .rotation import Rotation
-from .shard import check_content, tensors
+from .shard import check_content
 from .writer import CacheWriter
 
 BLOCK = 1 << 20  # float32 numbers that are recoded at a time: what stays near the core
@@ -50,42 +48,6 @@ def info(cache: Cache) -> dict[str, Any]:
         "format": manifest.format,
         "identity": manifest.identity,
     }
-
-
-def verify(cache: Cache, threads: int | None = None, progress: bool = True) -> None:
-    """Reads every shard, several at a time, and compares checksums.
-
-    Raises CacheError naming every shard that is missing or damaged, and every one in the folder that is not the
-    manifest's: it may have lost its last entries.
-    """
-    shards = cache.manifest.shards
-    known = {shard.name for shard in shards}
-    found = {
-        len(shards) + k: f"{path} is in the folder and not in its manifest: the manifest is of another cache, or cut"
-        for k, path in enumerate(sorted(cache.folder.glob("text-*.safetensors")))
-        if path.name not in known
-    }
-    sizes = [_content_bytes(cache.manifest, shard.rows) for shard in shards]
-    total = sum(sizes)
-    with (
-        ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
-    ):
-        numbers = {
-            pool.submit(check_content, cache.manifest, number, cache.folder / shard.name): number
-            for number, shard in enumerate(shards)
-        }
-        for done in as_completed(numbers):
-            number = numbers[done]
-            bar.update(sizes[number])
-            try:
-                done.result()
-            except CacheError as error:
-                found[number] = str(error)
-    if found:
-        of = f"{len(found)} of {len(shards)} shards" if len(shards) > 1 else "its shard"
-        told = "".join(f"\n  {found[number]}" for number in sorted(found))
-        raise CacheError(f"{cache.folder}: {of} cannot be trusted:{told}")
 
 
 def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
@@ -187,10 +149,6 @@ def _counted(numbers: Sequence[int], rows: Sequence[int], what: str, progress: b
         for number in numbers:
             yield number
             bar.update(rows[number])
-
-
-def _content_bytes(manifest: Manifest, rows: int) -> int:
-    return sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for dtype, shape in tensors(manifest, rows).values())
 
 
 def _mean_cosine(vectors: Tensor) -> float | None:

@@ -21,7 +21,6 @@ from support.tiny_caches import Data, data_of, vectors_of, write
 from support.tiny_sets import keys_of, make_set
 
 from lift_fast.cache import Cache, CacheWriter, encode, key_hash
-from lift_fast.cache.tools import verify
 from lift_fast.data.samples import Collection
 from lift_fast.errors import CacheError, CacheMismatch
 from lift_fast.text.cached import CachedText
@@ -366,7 +365,7 @@ def _look(folder, truth):
         assert not wrong
         return "touch", False
     try:
-        verify(cache, progress=False)
+        cache.verify()
     except CacheError:
         return "verify", wrong
     return "never", wrong

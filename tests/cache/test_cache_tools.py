@@ -14,7 +14,7 @@ from support.tiny_caches import Data, contents, data_of, rotation_for, vectors_o
 from support.tiny_sets import keys_of, make_set
 
 from lift_fast.cache import Cache, encode, key_hash, parquet, tools
-from lift_fast.cache.tools import convert, merge, verify
+from lift_fast.cache.tools import convert, merge
 from lift_fast.cli import main
 from lift_fast.errors import CacheError, CacheMismatch, DataError
 from lift_fast.ops.rows.codecs import CODECS
@@ -135,7 +135,7 @@ def test_verify_sees_a_manifest_that_lost_its_end(tmp_path):
     manifest = Cache(tmp_path / "c").manifest
     (tmp_path / "c" / "manifest.json").write_bytes(replace(manifest, shards=manifest.shards[:2]).to_json())
     with pytest.raises(CacheError, match="text-00002.safetensors is in the folder and not in its manifest"):
-        verify(Cache(tmp_path / "c"), progress=False)
+        Cache(tmp_path / "c").verify()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_convert(tmp_path, source, to, monkeypatch):
     vectors = write(tmp_path / "a", SIZES, 40, codec=source, rotation_seed=7)
     convert(Cache(tmp_path / "a"), tmp_path / "b", to, progress=False)
     ours, theirs = Cache(tmp_path / "b"), Cache(tmp_path / "a")
-    verify(ours, progress=False)
+    ours.verify()
     ours.check_keys(data_of(SIZES))
     assert ours.manifest.encoder == theirs.manifest.encoder and ours.manifest.field == "txt"
     back = theirs.vectors(torch.arange(15))
@@ -261,7 +261,7 @@ def test_merge(tmp_path, codec, capsys):
     run(f"merge {tmp_path}/a {tmp_path}/b {tmp_path}/a {tmp_path}/out")
     assert f"37 rows of 9, {codec}" in capsys.readouterr().out
     cache = Cache(tmp_path / "out")
-    verify(cache, progress=False)
+    cache.verify()
     expected = encode(torch.cat([first, second, first]), codec, rotation_for(codec, 9))
     assert torch.equal(cache.rows(torch.arange(37)).widen(), expected.widen())
     assert [shard.rows for shard in cache.manifest.shards] == [*SIZES, 2, 5, *SIZES]
@@ -339,7 +339,7 @@ def test_import_of_the_authors_layout(tmp_path, codec):
     assert torch.equal(cache.rows(torch.arange(73)).widen(), expected.widen())
     for number, named in enumerate(keys):
         assert cache.shard(number).keys.tolist() == [key_hash(key) for key in named]
-    verify(cache, progress=False)
+    cache.verify()
 
 
 def test_import_by_the_command_line(tmp_path, capsys):
