@@ -33,7 +33,8 @@ from lift_fast.cache.manifest import MANIFEST, Shard, shard_name
 from lift_fast.cache.shard import header, tensors
 from lift_fast.measure.time import median_ms
 from lift_fast.ops.rows.codecs import CODECS
-from lift_fast.ops.rows.dequant import _BACKENDS, dequant
+from lift_fast.ops.rows.contract import BACKENDS
+from lift_fast.ops.rows.dequant import dequant
 from lift_fast.ops.rows.quantized import QuantizedRows
 from lift_fast.ops.rows.table import KeyTable, key_hashes
 
@@ -489,8 +490,7 @@ def on_gpu(suite: Suite) -> None:
                     backend: lambda b=backend, t=table, r=rows, c=codec, d=dim: dequant(
                         *t, r, torch.bfloat16, b, codec=c, dim=d
                     )
-                    for backend, (_, why_not) in _BACKENDS["cuda"].items()
-                    if why_not() is None
+                    for backend in BACKENDS.here("cuda")
                 }
                 case = {"rows": ROWS, "dim": dim, "table": n, "codec": codec, "dtype": "bf16", "from": where}
                 suite.compare(case, rivals, moved_bytes(codec, dim, torch.bfloat16), "cuda")

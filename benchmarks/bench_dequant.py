@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lift_fast import _C
-from lift_fast.ops.rows.dequant import _BACKENDS, _job, dequant, reference
+from lift_fast.ops.rows import cpp
+from lift_fast.ops.rows.codecs import CODECS
+from lift_fast.ops.rows.contract import BACKENDS, RowGather
+from lift_fast.ops.rows.dequant import dequant, reference
 
 from .harness import Suite
 
@@ -44,11 +46,10 @@ def cpu_rivals(codes: Tensor, scales: Tensor, rows: Tensor, dtype: torch.dtype) 
     source, target = torch.ones(half, dtype=torch.uint8), torch.ones(half, dtype=torch.uint8)
     np_source, np_target = source.numpy(), target.numpy()
     np_codes, np_scales = codes.numpy(), scales.numpy()
-    threads = torch.get_num_threads()
     one: dict[str, Callable[[Tensor], object]] = {
         "lift_fast": lambda batch: dequant(codes, scales, batch, dtype),
         "torch index_select, mul": lambda batch: reference(codes, scales, batch, dtype),
-        "lift_fast into": lambda batch: _C.dequant_cpu(**_job(codes, scales, batch, out), threads=threads),
+        "lift_fast into": lambda batch: cpp.widen(RowGather(codes, scales, batch, out, CODECS["int8"])),
         "torch into": lambda batch: out.copy_(reference(codes, scales, batch, dtype)),
         "torch copy of the same bytes": lambda batch: target.copy_(source),
         "numpy copy of the same bytes": lambda batch: np.copyto(np_target, np_source),
@@ -74,8 +75,8 @@ def run(suite: Suite) -> None:
                 suite.bar("int8 -> bf16, 4096 x 4096: speed against torch index_select, mul", torch_ms / into, 8)
             if torch.cuda.is_available():
                 there = codes.to("cuda"), scales.to("cuda"), rows.to("cuda")
-                offered = [backend for backend, (_, why_not) in _BACKENDS["cuda"].items() if why_not() is None]
-                on_gpu = {b: lambda b=b, t=there, d=dtype: dequant(*t[:2], t[2].flatten(), d, b) for b in offered}
+                names = BACKENDS.here("cuda")
+                on_gpu = {b: lambda b=b, t=there, d=dtype: dequant(*t[:2], t[2].flatten(), d, b) for b in names}
                 suite.compare(case, on_gpu, moved_bytes(dim, dtype), "cuda")
 
 

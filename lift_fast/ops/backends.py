@@ -1,23 +1,26 @@
-"""What the ops of every family share: the compiled extension, which backends work here and why not, and their registry.
+"""What the ops of every family share: the compiled extension, whether backends are available, and their registry.
 
-A backend is a module of its family's package, loaded when it is first asked for, on whichever machine has it.
+A backend is a module of its family's package. It is imported when it is first needed, so that a missing library or
+compiler is an error only for whoever asks for that backend by name.
 """
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from . import tuned
 
 try:
     from .. import _C
-except ImportError:  # a source tree that nobody built
+except ImportError:  # a source tree whose extension has not been compiled
     _C = None  # type: ignore[assignment]
 
-B = TypeVar("B")  # the Protocol that the modules follow; it has why_not() -> str | None
+B = TypeVar("B")  # the Protocol that a family's backend modules follow; it has why_not() -> str | None
 NOT_BUILT = "lift_fast._C is not built; run `pip install -e .` in the source tree"
 # The numbers of element types in csrc/ (`Element` and `Out`).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -25,42 +28,42 @@ LEAST_CAPABILITY = (8, 0)  # of a GPU, for the Triton kernels
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's memory begins; 0, a null pointer, for None."""
+    """The address of a tensor's first element; 0, a null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def launch_on(tensor: Tensor) -> dict[str, Any]:
-    """The GPU that holds a tensor and torch's current stream there, as the CUDA functions of _C take them."""
+    """A tensor's GPU and torch's current stream there, as keyword arguments of _C's CUDA functions."""
     return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
 
 
 def why_no_cpp() -> str | None:
-    """Why the C++ backends cannot be used here; None if they can."""
+    """Why the C++ backends are not available; None if they are."""
     return None if _C else NOT_BUILT
 
 
 def why_no_cuda() -> str | None:
-    """Why the CUDA backends cannot be used here; None if they can."""
+    """Why the CUDA backends are not available; None if they are."""
     if _C is None or not _C.build_info()["cuda"]:
         why = _C.build_info()["reason"] if _C else "lift_fast._C is not built"
         return f"{why}; install again with LIFT_FAST_CUDA=1 and a CUDA toolkit"
     if not _C.cuda_device_count():
-        return "its CUDA runtime finds no GPU, or the driver is older than it"
+        return "its CUDA runtime finds no GPU, or the driver is older than the runtime"
     archs = _C.build_info()["archs"]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if not serves(archs.split(";"), (major, minor)):
-            here = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+            found = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
             wanted = f'LIFT_FAST_CUDA=1 LIFT_FAST_CUDA_ARCHS="{major}{minor}"'
-            return f"{here}, and lift_fast._C is compiled for {archs}; install again with {wanted}"
+            return f"{found}, and lift_fast._C is compiled for {archs}; install again with {wanted}"
     return None
 
 
 def serves(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether a build for archs, made as setup.py makes it, has code for a GPU of this (major, minor).
+    """Whether an extension compiled for archs, as setup.py does it, has code for a GPU of this (major, minor).
 
-    Machine code serves its own major from its minor on; of "90a" only 9.0. The PTX of the last, without its
-    a or f, serves everything from there on.
+    Machine code runs on its own major version from its minor version on; that of "90a" on 9.0 only. PTX is included
+    for the last architecture, without its a or f, and runs on every later GPU.
     """
     for arch in archs:
         least = divmod(int(arch.rstrip("af")), 10)
@@ -70,27 +73,28 @@ def serves(archs: list[str], capability: tuple[int, int]) -> bool:
 
 
 def why_no_triton() -> str | None:
-    """Why the Triton backends cannot be used here, on a GPU or in Triton's interpreter; None if they can."""
+    """Why the Triton backends are not available, on a GPU or in Triton's interpreter; None if they are."""
     try:
         import triton
     except ImportError:
-        return "triton is not installed; a CUDA build of torch brings it, or `pip install triton`"
+        return "triton is not installed; a CUDA build of torch installs it, or `pip install triton`"
     if triton.knobs.runtime.interpret:
         return None
     if not torch.cuda.is_available():
-        return "there is no CUDA GPU here, and TRITON_INTERPRET=1 is not set"
+        return "this machine has no CUDA GPU, and TRITON_INTERPRET=1 is not set"
     found = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if found < LEAST_CAPABILITY:
-        least, here = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))
-        return f"its kernels need compute capability {least}, and there is a GPU of {here} here"
+        least, capability = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, found))
+        return f"its kernels need compute capability {least}, and this machine has a GPU of {capability}"
     return None
 
 
 class Backends(Generic[B]):
-    """The backends of one kind of op.
+    """The backends of one family of ops.
 
-    family: the package of this one where backend NAME is the module NAME, "torch" the module eager. by_device: device
-    type -> names; any other device has "torch". Which of them comes first is for the tables of `tuned` to say.
+    family: the package of this one in which backend NAME is the module NAME; "torch" is the module eager. by_device:
+    device type -> names; other devices have "torch" only. The order in which they are tried is in the tables of
+    `tuned`.
     """
 
     def __init__(self, family: str, by_device: dict[str, tuple[str, ...]]):
@@ -98,7 +102,7 @@ class Backends(Generic[B]):
         self.loaded: dict[str, B | str] = {}
 
     def load(self, name: str) -> B | str:
-        """The backend, or why it is not here."""
+        """The backend's module, or why it is not available."""
         if name not in self.loaded:
             try:
                 module = importlib.import_module(f".{self.family}.{'eager' if name == 'torch' else name}", __package__)
@@ -108,16 +112,18 @@ class Backends(Generic[B]):
         return self.loaded[name]
 
     def offered(self, device: str) -> tuple[str, ...]:
-        """The names for a device of this type, here or not; Triton's also on a CPU that interprets it."""
+        """The names for this device type, available or not; with TRITON_INTERPRET=1 the CPU has Triton's too."""
         names = self.by_device.get(device, ("torch",))
-        return (*names, "triton") if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else names
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            names += tuple(name for name in self.by_device.get("cuda", ()) if name.startswith("triton"))
+        return names
 
     def here(self, device: str = "cpu") -> list[str]:
-        """The names of those that work on a device of this type here."""
+        """The names of the backends for this device type that are available."""
         return [name for name in self.offered(device) if not isinstance(self.load(name), str)]
 
     def order(self, device: str, family: str, **facts: int | str | bool) -> list[str]:
-        """The names for a device of this type as a family's table orders them; those that it leaves out come last."""
+        """The names for this device type in the order of a family's table; names that it does not list come last."""
         offered = self.offered(device)
         if device not in self.by_device:
             return list(offered)
@@ -128,9 +134,37 @@ class Backends(Generic[B]):
                 break
         return [name for name in listed if name in offered] + [name for name in offered if name not in listed]
 
+    def choose(
+        self,
+        op: str,
+        call: str,
+        backend: str | None,
+        names: Sequence[str],
+        order: Callable[[], Sequence[str]] | None = None,
+        refuses: Callable[[B], str | None] | None = None,
+    ) -> tuple[str, B]:
+        """(name, module) of the requested backend, else of the first in order that is available and takes the call.
 
-@torch.compiler.assume_constant_result  # torch.compile, which may not know the facts yet, would look into files
+        op, call: for messages, such as "attention" and "float16 on cpu". names: those that may be requested. order:
+        returns the names in the order in which they are tried where none is requested; without it, names are tried as
+        they are. refuses: why a module does not take the call, None if it does. Raises BackendError.
+        """
+        if backend and backend not in names:
+            raise BackendError(f"no {op} backend {backend!r} for {call}; the choices are {', '.join(names)}")
+        for name in [backend] if backend else order() if order else names:
+            found = self.load(name)
+            if isinstance(found, str):
+                reason: str | None = found
+            else:
+                reason = refuses(found) if refuses else None
+                if reason is None:
+                    return name, found
+        raise BackendError(f"the {op} backend {name!r} is not available for {call}: {reason}")
+
+
+@torch.compiler.assume_constant_result  # torch.compile, to which facts may be symbolic, would trace into file reads
 def _orders(device: str, family: str) -> list[tuned.Rule]:
-    """What the table of a device of this type says of backends: when, and in which order."""
-    here = torch.device(device if torch.cuda.is_available() else "cpu")  # fake tensors are on GPUs that are not
-    return tuned.rules(family, "cpu" if device == "cpu" else tuned.gpu(family, here), "backend")
+    """The rules of this device type's table for the order of backends: (when, names)."""
+    # A fake tensor may be on "cuda" on a machine without a GPU.
+    present = torch.device(device if torch.cuda.is_available() else "cpu")
+    return tuned.rules(family, "cpu" if device == "cpu" else tuned.gpu(family, present), "backend")

@@ -10,8 +10,9 @@ import torch
 
 from lift_fast.errors import BackendError
 from lift_fast.ops import backends
-from lift_fast.ops.rows import dequant as module
+from lift_fast.ops.rows import cpp, triton
 from lift_fast.ops.rows.codecs import CODECS
+from lift_fast.ops.rows.contract import BACKENDS, RowGather
 from lift_fast.ops.rows.dequant import dequant, reference
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,7 @@ def test_any_shape(seed):
     rows = some_rows(n, m, seed)
     out, untouched = poisoned(m, dim, dtype)
     if m:
-        module._cpp(codes, scales, rows, out, CODECS[codec], normalize)
+        cpp.widen(RowGather(codes, scales, rows, out, CODECS[codec], normalize))
     assert_right(out, codes, scales, rows, codec, normalize)
     assert untouched()
 
@@ -247,15 +248,15 @@ def test_what_does_not_fit_is_refused():
 
 def test_a_backend_that_is_not_here_says_what_brings_it(monkeypatch):
     codes, scales = table(4, 8)
-    with pytest.raises(BackendError, match="no backend 'cuda' on cpu; it has cpp, torch"):
+    with pytest.raises(BackendError, match="no dequant backend 'cuda' for cpu; the choices are cpp, torch"):
         dequant(codes, scales, backend="cuda")
     monkeypatch.setattr(backends, "_C", None)
-    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(BACKENDS, "loaded", {})
     with pytest.raises(BackendError, match="not built; run `pip install -e .`"):
         dequant(codes, scales, backend="cpp")
     assert_same(dequant(codes, scales), reference(codes, scales))
     with pytest.raises(BackendError, match="LIFT_FAST_CUDA=1"):
-        module._choose("cuda", "cuda")
+        BACKENDS.choose("dequant", "cuda", "cuda", BACKENDS.offered("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -287,11 +288,10 @@ def test_a_gpu_that_the_build_has_no_code_for_does_not_get_it(archs, served, not
             assert f"Some GPU has compute capability {major}.{minor}" in why_not
             assert f"compiled for {archs}; install again with" in why_not
             assert why_not.endswith(f'LIFT_FAST_CUDA_ARCHS="{major}{minor}"')
-    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(BACKENDS, "loaded", {})
     with pytest.raises(BackendError, match="compute capability"):
-        module._choose("cuda", "cuda")
-    monkeypatch.setattr(module, "why_no_triton", lambda: None)
-    assert module._choose("cuda", "") is not module._cuda
+        BACKENDS.choose("dequant", "cuda", "cuda", BACKENDS.offered("cuda"))
+    assert BACKENDS.choose("dequant", "cuda", None, BACKENDS.offered("cuda"))[0] != "cuda"
 
 
 def test_compile_fake_and_opcheck_see_through_it():
@@ -344,7 +344,7 @@ def emulated(tmp_path_factory):
     run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 2 + [ctypes.c_bool]
 
     def launch_on_cpu(codes, scales, rows, out, codec, normalize=False):
-        run(*module._job(codes, scales, rows, out, CODECS[codec], normalize).values())
+        run(*RowGather(codes, scales, rows, out, CODECS[codec], normalize).fields().values())
 
     return launch_on_cpu
 
@@ -410,7 +410,7 @@ def test_interpreted_kernel_writes_its_output_and_no_more(codec):
     rows = some_rows(7, 5)
     for dtype, normalize in outs(codec):
         out, untouched = poisoned(5, 33, dtype)
-        module._triton(codes, scales, rows, out, CODECS[codec], normalize)
+        triton.widen(RowGather(codes, scales, rows, out, CODECS[codec], normalize))
         assert_right(out, codes, scales, rows, codec, normalize)
         assert untouched()
 
@@ -511,8 +511,7 @@ GPU_BACKENDS = ["cuda", "triton", "torch"]
 
 
 def skip_without(backend):
-    why_not = module._BACKENDS["cuda"][backend][1]()
-    if why_not:
+    if isinstance(why_not := BACKENDS.load(backend), str):
         pytest.skip(why_not)
 
 
