@@ -23,6 +23,7 @@ MOVED = {
     "lift_fast.ops.mlp": "lift_fast.ops.transformer.mlp",
     "lift_fast.ops.sigmoid": "lift_fast.ops.pairs.sigmoid",
     "lift_fast.ops.table": "lift_fast.ops.rows.table",
+    "lift_fast.train.checkpoint": "lift_fast.run_folder",
 }
 
 

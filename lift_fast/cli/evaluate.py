@@ -88,11 +88,11 @@ class Compare:
 
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
         """FLOPs, memory, step time and text time of two trained runs."""
+        from .. import run_folder
         from ..cache import Cache
         from ..data.open import open_data
         from ..measure.runs import check_pair, compare_runs
         from ..text.cached import CachedText
-        from ..train import checkpoint
         from ..train.loop import open_sets, pick_device
 
         samples = open_data(data)
@@ -101,7 +101,7 @@ class Compare:
         for context, cache in caches.items():
             cache.check_keys(samples)
             captions[context] = [samples.caption(i, cache.manifest.field) for i in range(len(samples))]
-        runs = {"lift": checkpoint.load_run(lift), "clip": checkpoint.load_run(clip)}
+        runs = {"lift": run_folder.load_run(lift), "clip": run_folder.load_run(clip)}
         check_pair(runs)
         config = runs["lift"]["config"]
         training = CachedText(
@@ -126,13 +126,13 @@ class Report:
     """Named in the report as what made it."""
 
     def __call__(self) -> None:
+        from .. import run_folder
         from ..data.open import open_data
         from ..measure import report
         from ..measure.gather import gather
-        from ..train import checkpoint
 
         folders = {"lift": self.lift, "clip": self.clip}
-        runs = {name: checkpoint.load_run(folder) for name, folder in folders.items()}
+        runs = {name: run_folder.load_run(folder) for name, folder in folders.items()}
         evals = {
             name: read_json(
                 folder / "eval.json", f"lift-fast eval --run {folder} --data NAME DIR --json {folder / 'eval.json'}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import run_folder
 from ..cache import Rotation
 from ..data import dali, host
 from ..data.open import open_data
@@ -19,7 +20,6 @@ from ..nn import Clip, Lift
 from ..text.encoder import Encoder
 from ..text.spec import EncoderSpec
 from ..text.tokenizer import ClipTokenizer
-from ..train import checkpoint
 from ..train.loop import gpu_number
 from . import composition, retrieval, zero_shot
 
@@ -76,7 +76,7 @@ def evaluate(
     Raises ConfigError when two sets have foils, or two have groups: a figure belongs to one set.
     """
     held_out = {name: open_data(path) for name, path in sets.items()}
-    model, run = checkpoint.load(folder, device)
+    model, run = run_folder.load(folder, device)
     encode_text = text_side(model, run, device, trust_remote_code)
     result: dict[str, Any] = {
         "retrieval": {},

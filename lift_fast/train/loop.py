@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .. import run_folder
 from ..cache import Cache
 from ..data import dali
 from ..data.host import HostPipeline
@@ -28,7 +29,6 @@ from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
 from ..text.cached import CachedText
 from ..text.tokenizer import ClipTokenizer
-from . import checkpoint
 from .config import TrainConfig
 from .step import Step
 
@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     else:
         text = TokenizedText(data, config)
         run |= {"context": config.context}
-    model = checkpoint.build(run).to(device)
+    model = run_folder.build(run).to(device)
     model.set_checkpointing(config.checkpointing)
     model.set_fp8(config.fp8)
     loss_of: nn.Module = ClipLoss(normalize=True) if config.loss == "contrastive" else CosineLoss()
@@ -165,7 +165,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
     }
-    checkpoint.save(config.out, model, run)
+    run_folder.save(config.out, model, run)
     return run
 
 

@@ -10,6 +10,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "former_paths": set(),
+    "run_folder": {"errors", "files", "nn"},
     "kernels": set(),
     "sugarcrepe": set(),
     "ops": {"errors", "kernels", "_C"},
@@ -20,8 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "demo": {"errors", "sugarcrepe", "data"},
     "text": {"errors", "ops", "cache", "data"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "train": {"errors", "files", "ops", "losses", "nn", "cache", "data", "text", "measure"},
-    "eval": {"errors", "sugarcrepe", "ops", "losses", "nn", "cache", "data", "text", "measure", "train"},
+    "train": {"errors", "files", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure"},
+    "eval": {"errors", "run_folder", "sugarcrepe", "ops", "losses", "nn", "cache", "data", "text", "measure", "train"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 

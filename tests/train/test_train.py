@@ -12,6 +12,7 @@ import torch
 from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
+from lift_fast import run_folder
 from lift_fast.cache import Cache, CacheWriter, Rotation, encode
 from lift_fast.data import dali
 from lift_fast.data.host import HostPipeline
@@ -19,7 +20,6 @@ from lift_fast.data.samples import Collection
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
 from lift_fast.text.cached import CachedText
-from lift_fast.train import checkpoint
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import make_optimizer, pick_device, schedule, train, use_bf16
 
@@ -183,7 +183,7 @@ def test_what_a_run_writes(two_sets):
         assert [line["lr"] for line in lines] == pytest.approx([0.0005, 0.001, 0.001, 0.0005])
         assert list(config.out.glob("events.out.tfevents.*"))
         assert not list(config.out.glob("*.part"))
-        model, read = checkpoint.load(config.out)
+        model, read = run_folder.load(config.out)
         assert read["samples_seen"] == 32
         assert read["params"] == sum(p.numel() for p in model.parameters())
         assert not model.training
@@ -194,12 +194,12 @@ def test_what_a_run_writes(two_sets):
 def test_trained_weights_come_back(two_sets):
     lift, _ = two_sets
     quiet(lift)
-    model, _ = checkpoint.load(lift.out)
+    model, _ = run_folder.load(lift.out)
     torch.manual_seed(lift.seed)
-    fresh = checkpoint.build({"model": "lift", "preset": "small", "text_dim": 24})
+    fresh = run_folder.build({"model": "lift", "preset": "small", "text_dim": 24})
     assert not torch.equal(model.head.fc_1.weight, fresh.head.fc_1.weight)
     pixels = torch.randn(2, 3, 16, 16)
-    once, twice = checkpoint.load(lift.out)[0].encode_image(pixels), model.encode_image(pixels)
+    once, twice = run_folder.load(lift.out)[0].encode_image(pixels), model.encode_image(pixels)
     torch.testing.assert_close(once, twice)
 
 
@@ -318,7 +318,7 @@ def test_a_loss_that_explodes_stops_the_run(two_sets, tmp_path):
         quiet(again(lift, tmp_path / "x", lr=float("inf")))
     assert (tmp_path / "x" / "metrics.jsonl").exists()
     with pytest.raises(DataError, match="no finished run"):
-        checkpoint.load(tmp_path / "x")
+        run_folder.load(tmp_path / "x")
 
 
 def test_a_checkpoint_that_does_not_fit_is_told(two_sets):
@@ -327,10 +327,10 @@ def test_a_checkpoint_that_does_not_fit_is_told(two_sets):
     file = lift.out / "run.json"
     file.write_text(file.read_text().replace('"text_dim": 24', '"text_dim": 25'))
     with pytest.raises(ConfigError, match="does not fit"):
-        checkpoint.load(lift.out)
+        run_folder.load(lift.out)
     file.write_text(file.read_text()[:100])
     with pytest.raises(DataError, match="damaged"):
-        checkpoint.load(lift.out)
+        run_folder.load(lift.out)
 
 
 def test_schedule():
@@ -345,7 +345,7 @@ def test_schedule():
 
 def test_gains_and_biases_do_not_decay(two_sets):
     lift, _ = two_sets
-    model = checkpoint.build({"model": "lift", "preset": "small", "text_dim": 24})
+    model = run_folder.build({"model": "lift", "preset": "small", "text_dim": 24})
     decayed, free = make_optimizer(model, lift).param_groups
     assert decayed["weight_decay"] == lift.weight_decay
     assert free["weight_decay"] == 0

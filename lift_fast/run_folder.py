@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from ..errors import ConfigError, DataError, TrainingError
-from ..files import write_whole
-from ..nn import Clip, Lift, preset
+from .errors import ConfigError, DataError, TrainingError
+from .files import write_whole
+from .nn import Clip, Lift, preset
 
 
 def build(run: dict[str, Any]) -> Lift | Clip:
