@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 gpu: PYTHON := python3
 gpu: OUT := runs/gpu
 
-.PHONY: demo test check bench campaign gpu clean
+.PHONY: demo test check docs bench campaign gpu clean
 
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
@@ -26,6 +26,11 @@ check: .venv/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in site/; see mkdocs.yml. The variable silences mkdocs-material's notice about a successor of MkDocs.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'open site/index.html'
 
 bench: .venv/.test
 	$(BIN)/python -m pytest benchmarks
@@ -43,11 +48,12 @@ gpu:
 			"else choose another, as in: make PYTHON=/path/to/python3.12"
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# One recipe for the three. Its last line says what the build said of CUDA, which pip does not show.
+# One recipe for the four. Its last line says what the build said of CUDA, which pip does not show.
 .venv/.demo: EXTRAS := demo
 .venv/.test: EXTRAS := demo,test
 .venv/.check: EXTRAS := demo,test,check
-.venv/.demo .venv/.test .venv/.check: .venv/bin/python $(SOURCES)
+.venv/.docs: EXTRAS := docs
+.venv/.demo .venv/.test .venv/.check .venv/.docs: .venv/bin/python $(SOURCES)
 	$(PIP) -e '.[$(EXTRAS)]'
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@$(BIN)/python -c "from lift_fast._C import build_info as b; \
@@ -55,4 +61,4 @@ gpu:
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info lift_fast/_C*.so
+	rm -rf .venv build site *.egg-info lift_fast/_C*.so
