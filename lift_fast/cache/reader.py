@@ -104,7 +104,7 @@ class Cache:
         """
         index = self._index(rows)
         with self._mapping(index):  # first: a dim that is not the shards' shall not be allocated
-            out = self._table.room(len(index), self.dim, dtype, self._pin)
+            out = self._table.allocate(len(index), self.dim, dtype, self._pin)
             self._table.widen(index, out, normalize)
         return out
 

@@ -1,1 +1,1 @@
-"""Rows of quantized vectors: what a codec is, and gathering and widening its rows."""
+"""Rows of quantized vectors: the codecs, and gathering and widening of rows."""

@@ -1,6 +1,6 @@
-"""How a vector is kept: the codecs of the text cache, their bits, code books and errors.
+"""The codecs of the text cache: how a vector is stored, in how many bits, with which code book and error.
 
-    codec   an element                      a row's vector                       mean cosine to it (a Gaussian's)
+    codec   stored element                  decoded row                          mean cosine to a Gaussian original
     f32     float32                         the code                             1
     bf16    bfloat16                        the code                             1 - 1e-6
     int8    int8, symmetric                 code * scale                         1 - 3e-5
@@ -9,12 +9,12 @@
     int4r   4-bit index into LEVELS         LEVELS[code] * scale, rotated        0.99524
     int2r   2-bit index into LEVELS         LEVELS[code] * scale, rotated        0.93942
 
-A rotated codec keeps the vector rotated (cache/rotation.py), which spreads the few huge coordinates that language
-models give over all of them: plain int8 has to take its scale from those, and is then at 1 - 3e-4 (Gemma) where int8r
-is at 1 - 3e-5. Rotated coordinates are near Gaussian, for which one code book, Lloyd's and Max's, is near the best
-there is (TurboQuant, arXiv 2504.19874; RaBitQ, arXiv 2405.12497). The levels are integers, the best of up to seven
-bits (mean squared error 0.009506 and 0.117482 of the variance; real levels give 0.009501 and 0.117482), so that a
-packed row is an int8 row after one look-up and whatever takes int8 rows takes it.
+A rotated codec stores the vector rotated (cache/rotation.py). Language models give a few huge coordinates, and the
+rotation spreads them over all coordinates. Plain int8 has to take its scale from the huge ones and reaches a cosine of
+1 - 3e-4 (Gemma) where int8r reaches 1 - 3e-5. Rotated coordinates are nearly Gaussian, for which the Lloyd-Max code
+book is close to optimal (TurboQuant, arXiv 2504.19874; RaBitQ, arXiv 2405.12497). The levels are the best integers of
+up to seven bits (mean squared error 0.009506 and 0.117482 of the variance; real levels give 0.009501 and 0.117482), so
+a look-up turns a packed row into an int8 row, which everything that accepts int8 rows accepts.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,12 @@ from ...errors import CacheError
 
 @dataclass(frozen=True)
 class Codec:
-    """number: `Codec` of ops.h. dtype: of the stored codes, uint8 for packed ones. rotated: whether they are of
-    the rotated vector. levels: what the packed codes 0, 1, … stand for, () without packing. unit: levels in one
-    standard deviation of what is encoded."""
+    """A codec.
+
+    number: its value in `Codec` of csrc/rows/dequant.h. dtype: of the stored codes, uint8 for packed ones. rotated:
+    whether the codes are of the rotated vector. levels: the values of the packed codes 0, 1, …; () without packing.
+    unit: the level of one standard deviation of the encoded coordinates.
+    """
 
     name: str
     number: int
@@ -41,16 +44,16 @@ class Codec:
 
     @property
     def packed(self) -> bool:
-        """Whether a byte holds several codes: the first in its lowest bits."""
+        """Whether a byte holds several codes, the first in its lowest bits."""
         return bool(self.levels)
 
     @property
     def integer(self) -> bool:
-        """Whether a row is int8 numbers times its scale."""
+        """Whether a decoded row is int8 values times its scale."""
         return self.packed or self.dtype == torch.int8
 
     def columns(self, dim: int) -> int:
-        """Elements of `dtype` in a row of codes; the bits that are left over in the last byte are 0."""
+        """Elements of `dtype` in a row of codes; unused bits of the last byte are 0."""
         return -(-dim * self.bits // 8) if self.packed else dim
 
     def row_bytes(self, dim: int) -> int:
@@ -76,7 +79,7 @@ CODECS = {
 
 
 def codec_named(name: str) -> Codec:
-    """Raises CacheError for a name that is none."""
+    """The codec of this name. Raises CacheError for an unknown name."""
     if name not in CODECS:
         raise CacheError(f"no codec {name!r}; there are {', '.join(CODECS)}")
     return CODECS[name]

@@ -23,7 +23,7 @@ class RowGather(NamedTuple):
     normalize: bool = False
 
     def fields(self) -> dict[str, Any]:
-        """The fields of `Dequant` in csrc/common/ops.h, in their order: addresses, sizes, strides and kinds."""
+        """The fields of `Dequant` in csrc/rows/dequant.h, in their order: addresses, sizes, strides and kinds."""
         m, dim = self.out.shape
         return {
             "codes": self.codes.data_ptr(),

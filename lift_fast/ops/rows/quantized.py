@@ -1,4 +1,4 @@
-"""QuantizedRows: the value that travels from the cache into the loss."""
+"""QuantizedRows: rows of text vectors in quantized form, as the cache returns them and the losses accept them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from .dequant import dequant
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """Rows of text vectors as codes and scales; codecs.py says what a codec's codes stand for.
+    """Rows of text vectors as codes and scales, in one of the codecs of codecs.py.
 
-    codes: [rows, dim], packed codecs [rows, bytes]; scales: float32 [rows], on the same device, None for codecs
-    without ("f32", "bf16"). A rotated codec's rows are in the rotated space, and are widened there.
+    codes: [rows, dim], packed codecs [rows, bytes]; scales: float32 [rows] on the same device, None for codecs without
+    scales ("f32", "bf16"). Rows of a rotated codec are vectors in the rotated space and stay there when widened.
 
-    Raises ValueError when they do not fit together.
+    Raises ValueError if codes, scales, codec and dim are inconsistent.
     """
 
     codes: Tensor
@@ -49,7 +49,7 @@ class QuantizedRows:
 
     @staticmethod
     def cat(parts: Sequence["QuantizedRows"]) -> "QuantizedRows":
-        """One after the other; same codec and dim. Raises ValueError otherwise, or for no part at all."""
+        """Concatenates parts of one codec and dim. Raises ValueError for different ones or for no parts."""
         if not parts:
             raise ValueError("nothing to concatenate")
         kinds = {(part.codec, part.dim) for part in parts}
@@ -64,19 +64,19 @@ class QuantizedRows:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def widen(self, dtype: torch.dtype = torch.float32, rows: Tensor | None = None, normalize: bool = False) -> Tensor:
-        """The vectors as [rows, dim] of float32, bfloat16, float16 or float64 (float32 values, widened).
+        """The vectors as [rows, dim] of float32, bfloat16, float16 or float64 (float32 values, converted).
 
-        rows: int64, the rows to take, in their order; all without it. normalize: each divided by its length.
+        rows: int64, the rows to take, in this order; None for all. normalize: divides each row by its length.
         """
         narrow = torch.float32 if dtype == torch.float64 else dtype
         codec, dim = self.codec, self.dim
         return dequant(self.codes, self.scales, rows, narrow, codec=codec, dim=dim, normalize=normalize).to(dtype)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """What a matrix product takes: int8 [rows, dim] with the scales of its rows, or `dtype` [rows, dim] and None.
+        """Operands for a matrix product: (int8 [rows, dim], scales [rows]), or ([rows, dim], None).
 
-        Integer codecs are int8 numbers after one look-up; the others are widened to dtype, f32 and bf16 left as
-        they are.
+        Integer codecs give the former, packed ones after a look-up of their levels. "f32" and "bf16" rows are returned
+        as they are, "fp8" rows widened to dtype.
         """
         codec = CODECS[self.codec]
         if codec.packed:

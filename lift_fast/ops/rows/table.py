@@ -1,6 +1,6 @@
-"""A table of codes in many pieces of memory, the mapped shards of a cache: rows gathered, and widened, in one pass.
+"""A table of codes in many pieces of memory, such as a cache's mapped shards: gathers and widens rows in one pass.
 
-On the CPU only, by csrc/rows/dequant.cpp; a table in one piece, on any device, is `dequant`'s.
+On the CPU only, by csrc/rows/table.cpp. For a table in one piece of memory, on any device, see dequant.py.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ..backends import _C, DTYPES, NOT_BUILT
+from ..backends import _C, DTYPES, NOT_BUILT, address
 from .codecs import CODECS
 
-_CODES = 4  # Out::codes of csrc/common/ops.h
+_CODES = 4  # Out::codes of csrc/rows/dequant.h
 
 
 class Table:
-    """starts: int64 [pieces + 1], ascending from 0; piece k holds the rows from starts[k] on, before starts[k + 1].
+    """Rows of codes in pieces that are mapped one by one.
 
-    Raises BackendError without lift_fast._C.
+    starts: int64 [pieces + 1], ascending from 0; piece k holds rows starts[k] to starts[k + 1] - 1. Raises BackendError
+    where lift_fast._C is not built.
     """
 
     def __init__(self, codec: str, dim: int, starts: np.ndarray):
@@ -29,51 +30,53 @@ class Table:
         self._table = _C.Table(self.codec.number, dim, np.ascontiguousarray(starts, dtype=np.int64))
 
     def map(self, piece: int, codes: Tensor, scales: Tensor | None) -> None:
-        """Tells where a piece is: contiguous tensors that the caller keeps alive until `forget`."""
-        self._table.map(piece, codes.data_ptr(), 0 if scales is None else scales.data_ptr())
+        """Registers the memory of a piece: contiguous tensors that the caller keeps alive until `forget`."""
+        self._table.map(piece, codes.data_ptr(), address(scales))
 
     def forget(self, piece: int) -> None:
+        """Unregisters a piece's memory."""
         self._table.map(piece, 0, 0)
 
     def unmapped(self, rows: Tensor) -> list[int]:
-        """The pieces that must still be told of before these rows (int64, contiguous) can be gathered.
+        """The pieces that must be mapped before these rows (int64, contiguous) can be gathered.
 
-        Raises IndexError for a row that is not in the table.
+        Raises IndexError for a row outside the table.
         """
         return self._table.unmapped(rows.data_ptr(), len(rows))
 
     def codes(self, rows: Tensor, pin: bool) -> tuple[Tensor, Tensor | None]:
-        """codes[rows] and scales[rows], the caller's own, in pinned memory if asked."""
-        codes = self.room(len(rows), self.codec.columns(self.dim), self.codec.dtype, pin)
+        """Copies of codes[rows] and scales[rows], in pinned memory if pin."""
+        codes = self.allocate(len(rows), self.codec.columns(self.dim), self.codec.dtype, pin)
         scales = torch.empty(len(rows), pin_memory=pin) if self.codec.scaled else None
         self._gather(rows, codes, scales, _CODES, False)
         return codes, scales
 
     @staticmethod
-    def room(rows: int, columns: int, dtype: torch.dtype, pin: bool) -> Tensor:
-        """An uninitialised [rows, columns], in pinned memory if asked, else in memory that is kept for the next batch
-        when it is freed: pages of the kernel's own would cost more than filling them."""
+    def allocate(rows: int, columns: int, dtype: torch.dtype, pin: bool) -> Tensor:
+        """An uninitialised [rows, columns], in pinned memory if pin, else in memory that _C reuses once it is freed.
+
+        Fresh pages from the operating system would cost more time than filling them.
+        """
         if pin or not rows * columns:
             return torch.empty((rows, columns), dtype=dtype, pin_memory=pin)
         size = rows * columns * dtype.itemsize
         return torch.frombuffer(_C.Scratch(bytes=size), dtype=torch.uint8, count=size).view(dtype).view(rows, columns)
 
     def widen(self, rows: Tensor, out: Tensor, normalize: bool) -> None:
-        """Fills out [m, dim] (contiguous; float32, bfloat16 or float16) as dequant would."""
+        """Fills out [m, dim] (contiguous; float32, bfloat16 or float16) with what `dequant` returns."""
         self._gather(rows, out, None, DTYPES[out.dtype], normalize)
 
     def advise(self, rows: Tensor) -> None:
-        """Has the kernel begin to read these rows' pages; returns before it is done."""
+        """Asks the operating system to read these rows' pages ahead; returns at once."""
         self._table.advise(rows.data_ptr(), len(rows))
 
     def _gather(self, rows: Tensor, out: Tensor, scales: Tensor | None, kind: int, normalize: bool) -> None:
-        to = 0 if scales is None else scales.data_ptr()
         threads = torch.get_num_threads()
-        self._table.gather(rows.data_ptr(), len(rows), out.data_ptr(), to, kind, normalize, threads)
+        self._table.gather(rows.data_ptr(), len(rows), out.data_ptr(), address(scales), kind, normalize, threads)
 
 
 class KeyTable:
-    """Where each 64-bit key hash is: a hash table over pieces of int64 [rows] that the caller keeps alive."""
+    """Finds the row of a 64-bit key hash: a hash table over pieces of int64 [rows] that the caller keeps alive."""
 
     def __init__(self, pieces: Sequence[Tensor]):
         self._pieces = list(pieces)
@@ -83,7 +86,7 @@ class KeyTable:
             self._table.map(number, piece.data_ptr())
 
     def find(self, hashes: Tensor) -> Tensor:
-        """The first row of each hash (int64 [m], contiguous), -1 for one that is not there."""
+        """The first row of each hash (int64 [m], contiguous), -1 for a hash that no row has."""
         out = torch.empty_like(hashes)
         self._table.find(hashes.data_ptr(), len(hashes), out.data_ptr())
         return out
