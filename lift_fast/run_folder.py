@@ -1,6 +1,16 @@
-"""A run on disk: model.safetensors beside run.json (what was trained, on what, with which text encoder)."""
+"""A trained run on disk: a folder with model.safetensors (the weights) and run.json (what was trained, and how).
+
+Training writes it, evaluation and inference read it. The content of run.json is called `run` in the code. These of
+its keys suffice to build the model and the text encoder again:
+
+    model, preset                  "lift" or "clip", and a name in nn.PRESETS
+    text_dim, encoder, rotation    LIFT: output width of the head, the EncoderSpec of the cached text, its rotation
+    context                        CLIP: caption length in tokens
+"""
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +18,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
+from torch import Tensor
+from torch.nn import functional as F
 
-from .errors import ConfigError, DataError, TrainingError
+from .cache import Rotation
+from .errors import CacheMismatch, ConfigError, DataError, TrainingError
 from .files import write_whole
 from .nn import Clip, Lift, preset
+from .text.encoder import Encoder
+from .text.spec import EncoderSpec
+from .text.tokenizer import ClipTokenizer
+
+EncodeText = Callable[[Sequence[str]], Tensor]
+_CAPTIONS_AT_ONCE = 256  # in CLIP's text tower
 
 
 def build(run: dict[str, Any]) -> Lift | Clip:
-    """The untrained model that a run's description names: keys model, preset, and text_dim or context."""
+    """The model that a run describes, with freshly initialised weights, on the CPU.
+
+    Raises ConfigError when there is no such preset.
+    """
     sizes = preset(run["preset"])
     if run["model"] == "lift":
         return Lift(sizes, run["text_dim"])
@@ -23,7 +45,10 @@ def build(run: dict[str, Any]) -> Lift | Clip:
 
 
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
-    """Writes the weights, then run.json: a folder that has run.json is whole. Raises TrainingError (full disk)."""
+    """Writes the weights, then run.json, each atomically: a folder that has run.json is complete.
+
+    Raises TrainingError when a file cannot be written (a full disk).
+    """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     try:
         write_whole(
@@ -36,8 +61,8 @@ def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
         raise TrainingError(f"cannot write the run to {folder}: {error}") from error
 
 
-def load_run(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises DataError when there is none."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of run.json. Raises DataError when the file is missing or is not JSON."""
     file = Path(folder) / "run.json"
     if not file.is_file():
         raise DataError(f"no finished run in {folder}: it has no run.json; train one with: lift-fast train")
@@ -48,11 +73,55 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip, dict[str, Any]]:
-    """The trained model, in eval mode, and its run.json. Raises DataError, ConfigError."""
-    run = load_run(folder)
+    """The trained model on `device`, in eval mode, and the content of run.json.
+
+    Raises DataError as read_description does; ConfigError when there is no such preset or the weights are missing,
+    damaged, or not those of the model that run.json describes.
+    """
+    run = read_description(folder)
     model = build(run)
     try:
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder}: model.safetensors does not fit its run.json ({error})") from error
     return model.to(device).eval(), run
+
+
+def text_encoder(
+    model: Lift | Clip, run: dict[str, Any], device: torch.device, trust_remote_code: bool = False
+) -> EncodeText:
+    """A function from captions to their features, float32 [captions, dim] on the CPU, each row of length 1.
+
+    For LIFT it is the frozen encoder that embedded the training text, with the cache's rotation applied; for CLIP the
+    model's own text tower. trust_remote_code: LIFT: whether the encoder may run code from its repository.
+
+    Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, and
+    CacheMismatch when its dim is not the head's.
+    """
+    if isinstance(model, Clip):
+        return _tower_encoder(model, ClipTokenizer(run["context"]), device)
+    # That run.json allows remote code does not permit running it here: the run may come from somebody else.
+    spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
+    if run["encoder"]["trust_remote_code"] and not trust_remote_code:
+        raise ConfigError(f"{spec.name} runs code from its repository; allow it with --trust-remote-code")
+    encoder = Encoder(spec, device=device)
+    if encoder.dim != run["text_dim"]:
+        raise CacheMismatch(
+            f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
+        )
+    if run.get("rotation") is None:
+        return lambda captions: encoder.encode(captions).cpu()
+    rotation = Rotation.from_dict(run["rotation"], encoder.dim)
+    return lambda captions: rotation.apply(encoder.encode(captions)).cpu()
+
+
+def _tower_encoder(model: Clip, tokenizer: ClipTokenizer, device: torch.device) -> EncodeText:
+    @torch.no_grad()
+    def encode(captions: Sequence[str]) -> Tensor:
+        parts = [
+            model.encode_text(tokenizer(captions[start : start + _CAPTIONS_AT_ONCE]).to(device))
+            for start in range(0, len(captions), _CAPTIONS_AT_ONCE)
+        ]
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+    return encode

@@ -25,8 +25,8 @@ class Eval:
     device: str = "auto"
 
     def __call__(self) -> None:
+        from ..devices import pick_device
         from ..eval.run import evaluate
-        from ..train.loop import pick_device
 
         device = pick_device(self.device)
         trust = self.trust_remote_code
@@ -90,10 +90,10 @@ class Compare:
         """FLOPs, memory, step time and text time of two trained runs."""
         from .. import run_folder
         from ..cache import Cache
-        from ..data.open import open_data
+        from ..data.open import open_data, open_sets
+        from ..devices import pick_device
         from ..measure.runs import check_pair, compare_runs
         from ..text.cached import CachedText
-        from ..train.loop import open_sets, pick_device
 
         samples = open_data(data)
         caches = dict(zip(self.context, map(Cache, self.cache), strict=True))
@@ -101,7 +101,7 @@ class Compare:
         for context, cache in caches.items():
             cache.check_keys(samples)
             captions[context] = [samples.caption(i, cache.manifest.field) for i in range(len(samples))]
-        runs = {"lift": run_folder.load_run(lift), "clip": run_folder.load_run(clip)}
+        runs = {"lift": run_folder.read_description(lift), "clip": run_folder.read_description(clip)}
         check_pair(runs)
         config = runs["lift"]["config"]
         training = CachedText(
@@ -132,7 +132,7 @@ class Report:
         from ..measure.gather import gather
 
         folders = {"lift": self.lift, "clip": self.clip}
-        runs = {name: run_folder.load_run(folder) for name, folder in folders.items()}
+        runs = {name: run_folder.read_description(folder) for name, folder in folders.items()}
         evals = {
             name: read_json(
                 folder / "eval.json", f"lift-fast eval --run {folder} --data NAME DIR --json {folder / 'eval.json'}"

@@ -1,10 +1,11 @@
 """Which kind of data set lies at a path."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, DataError
 from .folders import FILE_COLUMNS, ParquetPictures, TablePictures
-from .samples import Samples
+from .samples import Collection, Samples
 from .shards import Shards
 from .sources import TABLES
 
@@ -60,6 +61,15 @@ def open_data(path: str | Path, pictures: str | Path | None = None) -> Samples:
         return ParquetPictures(path, pictures)
     names = sorted(entry.name for entry in path.iterdir())
     raise DataError(f"{path} is no data set, it holds {_listed(names)}; {_WANTED}")
+
+
+def open_sets(paths: Sequence[str | Path], pictures: Sequence[str | Path] = ()) -> Collection:
+    """Several data sets read as one, in the order given. pictures: the folder of images of each set, or none at all.
+
+    Raises DataError and ConfigError as open_data does.
+    """
+    folders: Sequence[str | Path | None] = pictures or len(paths) * [None]
+    return Collection([open_data(path, folder) for path, folder in zip(paths, folders, strict=True)])
 
 
 def _listed(names: list[str]) -> str:

@@ -1,61 +1,19 @@
 """Evaluates one trained run on held-out sets: retrieval always, composition and zero-shot where a set has them."""
 
 import base64
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from .. import run_folder
-from ..cache import Rotation
 from ..data import dali, host
 from ..data.open import open_data
 from ..data.pixels import normalise
-from ..errors import CacheMismatch, ConfigError
-from ..nn import Clip, Lift
-from ..text.encoder import Encoder
-from ..text.spec import EncoderSpec
-from ..text.tokenizer import ClipTokenizer
-from ..train.loop import gpu_number
+from ..devices import gpu_index
+from ..errors import ConfigError
 from . import composition, retrieval, zero_shot
-
-EncodeText = Callable[[Sequence[str]], Tensor]
-
-
-def text_side(
-    model: Lift | Clip, run: dict[str, Any], device: torch.device, trust_remote_code: bool = False
-) -> EncodeText:
-    """captions -> unit vectors float32 [captions, dim]: LIFT's fixed encoder, rotated as the text was that it was
-    trained on, or CLIP's tower.
-
-    Raises EncoderError; ConfigError when the encoder's code is not trusted; CacheMismatch when the encoder's dim
-    is not the head's.
-    """
-    if isinstance(model, Lift):
-        # A run's own word is no permission to run code: it may come from somebody else.
-        spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
-        if run["encoder"]["trust_remote_code"] and not trust_remote_code:
-            raise ConfigError(f"{spec.name} runs code from its repository; allow it with --trust-remote-code")
-        encoder = Encoder(spec, device=device)
-        if encoder.dim != run["text_dim"]:
-            raise CacheMismatch(
-                f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
-            )
-        if run.get("rotation") is None:
-            return lambda captions: encoder.encode(captions).cpu()
-        rotation = Rotation.from_dict(run["rotation"], encoder.dim)
-        return lambda captions: rotation.apply(encoder.encode(captions)).cpu()
-    tokenizer = ClipTokenizer(run["context"])
-
-    def encode(captions: Sequence[str]) -> Tensor:
-        parts = [model.encode_text(tokenizer(captions[i : i + 256]).to(device)) for i in range(0, len(captions), 256)]
-        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
-
-    return encode
 
 
 @torch.no_grad()
@@ -77,7 +35,7 @@ def evaluate(
     """
     held_out = {name: open_data(path) for name, path in sets.items()}
     model, run = run_folder.load(folder, device)
-    encode_text = text_side(model, run, device, trust_remote_code)
+    encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
     result: dict[str, Any] = {
         "retrieval": {},
         "composition": None,
@@ -88,7 +46,7 @@ def evaluate(
     for name, data in held_out.items():
         size = model.visual.config.image_size
         if dali.wanted(loader, device.type == "cuda"):
-            pixels, samples = dali.load_pictures(data, size, gpu_number(device))
+            pixels, samples = dali.load_pictures(data, size, gpu_index(device))
         else:
             pixels, samples = host.load_pictures(data, size)
         result["skipped"][name] = len(data) - len(samples)

@@ -5,10 +5,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,29 +19,17 @@ from ..cache import Cache
 from ..data import dali
 from ..data.host import HostPipeline
 from ..data.loading import Loading, Pipeline
-from ..data.open import open_data
+from ..data.open import open_sets
 from ..data.samples import Collection
+from ..devices import gpu_index, pick_device, use_bf16
 from ..errors import ConfigError, TrainingError
 from ..losses import ClipLoss, CosineLoss
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
 from ..text.cached import CachedText
-from ..text.tokenizer import ClipTokenizer
+from ..text.tokenized import TokenizedText
 from .config import TrainConfig
 from .step import Step
-
-
-class TokenizedText:
-    """CLIP's text side in training: row numbers -> captions -> tokens, which the text tower takes."""
-
-    def __init__(self, data: Collection, config: TrainConfig):
-        data.check_captions(config.field)
-        self.data, self.field = data, config.field
-        self.tokenizer = ClipTokenizer(config.context)
-
-    def rows(self, rows: Tensor) -> Tensor:
-        """rows int64 [batch] on the CPU -> their captions' tokens int64 [batch, context]."""
-        return self.tokenizer([self.data.caption(row, self.field) for row in rows.tolist()])
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -67,7 +53,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         rotation = text.rotation.as_dict() if text.rotation else None
         run |= {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation}
     else:
-        text = TokenizedText(data, config)
+        text = TokenizedText(data, config.field, config.context)
         run |= {"context": config.context}
     model = run_folder.build(run).to(device)
     model.set_checkpointing(config.checkpointing)
@@ -169,12 +155,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     return run
 
 
-def open_sets(paths: Sequence[str | Path], pictures: Sequence[str | Path]) -> Collection:
-    """A run's data sets; pictures: of each the folder of its picture files, or nothing at all."""
-    folders: Sequence[str | Path | None] = pictures or len(paths) * [None]
-    return Collection([open_data(path, folder) for path, folder in zip(paths, folders, strict=True)])
-
-
 def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device) -> Pipeline:
     """The pipeline that config.loader names. Raises BackendError for DALI where it is not installed."""
     on_gpu = device.type == "cuda"
@@ -192,7 +172,7 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
         ahead=2 if on_gpu else 0,
     )
     if dali.wanted(config.loader, on_gpu):
-        return dali.DaliPipeline(data, loading, gpu_number(device))
+        return dali.DaliPipeline(data, loading, gpu_index(device))
     return HostPipeline(data, loading)
 
 
@@ -211,37 +191,6 @@ class Figures:
         if self.done is not None:
             self.done.synchronize()
         return self.host.tolist()
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` -> a GPU where there is one. Raises ConfigError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"no device {name!r}; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs here")
-    return device
-
-
-def gpu_number(device: torch.device) -> int | None:
-    """Which GPU a device is; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16; `auto`: where the processor multiplies it natively."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "former_paths": set(),
-    "run_folder": {"errors", "files", "nn"},
+    "devices": {"errors"},
     "kernels": set(),
     "sugarcrepe": set(),
     "ops": {"errors", "kernels", "_C"},
@@ -20,9 +20,10 @@ ARROWS: dict[str, set[str]] = {
     "data": {"errors", "files", "ops"},
     "demo": {"errors", "sugarcrepe", "data"},
     "text": {"errors", "ops", "cache", "data"},
+    "run_folder": {"errors", "files", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "train": {"errors", "files", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure"},
-    "eval": {"errors", "run_folder", "sugarcrepe", "ops", "losses", "nn", "cache", "data", "text", "measure", "train"},
+    "train": {"errors", "devices", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure"},
+    "eval": {"errors", "devices", "run_folder", "sugarcrepe", "data"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 

@@ -17,11 +17,12 @@ from lift_fast.cache import Cache, CacheWriter, Rotation, encode
 from lift_fast.data import dali
 from lift_fast.data.host import HostPipeline
 from lift_fast.data.samples import Collection
+from lift_fast.devices import pick_device, use_bf16
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
 from lift_fast.text.cached import CachedText
 from lift_fast.train.config import TrainConfig
-from lift_fast.train.loop import make_optimizer, pick_device, schedule, train, use_bf16
+from lift_fast.train.loop import make_optimizer, schedule, train
 
 
 @pytest.fixture(autouse=True)
