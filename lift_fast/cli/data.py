@@ -1,4 +1,4 @@
-"""lift-fast data: built-in data sets; index, stats, check and pack for the user's own."""
+"""lift-fast data: writes the built-in data sets; indexes, counts, checks and packs the user's own."""
 
 import sys
 import time
@@ -10,21 +10,19 @@ from typing import Annotated, Literal
 import tyro
 
 from ..errors import ConfigError, DataError
-from .common import _check_threads, _counts, _many, _printable, write_json
+from .common import check_threads, counted, listed, printable, write_json
 
 
 @dataclass(frozen=True)
 class Data:
-    """Write a built-in data set as WebDataset tar shards: OUT/train and OUT/heldout."""
+    """The settings that the built-in data sets have in common."""
 
-    kind: tyro.conf.Suppress[tyro.conf.Fixed[Literal["openmoji", "scenes"]]]
     out: Path
     train: int = 4000
-    """scenes: samples to train on. openmoji trains on all that is not held out."""
     heldout: int = 400
     """Samples held out; none of their captions occurs in training."""
     px: int = 72
-    """Width and height of a picture."""
+    """Width and height of an image."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,23 +31,48 @@ class Data:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def __call__(self) -> None:
-        from ..demo import openmoji, scenes
-
         made = [self.out / split for split in ("train", "heldout") if (self.out / split).exists()]
         if made:
             raise DataError(f"{made[0]} exists already; remove it or name another --out")
-        if self.kind == "openmoji":
-            openmoji.write(self.out, heldout=self.heldout, seed=self.seed, px=self.px)
-        else:
-            captions = scenes.write(self.out / "train", self.train, self.seed, px=self.px)
-            scenes.write(
-                self.out / "heldout",
-                self.heldout,
-                self.seed,
-                self.train,
-                px=self.px,
-                exclude_captions=set(captions),
-            )
+        self.write()
+
+    def write(self) -> None:
+        """Writes OUT/train and OUT/heldout."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DataOpenMoji(Data):
+    """About 3 900 named drawings, as tars in OUT/train and OUT/heldout."""
+
+    train: int = 4000
+    """Not used: every drawing that is not held out is for training."""
+
+    def write(self) -> None:
+        from ..demo import openmoji
+
+        openmoji.write(self.out, heldout=self.heldout, seed=self.seed, px=self.px)
+
+
+@dataclass(frozen=True)
+class DataScenes(Data):
+    """Generated images with captions and foils, as tars in OUT/train and OUT/heldout."""
+
+    train: int = 4000
+    """Samples to train on."""
+
+    def write(self) -> None:
+        from ..demo import scenes
+
+        captions = scenes.write(self.out / "train", self.train, self.seed, px=self.px)
+        scenes.write(
+            self.out / "heldout",
+            self.heldout,
+            self.seed,
+            self.train,
+            px=self.px,
+            exclude_captions=set(captions),
+        )
 
 
 @dataclass(frozen=True)
@@ -57,142 +80,144 @@ class DataIndex:
     """Write the index of a folder of tars: opening it then costs the same for any number of samples."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of tar shards. What is in its index and has not changed is not read again."""
+    """Folder of tar shards. Tars that are in its index and have not changed are not read again."""
     threads: int | None = None
-    """Shards read at a time. Default: the processors."""
+    """Shards read at a time. Default: the number of processors."""
 
     def __post_init__(self) -> None:
-        _check_threads(self.threads)
+        check_threads(self.threads)
 
     def __call__(self) -> None:
         from ..data.index import build_index
 
         began = time.perf_counter()
-        told = build_index(self.data, self.threads)
+        built = build_index(self.data, self.threads)
         print(
-            f"{self.data}: {_many(told.samples, 'sample')} in {_many(told.shards, 'shard')}, {told.read} read anew, in "
-            f"{time.perf_counter() - began:.1f} s; the index has {told.bytes} bytes"
+            f"{self.data}: {counted(built.samples, 'sample')} in {counted(built.shards, 'shard')}, {built.read} read "
+            f"anew, in {time.perf_counter() - began:.1f} s; the index has {built.bytes} bytes"
         )
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """Count a data set: samples, formats and sizes of pictures, captions. Headers are read, no picture is decoded."""
+    """Count a data set: samples, formats and sizes of images, captions. Reads headers and decodes no image."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of tars, of LIFT's authors' layout, or of pictures with a metadata.csv, .tsv or .jsonl; or such a file."""
+    """Folder of tars, of LIFT's authors' layout, or of images with a metadata.csv, .tsv or .jsonl; or such a file."""
     pictures: Path | None = None
-    """Folder of the picture files, where it is another."""
+    """Folder of the image files, where DATA does not hold them."""
     sample: int | Literal["all"] = 10_000
-    """Samples that are looked at, drawn at random; or all."""
+    """Number of samples to look at, drawn at random; or all."""
     threads: int | None = None
-    """Samples read at a time. Default: the processors, 32 at most."""
+    """Samples read at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
 
     def __post_init__(self) -> None:
-        _check_threads(self.threads)
+        check_threads(self.threads)
 
     def __call__(self) -> None:
         from ..data.open import open_data
         from ..data.stats import SMALL, stats
 
-        told = stats(open_data(self.data, self.pictures), None if self.sample == "all" else self.sample, self.threads)
-        good = sum(told["formats"].values())
-        size = "" if told["bytes"] is None else f", {told['bytes'] / 1e6:.1f} MB"
-        shares = ", ".join(f"{name} {count / good:.1%}" for name, count in told["formats"].items())
+        sample = None if self.sample == "all" else self.sample
+        figures = stats(open_data(self.data, self.pictures), sample, self.threads)
+        readable = sum(figures["formats"].values())
+        size = "" if figures["bytes"] is None else f", {figures['bytes'] / 1e6:.1f} MB"
+        shares = ", ".join(f"{name} {count / readable:.1%}" for name, count in figures["formats"].items())
         lines = {
-            "samples": f"{told['samples']} in {_many(told['shards'], 'shard')} of {told['smallest_shard']} to "
-            f"{told['largest_shard']}{size}",
-            "looked at": f"{told['sampled']}, {told['picture_bytes'] / told['sampled'] / 1e3:.1f} kB a picture",
-            "formats": shares or "not one picture can be read",
+            "samples": f"{figures['samples']} in {counted(figures['shards'], 'shard')} of {figures['smallest_shard']} "
+            f"to {figures['largest_shard']}{size}",
+            "looked at": f"{figures['sampled']}, {figures['picture_bytes'] / figures['sampled'] / 1e3:.1f} kB an image",
+            "formats": shares or "no image can be read",
         }
         for name in ("width", "height"):
-            if spread := told[name]:
+            if spread := figures[name]:
                 lines[name] = f"{spread['min']} to {spread['max']} pixels, median {spread['median']}"
-        if good:
-            lines["small"] = f"{told[f'below_{SMALL}']:.1%} have a side below {SMALL} pixels"
-        for field, found in told["captions"].items():
+        if readable:
+            lines["small"] = f"{figures[f'below_{SMALL}']:.1%} have a side below {SMALL} pixels"
+        for field, found in figures["captions"].items():
             lines[f"text {field!r}"] = (
-                f"{found['samples'] / told['sampled']:.1%} have it, of {found['median']} characters (median), "
+                f"{found['samples'] / figures['sampled']:.1%} have it, of {found['median']} characters (median), "
                 f"{found['p95']} (95 %), {found['max']} (max); {found['repeats']:.1%} repeat another"
             )
-        lines["no text"] = f"{told['no_text'] / told['sampled']:.1%}"
-        lines["bad"] = _counts(told["bad"])
+        lines["no text"] = f"{figures['no_text'] / figures['sampled']:.1%}"
+        lines["bad"] = listed(figures["bad"])
         width = max(map(len, lines))
         for name, line in lines.items():
             print(f"{name:{width}}  {line}")
         if self.json:
-            write_json(self.json, told)
+            write_json(self.json, figures)
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Decode every picture and read every caption; exit status 1 when anything is bad."""
+    """Decode every image and read every caption; exit status 1 when anything is bad."""
 
     data: tyro.conf.Positional[Path]
     """Data set, as in stats."""
     pictures: Path | None = None
-    """Folder of the picture files, where it is another."""
+    """Folder of the image files, where DATA does not hold them."""
     field: str = "txt"
-    """Caption to read: txt, an entry of the .json, or a column. txt is caption or re_caption where there is no txt."""
+    """Caption to read: txt, an entry of the .json, or a column. Where there is no txt it is caption or re_caption."""
     bad: Path | None = None
-    """File for a JSON line of each bad sample: sample, row, cause, reason."""
+    """File to list bad samples in, a line of JSON each: sample, row, cause, reason."""
     threads: int | None = None
-    """Pictures decoded at a time. Default: the processors, 32 at most."""
+    """Images decoded at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
 
     def __post_init__(self) -> None:
-        _check_threads(self.threads)
+        check_threads(self.threads)
 
     def __call__(self) -> None:
         from ..data.check import check
 
         with open(self.bad, "w") if self.bad else nullcontext() as file:
-            told = check(self.data, self.field, self.pictures, file, self.threads)
+            figures = check(self.data, self.field, self.pictures, file, self.threads)
         print(
-            f"{self.data}: {_many(told['samples'], 'sample')} in {_many(told['shards'], 'shard')}, {told['bad']} bad "
-            f"({_counts(told['causes'])}); {told['images_per_s']:.0f} images/s"
+            f"{self.data}: {counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, "
+            f"{figures['bad']} bad ({listed(figures['causes'])}); {figures['images_per_s']:.0f} images/s"
         )
-        for line in told["first"]:
-            print(_printable(f"  {line['sample']}: {line['cause']} ({line['reason']})"))
+        for line in figures["first"]:
+            print(printable(f"  {line['sample']}: {line['cause']} ({line['reason']})"))
         if self.json:
-            write_json(self.json, told)
-        if told["causes"]:
+            write_json(self.json, figures)
+        if figures["causes"]:
             sys.exit(1)
 
 
 @dataclass(frozen=True)
 class DataPack:
-    """Write pictures with captions as WebDataset tars and their index. Bad samples are left out and listed."""
+    """Write images with captions as WebDataset tars and their index. Bad samples are left out and listed."""
 
     source: tyro.conf.Positional[Path]
     """Data set, as in stats."""
     out: tyro.conf.Positional[Path]
     """New folder for the tars."""
     pictures: Path | None = None
-    """Folder of the picture files, where it is another."""
+    """Folder of the image files, where SOURCE does not hold them."""
     samples_per_shard: int = 10_000
     size: int | None = None
-    """Pixels: a picture whose shorter side is larger is resized to it and written as JPEG. Default: copied."""
+    """Pixels: an image whose shorter side is longer is resized to it and written as JPEG. Default: images are copied
+    as they are."""
     quality: int = 95
-    """--size: of the JPEGs, 1 to 100."""
+    """Quality of the JPEGs that --size writes, 1 to 100."""
     field: tuple[str, ...] = ("txt",)
-    """What becomes KEY.txt, as in check; of several the first that a sample has."""
+    """Caption to write as KEY.txt, as in check; of several the first that a sample has."""
     threads: int | None = None
-    """Pictures worked on at a time. Default: the processors, 32 at most."""
+    """Images processed at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
 
     def __post_init__(self) -> None:
-        _check_threads(self.threads)
+        check_threads(self.threads)
 
     def __call__(self) -> None:
         from ..data.open import open_data
         from ..data.pack import pack
 
-        told = pack(
+        figures = pack(
             open_data(self.source, self.pictures),
             self.out,
             self.field,
@@ -202,13 +227,13 @@ class DataPack:
             self.threads,
         )
         print(
-            f"{_many(told['samples'], 'sample')} in {_many(told['shards'], 'shard')}, {told['resized']} resized, in "
-            f"{self.out}"
+            f"{counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, {figures['resized']} "
+            f"resized, in {self.out}"
         )
-        if told["bad"]:
-            print(f"{told['bad']} left out ({_counts(told['causes'])}); {self.out / 'bad.jsonl'} lists them")
+        if figures["bad"]:
+            print(f"{figures['bad']} left out ({listed(figures['causes'])}); {self.out / 'bad.jsonl'} lists them")
         if self.json:
-            write_json(self.json, told)
+            write_json(self.json, figures)
 
 
 @dataclass(frozen=True)
@@ -217,22 +242,8 @@ class DataTools:
 
     command: tyro.conf.OmitSubcommandPrefixes[
         tyro.conf.OmitArgPrefixes[
-            Annotated[
-                Data,
-                tyro.conf.subcommand(
-                    "openmoji",
-                    default=Data("openmoji", tyro.MISSING),
-                    description="About 3 900 named drawings, as tars in OUT/train and OUT/heldout.",
-                ),
-            ]
-            | Annotated[
-                Data,
-                tyro.conf.subcommand(
-                    "scenes",
-                    default=Data("scenes", tyro.MISSING),
-                    description="Generated pictures with captions and foils, as tars in OUT/train and OUT/heldout.",
-                ),
-            ]
+            Annotated[DataOpenMoji, tyro.conf.subcommand("openmoji")]
+            | Annotated[DataScenes, tyro.conf.subcommand("scenes")]
             | Annotated[DataIndex, tyro.conf.subcommand("index")]
             | Annotated[DataStats, tyro.conf.subcommand("stats")]
             | Annotated[DataCheck, tyro.conf.subcommand("check")]

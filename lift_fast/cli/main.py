@@ -1,6 +1,9 @@
-"""The command line: lift-fast data | embed | cache | train | eval | compare | report | demo.
+"""The entry point: parses the command line and runs the command that it names.
 
-A command that cannot go on prints one message and leaves with exit status 2.
+Exit statuses: 0 for success; 1 where `lift-fast data check` found bad samples; 2 for wrong arguments or bad input,
+with one message on stderr.
+
+Commands import torch, and the rooms that need it, when they run, so that `lift-fast --help` answers at once.
 """
 
 import sys
@@ -16,8 +19,6 @@ from .embed import Embed
 from .evaluate import Compare, Eval, Report
 from .train import Train
 
-# Imports of torch and the rooms that need it stand inside the commands: `lift-fast --help` answers at once.
-
 Command = (
     Annotated[DataTools, tyro.conf.subcommand("data")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
@@ -31,7 +32,10 @@ Command = (
 
 
 def parse(args: list[str] | None = None) -> Command:
-    """Arguments, the process's own without any, -> the command they name. Raises ConfigError, SystemExit."""
+    """Returns the command that the arguments describe. args: sys.argv[1:] where None.
+
+    Raises ConfigError for a setting out of range, SystemExit for arguments that do not parse.
+    """
     return tyro.cli(
         Command,
         prog="lift-fast",
@@ -42,16 +46,13 @@ def parse(args: list[str] | None = None) -> Command:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of `lift-fast`."""
+    """Runs `lift-fast`. args: sys.argv[1:] where None. Raises SystemExit unless the command succeeds."""
     try:
         parse(args)()
+        return
     except LiftFastError as error:
-        sys.exit(_told(str(error)))
+        message = str(error)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_told(f"{error.strerror or error}{where}"))
-
-
-def _told(message: str) -> int:
+        message = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
     print(f"lift-fast: error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)

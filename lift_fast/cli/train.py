@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import tyro
 
 from ..train.config import TrainConfig
+from .common import listed
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train LIFT against cached text, or CLIP with a text tower, on the same pictures in the same order."""
+    """Train LIFT against cached text, or CLIP with a text tower, on the same images in the same order."""
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 
@@ -23,8 +24,7 @@ class Train:
         )
         if run["skipped_pictures"]:
             first = run["skipped"][0]
-            causes = ", ".join(f"{n} {cause}" for cause, n in run["skipped_causes"].items())
             print(
-                f"skipped {run['skipped_pictures']} pictures ({causes}), see {self.config.out / 'skipped.jsonl'}; "
-                f"first: {first['sample']} ({first['reason']})"
+                f"skipped {run['skipped_pictures']} images ({listed(run['skipped_causes'])}), listed in "
+                f"{self.config.out / 'skipped.jsonl'}; first: {first['sample']} ({first['reason']})"
             )

@@ -19,7 +19,7 @@ from support import complete  # noqa: F401
 from support.tiny_sets import make_set, png
 
 from lift_fast.cache import Cache
-from lift_fast.cli.embed import _duration
+from lift_fast.cli.embed import duration
 from lift_fast.cli.main import main, parse
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.sugarcrepe import TASKS
@@ -210,7 +210,7 @@ def test_embed_of_what_it_cannot_read(tmp_path, capfd):
 
 
 def test_durations_are_told_in_two_units():
-    told = [_duration(seconds) for seconds in (0.2, 59.9, 60, 3700, 93784)]
+    told = [duration(seconds) for seconds in (0.2, 59.9, 60, 3700, 93784)]
     assert told == ["0 s", "59 s", "1 min 0 s", "1 h 1 min", "1 d 2 h"]
 
 
@@ -264,9 +264,9 @@ def test_a_picture_that_does_not_decode(tmp_path, capfd):
     run(f"embed --data {data} --out {cache}")
     run(f"train --model lift --data {data} --cache {cache} --out {tmp_path}/run --steps 3 --batch-size 8")
     out = capfd.readouterr().out
-    assert "skipped 1 pictures" in out and "s0-007" in out
+    assert "skipped 1 images" in out and "s0-007" in out
     run(f"eval --run {tmp_path}/run --data held {data}")
-    assert "1 pictures do not decode" in capfd.readouterr().out
+    assert "1 images do not decode" in capfd.readouterr().out
 
 
 def test_a_cache_that_does_not_fit(tmp_path, capfd, scenes):

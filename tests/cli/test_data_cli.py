@@ -14,6 +14,7 @@ import pytest
 from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
+from lift_fast.cli.data import DataOpenMoji
 from lift_fast.cli.main import main, parse
 from lift_fast.data.index import INDEX
 from lift_fast.data.shards import Shards
@@ -48,7 +49,7 @@ def test_the_built_in_sets_keep_their_arguments(tmp_path, capfd):
     run(f"scenes --out {tmp_path}/s --train 3 --heldout 2 --px 16 --seed 1")
     assert len(Shards(tmp_path / "s/train")) == 3 and len(Shards(tmp_path / "s/heldout")) == 2
     command = parse(shlex.split(f"data openmoji --out {tmp_path}/o --heldout 7 --px 9 --train 5")).command
-    assert (command.kind, command.heldout, command.px, command.train) == ("openmoji", 7, 9, 5)
+    assert isinstance(command, DataOpenMoji) and (command.heldout, command.px, command.train) == (7, 9, 5)
     assert "exists already" in told(capfd, f"scenes --out {tmp_path}/s")
     assert "px must be at least 8" in told(capfd, f"openmoji --out {tmp_path}/o --px 7")
     assert status("openmoji") == status("neither") == status("") == 2
@@ -85,7 +86,7 @@ def test_stats_of_nothing_that_can_be_read(tmp_path, capfd):
     make_set(tmp_path / "d", 2, broken={0, 1})
     run(f"stats {tmp_path}/d")
     out = capfd.readouterr().out
-    assert "not one picture can be read" in out and "2 not a picture" in out and "width" not in out
+    assert "no image can be read" in out and "2 not a picture" in out and "width" not in out
 
 
 def test_check_tells_by_its_status(tmp_path, capfd):
