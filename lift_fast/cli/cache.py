@@ -61,11 +61,10 @@ class CacheVerify:
 
     def __call__(self) -> None:
         from ..cache import Cache
-        from ..cache.tools import verify
         from ..data.sources import open_source
 
         cache = Cache(self.cache)
-        verify(cache, self.threads)
+        cache.verify(self.threads, progress=True)
         if self.data:
             cache.check_keys(SourceKeys(open_source(self.data, cache.manifest.field)))
         matched = f"; every row belongs to its sample of {self.data}" if self.data else ""

@@ -69,10 +69,10 @@ class Embed:
     def __call__(self) -> None:
         from ..cache import Cache
         from ..data.sources import open_source
+        from ..devices import pick_device
         from ..text.embed import Rank, embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
-        from ..train.loop import pick_device
 
         rank = Rank.from_environment()
         source = open_source(self.data, self.field, self.key, self.shard_rows)
