@@ -287,7 +287,8 @@ def _ours(where: str, names: Sequence[str], build: Callable[[str | None], nn.Mod
 
 def _layernorm(suite: Suite, where: str) -> None:
     width = max(WIDTHS)
-    modules = _ours(where, blocks.backends_here(where), partial(_LayerNormPart, width))
+    names = [name for name in blocks.backends_here(where) if name != blocks.FUSED_GEMM]  # there, the same as "triton"
+    modules = _ours(where, names, partial(_LayerNormPart, width))
     modules[TORCH] = partial(_TorchLayerNormPart, width)
     if where == "cuda":
         try:
@@ -311,8 +312,7 @@ def _linear(suite: Suite, where: str) -> None:
 
 def _mlps(suite: Suite, where: str) -> None:
     width = max(WIDTHS)
-    names = [*blocks.backends_here(where), *([blocks.FUSED_GEMM] if "triton" in blocks.backends_here(where) else [])]
-    modules = _ours(where, names, partial(_mlp, width))
+    modules = _ours(where, blocks.backends_here(where), partial(_mlp, width))
     modules[TORCH] = partial(_torch_mlp, width)
     _part(suite, where, "mlp", modules, False, lambda x: {"tflop_per_s": 6 * 2 * x.numel() * 4 * width / 1e12})
 

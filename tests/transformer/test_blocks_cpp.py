@@ -8,9 +8,16 @@ import pytest
 import torch
 
 from lift_fast import _C
-from lift_fast.ops.transformer import cpp as cpp_blocks
-from lift_fast.ops.transformer import eager as torch_blocks
-from lift_fast.ops.transformer.contract import ACTIVATIONS, backends_here, choose
+from lift_fast.ops.transformer import cpp, eager
+from lift_fast.ops.transformer.contract import (
+    ACTIVATIONS,
+    BiasAct,
+    BiasActGrad,
+    LayerNorm,
+    LayerNormGrad,
+    backends_here,
+    choose,
+)
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = [F32, BF16, F16]
@@ -27,9 +34,7 @@ def isa(request, monkeypatch):
     """All calls of the backend on this instruction set, with more threads than there may be work for."""
     for name in CALLS:
         call = getattr(_C, name)
-        monkeypatch.setattr(
-            cpp_blocks._C, name, lambda call=call, **k: call(**{**k, "isa": request.param, "threads": 5})
-        )
+        monkeypatch.setattr(cpp._C, name, lambda call=call, **k: call(**{**k, "isa": request.param, "threads": 5}))
     return request.param
 
 
@@ -71,7 +76,7 @@ def tokens(rows, width, dtype, spread=1.0, mean=0.0):
 def exact_layernorm(stream, weight, bias, eps):
     """y, mean, rstd in float64."""
     y, (mean, rstd) = torch.empty_like(stream, dtype=F64), torch.empty(2, len(stream), dtype=F64)
-    torch_blocks.layernorm(stream.double(), None, weight.double(), bias.double(), eps, y, None, mean, rstd)
+    eager.layernorm(LayerNorm(stream.double(), None, weight.double(), bias.double(), eps, y, None, mean, rstd))
     return y, mean, rstd
 
 
@@ -79,7 +84,7 @@ def layernorm(room, x, residual, weight, bias, eps=1e-6):
     rows, width = x.shape
     y, stream = room(rows, width, dtype=x.dtype), room(rows, width, dtype=x.dtype)
     mean, rstd = room(rows), room(rows)
-    cpp_blocks.layernorm(x, residual, weight, bias, eps, y, None if residual is None else stream, mean, rstd)
+    cpp.layernorm(LayerNorm(x, residual, weight, bias, eps, y, None if residual is None else stream, mean, rstd))
     assert room.untouched()
     return y, stream, mean, rstd
 
@@ -140,7 +145,7 @@ def exact_backward(case, d_stream):
     dy = case[0].double()
     dx, y = torch.empty_like(dy), torch.empty_like(dy)
     d_stream = None if d_stream is None else d_stream.double()
-    sums = torch_blocks.layernorm_backward(*(t.double() for t in case), d_stream, dx, y)
+    sums = eager.layernorm_backward(LayerNormGrad(*(t.double() for t in case), d_stream, dx, y))
     return dx, y, *sums
 
 
@@ -152,7 +157,7 @@ def test_layernorm_backward(isa, room, shape, dtype, with_d_stream, again):
     case = backward_case(*shape, dtype)
     d_stream = tokens(*shape, dtype) if with_d_stream else None
     dx, y = room(*shape, dtype=dtype), room(*shape, dtype=dtype)
-    got = cpp_blocks.layernorm_backward(*case, d_stream, dx, y if again else None)
+    got = cpp.layernorm_backward(LayerNormGrad(*case, d_stream, dx, y if again else None))
     assert room.untouched()
     wanted = exact_backward(case, d_stream)
     assert y.isnan().all() or again
@@ -164,7 +169,7 @@ def test_layernorm_backward(isa, room, shape, dtype, with_d_stream, again):
 def test_layernorm_backward_of_extreme_rows(isa, spread, mean):
     case = backward_case(50, 771, F32, spread, mean)
     dx, y = torch.full((2, 50, 771), torch.nan)
-    got = cpp_blocks.layernorm_backward(*case, None, dx, y)
+    got = cpp.layernorm_backward(LayerNormGrad(*case, None, dx, y))
     for out, exact in zip((dx, y, *got), exact_backward(case, None), strict=True):
         assert_near(out, exact, 2e-6)
 
@@ -174,9 +179,9 @@ def test_layernorm_backward_of_extreme_rows(isa, spread, mean):
 def test_dx_may_be_dy_or_d_stream(isa, alias, dtype):
     case, d_stream = backward_case(45, 83, dtype), tokens(45, 83, dtype)
     apart = torch.full_like(d_stream, torch.nan)
-    wanted = cpp_blocks.layernorm_backward(*case, d_stream, apart, None)
+    wanted = cpp.layernorm_backward(LayerNormGrad(*case, d_stream, apart, None))
     dx = case[0] if alias == "dy" else d_stream
-    got = cpp_blocks.layernorm_backward(*case, d_stream, dx, None)
+    got = cpp.layernorm_backward(LayerNormGrad(*case, d_stream, dx, None))
     for out, exact in zip((dx, *got), (apart, *wanted), strict=True):
         assert torch.equal(out, exact)
 
@@ -184,7 +189,7 @@ def test_dx_may_be_dy_or_d_stream(isa, alias, dtype):
 def exact_bias_act(da, h, bias, activation):
     """a, dh, d_bias in float64."""
     a, dh = torch.empty_like(h, dtype=F64), torch.empty_like(h, dtype=F64)
-    d_bias = torch_blocks.bias_act_backward(da.double(), h.double(), bias.double(), activation, dh, a)
+    d_bias = eager.bias_act_backward(BiasActGrad(da.double(), h.double(), bias.double(), activation, dh, a))
     return a, dh, d_bias
 
 
@@ -194,9 +199,9 @@ def exact_bias_act(da, h, bias, activation):
 def test_bias_act(isa, room, shape, dtype, activation):
     h, da, bias = tokens(*shape, dtype, 2), tokens(*shape, dtype), torch.randn(shape[1])
     a, again, dh, alone = (room(*shape, dtype=dtype) for _ in range(4))
-    cpp_blocks.bias_act(h, bias, activation, a)
-    d_bias = cpp_blocks.bias_act_backward(da, h, bias, activation, dh, again)
-    only = cpp_blocks.bias_act_backward(da, h, bias, activation, alone, None)
+    cpp.bias_act(BiasAct(h, bias, activation, a))
+    d_bias = cpp.bias_act_backward(BiasActGrad(da, h, bias, activation, dh, again))
+    only = cpp.bias_act_backward(BiasActGrad(da, h, bias, activation, alone, None))
     assert room.untouched()
     assert torch.equal(a, again) and torch.equal(dh, alone) and torch.equal(d_bias, only)
     for out, exact in zip((a, dh, d_bias), exact_bias_act(da, h, bias, activation), strict=True):
@@ -208,11 +213,11 @@ def test_bias_act(isa, room, shape, dtype, activation):
 def test_outputs_may_be_inputs(isa, activation, dtype):
     h, da, bias = tokens(45, 83, dtype), tokens(45, 83, dtype), torch.randn(83)
     a, dh = torch.full((2, 45, 83), torch.nan, dtype=dtype)
-    d_bias = cpp_blocks.bias_act_backward(da, h, bias, activation, dh, a)
+    d_bias = cpp.bias_act_backward(BiasActGrad(da, h, bias, activation, dh, a))
     inplace, other = h.clone(), da.clone()
-    cpp_blocks.bias_act(inplace, bias, activation, inplace)
+    cpp.bias_act(BiasAct(inplace, bias, activation, inplace))
     assert torch.equal(inplace, a)
-    got = cpp_blocks.bias_act_backward(other, h, bias, activation, other, h)
+    got = cpp.bias_act_backward(BiasActGrad(other, h, bias, activation, other, h))
     assert torch.equal(other, dh) and torch.equal(h, a) and torch.equal(got, d_bias)
 
 
@@ -223,11 +228,11 @@ def test_activations_everywhere(isa, activation):
     z = torch.cat([torch.linspace(-110, 110, 20001, dtype=F64), torch.linspace(-7, 7, 50001, dtype=F64), sizes, -sizes])
     z = z.clamp(-3.4e38, 3.4e38).float()[None]
     a, dh = torch.full((2, *z.shape), torch.nan)
-    cpp_blocks.bias_act_backward(torch.ones_like(z), z, torch.zeros(z.shape[1]), activation, dh, a)
+    cpp.bias_act_backward(BiasActGrad(torch.ones_like(z), z, torch.zeros(z.shape[1]), activation, dh, a))
     wide = z.double()
     # The plain slope of the tanh form is inf - inf far out, in float64 too.
-    slope = torch.where(wide.abs() > 1e3, (wide > 0).double(), torch_blocks.slope(wide, activation))
-    exact = torch_blocks.activate(wide, activation)
+    slope = torch.where(wide.abs() > 1e3, (wide > 0).double(), eager.slope(wide, activation))
+    exact = eager.activate(wide, activation)
     assert ((a - exact).abs() <= 1.2e-7 * exact.abs().clamp_min(2.5)).all()
     assert ((dh - slope).abs() <= 3e-7).all()
     small = (wide.abs() < 1) & (wide.abs() > 1e-36)
@@ -241,7 +246,7 @@ def test_the_ends_of_activations(isa, activation, dtype):
     ends = torch.tensor([torch.inf, -torch.inf, 100.0, -100.0, 0.0, torch.nan, 1.0], dtype=dtype)
     h = ends.repeat(3)[None].contiguous()
     a, dh = torch.full((2, *h.shape), torch.nan, dtype=dtype)
-    cpp_blocks.bias_act_backward(torch.ones_like(h), h, torch.zeros(21), activation, dh, a)
+    cpp.bias_act_backward(BiasActGrad(torch.ones_like(h), h, torch.zeros(21), activation, dh, a))
     wanted = torch.tensor([torch.inf, 0, 100, 0, 0, torch.nan], dtype=dtype).repeat(3)
     slopes = torch.tensor([1, 0, 1, 0, 0.5, torch.nan], dtype=dtype).repeat(3)
     kept = torch.arange(21) % 7 != 6
@@ -254,7 +259,7 @@ def test_a_nan_of_any_kind_stays_one(isa):
     """Rounding to bfloat16 must not carry a NaN's bits into the sign."""
     bias = torch.full((33,), -1, dtype=torch.int32).view(F32)
     a = torch.zeros(2, 33, dtype=BF16)
-    cpp_blocks.bias_act(tokens(2, 33, BF16), bias, "gelu", a)
+    cpp.bias_act(BiasAct(tokens(2, 33, BF16), bias, "gelu", a))
     assert a.isnan().all()
 
 
@@ -264,9 +269,9 @@ def everything(rows, width, dtype):
     x, residual, (weight, bias) = tokens(rows, width, dtype), tokens(rows, width, dtype), parameters(width)
     y, stream, dx, a, dh = torch.empty(5, rows, width, dtype=dtype)
     mean, rstd = torch.empty(2, rows)
-    cpp_blocks.layernorm(x, residual, weight, bias, 1e-6, y, stream, mean, rstd)
-    sums = cpp_blocks.layernorm_backward(x, stream, mean, rstd, weight, bias, residual, dx, None)
-    d_bias = cpp_blocks.bias_act_backward(residual, x, bias, "gelu", dh, a)
+    cpp.layernorm(LayerNorm(x, residual, weight, bias, 1e-6, y, stream, mean, rstd))
+    sums = cpp.layernorm_backward(LayerNormGrad(x, stream, mean, rstd, weight, bias, residual, dx, None))
+    d_bias = cpp.bias_act_backward(BiasActGrad(residual, x, bias, "gelu", dh, a))
     return [t.float().numpy().tobytes() for t in (y, stream, mean, rstd, dx, *sums, a, dh, d_bias)]
 
 
@@ -288,25 +293,26 @@ def test_sums_over_many_rows(isa):
     rows = 200_000
     dy, stream = torch.rand(rows, 5), torch.randn(rows, 5)
     mean, rstd, weight, bias = torch.zeros(rows), torch.ones(rows), torch.ones(5), torch.zeros(5)
-    _, d_bias = cpp_blocks.layernorm_backward(dy, stream, mean, rstd, weight, bias, None, torch.empty_like(dy), None)
+    dx = torch.empty_like(dy)
+    _, d_bias = cpp.layernorm_backward(LayerNormGrad(dy, stream, mean, rstd, weight, bias, None, dx, None))
     assert_near(d_bias, dy.double().sum(0), 1e-6)
-    d_bias = cpp_blocks.bias_act_backward(dy, stream, bias, "gelu", torch.empty_like(dy), None)
+    d_bias = cpp.bias_act_backward(BiasActGrad(dy, stream, bias, "gelu", torch.empty_like(dy), None))
     assert_near(d_bias, exact_bias_act(dy, stream, bias, "gelu")[2], 1e-6)
 
 
 @pytest.mark.parametrize("rows, width", [(0, 8), (0, 0)])
 def test_no_rows(isa, rows, width):
     x, of_width, of_rows = torch.empty(rows, width), torch.ones(width), torch.empty(rows)
-    cpp_blocks.layernorm(x, None, of_width, of_width, 1e-6, x, None, of_rows, of_rows)
-    sums = cpp_blocks.layernorm_backward(x, x, of_rows, of_rows, of_width, of_width, None, x, None)
-    cpp_blocks.bias_act(x, of_width, "gelu", x)
-    for out in (*sums, cpp_blocks.bias_act_backward(x, x, of_width, "gelu", x, None)):
+    cpp.layernorm(LayerNorm(x, None, of_width, of_width, 1e-6, x, None, of_rows, of_rows))
+    sums = cpp.layernorm_backward(LayerNormGrad(x, x, of_rows, of_rows, of_width, of_width, None, x, None))
+    cpp.bias_act(BiasAct(x, of_width, "gelu", x))
+    for out in (*sums, cpp.bias_act_backward(BiasActGrad(x, x, of_width, "gelu", x, None))):
         assert torch.equal(out, torch.zeros(width))
 
 
 def test_it_is_the_first_choice_on_the_cpu_but_for_float64():
-    assert backends_here("cpu")[0] == "cpp" and choose("cpu", BF16) is cpp_blocks
-    assert choose("cpu", F64) is torch_blocks
+    assert backends_here("cpu")[0] == "cpp" and choose("cpu", BF16) is cpp
+    assert choose("cpu", F64) is eager
 
 
 def test_what_it_does_not_have_is_an_error():
@@ -321,13 +327,14 @@ def test_what_it_does_not_have_is_an_error():
 
 FORK = """
 import os, signal, time, torch
-from lift_fast.ops.transformer import cpp as cpp_blocks
+from lift_fast.ops.transformer import cpp
+from lift_fast.ops.transformer.contract import LayerNorm
 torch.set_num_threads(2)
 torch.randn(300, 300) @ torch.randn(300, 300)  # torch's OpenMP team is there
 def run():
     x, w, b = torch.randn(4000, 768), torch.ones(768), torch.zeros(768)
     y, mean, rstd = torch.full_like(x, torch.nan), torch.empty(4000), torch.empty(4000)
-    cpp_blocks.layernorm(x, None, w, b, 1e-5, y, None, mean, rstd)
+    cpp.layernorm(LayerNorm(x, None, w, b, 1e-5, y, None, mean, rstd))
     deviation = x - x.mean(dim=1, keepdim=True) if PARENT else x - mean[:, None]
     return bool((y - deviation * rstd[:, None]).abs().max() < 1e-4)
 PARENT = True

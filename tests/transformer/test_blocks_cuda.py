@@ -13,9 +13,8 @@ import torch
 from support.cuda_emulator import emulate
 
 from lift_fast import _C
-from lift_fast.ops.transformer import cuda as cuda_blocks
-from lift_fast.ops.transformer import eager as torch_blocks
-from lift_fast.ops.transformer.contract import ACTIVATIONS
+from lift_fast.ops.transformer import cuda, eager
+from lift_fast.ops.transformer.contract import ACTIVATIONS, BiasAct, BiasActGrad, LayerNorm, LayerNormGrad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative norms of errors: of tokens, which are rounded once, and of float32 vectors.
@@ -40,13 +39,13 @@ def on(request, monkeypatch):
 
     def prepare(device: str) -> str:
         if device == "cpu":
-            monkeypatch.setattr(cuda_blocks, "_C", request.getfixturevalue("emulated"))
-            monkeypatch.setattr(cuda_blocks, "launch_on", lambda tensor: {"device": 0, "stream": 0})
-            monkeypatch.setattr(cuda_blocks, "_multiprocessors", lambda tensor: 1)  # many rows a block
-        elif cuda_blocks.why_not():
-            pytest.skip(cuda_blocks.why_not())
-        get = cuda_blocks._floats
-        monkeypatch.setattr(cuda_blocks, "_floats", lambda *args: get(*args).fill_(float("nan")))
+            monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated"))
+            monkeypatch.setattr(cuda, "launch_on", lambda tensor: {"device": 0, "stream": 0})
+            monkeypatch.setattr(cuda, "_multiprocessors", lambda tensor: 1)  # many rows a block
+        elif cuda.why_not():
+            pytest.skip(cuda.why_not())
+        get = cuda._floats
+        monkeypatch.setattr(cuda, "_floats", lambda *args: get(*args).fill_(float("nan")))
         return device
 
     return prepare
@@ -100,7 +99,7 @@ def layernorm(x, residual, weight, bias, eps=1e-5):
     s = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     y = torch.empty(s.shape, dtype=torch.float64)
     mean, rstd = torch.empty(2, len(s), dtype=torch.float64)
-    torch_blocks.layernorm(s.double(), None, weight.double(), bias.double(), eps, y, None, mean, rstd)
+    eager.layernorm(LayerNorm(s.double(), None, weight.double(), bias.double(), eps, y, None, mean, rstd))
     return y, s, mean, rstd
 
 
@@ -108,7 +107,7 @@ def layernorm_backward(dy, s, mean, rstd, weight, bias, d_s):
     """dx, y, d_weight and d_bias in float64."""
     dx, y = torch.empty(2, *s.shape, dtype=torch.float64)
     given = double(dy, s, mean, rstd, weight, bias, d_s)
-    d_weight, d_bias = torch_blocks.layernorm_backward(*given, dx, y)
+    d_weight, d_bias = eager.layernorm_backward(LayerNormGrad(*given, dx, y))
     return dx, y, d_weight, d_bias
 
 
@@ -126,7 +125,7 @@ def test_layernorm(device, dtype, shape, on):
         y, stream = (memory.room(rows, width, dtype=dtype) for _ in range(2))
         found_mean, found_rstd = memory.room(rows), memory.room(rows)
         given = [None if tensor is None else memory.put(tensor) for tensor in (x, residual, weight, bias)]
-        cuda_blocks.layernorm(*given, 1e-5, y, stream if with_residual else None, found_mean, found_rstd)
+        cuda.layernorm(LayerNorm(*given, 1e-5, y, stream if with_residual else None, found_mean, found_rstd))
         close(y, expected, STEP[dtype])
         close(found_mean, mean, VECTOR, 1e-7 * float((1 / rstd).norm())), close(found_rstd, rstd, VECTOR)
         assert torch.equal(stream.cpu(), s) if with_residual else stream.isnan().all()
@@ -160,11 +159,11 @@ def test_layernorm_backward(device, dtype, shape, on):
         there = [None if tensor is None else memory.put(tensor) for tensor in given]
         y, own = (memory.room(rows, width, dtype=dtype) for _ in range(2))
         if alias is None:
-            once = cuda_blocks.layernorm_backward(*there, own, None)
+            once = cuda.layernorm_backward(LayerNormGrad(*there, own, None))
             before = own.clone()
             own.fill_(float("nan"))
         dx = {"dy": there[0], "d_s": there[6]}.get(alias, own)
-        found = cuda_blocks.layernorm_backward(*there, dx, y if with_y else None)
+        found = cuda.layernorm_backward(LayerNormGrad(*there, dx, y if with_y else None))
         close(dx, expected, STEP[dtype], floor)
         for vector_, expected_vector in zip(found, sums, strict=True):
             assert vector_.shape == (width,) and vector_.dtype == torch.float32
@@ -193,11 +192,11 @@ def test_layernorm_at_the_extremes(device, dtype, width, on):
         expected, s, mean, rstd = layernorm(x, None, weight, bias)
         y = torch.full_like(x, float("nan")).to(device)
         found = torch.full((2, 7), float("nan"), device=device)
-        cuda_blocks.layernorm(x.to(device), None, weight.to(device), bias.to(device), 1e-5, y, None, *found)
+        cuda.layernorm(LayerNorm(x.to(device), None, weight.to(device), bias.to(device), 1e-5, y, None, *found))
         close(y, expected, STEP[dtype]), close(found[1], rstd, VECTOR)
         close(found[0], mean, VECTOR, 1e-7 * float((1 / rstd).norm()))
     x[2, width // 2], x[4, 0] = float("nan"), float("inf")
-    cuda_blocks.layernorm(x.to(device), None, weight.to(device), bias.to(device), 1e-5, y, None, *found)
+    cuda.layernorm(LayerNorm(x.to(device), None, weight.to(device), bias.to(device), 1e-5, y, None, *found))
     assert y[2].isnan().all() and y[4].isnan().all() and found[:, [2]].isnan().all()
     others = [0, 1, 3, 5, 6]
     close(y[others], expected[others], STEP[dtype])
@@ -205,7 +204,7 @@ def test_layernorm_at_the_extremes(device, dtype, width, on):
 
 def run_bias_act(h, bias, activation):
     a = torch.empty(h.shape, dtype=torch.float64)
-    torch_blocks.bias_act(h.double(), bias.double(), activation, a)
+    eager.bias_act(BiasAct(h.double(), bias.double(), activation, a))
     return a
 
 
@@ -222,7 +221,7 @@ def test_bias_act(device, dtype, shape, on):
             expected = run_bias_act(h, bias, activation)
             there, bias = memory.put(h), memory.put(bias)
             for a in (memory.room(rows, width, dtype=dtype), there):  # a may be h
-                cuda_blocks.bias_act(there, bias, activation, a)
+                cuda.bias_act(BiasAct(there, bias, activation, a))
                 close(a, expected, STEP[dtype])
             memory.untouched()
 
@@ -239,10 +238,10 @@ def test_bias_act_backward(device, dtype, shape, on):
             memory = Memory(device, shift)
             da, h, bias = tokens(rows, width, dtype), tokens(rows, width, dtype, 2.0), vector(width)
             expected = torch.empty(rows, width, dtype=torch.float64)
-            sums = torch_blocks.bias_act_backward(*double(da, h, bias), activation, expected, None)
+            sums = eager.bias_act_backward(BiasActGrad(*double(da, h, bias), activation, expected, None))
             there = [memory.put(tensor) for tensor in (da, h, bias)]
             dh, a = there[:2] if aliases else [memory.room(rows, width, dtype=dtype) for _ in range(2)]
-            found = cuda_blocks.bias_act_backward(*there, activation, dh, a if with_a else None)
+            found = cuda.bias_act_backward(BiasActGrad(*there, activation, dh, a if with_a else None))
             close(dh, expected, STEP[dtype])
             assert found.shape == (width,) and found.dtype == torch.float32
             close(found, sums, VECTOR, 1e-7 * rows)
@@ -250,7 +249,7 @@ def test_bias_act_backward(device, dtype, shape, on):
                 close(a, run_bias_act(h, bias, activation), STEP[dtype])
             if not aliases:  # the same bits at every run
                 again = torch.empty_like(dh)
-                assert torch.equal(found, cuda_blocks.bias_act_backward(*there, activation, again, None))
+                assert torch.equal(found, cuda.bias_act_backward(BiasActGrad(*there, activation, again, None)))
                 assert torch.equal(again, dh) and torch.equal(there[0].cpu(), da)
             memory.untouched()
 
@@ -258,9 +257,9 @@ def test_bias_act_backward(device, dtype, shape, on):
 def exact(z, activation):
     """act(z) where 1 + erf and 1 + tanh would cancel."""
     if activation == "gelu":
-        return 0.5 * z * torch.special.erfc(-z * torch_blocks.INV_SQRT_2)
-    inner = torch_blocks.SQRT_2_OVER_PI * (z + torch_blocks.CUBE * z**3)
-    return z * torch.sigmoid(2 * inner if activation == "gelu_tanh" else torch_blocks.QUICK * z)
+        return 0.5 * z * torch.special.erfc(-z * eager.INV_SQRT_2)
+    inner = eager.SQRT_2_OVER_PI * (z + eager.CUBE * z**3)
+    return z * torch.sigmoid(2 * inner if activation == "gelu_tanh" else eager.QUICK * z)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -272,18 +271,18 @@ def test_activations_far_from_zero(device, activation, on):
     h, ones = z[None].to(device), torch.ones(1, len(z), device=device)
     zeros = torch.zeros(len(z), device=device)
     a, dh = torch.full_like(h, float("nan")), torch.full_like(h, float("nan"))
-    cuda_blocks.bias_act(h, zeros, activation, a)
+    cuda.bias_act(BiasAct(h, zeros, activation, a))
     expected = exact(z.double(), activation)
     assert ((a[0].cpu() - expected).abs() <= 2e-5 * expected.abs() + 1e-36).all()
     near = z.abs() < 4
     assert ((a[0].cpu() - expected).abs() <= 5e-7 * z.abs())[near].all()
-    cuda_blocks.bias_act_backward(ones, h, zeros, activation, dh, None)
+    cuda.bias_act_backward(BiasActGrad(ones, h, zeros, activation, dh, None))
     expected = torch.empty(1, len(z), dtype=torch.float64)
-    torch_blocks.bias_act_backward(*double(ones, h, zeros), activation, expected, None)
+    eager.bias_act_backward(BiasActGrad(*double(ones, h, zeros), activation, expected, None))
     assert ((dh.cpu() - expected).abs() <= 2e-6).all()
     for dtype in DTYPES:
         special = torch.tensor([[float("inf"), float("nan"), 3.0, float("nan")]], dtype=dtype, device=device)
-        cuda_blocks.bias_act(special, torch.zeros(4, device=device), activation, special)
+        cuda.bias_act(BiasAct(special, torch.zeros(4, device=device), activation, special))
         assert special[0, 0] == float("inf") and special[0, 1::2].isnan().all() and special[0, 2] > 2.9
 
 
@@ -293,10 +292,10 @@ def test_no_rows(device, on):
     for width in (16, 5):
         empty, weight = torch.empty(0, width, device=device), torch.ones(width, device=device)
         none = torch.empty(0, device=device)
-        cuda_blocks.layernorm(empty, None, weight, weight, 1e-5, empty, None, none, none)
-        cuda_blocks.bias_act(empty, weight, "gelu", empty)
-        found = cuda_blocks.layernorm_backward(empty, empty, none, none, weight, weight, None, empty, None)
-        for sums in (*found, cuda_blocks.bias_act_backward(empty, empty, weight, "gelu", empty, None)):
+        cuda.layernorm(LayerNorm(empty, None, weight, weight, 1e-5, empty, None, none, none))
+        cuda.bias_act(BiasAct(empty, weight, "gelu", empty))
+        found = cuda.layernorm_backward(LayerNormGrad(empty, empty, none, none, weight, weight, None, empty, None))
+        for sums in (*found, cuda.bias_act_backward(BiasActGrad(empty, empty, weight, "gelu", empty, None))):
             assert (sums == 0).all() and sums.shape == (width,)
 
 
@@ -307,9 +306,9 @@ def test_aligned_rows_are_moved_16_bytes_at_a_time(dtype, on, emulated):
         memory = Memory(device, shift)
         x, y = memory.put(tokens(4, 768, dtype)), memory.room(4, 768, dtype=dtype)
         weight, mean, rstd = memory.put(vector(768)), memory.room(4), memory.room(4)
-        cuda_blocks.layernorm(x, None, weight, weight, 1e-5, y, None, mean, rstd)
+        cuda.layernorm(LayerNorm(x, None, weight, weight, 1e-5, y, None, mean, rstd))
         assert emulated.last_threads() == (256 if shift else 32)  # of a row
-        cuda_blocks.bias_act(x, weight, "gelu", y)
+        cuda.bias_act(BiasAct(x, weight, "gelu", y))
         assert emulated.last_block() + 1 == 768 // (32 if shift else 32 * 16 // dtype.itemsize)
 
 
@@ -377,10 +376,10 @@ def test_captured_in_a_cuda_graph(dtype, on):
     mean, rstd = torch.empty(2, rows, device=device)
 
     def step():
-        cuda_blocks.layernorm(x, residual, weight, bias, 1e-5, y, stream, mean, rstd)
-        cuda_blocks.bias_act(y, bias, "gelu", a)
-        d_bias = cuda_blocks.bias_act_backward(dy, y, bias, "gelu", dh, None)
-        return [*cuda_blocks.layernorm_backward(dh, stream, mean, rstd, weight, bias, dy, dx, None), d_bias]
+        cuda.layernorm(LayerNorm(x, residual, weight, bias, 1e-5, y, stream, mean, rstd))
+        cuda.bias_act(BiasAct(y, bias, "gelu", a))
+        d_bias = cuda.bias_act_backward(BiasActGrad(dy, y, bias, "gelu", dh, None))
+        return [*cuda.layernorm_backward(LayerNormGrad(dh, stream, mean, rstd, weight, bias, dy, dx, None)), d_bias]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -416,20 +415,23 @@ def test_more_elements_than_31_bits_count(on):
     weight, bias, zeros = vector(width, 1.0), vector(width), torch.zeros(width, device=device)
     expected, _, mean, rstd = layernorm(last, None, weight, bias)
     y, statistics = torch.empty_like(x), torch.empty(2, rows, device=device)
-    cuda_blocks.layernorm(x, None, weight.to(device), bias.to(device), 1e-5, y, None, *statistics)
+    cuda.layernorm(LayerNorm(x, None, weight.to(device), bias.to(device), 1e-5, y, None, *statistics))
     close(y[-3:], expected, STEP[torch.bfloat16]), close(statistics[0, -3:], mean, VECTOR)
     # What is not 0 are the last rows' gradients.
     dy = y.zero_()
     dy[-3:] = 1
     expected, _, *sums = layernorm_backward(dy[-3:], last, mean, rstd, weight, bias, None)
-    found = cuda_blocks.layernorm_backward(dy, x, *statistics, weight.to(device), bias.to(device), None, dy, None)
+    weight, bias = weight.to(device), bias.to(device)
+    found = cuda.layernorm_backward(LayerNormGrad(dy, x, *statistics, weight, bias, None, dy, None))
     close(dy[-3:], expected, STEP[torch.bfloat16])
     for one, other in zip(found, sums, strict=True):
         close(one, other, VECTOR)
     assert not dy[:-3].any()
     dy[-3:] = 1
-    d_bias = cuda_blocks.bias_act_backward(dy, x, zeros, "gelu", dy, x)
+    d_bias = cuda.bias_act_backward(BiasActGrad(dy, x, zeros, "gelu", dy, x))
     expected = torch.empty(3, width, dtype=torch.float64)
-    d_expected = torch_blocks.bias_act_backward(*double(torch.ones(3, width), last, zeros), "gelu", expected, None)
+    d_expected = eager.bias_act_backward(
+        BiasActGrad(*double(torch.ones(3, width), last, zeros), "gelu", expected, None)
+    )
     close(dy[-3:], expected, STEP[torch.bfloat16]), close(d_bias, d_expected, VECTOR)
     close(x[-3:], run_bias_act(last, zeros.cpu(), "gelu"), STEP[torch.bfloat16])

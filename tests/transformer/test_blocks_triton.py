@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from lift_fast.ops import tuned
-from lift_fast.ops.transformer import eager as torch_blocks
-from lift_fast.ops.transformer import triton as triton_blocks
-from lift_fast.ops.transformer.contract import ACTIVATIONS
+from lift_fast.ops.transformer import eager, triton_gemm
+from lift_fast.ops.transformer import triton as backend
+from lift_fast.ops.transformer.contract import ACTIVATIONS, BiasAct, BiasActGrad, LayerNorm, LayerNormGrad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
@@ -66,7 +66,7 @@ def check_layernorm(rows, width, dtype, device="cpu", residual=True, alias=None,
     weight, bias = vector(width, device), vector(width, device)
     y, mean, rstd = outputs.like(x), outputs.like(weight.new_empty(rows)), outputs.like(weight.new_empty(rows))
     stream = outputs.like(x) if residual else None
-    triton_blocks.layernorm(x, r, weight, bias, eps, y, stream, mean, rstd)
+    backend.layernorm(LayerNorm(x, r, weight, bias, eps, y, stream, mean, rstd))
     if residual:
         assert torch.equal(stream, x + r)
     s = (stream if residual else x).double().requires_grad_()
@@ -81,8 +81,8 @@ def check_layernorm(rows, width, dtype, device="cpu", residual=True, alias=None,
     dy, d_stream = outputs.like(dy, dy), outputs.like(d_stream, d_stream) if residual else None
     dx = {"dy": dy, "d_stream": d_stream, None: outputs.like(x)}[alias]
     y_again = outputs.like(x) if again else None
-    d_weight, d_bias = triton_blocks.layernorm_backward(
-        dy, s.detach().to(dtype), mean, rstd, weight, bias, d_stream, dx, y_again
+    d_weight, d_bias = backend.layernorm_backward(
+        LayerNormGrad(dy, s.detach().to(dtype), mean, rstd, weight, bias, d_stream, dx, y_again)
     )
     near(dx, want_dx, dtype)
     assert d_weight.dtype == d_bias.dtype == torch.float32
@@ -97,17 +97,17 @@ def check_bias_act(rows, width, dtype, activation, device="cpu", alias=False, ag
     outputs = Outputs()
     h, da, bias = tokens(rows, width, dtype, device, scale), tokens(rows, width, dtype, device), vector(width, device)
     z = (h.double() + bias.double()).requires_grad_()
-    want = torch_blocks.activate(z, activation)
+    want = eager.activate(z, activation)
     want_dh = torch.autograd.grad(want, z, da.double())[0]
 
     into = outputs.like(h, h)
     a = into if alias else outputs.like(h)
-    triton_blocks.bias_act(into if alias else h, bias, activation, a)
+    backend.bias_act(BiasAct(into if alias else h, bias, activation, a))
     near(a, want, dtype, floor=FLOOR)
 
     h, da = outputs.like(h, h), outputs.like(da, da)
     dh, a_again = (da, h) if alias else (outputs.like(h), outputs.like(h) if again else None)
-    d_bias = triton_blocks.bias_act_backward(da, h, bias, activation, dh, a_again)
+    d_bias = backend.bias_act_backward(BiasActGrad(da, h, bias, activation, dh, a_again))
     near(dh, want_dh, dtype, floor=FLOOR)
     near(d_bias, want_dh.sum(0), torch.float32, floor=FLOOR)
     assert d_bias.dtype == torch.float32
@@ -121,23 +121,23 @@ def check_linear(rows, width_in, width_out, dtype, activation, device="cpu", bia
     x, dm = tokens(rows, width_in, dtype, device), tokens(rows, width_in, dtype, device)
     weight = tokens(width_out, width_in, dtype, device, scale * width_in**-0.5)
     bias = vector(width_out, device) if biased else None
-    h, a = triton_blocks.linear_act(x, weight, bias, activation)
+    h, a = triton_gemm.linear_act(x, weight, bias, activation)
     assert h.dtype == a.dtype == dtype
     near(h, x.double() @ weight.double().T, dtype)
     z = h.double() + (bias.double() if biased else 0)
-    near(a, torch_blocks.activate(z, activation), dtype, floor=FLOOR)
+    near(a, eager.activate(z, activation), dtype, floor=FLOOR)
 
     weight = tokens(width_in, width_out, dtype, device, scale)
-    dh, a_again, d_bias = triton_blocks.linear_act_backward(dm, weight, h, bias, activation)
+    dh, a_again, d_bias = triton_gemm.linear_act_backward(dm, weight, h, bias, activation)
     z.requires_grad_()
-    want = torch.autograd.grad(torch_blocks.activate(z, activation), z, dm.double() @ weight.double())[0]
+    want = torch.autograd.grad(eager.activate(z, activation), z, dm.double() @ weight.double())[0]
     near(dh, want, dtype, floor=FLOOR)
     near(d_bias, want.sum(0), torch.float32, 1e-4, FLOOR)  # tensor cores do not round every sum to nearest
     assert dh.dtype == dtype and d_bias.dtype == torch.float32
     assert torch.equal(a_again, a)
     if biased:  # the same bits by way of memory
         by_itself = torch.empty_like(h)
-        triton_blocks.bias_act(h, bias, activation, by_itself)
+        backend.bias_act(BiasAct(h, bias, activation, by_itself))
         assert torch.equal(by_itself, a)
 
 
@@ -146,7 +146,7 @@ def test_triton_in_its_interpreter(run_interpreted):
 
 
 def test_why_not_says_what_is_missing():
-    why = triton_blocks.why_not()
+    why = backend.why_not()
     assert why is None or "triton" in why or "GPU" in why
 
 
@@ -177,7 +177,7 @@ def test_layernorm_of_extreme_values(values, dtype):
 def test_layernorm_of_constant_rows_is_the_bias():
     x, weight, bias = torch.full((5, 24), 3.0), torch.randn(24), torch.randn(24)
     y, stats = torch.full_like(x, torch.nan), torch.full((2, 5), torch.nan)
-    triton_blocks.layernorm(x, None, weight, bias, 1e-6, y, None, *stats)
+    backend.layernorm(LayerNorm(x, None, weight, bias, 1e-6, y, None, *stats))
     assert torch.equal(y, bias.expand(5, 24)) and (stats[0] == 3).all()
     near(stats[1], torch.full((5,), 1e3, dtype=torch.float64), torch.float32)
 
@@ -207,8 +207,8 @@ def test_a_nan_stays_in_its_row():
     x, weight, bias = torch.randn(9, 24), torch.ones(24), torch.zeros(24)
     x[4, 7] = torch.nan
     y, dx, stats = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(2, 9)
-    triton_blocks.layernorm(x, None, weight, bias, 1e-6, y, None, *stats)
-    d_weight, _ = triton_blocks.layernorm_backward(torch.ones_like(x), x, *stats, weight, bias, None, dx, None)
+    backend.layernorm(LayerNorm(x, None, weight, bias, 1e-6, y, None, *stats))
+    d_weight, _ = backend.layernorm_backward(LayerNormGrad(torch.ones_like(x), x, *stats, weight, bias, None, dx, None))
     for out in (y, dx):
         assert out[4].isnan().all() and out.isnan().sum() == 24
     assert d_weight.isnan().all()
@@ -254,26 +254,26 @@ def test_products_of_extreme_values(dtype):
 def test_products_refuse_what_they_do_not_take():
     x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
     with pytest.raises(ValueError, match="float32"):
-        triton_blocks.linear_act(x, weight, bias, "gelu")
+        triton_gemm.linear_act(x, weight, bias, "gelu")
     with pytest.raises(ValueError, match="bfloat16, float16"):
-        triton_blocks.linear_act(x.half(), weight.bfloat16(), bias, "gelu")
+        triton_gemm.linear_act(x.half(), weight.bfloat16(), bias, "gelu")
     with pytest.raises(ValueError, match="contiguous"):
-        triton_blocks.linear_act(x.half(), torch.randn(6, 5).half().T, bias, "gelu")
+        triton_gemm.linear_act(x.half(), torch.randn(6, 5).half().T, bias, "gelu")
     with pytest.raises(ValueError, match="float32"):
-        triton_blocks.linear_act_backward(x, weight.T, torch.randn(4, 5), bias, "gelu")
+        triton_gemm.linear_act_backward(x, weight.T, torch.randn(4, 5), bias, "gelu")
 
 
 @pytest.mark.interpret
 def test_no_rows():
     x, stats, weight, bias = torch.empty(0, 6), torch.empty(2, 0), torch.randn(6), torch.randn(6)
-    triton_blocks.layernorm(x, None, weight, bias, 1e-6, x.clone(), None, *stats)
-    triton_blocks.bias_act(x, bias, "gelu", x.clone())
+    backend.layernorm(LayerNorm(x, None, weight, bias, 1e-6, x.clone(), None, *stats))
+    backend.bias_act(BiasAct(x, bias, "gelu", x.clone()))
     sums = [
-        *triton_blocks.layernorm_backward(x, x, *stats, weight, bias, None, x.clone(), None),
-        triton_blocks.bias_act_backward(x, x, bias, "gelu", x.clone(), None),
+        *backend.layernorm_backward(LayerNormGrad(x, x, *stats, weight, bias, None, x.clone(), None)),
+        backend.bias_act_backward(BiasActGrad(x, x, bias, "gelu", x.clone(), None)),
     ]
-    h, _ = triton_blocks.linear_act(x.half(), torch.randn(6, 6).half(), bias, "gelu")
-    dh, _, d_bias = triton_blocks.linear_act_backward(x.half(), torch.randn(6, 6).half(), h, bias, "gelu")
+    h, _ = triton_gemm.linear_act(x.half(), torch.randn(6, 6).half(), bias, "gelu")
+    dh, _, d_bias = triton_gemm.linear_act_backward(x.half(), torch.randn(6, 6).half(), h, bias, "gelu")
     assert h.shape == dh.shape == (0, 6)
     assert all(torch.equal(total, torch.zeros(6)) for total in (*sums, d_bias))
 
@@ -430,8 +430,8 @@ def test_sizes_of_one_compile(usage):
 
 
 def skip_without_triton():
-    if triton_blocks.why_not():
-        pytest.skip(triton_blocks.why_not())
+    if backend.why_not():
+        pytest.skip(backend.why_not())
 
 
 @pytest.mark.gpu
@@ -477,12 +477,12 @@ def test_the_same_bits_every_time_and_no_waiting():
 
     def everything():
         y, mean, rstd = torch.empty_like(x), weight.new_empty(5000), weight.new_empty(5000)
-        triton_blocks.layernorm(x, None, weight, bias, 1e-6, y, None, mean, rstd)
+        backend.layernorm(LayerNorm(x, None, weight, bias, 1e-6, y, None, mean, rstd))
         dx, dh = torch.empty_like(x), torch.empty_like(h)
-        sums = triton_blocks.layernorm_backward(dy, x, mean, rstd, weight, bias, None, dx, None)
-        d_bias = triton_blocks.bias_act_backward(da, h, wide, "gelu", dh, None)
-        product = triton_blocks.linear_act(x, into, wide, "gelu")
-        return [y, dx, *sums, dh, d_bias, *product, *triton_blocks.linear_act_backward(dy, out, h, wide, "gelu")]
+        sums = backend.layernorm_backward(LayerNormGrad(dy, x, mean, rstd, weight, bias, None, dx, None))
+        d_bias = backend.bias_act_backward(BiasActGrad(da, h, wide, "gelu", dh, None))
+        product = triton_gemm.linear_act(x, into, wide, "gelu")
+        return [y, dx, *sums, dh, d_bias, *product, *triton_gemm.linear_act_backward(dy, out, h, wide, "gelu")]
 
     first = everything()
     torch.cuda.synchronize()

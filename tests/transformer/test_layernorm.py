@@ -88,9 +88,9 @@ def test_no_rows_and_refusals():
         assert not weight.grad.any() and x.grad.shape == x.shape
     with pytest.raises(ValueError, match=r"weight \(7,\)"):
         layernorm(torch.ones(2, 8), torch.ones(7), b)
-    with pytest.raises(ValueError, match="must be as x"):
+    with pytest.raises(ValueError, match="must match x"):
         layernorm(torch.ones(2, 8), w, b, residual=torch.ones(2, 8, dtype=torch.bfloat16))
-    with pytest.raises(BackendError, match="no backend 'cuda' for float32 on cpu"):
+    with pytest.raises(BackendError, match="no transformer backend 'cuda' for float32 on cpu"):
         layernorm(torch.ones(2, 8), w, b, backend="cuda")
     with pytest.raises(RuntimeError, match="once_differentiable|differentiate"):
         x = torch.randn(3, 8, requires_grad=True)

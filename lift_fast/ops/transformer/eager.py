@@ -1,12 +1,12 @@
-"""The parts of a transformer block in plain torch: any device, any floating dtype. See blocks.py for what each does."""
+"""The "torch" backend of layernorm and mlp: plain torch, on any device, in any floating dtype."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import Activation
+from .contract import Activation, BiasAct, BiasActGrad, LayerNorm, LayerNormGrad
 
-SQRT_2_OVER_PI, CUBE = 0.7978845608028654, 0.044715  # of the tanh form
+SQRT_2_OVER_PI, CUBE = 0.7978845608028654, 0.044715  # in the tanh form of GELU
 INV_SQRT_2, INV_SQRT_2PI = 0.7071067811865476, 0.3989422804014327
 QUICK = 1.702
 
@@ -33,39 +33,21 @@ def slope(z: Tensor, activation: Activation) -> Tensor:
     return 0.5 * (1 + torch.erf(z * INV_SQRT_2)) + z * INV_SQRT_2PI * torch.exp(-0.5 * z * z)
 
 
-def layernorm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    y: Tensor,
-    stream: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    if residual is not None and stream is not None:
-        x = torch.add(x, residual, out=stream)
-    if not len(x):
+def layernorm(call: LayerNorm) -> None:
+    s, weight, mean, rstd = call.x, call.weight, call.mean, call.rstd
+    if call.residual is not None and call.stream is not None:
+        s = torch.add(s, call.residual, out=call.stream)
+    if not len(s):
         return
-    wide = x.to(mean.dtype)
+    wide = s.to(mean.dtype)
     variance, m = torch.var_mean(wide, dim=1, correction=0)
     mean.copy_(m)
-    torch.rsqrt(variance + eps, out=rstd)
-    y.copy_((wide - mean[:, None]) * rstd[:, None] * weight + bias)
+    torch.rsqrt(variance + call.eps, out=rstd)
+    call.y.copy_((wide - mean[:, None]) * rstd[:, None] * weight + call.bias)
 
 
-def layernorm_backward(
-    dy: Tensor,
-    stream: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    d_stream: Tensor | None,
-    dx: Tensor,
-    y: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def layernorm_backward(call: LayerNormGrad) -> tuple[Tensor, Tensor]:
+    dy, stream, mean, rstd, weight, bias, d_stream, dx, y = call
     normed = (stream.to(mean.dtype) - mean[:, None]) * rstd[:, None]
     g = dy.to(mean.dtype)
     d_weight, d_bias = (g * normed).sum(dim=0), g.sum(dim=0)
@@ -77,13 +59,12 @@ def layernorm_backward(
     return d_weight, d_bias
 
 
-def bias_act(h: Tensor, bias: Tensor, activation: Activation, a: Tensor) -> None:
-    a.copy_(activate(h.to(bias.dtype) + bias, activation))
+def bias_act(call: BiasAct) -> None:
+    call.a.copy_(activate(call.h.to(call.bias.dtype) + call.bias, call.activation))
 
 
-def bias_act_backward(
-    da: Tensor, h: Tensor, bias: Tensor, activation: Activation, dh: Tensor, a: Tensor | None
-) -> Tensor:
+def bias_act_backward(call: BiasActGrad) -> Tensor:
+    da, h, bias, activation, dh, a = call
     z = h.to(bias.dtype) + bias
     g = da.to(bias.dtype) * slope(z, activation)
     dh.copy_(g)

@@ -1,9 +1,9 @@
-"""Layer normalisation (Ba et al., arXiv 1607.06450), with the residual's addition before it.
+"""Layer normalisation (Ba et al., arXiv 1607.06450), with the addition of a residual before it.
 
     s = x + residual,   y = (s − mean(s)) · rstd(s) · weight + bias,   rstd = 1 / √(var(s) + eps)
 
-Statistics are float32. The backward keeps s, mean and rstd, reads s once, and finds the gradients of s, weight and
-bias in that pass; it can write y again on the way, so that a layer which follows need not keep its input.
+Statistics are float32. The forward keeps s, mean and rstd. The backward reads s once and computes the gradients of s,
+weight and bias in that pass; it can also write y again, so that the next layer need not keep its input.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .contract import choose
+from .contract import LayerNorm, LayerNormGrad, choose
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor:
@@ -31,11 +31,11 @@ def layernorm(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y; with a residual, y and s = x + residual, rounded to x's dtype, of which y is made.
+    """y; with a residual, (y, s) for s = x + residual rounded to x's dtype, which is what is normalised.
 
     x: [..., width] float32, bfloat16, float16 or float64; residual: the same shape and dtype, or None; weight, bias:
-    [width]. y and s are as x, contiguous. Autocast changes nothing: statistics are float32 anyway.
-    Raises ValueError for what does not fit, BackendError for a backend that is not here.
+    [width]. y and s have x's shape and dtype and are contiguous. Autocast has no effect: statistics are float32 anyway.
+    Raises ValueError for shapes or dtypes that do not match, BackendError for an unavailable backend.
     """
     check(x, residual, weight, bias)
     y, s = _LayerNorm.apply(x, residual, weight, bias, eps, backend)
@@ -43,17 +43,17 @@ def layernorm(
 
 
 def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    """Raises ValueError."""
+    """Validates the arguments of `layernorm`. Raises ValueError."""
     width = x.shape[-1] if x.dim() else 0
     if not x.is_floating_point() or weight.shape != (width,) or bias.shape != (width,):
         shapes = f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
         raise ValueError(f"layernorm takes floating [..., width], [width] and [width], not {shapes}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}")
+        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} must match x {tuple(x.shape)} {x.dtype}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Of weights, biases, statistics and their sums."""
+    """The dtype of weights, biases, statistics and their sums for tokens of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -93,12 +93,12 @@ class _LayerNorm(torch.autograd.Function):
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual [rows, width] contiguous. s is empty without a residual."""
-    outputs = _outputs(x, residual, weight)
-    y, s, mean, rstd = outputs
-    launch = choose(x.device.type, x.dtype, backend)
-    launch.layernorm(x, residual, weight, bias, eps, y, None if residual is None else s, mean, rstd)
-    return outputs
+    """x, residual: [rows, width], contiguous. s is empty without a residual."""
+    y, s, mean, rstd = _outputs(x, residual, weight)
+    stream = None if residual is None else s
+    call = LayerNorm(x, residual, weight, bias, eps, y, stream, mean, rstd)
+    choose(x.device.type, x.dtype, backend).layernorm(call)
+    return y, s, mean, rstd
 
 
 @_forward.register_fake
@@ -128,10 +128,10 @@ def _backward(
     again: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy becomes the gradient of s, d_s included; y is written again if asked for, else empty."""
+    """Overwrites dy with the gradient of s, d_s included. y is computed again if `again`, else empty."""
     y = torch.empty_like(s) if again else s.new_empty(0)
-    launch = choose(s.device.type, s.dtype, backend)
-    d_weight, d_bias = launch.layernorm_backward(dy, s, mean, rstd, weight, bias, d_s, dy, y if again else None)
+    call = LayerNormGrad(dy, s, mean, rstd, weight, bias, d_s, dy, y if again else None)
+    d_weight, d_bias = choose(s.device.type, s.dtype, backend).layernorm_backward(call)
     return d_weight, d_bias, y
 
 

@@ -1,6 +1,6 @@
-"""The three matrix products of a linear layer, in the dtype of its rows or in 8 bits.
+"""The three matrix products of a linear layer, in the dtype of its rows or in float8.
 
-forward  x Wᵀ + b        to its input  g W        to its weight  gᵀ x
+output  x Wᵀ + b        gradient of x  g W        gradient of W  gᵀ x
 """
 
 import torch
@@ -11,22 +11,22 @@ from . import float8
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, fp8: bool) -> Tensor:
-    """x [rows, in] · weight [out, in]ᵀ + bias [out]: [rows, out]. fp8: multiply in float8 (see float8.py)."""
+    """x [rows, in] · weight [out, in]ᵀ + bias [out]: [rows, out]. fp8: multiplies in float8 (see float8.py)."""
     return float8.product(x, weight, bias) if fp8 else F.linear(x, weight, bias)
 
 
 def input_product(g: Tensor, weight: Tensor, fp8: bool) -> Tensor:
-    """g [rows, out] · weight [out, in]: the gradient that x gets."""
+    """g [rows, out] · weight [out, in]: the gradient of x."""
     return float8.input_product(g, weight) if fp8 else g @ weight
 
 
 def weight_product(g: Tensor, x: Tensor, fp8: bool) -> Tensor:
-    """g [rows, out]ᵀ · x [rows, in]: the gradient that the weight gets."""
+    """g [rows, out]ᵀ · x [rows, in]: the gradient of the weight."""
     return float8.weight_product(g, x) if fp8 else g.T @ x
 
 
 def multiplied_in(x: Tensor) -> torch.dtype:
-    """The dtype that tokens x are multiplied in: autocast's where it is on, else their own."""
+    """The dtype in which tokens x are multiplied: autocast's if it is enabled, else their own."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,9 +1,9 @@
-"""The two linear layers of a transformer block, and the GELU between them (Hendrycks and Gimpel, arXiv 1606.08415).
+"""The two linear layers of a transformer block with a GELU between them (Hendrycks and Gimpel, arXiv 1606.08415).
 
     h = x W₁ᵀ,   a = act(h + b₁),   out = a W₂ᵀ + b₂
 
-The backward keeps x and h; a, four times as wide as x, is computed again in the pass that multiplies with act'. That
-pass also sums b₁'s gradient. The forward's b₁ is added there too, not by the matrix product.
+The forward keeps x and h. The pass of the backward that multiplies by act' also computes a again, which is four times
+as wide as x, and sums b₁'s gradient. b₁ is added in the pass of the activation, not by the matrix product.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from .contract import ACTIVATIONS, FUSED_GEMM, Activation, choose
+from .contract import ACTIVATIONS, FUSED_GEMM, Activation, BiasAct, BiasActGrad, choose
 from .eager import activate
 from .layernorm import wide
 from .linear import input_product, multiplied_in, product, weight_product
@@ -39,7 +39,8 @@ def mlp(
 
     x: [..., width] of any floating dtype; w1 [hidden, width], b1 [hidden], w2 [out, hidden], b2 [out]. Computed in x's
     dtype, or autocast's. activation: "gelu" (exact), "gelu_tanh" or "quick_gelu" (z σ(1.702 z)). fp8: matrix products
-    in float8, see float8.py. Raises ValueError for what does not fit, BackendError for a backend that is not here.
+    in float8, see float8.py. backend: for the activation; "triton_gemm" computes it in the matrix products' epilogue.
+    Raises ValueError for shapes that do not match and unknown activations, BackendError for an unavailable backend.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
@@ -54,7 +55,7 @@ def mlp(
 def up(
     x: Tensor, w1: Tensor, b1: Tensor, activation: Activation, fp8: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """h, without its bias, and a, of rows x."""
+    """(h, a) of rows x; h is without its bias."""
     if _fused(x, fp8, backend):
         return torch.ops.lift_fast.linear_act(x, w1, b1, activation)
     h = product(x, w1, None, fp8)
@@ -64,7 +65,7 @@ def up(
 def down_backward(
     g: Tensor, w2: Tensor, h: Tensor, b1: Tensor, activation: Activation, fp8: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient g of out: dh, a again, and b₁'s gradient."""
+    """(dh, a, b₁'s gradient) from the gradient g of out; a is computed again."""
     if _fused(h, fp8, backend):
         return torch.ops.lift_fast.linear_act_backward(g, w2, h, b1, activation)
     da = input_product(g, w2, fp8)
@@ -73,7 +74,7 @@ def down_backward(
 
 
 def _fused(x: Tensor, fp8: bool, backend: str | None) -> bool:
-    """float32 is multiplied by cuBLAS in any case, and float8."""
+    """Whether the matrix products have the activation in their epilogue."""
     return backend == FUSED_GEMM and not fp8 and x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -105,7 +106,7 @@ class _Mlp(torch.autograd.Function):
 )
 def _bias_act(h: Tensor, bias: Tensor, activation: str, backend: str | None) -> Tensor:
     a = torch.empty_like(h)
-    choose(h.device.type, h.dtype, backend).bias_act(h, bias, activation, a)  # type: ignore[arg-type]
+    choose(h.device.type, h.dtype, backend).bias_act(BiasAct(h, bias, activation, a))  # type: ignore[arg-type]
     return a
 
 
@@ -122,10 +123,10 @@ def _(h, bias, activation, backend):
 def _bias_act_backward(
     da: Tensor, h: Tensor, bias: Tensor, activation: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """da becomes dh."""
+    """Overwrites da with dh."""
     a = torch.empty_like(h)
-    launch = choose(h.device.type, h.dtype, backend)
-    return a, launch.bias_act_backward(da, h, bias, activation, da, a)  # type: ignore[arg-type]
+    call = BiasActGrad(da, h, bias, activation, da, a)  # type: ignore[arg-type]
+    return a, choose(h.device.type, h.dtype, backend).bias_act_backward(call)
 
 
 @_bias_act_backward.register_fake
@@ -139,10 +140,8 @@ def _(da, h, bias, activation, backend):
     schema="(Tensor x, Tensor weight, Tensor bias, str activation) -> (Tensor h, Tensor a)",
 )
 def _linear_act(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    from . import triton as triton_blocks
-
-    choose(x.device.type, x.dtype, FUSED_GEMM)  # or says why it is not here
-    return triton_blocks.linear_act(x, weight, bias, activation)  # type: ignore[arg-type]
+    fused: Any = choose(x.device.type, x.dtype, FUSED_GEMM)
+    return fused.linear_act(x, weight, bias, activation)
 
 
 @_linear_act.register_fake
@@ -158,10 +157,8 @@ def _(x, weight, bias, activation):
 def _linear_act_backward(
     g: Tensor, weight: Tensor, h: Tensor, bias: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import triton as triton_blocks
-
-    choose(h.device.type, h.dtype, FUSED_GEMM)
-    return triton_blocks.linear_act_backward(g, weight, h, bias, activation)  # type: ignore[arg-type]
+    fused: Any = choose(h.device.type, h.dtype, FUSED_GEMM)
+    return fused.linear_act_backward(g, weight, h, bias, activation)
 
 
 @_linear_act_backward.register_fake
