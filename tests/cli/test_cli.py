@@ -143,7 +143,7 @@ def test_help_is_quick_and_names_every_command():
 def test_the_readme_s_commands_parse():
     """Every `lift-fast …` line of the README's code blocks, and every command of its table."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", readme, re.M | re.S))
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S))
     commands = re.findall(r"^lift-fast ([^#\n]+)", blocks, re.M)
     assert len(commands) >= 5
     for command in commands:
