@@ -246,9 +246,9 @@ def _pixels(suite: Suite, data: Collection, files: Sequence[bytes]) -> None:
     furthest = {HOST: _difference(suite, "evaluation pixels", None, HOST, np.stack(found), reference)}
     for what, device_id in _dalis().items():
         try:
-            from lift_fast.data.dali import load_pictures
+            from lift_fast.data.dali import load_images
 
-            pixels = load_pictures(data.sets[0], SIZE, device_id)[0][:COMPARED].cpu().numpy()
+            pixels = load_images(data.sets[0], SIZE, device_id)[0][:COMPARED].cpu().numpy()
             furthest[what] = _difference(suite, "evaluation pixels", None, what, pixels, reference)
         except Exception as error:
             suite.note(f"{what}: evaluation pixels: {in_a_line(error)}")

@@ -263,8 +263,8 @@ class _Decoder:
         return pipe
 
 
-def load_pictures(data: Samples, image_size: int, device_id: int | None = None) -> tuple[Tensor, list[int]]:
-    """host.load_pictures, decoded by DALI: uint8 [n, size, size, 3], on the CPU or the GPU, and their samples.
+def load_images(data: Samples, image_size: int, device_id: int | None = None) -> tuple[Tensor, list[int]]:
+    """host.load_images, decoded by DALI: uint8 [n, size, size, 3], on the CPU or the GPU, and their samples.
 
     What DALI refuses the host draws. Raises BackendError without DALI; DataError when no picture decodes.
     """

@@ -1,13 +1,13 @@
 """Picture files on disk, with their captions in a table beside them.
 
-ParquetPictures: the layout that LIFT's authors train from (github.com/Jingfeng0705/LIFT, DATASET.md), and
+ParquetImages: the layout that LIFT's authors train from (github.com/Jingfeng0705/LIFT, DATASET.md), and
 img2dataset's `files`:
 
     PICTURES/train-00012-of-03550/000000000001.jpg        a folder of pictures for each parquet file
     CAPTIONS/train-00012-of-03550.parquet                 key, re_caption, org_caption, extension, a row each; or
     EMBEDDINGS/train-00012-of-03550/0.parquet, 1.parquet  key "000000000001.jpg", embedding
 
-TablePictures: one CSV, TSV or JSONL file whose rows name a picture each, such as Hugging Face's metadata.csv.
+TableImages: one CSV, TSV or JSONL file whose rows name a picture each, such as Hugging Face's metadata.csv.
 """
 
 import os
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..ops.rows.table import key_hashes
-from .index import PICTURE_SUFFIXES
-from .reading import read_picture
+from .index import IMAGE_SUFFIXES
+from .reading import read_image
 from .samples import BadSample, located
 from .sources import SHARD_ROWS, Rows, checked_caption, checked_keys, read_parquet
 
@@ -33,7 +33,7 @@ FILE_COLUMNS = ("file_name", "filepath", "image", "path")
 _KEPT_BYTES = 1 << 30  # of caption columns
 
 
-class ParquetPictures:
+class ParquetImages:
     """The Samples of a folder of parquet files, and of picture files in folders of the same names.
 
     A parquet file of captions is a shard; so is a folder of parquet files of embeddings. Rows are in their order, so
@@ -91,12 +91,12 @@ class ParquetPictures:
             raise BadSample("missing", f"{self.folder / self.names[number]}: row {row} has no key")
         if extension:
             names = [f"{key}.{extension}"]
-        elif key.rpartition(".")[2].lower() in PICTURE_SUFFIXES:
+        elif key.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
             names = [key]
         else:
-            names = [f"{key}.{suffix}" for suffix in PICTURE_SUFFIXES]
+            names = [f"{key}.{suffix}" for suffix in IMAGE_SUFFIXES]
         paths = [inside(self._roots[number], name) for name in names]
-        return read_picture(next((path for path in paths[:-1] if os.path.exists(path)), paths[-1]))
+        return read_image(next((path for path in paths[:-1] if os.path.exists(path)), paths[-1]))
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i: the column `field`; "txt" where no column has that name: "re_caption".
@@ -175,7 +175,7 @@ class ParquetPictures:
         return [pa.concat_arrays(part or [pa.array([], pa.large_string())]) for part in parts]
 
 
-class TablePictures:
+class TableImages:
     """The Samples of one CSV, TSV or JSONL file whose rows name a picture each; 10 000 rows are a shard.
 
     The picture is in the first of the columns file_name, filepath, image and path that there is; a sample's key in
@@ -218,7 +218,7 @@ class TablePictures:
             raise BadSample("unreadable", str(error)) from error
         if not name or not isinstance(name, str):
             raise BadSample("missing", f"{self.where(i)} has no {self._column!r}")
-        return read_picture(inside(self.root, name))
+        return read_image(inside(self.root, name))
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i: the column `field`; "txt" where no column has that name: "caption".

@@ -45,7 +45,7 @@ class HostPipeline(Pipeline):
         return laid_out(pixels, self.loading.dtype, self.loading.layout)
 
 
-def load_pictures(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
+def load_images(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
     """Every picture of a set for evaluation: uint8 [n, size, size, 3] and the samples they belong to.
 
     Bad samples are left out. Raises DataError when no picture decodes.

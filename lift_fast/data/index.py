@@ -33,8 +33,8 @@ from .reading import Stamp, stamp_of
 from .tars import NotWhole, members
 
 INDEX = "index.lift-fast"
-PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # of several pictures of a sample the first counts
-PICTURE, TXT, JSON = range(3)
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # of several pictures of a sample the first counts
+IMAGE, TXT, JSON = range(3)
 _AGAIN = "run lift-fast data index again"
 _MAGIC = b"LIFTIDX1"
 _TAIL = struct.Struct("<QQQ8s")  # where the directory is, its bytes, their crc32, the magic
@@ -77,7 +77,7 @@ class Index:
         self._segments = segments
 
     def place(self, number: int, row: int, what: int) -> tuple[int, int] | None:
-        """Offset and length, in tar `number`, of its sample `row`'s PICTURE, TXT or JSON; None when it has none.
+        """Offset and length, in tar `number`, of its sample `row`'s IMAGE, TXT or JSON; None when it has none.
 
         Raises DataError for an index that is damaged.
         """
@@ -185,7 +185,7 @@ def scan(path: Path) -> tuple[Entry, bytes]:
     """The entry and the segment of one tar. Raises DataError when it is cut short, damaged, or not to be read."""
     # key -> offset and length of the picture, its rank among the suffixes, then of the .txt and the .json
     samples: dict[str, list[int]] = {}
-    ranks = {suffix.encode(): rank for rank, suffix in enumerate(PICTURE_SUFFIXES)}
+    ranks = {suffix.encode(): rank for rank, suffix in enumerate(IMAGE_SUFFIXES)}
     try:
         file = os.open(path, os.O_RDONLY)
         try:
@@ -201,7 +201,7 @@ def scan(path: Path) -> tuple[Entry, bytes]:
                 rank = ranks.get(suffix)
                 if rank is not None:
                     if rank <= sample[6]:
-                        sample[PICTURE], sample[3 + PICTURE], sample[6] = offset, min(size, _MOST), rank
+                        sample[IMAGE], sample[3 + IMAGE], sample[6] = offset, min(size, _MOST), rank
                 elif suffix == b"txt":
                     sample[TXT], sample[3 + TXT] = offset, min(size, _MOST)
                 elif suffix == b"json":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, DataError
-from .folders import FILE_COLUMNS, ParquetPictures, TablePictures
+from .folders import FILE_COLUMNS, ParquetImages, TableImages
 from .samples import Collection, Samples
 from .shards import Shards
 from .sources import TABLES
@@ -22,11 +22,11 @@ _WANTED = (
 def open_data(path: str | Path, pictures: str | Path | None = None) -> Samples:
     """The pictures and captions at `path`, by the first of these that fits:
 
-    a .csv, .tsv or .jsonl file                       TablePictures
+    a .csv, .tsv or .jsonl file                       TableImages
     a folder that holds .tar files                    Shards
-    metadata.csv, .tsv or .jsonl                      TablePictures of that
-    .parquet files                                    ParquetPictures; the folders of pictures lie beside them
-    captions/, raw_captions/ or caption_embeddings/   ParquetPictures of the first there is; the folders of pictures
+    metadata.csv, .tsv or .jsonl                      TableImages of that
+    .parquet files                                    ParquetImages; the folders of pictures lie beside them
+    captions/, raw_captions/ or caption_embeddings/   ParquetImages of the first there is; the folders of pictures
                                                       lie in images/, or beside it when there is no images/
 
     pictures: the folder that picture files lie in, or the folders of them, where it is another one. With it `path` may
@@ -38,7 +38,7 @@ def open_data(path: str | Path, pictures: str | Path | None = None) -> Samples:
     path = Path(path)
     if path.is_file():
         if path.suffix.lower() in TABLES:
-            return TablePictures(path, pictures)
+            return TableImages(path, pictures)
         raise DataError(f"{path} is no data set; {_WANTED}")
     if not path.is_dir():
         raise DataError(f"no data set at {path}; {_WANTED}")
@@ -50,15 +50,15 @@ def open_data(path: str | Path, pictures: str | Path | None = None) -> Samples:
     if len(tables) > 1:
         raise DataError(f"{path} holds {' and '.join(table.name for table in tables)}; name the one to read")
     if tables:
-        return TablePictures(tables[0], pictures or path)
+        return TableImages(tables[0], pictures or path)
     if any(path.glob("*.parquet")):
-        return ParquetPictures(path, pictures or path)
+        return ParquetImages(path, pictures or path)
     for captions in (path / name for name in _CAPTIONS):
         if captions.is_dir():
             images = path / _IMAGES
-            return ParquetPictures(captions, pictures or (images if images.is_dir() else path))
+            return ParquetImages(captions, pictures or (images if images.is_dir() else path))
     if pictures is not None:
-        return ParquetPictures(path, pictures)
+        return ParquetImages(path, pictures)
     names = sorted(entry.name for entry in path.iterdir())
     raise DataError(f"{path} is no data set, it holds {_listed(names)}; {_WANTED}")
 

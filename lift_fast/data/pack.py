@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
-from .folders import TablePictures
+from .folders import TableImages
 from .images import decode, read_header
 from .index import build_index
 from .passes import NO_CAPTION, Findings, caption_column, in_order, text_columns, whole_meta
@@ -183,7 +183,7 @@ def _keys(samples: Samples) -> Iterator[str]:
         try:
             yield from samples.shard_keys(number)
         except DataError:
-            if not isinstance(samples, TablePictures):
+            if not isinstance(samples, TableImages):
                 raise
             # The rows tell them as they are, without a word about one that occurs twice.
             told = ((row, samples.meta(row).get("key")) for row in range(start, start + size))

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TextIO, TypeVar
 
 from ..errors import DataError
-from .folders import ParquetPictures, TablePictures, column_of
+from .folders import ParquetImages, TableImages, column_of
 from .samples import Samples
 from .shards import Shards
 from .sources import read_parquet
@@ -38,9 +38,9 @@ def in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | N
 
 def caption_column(samples: Samples, field: str) -> str:
     """Where the captions `field` of a sample are: the entry or column. Raises DataError for a column that is none."""
-    if isinstance(samples, TablePictures):
+    if isinstance(samples, TableImages):
         return column_of(samples.folder, field, samples.columns, "caption")
-    if isinstance(samples, ParquetPictures):
+    if isinstance(samples, ParquetImages):
         return column_of(samples.folder, field, samples.columns, "re_caption")
     return field
 
@@ -49,7 +49,7 @@ def text_columns(samples: Samples) -> list[str]:
     """Captions that are not in the metadata: the .txt of tars, the columns of text of parquet files."""
     if isinstance(samples, Shards):
         return ["txt"]
-    if not isinstance(samples, ParquetPictures):
+    if not isinstance(samples, ParquetImages):
         return []
     path = samples.folder / samples.names[0]
     schema = read_parquet(path if path.is_file() else next(path.glob("*.parquet")), lambda file: file.schema_arrow)

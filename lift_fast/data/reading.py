@@ -77,7 +77,7 @@ FILES = OpenFiles()
 os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock
 
 
-def read_picture(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """A picture's file. Raises BadSample: missing, unreadable (no file, or not to be read), too large."""
     try:
         # Not to wait for a pipe that nobody writes to.

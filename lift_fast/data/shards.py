@@ -17,7 +17,7 @@ from types import TracebackType
 from torch import Tensor
 
 from ..errors import DataError
-from .index import JSON, PICTURE, PICTURE_SUFFIXES, TXT, Index, open_index
+from .index import IMAGE, IMAGE_SUFFIXES, JSON, TXT, Index, open_index
 from .reading import FILES, MOST_BYTES
 from .samples import BadSample, located
 
@@ -105,9 +105,9 @@ class Shards:
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
         number, row = self._locate(i)
-        place = self._index.place(number, row, PICTURE)
+        place = self._index.place(number, row, IMAGE)
         if place is None:
-            raise BadSample("missing", f"{self.where(i)} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+            raise BadSample("missing", f"{self.where(i)} has no picture ({', '.join(IMAGE_SUFFIXES)})")
         if place[1] > MOST_BYTES:
             raise BadSample("too large", f"{self.where(i)} has {place[1]} bytes; {MOST_BYTES} are read at most")
         try:

@@ -46,9 +46,9 @@ def evaluate(
     for name, data in held_out.items():
         size = model.visual.config.image_size
         if dali.wanted(loader, device.type == "cuda"):
-            pixels, samples = dali.load_pictures(data, size, gpu_index(device))
+            pixels, samples = dali.load_images(data, size, gpu_index(device))
         else:
-            pixels, samples = host.load_pictures(data, size)
+            pixels, samples = host.load_images(data, size)
         result["skipped"][name] = len(data) - len(samples)
         image = torch.cat([model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(256)])
         image = F.normalize(image, dim=-1)

@@ -298,7 +298,7 @@ def test_a_run_without_dali(small, monkeypatch):
         raise ModuleNotFoundError("No module named 'nvidia'")
 
     monkeypatch.setattr(bench_data, "_dali", absent)
-    monkeypatch.setattr("lift_fast.data.dali.load_pictures", absent)
+    monkeypatch.setattr("lift_fast.data.dali.load_images", absent)
     for name in ("dali_reader", "webdataset", "data_loader"):
         monkeypatch.setattr(bench_data, name, absent)
     suite = quick()

@@ -21,7 +21,7 @@ from support import complete  # noqa: F401
 from support.hostile import encoded, hostile, insert_segment, scene
 
 from lift_fast.data import dali
-from lift_fast.data.dali import DaliPipeline, load_pictures
+from lift_fast.data.dali import DaliPipeline, load_images
 from lift_fast.data.host import HostPipeline
 from lift_fast.data.images import read_header
 from lift_fast.data.loading import Loading
@@ -417,7 +417,7 @@ def by_pillow(data, size):
 def test_evaluation_agrees_with_pillow(graph):
     """The bar: a mean of 2 levels; pictures larger and smaller than what is evaluated, and more than one batch."""
     pictures = photographs(70, 60, 300)
-    pixels, samples = load_pictures(collection(pictures), 112)
+    pixels, samples = load_images(collection(pictures), 112)
     assert samples == list(range(70))
     assert pixels.dtype == torch.uint8 and pixels.shape == (70, 112, 112, 3)
     for data, ours in zip(pictures, pixels.double().numpy(), strict=True):
@@ -429,7 +429,7 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
     rng = np.random.default_rng(3)
     pictures = [jpeg(photograph(rng, *size)) for size in ((600, 9), (9, 600), (112, 112), (113, 111), (1, 1))]
     pictures += [data for data, cause in hostile(random.Random(2)).values() if cause is None]
-    pixels, samples = load_pictures(collection([b"", *pictures, pictures[0][:200]]), 37)
+    pixels, samples = load_images(collection([b"", *pictures, pictures[0][:200]]), 37)
     assert samples == list(range(1, len(pictures) + 1))
     host = np.stack([render_centre(data, read_header(data), 37) for data in pictures])
     assert np.abs(pixels.double().numpy() - host).mean(axis=(1, 2, 3)).max() <= 1
@@ -437,7 +437,7 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
 
 def test_evaluation_goes_on_where_dali_fails(monkeypatch):
     pictures = photographs(70, 60, 300)
-    wanted, _ = load_pictures(collection(pictures), 32)
+    wanted, _ = load_images(collection(pictures), 32)
     get, calls = dali._Decoder.get, []
 
     def fails_once(self):
@@ -448,7 +448,7 @@ def test_evaluation_goes_on_where_dali_fails(monkeypatch):
 
     monkeypatch.setattr(dali._Decoder, "get", fails_once)
     with pytest.warns(UserWarning, match="DALI failed on pictures, which the host draws: a fault"):
-        pixels, samples = load_pictures(collection(pictures), 32)
+        pixels, samples = load_images(collection(pictures), 32)
     assert len(calls) == 3 and samples == list(range(70))
     assert (pixels.double() - wanted.double()).abs().mean() <= 0.5
 
@@ -509,7 +509,7 @@ def test_a_gpus_dtypes(dtype):
 @pytest.mark.gpu
 def test_a_gpus_evaluation_agrees_with_pillow():
     pictures = photographs(20, 60, 300)
-    pixels, _ = load_pictures(collection(pictures), 112, device_id=0)
+    pixels, _ = load_images(collection(pictures), 112, device_id=0)
     assert pixels.is_cuda
     wanted = np.stack([by_pillow(data, 112) for data in pictures])
     assert np.abs(pixels.cpu().double().numpy() - wanted).mean(axis=(1, 2, 3)).max() <= 2

@@ -15,7 +15,7 @@ from support.tiny_text import TinyEncoder
 
 from lift_fast.cache import Cache, key_hash
 from lift_fast.cache.parquet import import_parquet
-from lift_fast.data.folders import ParquetPictures, TablePictures
+from lift_fast.data.folders import ParquetImages, TableImages
 from lift_fast.data.open import open_data
 from lift_fast.data.samples import BadSample, Collection
 from lift_fast.data.shards import Shards
@@ -91,7 +91,7 @@ def check_pictures(data):
 
 def test_the_authors_folders(authors):
     for data in (open_data(authors), open_data(authors / "raw_captions", authors / "images")):
-        assert isinstance(data, ParquetPictures) and data.folder == authors / "raw_captions"
+        assert isinstance(data, ParquetImages) and data.folder == authors / "raw_captions"
         assert data.names == [f"{stem}.parquet" for stem in STEMS] and data.shard_sizes == SIZES and len(data) == 18
         assert [data.shard_keys(number) for number in range(3)] == [keys_for(number) for number in range(3)]
         assert data.shard_hashes(2).tolist() == [key_hash("000000000000")]
@@ -299,7 +299,7 @@ def test_pictures_that_a_table_names(tmp_path, kind, column):
     rows = [(caption, name, f"title {name}") for caption, name in zip(captions, names, strict=True)]
     path = write_table(tmp_path / f"set.{kind}", ("caption", column, "title"), rows)
     data = open_data(path)
-    assert isinstance(data, TablePictures) and data.shard_sizes == [4] and data.folder == path
+    assert isinstance(data, TableImages) and data.shard_sizes == [4] and data.folder == path
     for i in (3, 1, 0, 2):
         assert data.image_bytes(i) == str(i).encode()
         assert data.caption(i) == data.caption(i, "caption") == captions[i].strip()
@@ -428,7 +428,7 @@ def test_what_is_nothing_of_ours(tmp_path):
 def test_a_table_that_is_written_over_while_it_is_open(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("file_name,caption\n0.png,a\n1.png,b\n")
-    table = TablePictures(path)
+    table = TableImages(path)
     assert table.caption(0) == "a"
     path.write_text("file_name,caption\n1.png,b\n0.png,a\n")
     with pytest.raises(DataError, match="changed"):
@@ -440,11 +440,11 @@ def test_lines_of_other_space_are_blank(tmp_path, blank):
     path = tmp_path / "a.jsonl"
     lines = ['{"file_name": "0.png", "caption": "a"}', blank, '{"file_name": "1.png", "caption": "b"}']
     path.write_text("\n".join(lines))
-    assert TablePictures(path).caption(1) == "b"
+    assert TableImages(path).caption(1) == "b"
 
 
 def test_a_column_that_a_table_has_twice(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("file_name,file_name,caption\n0.png,1.png,a\n")
     with pytest.raises(DataError, match="has 'file_name' twice"):
-        TablePictures(path)
+        TableImages(path)

@@ -7,7 +7,7 @@ import torch
 from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
-from lift_fast.data.host import HostPipeline, load_pictures
+from lift_fast.data.host import HostPipeline, load_images
 from lift_fast.data.images import decode, read_header
 from lift_fast.data.loading import Loading
 from lift_fast.data.samples import Collection
@@ -74,7 +74,7 @@ def test_nothing_decodes(tmp_path):
     with pytest.raises(DataError, match="only 0 of 6 pictures decode"):
         take(HostPipeline(Collection([shards]), Loading(2, 8)), 1)
     with pytest.raises(DataError, match="not one picture"):
-        load_pictures(shards, 8)
+        load_images(shards, 8)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
@@ -88,6 +88,6 @@ def test_threads_end_with_the_iteration(tmp_path):
 
 
 def test_load_pictures_leaves_out_the_broken(tmp_path):
-    pixels, samples = load_pictures(make_set(tmp_path / "a", 5, broken={2}), 8)
+    pixels, samples = load_images(make_set(tmp_path / "a", 5, broken={2}), 8)
     assert samples == [0, 1, 3, 4]
     assert pixels.shape == (4, 8, 8, 3)
