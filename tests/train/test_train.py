@@ -22,7 +22,8 @@ from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingErro
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
 from lift_fast.text.cached import CachedText
 from lift_fast.train.config import TrainConfig
-from lift_fast.train.loop import make_optimizer, schedule, train
+from lift_fast.train.loop import schedule, train
+from lift_fast.train.setup import make_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_options_of_the_image_tower(two_sets, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_graph_needs_a_gpu(two_sets):
-    with pytest.raises(ConfigError, match="CUDA graph, and there is no CUDA device here"):
+    with pytest.raises(ConfigError, match="CUDA graph and needs a CUDA device"):
         quiet(again(two_sets[0], two_sets[0].out, graph=True))
     assert not two_sets[0].out.exists()
 
@@ -260,7 +261,7 @@ def test_pictures_that_are_missing_or_broken_are_told_before_anything_is_written
         info = tarfile.TarInfo("z.txt")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
-    with pytest.raises(DataError, match="'z' has no picture"):
+    with pytest.raises(DataError, match="'z' has no image"):
         quiet(config)
     assert not (tmp_path / "x").exists()
 

@@ -1,0 +1,157 @@
+"""Sets up a training run: everything is opened, checked and built before the first file is written."""
+
+import os
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import run_folder
+from ..cache import Cache
+from ..data import dali
+from ..data.host import HostPipeline
+from ..data.loading import Batch, Loading, Pipeline
+from ..data.open import open_sets
+from ..data.samples import Collection
+from ..devices import gpu_index, pick_device, use_bf16
+from ..errors import ConfigError
+from ..losses import ClipLoss, CosineLoss
+from ..nn import Clip, Lift
+from ..text.cached import CachedText
+from ..text.tokenized import TokenizedText
+from .config import TrainConfig
+from .step import Step, Text
+
+
+@dataclass
+class Training:
+    """A run that is ready to train. Its state while it trains is that of model, optimizer and pipeline.
+
+    description: what run.json says of the model and its text; see run_folder. batches: the pipeline's, without end.
+    """
+
+    config: TrainConfig
+    description: dict[str, Any]
+    device: torch.device
+    data: Collection
+    text: CachedText | TokenizedText
+    model: Lift | Clip
+    optimizer: torch.optim.Optimizer
+    take_step: Step
+    pipeline: Pipeline
+    batches: Generator[Batch, None, None]
+
+    def next_inputs(self) -> tuple[Tensor, Text]:
+        """The next batch, being copied to the device: pixels, and the text of the same samples; shapes as of Step."""
+        batch = next(self.batches)
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        return pixels, self.text.rows(batch.rows).to(self.device, non_blocking=True)
+
+
+def setup(config: TrainConfig) -> Training:
+    """Opens the data and the text, seeds torch, builds the model, and decodes the first batch. Writes nothing.
+
+    Raises ConfigError for settings that do not fit each other or this machine, DataError and CacheError for data and
+    caches that cannot be read, CacheMismatch when they do not belong together, BackendError without the loader.
+    """
+    device = pick_device(config.device)
+    if config.graph and device.type != "cuda":
+        raise ConfigError("--graph captures the step as a CUDA graph and needs a CUDA device; leave it out")
+    if config.out.exists():
+        raise ConfigError(f"{config.out} exists already; remove it or name another --out")
+    data = open_sets(config.data, config.pictures)
+
+    torch.manual_seed(config.seed)
+    text = open_text(config, data)
+    description = describe(config, text)
+    model = run_folder.build(description).to(device)
+    model.set_checkpointing(config.checkpointing)
+    model.set_fp8(config.fp8)
+    optimizer = make_optimizer(model, config)
+    loss: nn.Module = ClipLoss(normalize=True) if config.loss == "contrastive" else CosineLoss()
+    take_step = Step(
+        model,
+        loss,
+        optimizer,
+        precision=torch.bfloat16 if use_bf16(config.precision, device) else None,
+        clip_grad=config.clip_grad,
+        compiled=config.compile,
+        graphed=config.graph,
+    )
+    pipeline = make_pipeline(config, data, model.visual.config.image_size, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = decode_first(pipeline)
+    return Training(config, description, device, data, text, model, optimizer, take_step, pipeline, batches)
+
+
+def open_text(config: TrainConfig, data: Collection) -> CachedText | TokenizedText:
+    """The text side: the caches of a LIFT run, the captions of a CLIP run.
+
+    Raises CacheError, CacheMismatch (CachedText), DataError (TokenizedText).
+    """
+    if config.model == "lift":
+        return CachedText([Cache(folder) for folder in config.cache], data, config.text_dim)
+    return TokenizedText(data, config.field, config.context)
+
+
+def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str, Any]:
+    """The first part of run.json: all that run_folder needs to build the model and its text encoder, and the config."""
+    description = {"model": config.model, "preset": config.preset, "config": asdict(config)}
+    if isinstance(text, TokenizedText):
+        return description | {"context": config.context}
+    rotation = text.rotation.as_dict() if text.rotation else None
+    return description | {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW. As in open_clip, gains, biases and the logit scale are not decayed.
+
+    With config.graph the learning rate is a tensor on the device, because a captured step reads it from there.
+    """
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    free = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    lr = torch.tensor(config.lr, device=decayed[0].device) if config.graph else config.lr
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True, capturable=config.graph)
+
+
+def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device) -> Pipeline:
+    """The pipeline that config.loader names, with image_size pixels a side.
+
+    Raises ConfigError as Loading and Pipeline do; BackendError for DALI when it is not installed.
+    """
+    on_gpu = device.type == "cuda"
+    loading = Loading(
+        batch_size=config.batch_size,
+        image_size=image_size,
+        seed=config.seed,
+        min_crop_area=config.min_crop_area,
+        flip=config.flip,
+        colour=config.colour,
+        shuffle_buffer=config.shuffle_buffer,
+        max_skipped=config.max_skipped,
+        checked=config.checked,
+        threads=len(os.sched_getaffinity(0)),
+        ahead=2 if on_gpu else 0,
+    )
+    if dali.wanted(config.loader, on_gpu):
+        return dali.DaliPipeline(data, loading, gpu_index(device))
+    return HostPipeline(data, loading)
+
+
+def decode_first(pipeline: Pipeline) -> Generator[Batch, None, None]:
+    """The pipeline's batches, the first already decoded: images that cannot be used raise their error here."""
+    batches = iter(pipeline)
+    first = [next(batches)]
+
+    def all_of_them() -> Generator[Batch, None, None]:
+        with closing(batches):
+            yield first.pop()
+            yield from batches
+
+    return all_of_them()
