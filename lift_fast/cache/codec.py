@@ -1,6 +1,4 @@
-"""Vectors to codes, and sample keys to hashes."""
-
-from hashlib import blake2b
+"""Encodes vectors as codes and scales."""
 
 import torch
 from torch import Tensor
@@ -12,15 +10,19 @@ from .rotation import Rotation
 
 
 def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> QuantizedRows:
-    """x floating [n, dim] as codes, on its device. rotation: for the rotated codecs, and only for them.
+    """Encodes vectors as codes and scales, on their device.
 
-    int8, int8r    scale = max|x| / 127, code = round(x / scale): an element is off by scale / 2 at most
-    fp8     scale = max|x| / 448, code = x / scale as e4m3: off by 1/16 of itself, or by scale / 1024
-    int4r, int2r    y = the rotated x; codes of the levels nearest to y · unit · sqrt(dim) / |y|, and
-            scale = |y|² / (levels[codes] · y), so that the row's dot product with its own vector is exact and with
-            any other vector right on average over rotations (RaBitQ, arXiv 2405.12497, theorem 3.2)
+    x: floating [n, dim], computed on in float32. rotation: required for the rotated codecs, None for the others.
 
-    A row of zeros has scale 0. Raises CacheError for a codec that is none and for a row that is not finite.
+    int8, int8r    scale = max|x| / 127, code = round(x / scale); an element's error is at most scale / 2
+    fp8            scale = max|x| / 448, code = x / scale as e4m3; an element's error is at most 1/16 of it, or
+                   scale / 1024 where that is larger
+    int4r, int2r   y = rotated x; the codes are the indices of the levels nearest to y · unit · sqrt(dim) / |y|, and
+                   scale = |y|² / (levels[codes] · y), so that the row's dot product with its own vector is exact, and
+                   with any other vector unbiased over rotations (RaBitQ, arXiv 2405.12497, theorem 3.2)
+
+    A row of zeros has scale 0. Raises CacheError for an unknown codec and for a row that is not finite, ValueError for
+    a rotation that is missing or not wanted.
     """
     kind = codec_named(codec)
     if kind.rotated != (rotation is not None):
@@ -32,7 +34,7 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
         _refuse_infinite(largest.to(kind.dtype))  # bfloat16 ends before float32 does
         return QuantizedRows(x.to(kind.dtype), None, codec, x.shape[1])
     if rotation is not None:
-        # By its largest element first: the squares and sums of tiny or huge numbers would leave float32.
+        # Divided by its largest element first: sums of squares of tiny or huge numbers leave float32's range.
         x = rotation.apply(x / torch.where(largest > 0, largest, 1)[:, None])
     if kind.packed:
         codes, scales = _nearest_levels(x, kind)
@@ -41,7 +43,7 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
     else:
         most = x.abs().amax(dim=1) if x.shape[1] else largest
         scales = most / (127 if kind.integer else 448)
-        # Below that many times the smallest float32 the division gives 0: such a row is a row of zeros.
+        # The scale of a row of denormal numbers may round to 0: such a row is encoded as a row of zeros.
         codes = x / torch.where(scales > 0, scales, 1)[:, None]
         codes = torch.where(scales[:, None] > 0, codes.round().clamp(-127, 127) if kind.integer else codes, 0)
         codes = codes.to(kind.dtype)
@@ -55,25 +57,27 @@ def _refuse_infinite(rows: Tensor) -> None:
     finite = rows.isfinite()
     if not finite.all():
         bad = int((~finite).nonzero()[0])
-        raise CacheError(f"row {bad} of the embeddings is not finite: the encoder overflowed or is broken")
+        raise CacheError(
+            f"row {bad} of the embeddings is not finite: the encoder overflowed; run it with another dtype (float32)"
+        )
 
 
 def _nearest_levels(y: Tensor, kind: Codec) -> tuple[Tensor, Tensor]:
-    """Indices of the levels [n, dim] and scales [n] of rows whose squares are float32 numbers."""
-    target = kind.unit * y.shape[1] ** 0.5  # the length of a row whose elements are `unit` on average
-    length = y.norm(dim=1)
-    whole = torch.where(length > 0, length, 1)
-    y = y * (target / whole)[:, None]
+    """Indices of the nearest levels [n, dim] and scales [n]; the squares of y's elements must fit float32."""
+    target = kind.unit * y.shape[1] ** 0.5  # the norm of a row whose elements have the standard deviation `unit`
+    norm = y.norm(dim=1)
+    divisor = torch.where(norm > 0, norm, 1)
+    y = y * (target / divisor)[:, None]
     levels = torch.tensor(kind.levels, dtype=torch.float32, device=y.device)
     codes = torch.bucketize(y, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    along = (levels[codes] * y).sum(dim=1)
-    # |x|² / (levels · x) for the x that came in, of which y is target / length times.
-    scales = whole * target / torch.where(along > 0, along, 1)
-    return codes, torch.where(length > 0, scales, 0)
+    dot = (levels[codes] * y).sum(dim=1)
+    # |x|² / (levels · x), where x is the argument y and y is now x · target / |x|.
+    scales = divisor * target / torch.where(dot > 0, dot, 1)
+    return codes, torch.where(norm > 0, scales, 0)
 
 
 def pack(codes: Tensor, codec: Codec) -> Tensor:
-    """codes [n, dim] integers -> uint8 [n, columns], the first of a byte in its lowest bits."""
+    """Packs integer codes [n, dim] into uint8 [n, columns]; the first code of a byte is in its lowest bits."""
     per_byte = 8 // codec.bits
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % per_byte))
     parts = padded.view(len(codes), padded.shape[1] // per_byte, per_byte)
@@ -81,8 +85,3 @@ def pack(codes: Tensor, codec: Codec) -> Tensor:
     for k in range(per_byte):
         out |= parts[:, :, k] << (k * codec.bits)
     return out
-
-
-def key_hash(key: str) -> int:
-    """The first 64 bits of BLAKE2b of a sample key, as a signed little-endian integer."""
-    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)

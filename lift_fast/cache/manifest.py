@@ -1,4 +1,4 @@
-"""manifest.json: what a cache is, which shards it has, and which data shard each belongs to."""
+"""manifest.json: how a cache was made, its shards, and the data shard that each was made from."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,13 +13,16 @@ from .rotation import Rotation
 FORMAT = 2
 ENDIAN = "little"
 MANIFEST = "manifest.json"
-PARTIAL = "partial.json"  # the same, while shards are still missing
+PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of codes. source: the data shard it belongs to; sha256: of its tensors, as they lie in the file, ""
-    until written; captions: a digest of the texts it was made from, "" where the writer was told none."""
+    """The manifest's entry of one shard file.
+
+    source: name of the data shard that it was made from. sha256: hex digest of everything after the file's header, ""
+    until it is written. captions: hex digest of the captions that it was made from, "" if the writer had none.
+    """
 
     name: str
     rows: int
@@ -30,9 +33,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """encoder: id, revision, pooling, prompt, max_length and whatever else tells how the text became vectors.
+    """How a cache was made, and its shards.
 
-    field: the caption field. rotation: {"kind", "seed"} for the codecs that rotate, else None.
+    dim: length of a vector. codec: a key of ops.rows.codecs.CODECS. field: the caption field that was embedded.
+    encoder: the settings that turn a text into a vector, as JSON: name, revision, pooling, prompt, max_length, …
+    rotation: {"kind", "seed"} for the rotated codecs, else None.
     """
 
     dim: int
@@ -46,25 +51,30 @@ class Manifest:
 
     @property
     def rows(self) -> int:
+        """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def identity(self) -> str:
-        """128 bits, in hex, of everything that decides a vector and its codes; each shard holds them too."""
-        what = [self.format, self.dim, self.codec, self.rotation, self.field, self.encoder]
-        return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+        """128-bit hash, in hex, of every setting that determines the codes of a caption; each shard stores it too."""
+        settings = [self.format, self.dim, self.codec, self.rotation, self.field, self.encoder]
+        return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def rotated_by(self) -> Rotation | None:
         """The rotation of the vectors, None for codecs without one."""
         return None if self.rotation is None else Rotation.from_dict(self.rotation, self.dim)
 
     def to_json(self) -> bytes:
+        """The content of manifest.json."""
         entries = asdict(self)
         return (json.dumps(entries | {"checksum": _checksum(entries)}, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
     def read(path: Path) -> "Manifest":
-        """Raises CacheError: not to be read, another format version, or not a manifest."""
+        """Reads and validates a manifest.
+
+        Raises CacheError when it cannot be read, has another format version, is damaged or is not a manifest.
+        """
         again = f"remove the folder {path.parent} and embed the captions again"
         try:
             data = json.loads(path.read_bytes())
@@ -77,28 +87,27 @@ class Manifest:
                 f"{path} has format version {data['format']!r} and this lift-fast reads {FORMAT}; "
                 f"{again}, or read it with the version that wrote it"
             )
-        told = data.pop("checksum", None)
-        if told != _checksum(data):
-            raise CacheError(f"{path} is damaged: it is not what was written; {again}")
+        if data.pop("checksum", None) != _checksum(data):
+            raise CacheError(f"{path} is damaged: its checksum is wrong; {again}")
         try:
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = Manifest(shards=shards, **data)
             counts = [manifest.dim - 1, manifest.rows, *(shard.rows for shard in shards)]
             texts = [manifest.codec, manifest.field]
             texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions)]
-            whole = all(type(n) is int and 0 <= n < 1 << 48 for n in counts) and isinstance(manifest.encoder, dict)
-            whole = whole and manifest.dim <= 1 << 24 and all(isinstance(text, str) for text in texts)
+            valid = all(type(n) is int and 0 <= n < 1 << 48 for n in counts) and isinstance(manifest.encoder, dict)
+            valid = valid and manifest.dim <= 1 << 24 and all(isinstance(text, str) for text in texts)
         except (TypeError, KeyError) as error:
-            raise CacheError(f"{path} is not a whole manifest ({error}); {again}") from error
-        # A name is joined to the folder: it must not lead out of it.
-        if not whole or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
-            raise CacheError(f"{path} is damaged: a count or a name in it is wrong; {again}")
+            raise CacheError(f"{path} is not a complete manifest ({error}); {again}") from error
+        # Shard names are joined to the folder, so one such as "../x" must be refused.
+        if not valid or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
+            raise CacheError(f"{path} is damaged: it has an invalid count or name; {again}")
         if manifest.endian != ENDIAN:
-            raise CacheError(f"{path} says {manifest.endian!r}-endian; this format is {ENDIAN}-endian; {again}")
+            raise CacheError(f"{path} is {manifest.endian!r}-endian; this format is {ENDIAN}-endian; {again}")
         try:
             codec = codec_named(manifest.codec)
             if codec.rotated != (manifest.rotation is not None):
-                raise CacheError(f"codec {manifest.codec} {'needs a' if codec.rotated else 'has no'} rotation")
+                raise CacheError(f"codec {manifest.codec} {'needs a' if codec.rotated else 'takes no'} rotation")
             if manifest.rotation is not None:
                 Rotation.check(manifest.rotation)
         except CacheError as error:
@@ -106,9 +115,9 @@ class Manifest:
         return manifest
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What two caches do not share, in words: "field: 'txt' there, 'long' here".
+        """How `other` differs from this manifest, each difference as a text such as "field is 'txt', not 'long'".
 
-        Checksums do not count, nor do captions where one of the two was not told any.
+        Checksums are not compared, and captions only where both manifests have their digest.
         """
         found = []
         for field in fields(self):
@@ -116,31 +125,36 @@ class Manifest:
             if field.name == "encoder":
                 names = sorted({*mine, *theirs})
                 found += [
-                    f"encoder {name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
+                    f"encoder {name} is {theirs.get(name)!r}, not {mine.get(name)!r}"
                     for name in names
                     if mine.get(name) != theirs.get(name)
                 ]
             elif field.name == "shards":
-                ours = [(shard.source, shard.rows) for shard in mine]
-                its = [(shard.source, shard.rows) for shard in theirs]
-                if ours != its:
-                    pairs = [f"{a} there, {b} here" for a, b in zip(its, ours, strict=False) if a != b]
-                    counts = f"{len(its)} there, {len(ours)} here"
-                    found.append(f"data shards: {pairs[0] if pairs else counts}")
+                sizes = [[(shard.source, shard.rows) for shard in shards] for shards in (theirs, mine)]
+                if sizes[0] != sizes[1]:
+                    unequal = [
+                        f"data shard {k} is {a} with {m} samples, not {b} with {n}"
+                        for k, ((a, m), (b, n)) in enumerate(zip(*sizes, strict=False))
+                        if (a, m) != (b, n)
+                    ]
+                    counts = f"the number of data shards is {len(theirs)}, not {len(mine)}"
+                    found.append(unequal[0] if unequal else counts)
                 found += [
-                    f"captions of {a.source}: other texts there than here"
+                    f"the captions of {a.source} are different"
                     for a, b in zip(mine, theirs, strict=False)
                     if a.captions and b.captions and a.captions != b.captions
                 ][:1]
             elif mine != theirs:
-                found.append(f"{field.name}: {theirs!r} there, {mine!r} here")
+                found.append(f"{field.name} is {theirs!r}, not {mine!r}")
         return found
 
 
 def _checksum(entries: dict[str, Any]) -> str:
-    """128 bits, in hex, of a manifest's entries without this one: rows that moved between shards would move others."""
+    """128-bit hash, in hex, of a manifest's other entries: an altered count of rows in one shard would otherwise give
+    wrong numbers to the rows of the intact shards after it."""
     return blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
     return f"text-{number:05d}.safetensors"

@@ -1,10 +1,10 @@
-"""Reads the embeddings that LIFT's authors keep (github.com/Jingfeng0705/LIFT, embed_label/embed.py) into a cache.
+"""Imports parquet embeddings in the layout of LIFT's authors (github.com/Jingfeng0705/LIFT, embed_label/embed.py).
 
-    DIR/train-00012-of-03550/0.parquet, 1.parquet, …      100 rows a file: key "000000000001.jpg", embedding [float]
+    DIR/train-00012-of-03550/0.parquet, 1.parquet, …      100 rows per file: key "000000000001.jpg", embedding [float]
 
-A folder is a shard, its files in the order of their numbers; parquet files that lie in DIR itself are a shard each.
-A key loses what follows its first dot, as the authors' loader and WebDataset have it. Keys start anew in each folder,
-so that only two equal ones of one shard are an error.
+Each folder becomes a shard, with its files in the order of their numbers; parquet files in DIR itself become one shard
+each. A key is cut at its first dot, as by the authors' loader and by WebDataset. Different folders use the same keys
+again, so only duplicate keys within one shard are an error.
 """
 
 import os
@@ -30,12 +30,12 @@ from .rotation import Rotation
 from .writer import CacheWriter
 
 _COLUMNS = ["key", "embedding"]
-_BLOCK = 1 << 20  # float32 numbers of a file that are read at a time
+_BLOCK = 1 << 20  # float32 numbers read from a file at a time
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The files of one shard and the rows that their footers tell."""
+    """The files of one shard, and the number of rows of each."""
 
     name: str
     files: list[Path]
@@ -45,13 +45,14 @@ class _Group:
 def import_parquet(
     folder: Path, out: Path, codec: str, encoder: dict[str, Any], field: str, progress: bool = True
 ) -> None:
-    """Writes the embeddings below `folder` as a cache; goes on where a run before it stopped.
+    """Writes the embeddings in `folder` as a cache at `out`; continues an interrupted run at its first missing shard.
 
-    encoder: how the texts became vectors, which the files do not tell; field: the caption field that was embedded.
+    encoder: the settings that the vectors were made with, recorded in the manifest, since the files do not contain
+    them. field: the caption field that was embedded.
 
-    Raises BackendError without pyarrow. DataError: nothing there, no parquet file, other columns, a null, a number
-    that is not finite, vectors of different lengths, a key twice in one shard; with the file and the row. CacheError
-    and CacheMismatch as CacheWriter.
+    Raises BackendError without pyarrow; DataError, naming the file and the row, for a folder that is missing or has no
+    parquet file, other columns, a null, a number that is not finite, vectors of different lengths, or a duplicate key
+    in one shard; CacheError and CacheMismatch as CacheWriter.
     """
     kind = codec_named(codec)
     groups = _groups(folder, progress)
@@ -63,26 +64,26 @@ def import_parquet(
     total = sum(sum(group.rows) for group in groups)
     left = sum(sum(groups[number].rows) for number in missing)
     with (
-        _files_at_once() as pool,
+        _one_thread_per_file() as pool,
         tqdm(total=total, initial=total - left, unit="row", desc="import", disable=not progress) as bar,
     ):
         for number in missing:
             group = groups[number]
-            parts = [_none(dim, codec, rotation)]
+            parts = [_no_rows(dim, codec, rotation)]
             hashes = [torch.empty(0, dtype=torch.int64)]
             for rows, keys in pool.map(lambda path: _encoded(path, dim, codec, rotation), group.files):
                 parts.append(rows)
                 hashes.append(keys)
                 bar.update(len(rows))
             joined = torch.cat(hashes)
-            _check_twice(group, [len(part) for part in hashes[1:]], joined)
+            _check_duplicates(group, [len(part) for part in hashes[1:]], joined)
             writer.write_shard(number, QuantizedRows.cat(parts), joined.tolist())
     writer.finish()
 
 
 @contextmanager
-def _files_at_once() -> Iterator[ThreadPoolExecutor]:
-    """A thread for each processor, in which torch uses no more of them."""
+def _one_thread_per_file() -> Iterator[ThreadPoolExecutor]:
+    """A pool with as many threads as torch has; meanwhile torch itself uses one thread in each of them."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -92,27 +93,29 @@ def _files_at_once() -> Iterator[ThreadPoolExecutor]:
 
 
 def _groups(folder: Path, progress: bool) -> list[_Group]:
-    """The shards of a folder, their footers read: rows and columns are known before anything is written."""
+    """The shards of a folder. Reads the footer of every file, to find wrong columns before anything is written."""
     _pyarrow()
     if not folder.is_dir():
-        raise DataError(f"no folder {folder}")
-    named: dict[str, list[Path]] = {path.name: [path] for path in sorted(folder.glob("*.parquet"))}
+        raise DataError(f"no folder {folder}; name the folder with the parquet files")
+    flat: dict[str, list[Path]] = {path.name: [path] for path in sorted(folder.glob("*.parquet"))}
     nested = {path.name: _numbered(path) for path in sorted(folder.iterdir()) if path.is_dir()}
     nested = {name: files for name, files in nested.items() if files}
-    if named and nested:
-        raise DataError(f"{folder} holds parquet files and folders of them ({next(iter(nested))}); name one kind")
-    named |= nested
-    if not named:
-        raise DataError(f"{folder} holds no parquet file, nor a folder with one")
-    files = [path for group in named.values() for path in group]
+    if flat and nested:
+        raise DataError(
+            f"{folder} holds both parquet files and folders of parquet files ({next(iter(nested))}); separate the two"
+        )
+    groups = flat | nested
+    if not groups:
+        raise DataError(f"{folder} holds no parquet file and no folder with one; name the folder with the files")
+    files = [path for group in groups.values() for path in group]
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         counted = pool.map(_count, files, chunksize=16)
         rows = dict(zip(files, tqdm(counted, "footers", len(files), unit="file", disable=not progress), strict=True))
-    return [_Group(name, group, [rows[path] for path in group]) for name, group in named.items()]
+    return [_Group(name, group, [rows[path] for path in group]) for name, group in groups.items()]
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The parquet files of a folder, 2.parquet before 10.parquet."""
+    """The parquet files of a folder in numerical order: 2.parquet before 10.parquet."""
 
     def order(path: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
@@ -121,16 +124,16 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _count(path: Path) -> int:
-    """The rows of a file. Raises DataError unless it has the two columns."""
+    """The number of rows of a file. Raises DataError unless it has the columns key and embedding."""
     pa = _pyarrow()
-    with _explained(path), pa.parquet.ParquetFile(path) as file:
+    with _reading(path), pa.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         types = {name: schema.field(name).type for name in _COLUMNS if name in schema.names}
         key, embedding = types.get("key"), types.get("embedding")
         texts = key is not None and (pa.types.is_string(key) or pa.types.is_large_string(key))
         if not texts or embedding is None or not _is_floats(embedding):
-            told = ", ".join(f"{name} {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
-            raise DataError(f"{path} has the columns {told}; wanted are key (text) and embedding (a list of floats)")
+            columns = ", ".join(f"{name} {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
+            raise DataError(f"{path} has the columns {columns}; it needs key (text) and embedding (a list of floats)")
         return file.metadata.num_rows
 
 
@@ -141,7 +144,7 @@ def _is_floats(kind: Any) -> bool:
 
 
 def _dim(groups: list[_Group]) -> int:
-    """The length of the first vector there is."""
+    """The length of the first vector. Raises DataError when there is none."""
     for group in groups:
         for path, rows in zip(group.files, group.rows, strict=True):
             if rows:
@@ -150,33 +153,36 @@ def _dim(groups: list[_Group]) -> int:
                     if not length:
                         raise DataError(f"{path}: row 0 has no embedding")
                     return length
-    raise DataError(f"{groups[0].files[0].parent} and what is beside it: parquet files without one row")
+    raise DataError(f"the parquet files have no rows, from {groups[0].files[0]} to {groups[-1].files[-1]}")
 
 
 def _encoded(path: Path, dim: int, codec: str, rotation: Rotation | None) -> tuple[QuantizedRows, Tensor]:
     """All rows of a file as codes, and their key hashes."""
     pc = _pyarrow().compute
-    parts, hashes, start = [_none(dim, codec, rotation)], [torch.empty(0, dtype=torch.int64)], 0
+    parts, hashes, start = [_no_rows(dim, codec, rotation)], [torch.empty(0, dtype=torch.int64)], 0
     for batch in _batches(path, max(1, _BLOCK // dim)):
         keys, lists = batch.column("key"), batch.column("embedding")
-        for column, what in ((keys, "key"), (lists, "embedding")):
-            _refuse(path, start, column.is_null(), f"the {what} is null")
+        for column, name in ((keys, "key"), (lists, "embedding")):
+            _refuse(path, start, column.is_null(), f"the {name} is null")
         lengths = lists.value_lengths()
         wrong = pc.not_equal(lengths, dim)
         if pc.any(wrong).as_py():
             bad = pc.index(wrong, True).as_py()
-            raise DataError(f"{path}: row {start + bad} has {lengths[bad]} numbers and the first row of all has {dim}")
+            raise DataError(
+                f"{path}: row {start + bad} has {lengths[bad]} numbers, and the first row of the first file has {dim}; "
+                "embed that caption again, or drop the row"
+            )
         x = _tensor(lists.flatten(), path, start, dim)
         _refuse(path, start, ~x.isfinite().all(dim=1).numpy(), "a number is not finite")
         parts.append(encode(x, codec, rotation))
-        # The first dot of the name, whatever dots the folders before it have.
+        # Cut at the first dot after the last slash: a key may be a path, whose folders have dots of their own.
         hashes.append(key_hashes(pc.replace_substring_regex(keys, r"\.[^/]*$", "").to_pylist()))
         start += len(keys)
     return QuantizedRows.cat(parts), torch.cat(hashes)
 
 
 def _tensor(values: Any, path: Path, start: int, dim: int) -> Tensor:
-    """The numbers of a batch as [rows, dim], in Arrow's own memory."""
+    """The numbers of a batch as [rows, dim], a view of Arrow's memory. Raises DataError for a null."""
     if values.null_count:
         bad = np.asarray(values.is_null()).reshape(-1, dim).any(axis=1)
         _refuse(path, start, bad, "a number is null")
@@ -184,18 +190,18 @@ def _tensor(values: Any, path: Path, start: int, dim: int) -> Tensor:
 
 
 def _refuse(path: Path, start: int, bad: Any, why: str) -> None:
-    """Raises DataError naming the first row that is bad."""
+    """Raises DataError naming the first row where `bad`, bool [rows], is true."""
     marks = np.asarray(bad)
     if marks.any():
         raise DataError(f"{path}: row {start + int(marks.argmax())}: {why}; embed that caption again, or drop the row")
 
 
-def _check_twice(group: _Group, sizes: list[int], hashes: Tensor) -> None:
-    """Raises DataError when two rows of a shard have one key."""
+def _check_duplicates(group: _Group, sizes: list[int], hashes: Tensor) -> None:
+    """Raises DataError when two rows of a shard have the same key. sizes: the rows of each of the group's files."""
     order = np.argsort(hashes.numpy(), kind="stable")
     same = np.flatnonzero(np.diff(hashes.numpy()[order]) == 0)
     if len(same):
-        # Of all pairs the one whose second row comes first.
+        # The pair whose second row comes first in the shard.
         pair = min((order[k : k + 2].tolist() for k in same), key=lambda rows: rows[1])
         starts = np.cumsum([0, *sizes])
         places = []
@@ -205,28 +211,29 @@ def _check_twice(group: _Group, sizes: list[int], hashes: Tensor) -> None:
         raise DataError(f"{places[1]} has the key of {places[0]}; drop one of the two")
 
 
-def _none(dim: int, codec: str, rotation: Rotation | None) -> QuantizedRows:
+def _no_rows(dim: int, codec: str, rotation: Rotation | None) -> QuantizedRows:
     return encode(torch.empty(0, dim), codec, rotation)
 
 
 def _batches(path: Path, rows: int) -> Iterator[Any]:
-    """The two columns of a file, so many rows at a time."""
+    """Yields the two columns of a file in batches of at most `rows` rows."""
     pa = _pyarrow()
-    with _explained(path), pa.parquet.ParquetFile(path) as file:
+    with _reading(path), pa.parquet.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=rows, columns=_COLUMNS, use_threads=False)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what pyarrow says about a file into one DataError."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turns an error of pyarrow or of the file system while a file is read into a DataError."""
     try:
         yield
     except (_pyarrow().ArrowException, OSError) as error:
-        told = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path} is not a whole parquet file ({told}); copy it again") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path} is not a complete parquet file ({reason}); copy it again") from error
 
 
 def _pyarrow() -> Any:
+    """The module, with the parts used here. Raises BackendError when it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute

@@ -1,4 +1,4 @@
-"""Reads a cache: the manifest on opening, a shard's header on first use, then the rows that are asked for."""
+"""Reads a cache: the manifest when it is opened, a shard's header on first use, then only the requested rows."""
 
 import os
 import shlex
@@ -21,12 +21,12 @@ from .manifest import MANIFEST, PARTIAL, Manifest
 from .rotation import Rotation
 from .shard import AGAIN, MappedShard, check_content, content_bytes, map_shard
 
-# Linux lets a process have 65 530 maps; the oldest of ours go when there are more than this.
-_MOST_MAPS = 30_000
+# Linux allows a process 65 530 memory maps (vm.max_map_count); above this number the oldest shards are unmapped.
+_MAX_MAPS = 30_000
 
 
 class Keyed(Protocol):
-    """What check_keys asks of a data set; data.samples.Samples have it."""
+    """What `Cache.check_keys` needs of a data set; data.samples.Samples implements it."""
 
     folder: Path
     shard_sizes: list[int]
@@ -35,15 +35,16 @@ class Keyed(Protocol):
         """The sample keys of shard `number`, in order."""
 
     def shard_hashes(self, number: int) -> Tensor:
-        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]."""
+        """The hashes of those keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]."""
 
 
 class Cache:
-    """A finished cache, opened for reading; the cost does not depend on its rows.
+    """A finished cache, opened for reading. Opening takes the same time for any number of rows.
 
-    len(cache), dim: its size. manifest: what it is and how it was made.
+    len(cache): number of rows. dim: length of a vector. manifest: how it was made, and its shards.
 
-    Raises CacheError: no such folder, unfinished, damaged, or of another format version.
+    Raises CacheError when the folder does not exist, is not a cache, is unfinished or damaged, or has another format
+    version.
     """
 
     def __init__(self, folder: str | Path):
@@ -58,10 +59,10 @@ class Cache:
         # Row r is in the shard k with starts[k] <= r < starts[k + 1].
         self._starts = np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
         self._table = Table(self.manifest.codec, self.dim, self._starts)
-        self._mapped: dict[int, MappedShard] = {}  # in the order in which they were mapped
+        self._mapped: dict[int, MappedShard] = {}  # by number, in the order in which they were mapped
         self._pin = torch.cuda.is_available()
-        self._lock = threading.RLock()  # around the map and what reads through it
-        self._ahead: ThreadPoolExecutor | None = None
+        self._lock = threading.RLock()  # held while shards are mapped, unmapped or read
+        self._prefetcher: ThreadPoolExecutor | None = None
         self._keys: KeyTable | None = None
         self._rotation: Rotation | None = None
 
@@ -69,11 +70,11 @@ class Cache:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        """A worker that is sent a cache opens it for itself."""
+        """Pickles the folder's path: a worker process opens the cache itself."""
         return Cache, (self.folder.absolute(),)
 
     def shard(self, number: int) -> MappedShard:
-        """Shard `number`, mapped on first use. Raises CacheError when it is missing or damaged."""
+        """Returns shard `number`, mapped on first use. Raises CacheError when it is missing or damaged."""
         with self._lock:
             if number not in self._mapped:
                 path = self.folder / self.manifest.shards[number].name
@@ -82,10 +83,11 @@ class Cache:
             return self._mapped[number]
 
     def rows(self, rows: Tensor | np.ndarray) -> QuantizedRows:
-        """Rows by number, any order, repeats allowed, as codes and scales in memory of their own: for training.
+        """Gathers rows as codes and scales, for training.
 
-        rows: int64 [m]. The memory is pinned where there is a GPU. Raises IndexError for a row that is not in the
-        cache, CacheError for a shard that is missing or damaged.
+        rows: row numbers, int64 [m], in any order, repeats allowed. The result is a copy on the CPU, in pinned memory
+        if a GPU is available. Raises IndexError for a row number outside the cache, CacheError for a shard that is
+        missing or damaged.
         """
         index = self._index(rows)
         with self._mapping(index):
@@ -93,31 +95,32 @@ class Cache:
         return QuantizedRows(codes, scales, self.manifest.codec, self.dim)
 
     def prefetch(self, rows: Tensor | np.ndarray) -> "Future[QuantizedRows]":
-        """rows(rows) on a thread of its own: the next batch's text while this one is trained on."""
-        if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="lift-fast-cache")
-        return self._ahead.submit(self.rows, rows)
+        """Starts `self.rows(rows)` in a background thread, to read the next batch while this one is trained on."""
+        if self._prefetcher is None:
+            self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="lift-fast-cache")
+        return self._prefetcher.submit(self.rows, rows)
 
     def widen(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32, normalize: bool = False) -> Tensor:
-        """Rows gathered and widened in one pass, [m, dim] of float32, bfloat16 or float16; in the space of the codes
-        (rotate brings queries there). normalize: each divided by its length.
+        """Gathers rows and converts them to floating point in one pass; rotated codecs stay rotated (see `rotate`).
+
+        rows: row numbers, int64 [m]. dtype: float32, bfloat16 or float16. normalize: whether each row is divided by
+        its norm. Returns [m, dim] on the CPU. Raises as `rows`.
         """
         index = self._index(rows)
-        with self._mapping(index):  # first: a dim that is not the shards' shall not be allocated
+        with self._mapping(index):  # validates the manifest's dim against the shards before anything is allocated
             out = self._table.allocate(len(index), self.dim, dtype, self._pin)
             self._table.widen(index, out, normalize)
         return out
 
     def vectors(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows as the encoder's vectors, [m, dim], rotated back where the codec rotates: for people."""
+        """Returns rows as the encoder's vectors, [m, dim] of dtype, with the codec's rotation undone; for inspection
+        and evaluation. Raises as `rows`."""
         wide = self.widen(rows)
         return (wide if self.rotation is None else self.rotation.undo(wide)).to(dtype)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """The encoder's vectors x [..., dim] in the space of the codes, in which a head trained on them answers.
-
-        What codecs without a rotation return is x.
-        """
+        """Rotates the encoder's vectors x [..., dim] into the space of the codes, in which a head that was trained on
+        this cache answers. Returns x itself for codecs without a rotation."""
         return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
 
     @property
@@ -128,10 +131,11 @@ class Cache:
         return self._rotation
 
     def find(self, keys: Sequence[str]) -> Tensor:
-        """The row numbers of samples by their keys, int64 [len(keys)]; -1 for a key that is not in the cache.
+        """Finds samples by their keys: row numbers int64 [len(keys)], -1 for a key that is not in the cache.
 
-        The first call reads all key hashes (8 bytes a row) into a table of about 8 bytes a row. Of two samples with
-        one key the first counts.
+        The first call reads all key hashes (8 bytes per row) and builds a hash table of about 8 bytes per row. If
+        several samples have the same key, the first one's row is returned. Raises CacheError for a shard that is
+        missing or damaged.
         """
         with self._lock:
             if self._keys is None:
@@ -140,15 +144,15 @@ class Cache:
         return self._keys.find(key_hashes(keys))
 
     def check_dim(self, dim: int, what: str) -> None:
-        """Raises CacheMismatch when `what` (the head, say) wants vectors of another length."""
+        """Raises CacheMismatch unless the vectors have length dim. what: who needs them, for the message."""
         if dim != self.dim:
             raise CacheMismatch(
-                f"{self.folder} holds vectors of {self.dim} and {what} wants {dim}; "
-                f"set it to {self.dim} or embed with another encoder"
+                f"the vectors of {self.folder} have length {self.dim}, but {what} has {dim}; "
+                f"set it to {self.dim}, or embed with another encoder"
             )
 
     def check_keys(self, data: Keyed) -> None:
-        """Raises CacheMismatch, with the first difference, unless row i belongs to sample i of `data`."""
+        """Raises CacheMismatch, naming the first difference, unless row i was made from sample i of `data`, by keys."""
         field = "" if self.manifest.field == "txt" else f" --field {shlex.quote(self.manifest.field)}"
         remedy = (
             "re-embed it into another folder with: lift-fast embed "
@@ -217,13 +221,12 @@ class Cache:
 
     @contextmanager
     def _mapping(self, rows: Tensor) -> Iterator[None]:
-        """Holds the shards of these rows mapped. Raises IndexError, CacheError."""
+        """Keeps the shards of these rows mapped inside a `with` block. Raises IndexError, CacheError."""
         with self._lock:
-            needed = self._table.unmapped(rows)
-            for number in needed:
+            for number in self._table.unmapped(rows):
                 self.shard(number)
             yield
-            while len(self._mapped) > _MOST_MAPS:
+            while len(self._mapped) > _MAX_MAPS:
                 oldest = next(iter(self._mapped))
                 self._table.forget(oldest)
                 del self._mapped[oldest]
@@ -232,9 +235,9 @@ class Cache:
 def _why_no_manifest(folder: Path) -> str:
     if not (folder / PARTIAL).exists():
         return f"{folder} is not a text cache: it has no {MANIFEST}"
-    intent = Manifest.read(folder / PARTIAL)
-    missing = [shard.name for shard in intent.shards if not (folder / shard.name).exists()]
+    shards = Manifest.read(folder / PARTIAL).shards
+    missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     return (
-        f"{folder} is unfinished: {len(missing)} of {len(intent.shards)} shards are missing"
+        f"{folder} is unfinished: {len(missing)} of {len(shards)} shards are missing"
         f"{f', the first is {missing[0]}' if missing else ''}; {AGAIN} to continue"
     )

@@ -1,17 +1,20 @@
-"""A seeded rotation of any dim, for codecs that want coordinates which look Gaussian.
+"""A seeded random rotation for vectors of any dim. It makes their coordinates near Gaussian, as the code books expect.
 
-    twice:  x = sign * x            random signs
-            x = x[order]            random order
-            x = H x                 the Hadamard matrix of 2^k, the greatest power of two up to dim, over the first 2^k
-                                    coordinates; where dim is larger, again with new signs over the last 2^k
+    two rounds of:
+        x = sign * x            random signs
+        x = x[order]            a random permutation
+        x = H x                 H: the orthonormal Hadamard matrix of size 2^k, the largest power of two up to dim,
+                                applied to the first 2^k coordinates
+        if 2^k < dim: new random signs, then H applied to the last 2^k coordinates
 
-An orthogonal map: dot products and lengths stay what they were. It is computed by additions and one multiplication an
-element and round in a fixed order, so that every device and batch size gives the same bits.
+The map is orthogonal, so dot products and norms are preserved. An element of a round takes additions and one
+multiplication, in a fixed order, so every device and every batch size gives the same bits.
 
-The signs and orders come from SplitMix64 (Steele, Lea and Flood 2014), so that any program can make them again: with
-mix(i) its output i for the seed, counted from 0, round r has n = dim numbers mix(3·r·n + i) and signs -1 where they are
-odd, then n numbers mix((3·r + 1)·n + i), whose ascending order is the order, then n more for the second signs. Without
-those a coordinate of a dim such as 640 could stay a spike: a Hadamard matrix turns its own rows back into spikes.
+Signs and permutations come from SplitMix64 (Steele, Lea and Flood 2014), so that any program can reproduce them. Let
+mix(i) be its i-th output for the seed, counted from 0, and n = dim. Round r uses mix(3·r·n + i) for the first signs
+(-1 where the number is odd), mix((3·r + 1)·n + i) for the permutation (the numbers' ascending order), and
+mix((3·r + 2)·n + i) for the second signs, i = 0 … n - 1. The second signs are needed: a Hadamard matrix maps its own
+rows to one-hot vectors, so that without new signs a dim such as 640 could keep a large coordinate.
 """
 
 import math
@@ -26,12 +29,15 @@ from ..errors import CacheError
 
 KIND = "hadamard"
 _ROUNDS = 2
-_CHUNK = {"cpu": 1 << 18}  # elements that are rotated at a time: what a core's own cache holds
+_CHUNK = {"cpu": 1 << 18}  # elements rotated at a time: 1 MB of float32, about a core's own cache
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """seed, dim: what decides it. apply and undo take floating [..., dim] and return float32 (float64 stays)."""
+    """The rotation of vectors of length dim that a seed in [0, 2^64) determines.
+
+    `apply` and `undo` take floating [..., dim] and return float32, or float64 for float64.
+    """
 
     dim: int
     seed: int = 0
@@ -47,54 +53,55 @@ class Rotation:
 
     @staticmethod
     def from_dict(entry: dict[str, Any], dim: int) -> "Rotation":
-        """What a manifest says: {"kind": "hadamard", "seed": 0}. Raises CacheError for a kind that is none."""
+        """The rotation of a manifest's entry, such as {"kind": "hadamard", "seed": 0}. Raises CacheError if invalid."""
         Rotation.check(entry)
         return Rotation(dim, entry["seed"])
 
     @staticmethod
     def check(entry: Any) -> None:
-        """Raises CacheError unless a rotation can be made from it."""
+        """Validates a manifest's entry. Raises CacheError."""
         seed = entry.get("seed") if isinstance(entry, dict) and entry.keys() == {"kind", "seed"} else None
         if type(seed) is not int or not 0 <= seed < 1 << 64 or entry["kind"] != KIND:
-            raise CacheError(f"rotation {entry!r} is unknown to this lift-fast")
+            raise CacheError(f"this version of lift-fast does not know the rotation {entry!r}")
 
     def as_dict(self) -> dict[str, Any]:
+        """The manifest's entry."""
         return {"kind": KIND, "seed": self.seed}
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [..., dim] rotated, on its device."""
+        """Rotates x [..., dim], on its device. Raises ValueError for another dim."""
         return self._map(x, self._forward)
 
     def undo(self, x: Tensor) -> Tensor:
-        """The x whose rotation this is, to rounding."""
+        """The inverse of `apply`, up to rounding. Raises ValueError for another dim."""
         return self._map(x, self._back)
 
-    def _map(self, x: Tensor, one: Any) -> Tensor:
+    def _map(self, x: Tensor, turn: Any) -> Tensor:
         if x.shape[-1] != self.dim:
             raise ValueError(f"this rotation is for vectors of {self.dim}, not {list(x.shape)}")
         wide = x if x.dtype == torch.float64 else x.float()
         rows = wide.reshape(-1, self.dim)
         rounds = [(a.to(rows), order.to(rows.device), b.to(rows)) for a, order, b in self._rounds]
         chunk = _CHUNK.get(x.device.type, 1 << 24)
-        parts = [one(part, rounds) for part in rows.split(max(1, chunk // max(1, self.dim)))]
+        parts = [turn(part, rounds) for part in rows.split(max(1, chunk // max(1, self.dim)))]
         return torch.cat(parts).reshape(x.shape)
 
     def _forward(self, x: Tensor, rounds: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         for first, order, second in rounds:
             x = _hadamard((x * first).index_select(1, order), last=False)
-            if self._two():
+            if self._overlapping():
                 x = _hadamard(x * second, last=True)
         return x
 
     def _back(self, x: Tensor, rounds: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         for first, order, second in reversed(rounds):
-            if self._two():
+            if self._overlapping():
                 x = _hadamard(x.clone(), last=True) * second
             x = _hadamard(x.clone(), last=False).index_select(1, order.argsort()) * first
         return x
 
-    def _two(self) -> bool:
-        """Whether one Hadamard matrix leaves coordinates out."""
+    def _overlapping(self) -> bool:
+        """Whether a round applies H twice, to the first and to the last 2^k coordinates: dim is no power of two."""
         return self.dim & (self.dim - 1) != 0
 
 
@@ -103,7 +110,7 @@ def _signs(numbers: np.ndarray) -> Tensor:
 
 
 def _hadamard(x: Tensor, last: bool) -> Tensor:
-    """x [rows, dim], which may be written to, with the Hadamard matrix over its first, or last, 2^k columns."""
+    """Applies the orthonormal Hadamard matrix to the first, or last, 2^k columns of x [rows, dim]; may overwrite x."""
     dim = x.shape[1]
     size = 1 << (dim.bit_length() - 1)
     columns = slice(dim - size, dim) if last else slice(size)
@@ -123,7 +130,7 @@ def _hadamard(x: Tensor, last: bool) -> Tensor:
 
 
 def _splitmix64(seed: int, count: int) -> np.ndarray:
-    """uint64 [count]: the generator's outputs from its state `seed`."""
+    """The first `count` outputs of SplitMix64 from the state `seed`, uint64 [count]."""
     z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

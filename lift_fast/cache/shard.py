@@ -1,16 +1,16 @@
-"""One shard: a safetensors file whose header is known before it is read.
+"""One shard: a safetensors file whose header follows from the manifest.
 
     8 bytes     length of the header, little-endian
     header      JSON: the tensors below, and __metadata__ with the cache's identity, the shard's number, source and
-                captions, and the SHA-256 of everything after the header; spaces to its end
+                captions, and the SHA-256 of everything after the header; padded with spaces
     keys        int64 [rows]                hashes of the sample keys
-    scales      float32 [rows]              codecs with scales
-    pad         float32 [1]                 beside scales of an odd number of rows: 0
+    scales      float32 [rows]              only for codecs with scales
+    pad         float32 [1], 0              only with scales of an odd number of rows: keeps the codes aligned
     codes       [rows, columns]             float32, bfloat16, int8, float8_e4m3, or uint8 for packed codecs
 
-The spaces put the codes on a page of 4096 bytes: a row of 4096 codes is then one page of the disk and one entry of
-the TLB, not two. The manifest and the number of a shard give its header byte for byte. A file with another one is
-refused without a look at what it says, so that shapes and offsets in it cannot lead anywhere.
+The spaces align the codes to a page of 4096 bytes, so that a row of 4096 codes needs one page of the disk and one entry
+of the TLB instead of two. The manifest and a shard's number determine the header byte for byte. A file with any other
+header is refused without parsing it, so a damaged or hostile shape or offset is never used.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from ..ops.rows.quantized import QuantizedRows
 from .manifest import Manifest, Shard
 
 PAGE = 4096
-AGAIN = "run the same lift-fast embed again"  # it writes the shards that are missing
+AGAIN = "run the same lift-fast embed again"  # the end of messages: embed writes only the shards that are missing
 _LONGEST_HEADER = 1 << 20
 _SAFETENSORS = {
     torch.int64: "I64",
@@ -41,7 +41,7 @@ _SAFETENSORS = {
 
 
 def tensors(manifest: Manifest, rows: int) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """Name -> dtype and shape, in the order in which they lie in the file."""
+    """The tensors of a shard in the order of the file: name -> dtype and shape."""
     codec = CODECS[manifest.codec]
     layout: dict[str, tuple[torch.dtype, list[int]]] = {"keys": (torch.int64, [rows])}
     if codec.scaled:
@@ -52,21 +52,20 @@ def tensors(manifest: Manifest, rows: int) -> dict[str, tuple[torch.dtype, list[
 
 
 def header(manifest: Manifest, number: int, shard: Shard) -> bytes:
-    """The bytes before the first tensor of shard `number`."""
-    told = {"cache": manifest.identity, "shard": str(number), "source": shard.source, "captions": shard.captions}
-    entries: dict[str, object] = {"__metadata__": {**told, "sha256": shard.sha256}}
-    at = codes = 0
+    """The bytes of shard `number` before its first tensor: the length, and the padded JSON."""
+    metadata = {"cache": manifest.identity, "shard": str(number), "source": shard.source, "captions": shard.captions}
+    entries: dict[str, object] = {"__metadata__": {**metadata, "sha256": shard.sha256}}
+    begin = end = 0
     for name, (dtype, shape) in tensors(manifest, shard.rows).items():
-        codes, begin = at, at
-        at += int(np.prod(shape, dtype=object)) * dtype.itemsize
-        entries[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, at]}
+        begin, end = end, end + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        entries[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text) + codes) % PAGE)
+    text += b" " * (-(8 + len(text) + begin) % PAGE)  # begin: of the codes, which come last
     return len(text).to_bytes(8, "little") + text
 
 
 def content(manifest: Manifest, rows: QuantizedRows, keys: np.ndarray) -> bytes:
-    """Everything after the header. keys: int64 [rows]."""
+    """Everything after the header of a shard with these rows. keys: key hashes, int64 [rows]."""
     values: dict[str, Tensor] = {"keys": torch.from_numpy(keys), "pad": torch.zeros(1), "codes": rows.codes}
     if rows.scales is not None:
         values["scales"] = rows.scales
@@ -80,21 +79,21 @@ def content_bytes(manifest: Manifest, rows: int) -> int:
 
 
 def describe(manifest: Manifest, number: int, path: Path) -> Shard:
-    """The manifest's entry of a shard that an earlier run or another rank wrote, from the shard itself.
+    """The manifest's entry of shard `number`, read from the shard file that an earlier run or another rank wrote.
 
-    Raises CacheError: not a whole shard `number` of this cache.
+    Raises CacheError when the file is not a complete shard `number` of this cache. Its content is not checked.
     """
     entry = manifest.shards[number]
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _LONGEST_HEADER:
-                raise ValueError("its header does not fit in it")
-            read = json.loads(file.read(length))
-        told, rows = read["__metadata__"], read["keys"]["shape"][0]
+                raise ValueError("the length of its header is wrong")
+            entries = json.loads(file.read(length))
+        metadata, rows = entries["__metadata__"], entries["keys"]["shape"][0]
         if type(rows) is not int or not 0 <= rows < 1 << 48:
-            raise ValueError(f"it says it has {rows!r} rows")
-        found = replace(entry, rows=rows, sha256=str(told["sha256"]), captions=str(told["captions"]))
+            raise ValueError(f"its number of rows is {rows!r}")
+        found = replace(entry, rows=rows, sha256=str(metadata["sha256"]), captions=str(metadata["captions"]))
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CacheError(f"{path} is damaged: {error}; remove it and {AGAIN}") from error
     _check(path, header(manifest, number, found), manifest, found)
@@ -103,7 +102,7 @@ def describe(manifest: Manifest, number: int, path: Path) -> Shard:
 
 @dataclass(frozen=True)
 class MappedShard:
-    """codes [rows, columns], scales float32 [rows] or None, keys int64 [rows]: views of one mapped file."""
+    """Views of one memory-mapped file: codes [rows, columns], scales float32 [rows] or None, keys int64 [rows]."""
 
     codes: Tensor
     scales: Tensor | None
@@ -111,53 +110,53 @@ class MappedShard:
 
 
 def map_shard(manifest: Manifest, number: int, path: Path) -> MappedShard:
-    """Maps shard `number`, having read its header and nothing else.
+    """Maps shard `number`; reads only its header.
 
-    Raises CacheError: missing, cut short, too long, or not the shard that the manifest describes.
+    Raises CacheError when it is missing, cut short, too long, or not the shard that the manifest describes.
     """
     shard = manifest.shards[number]
-    before = header(manifest, number, shard)
-    size = _check(path, before, manifest, shard)
-    # A private map through torch: no file descriptor stays open, and a write would not reach the file.
+    expected = header(manifest, number, shard)
+    size = _check(path, expected, manifest, shard)
+    # A private map through torch: no file descriptor stays open, and a write to the tensors does not reach the file.
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    views, at = {}, len(before)
+    views, begin = {}, len(expected)
     for name, (dtype, shape) in tensors(manifest, shard.rows).items():
-        end = at + int(np.prod(shape)) * dtype.itemsize
-        views[name] = whole[at:end].view(dtype).view(shape)
-        at = end
+        end = begin + int(np.prod(shape)) * dtype.itemsize
+        views[name] = whole[begin:end].view(dtype).view(shape)
+        begin = end
     return MappedShard(views["codes"], views.get("scales"), views["keys"])
 
 
 def check_content(manifest: Manifest, number: int, path: Path) -> None:
-    """Reads a whole shard. Raises CacheError when it is missing or one bit of it is not what was written."""
+    """Reads a whole shard and compares its checksum. Raises CacheError when it is missing or any bit has changed."""
     shard = manifest.shards[number]
-    before = header(manifest, number, shard)
-    _check(path, before, manifest, shard)
+    expected = header(manifest, number, shard)
+    _check(path, expected, manifest, shard)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        file.seek(len(before))
+        file.seek(len(expected))
         while block := file.read(1 << 22):
             digest.update(block)
     if digest.hexdigest() != shard.sha256:
         raise CacheError(f"{path} is damaged: its checksum is not the manifest's; remove it and {AGAIN}")
 
 
-def _check(path: Path, before: bytes, manifest: Manifest, shard: Shard) -> int:
-    """The size of a file that begins with `before` and has the length it must have. Raises CacheError."""
-    wanted = len(before) + content_bytes(manifest, shard.rows)
+def _check(path: Path, expected: bytes, manifest: Manifest, shard: Shard) -> int:
+    """Validates a file's header and length, and returns the length in bytes. Raises CacheError."""
+    wanted = len(expected) + content_bytes(manifest, shard.rows)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            found = file.read(len(before))
+            found = file.read(len(expected))
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing; {AGAIN}") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    if found != before:
+    if found != expected:
         raise CacheError(
-            f"{path} is not the shard that the manifest describes: its header is damaged, or it is another shard's or "
-            f"another cache's; remove it and {AGAIN}"
+            f"{path} is not the shard that the manifest describes: its header is damaged, or the file belongs to "
+            f"another shard or another cache; remove it and {AGAIN}"
         )
     if size != wanted:
-        raise CacheError(f"{path} is damaged: it has {size} bytes and should have {wanted}; remove it and {AGAIN}")
+        raise CacheError(f"{path} is damaged: it has {size} bytes instead of {wanted}; remove it and {AGAIN}")
     return size

@@ -1,4 +1,4 @@
-"""What is done with whole caches: looked at, checked, recoded, joined."""
+"""Operations on whole caches: describe, sample, convert to another codec, merge."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,13 +21,14 @@ from .rotation import Rotation
 from .shard import check_content
 from .writer import CacheWriter
 
-BLOCK = 1 << 20  # float32 numbers that are recoded at a time: what stays near the core
+BLOCK = 1 << 20  # float32 numbers converted at a time: 4 MB, to stay in the caches of the CPU
 
 
 def info(cache: Cache) -> dict[str, Any]:
-    """What a cache is, JSON-able; reads nothing but the manifest and the sizes of the files.
+    """Describes a cache as a dict of JSON values; reads only the manifest and the sizes of the files.
 
-    bits_per_row: codes, scale and key hash. bytes: of the files; `missing` are the shards that are not there.
+    bits_per_row counts codes, scale and key hash. bytes: total size of the files that exist. missing: file names of
+    the shards that do not exist.
     """
     manifest = cache.manifest
     codec = CODECS[manifest.codec]
@@ -51,10 +52,10 @@ def info(cache: Cache) -> dict[str, Any]:
 
 
 def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Some rows of a cache for a look at them, JSON-able, and the mean cosine among their vectors.
+    """Draws rows of a cache to inspect, and the mean cosine over pairs of them, as a dict of JSON values.
 
-    An encoder that gives every caption nearly the same vector shows as a mean cosine near 1. rows: at most, drawn
-    without repeats. Raises ConfigError for rows below 1, CacheError for a cache without rows and a damaged shard.
+    A mean cosine near 1 shows an encoder that gives all captions nearly the same vector. rows: how many at most, drawn
+    without repeats. Raises ConfigError for rows below 1, CacheError for a cache without rows and for a damaged shard.
     """
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, not {rows}")
@@ -83,20 +84,22 @@ def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
 
 
 def convert(source: Cache, out: Path, codec: str, progress: bool = True) -> None:
-    """Writes the vectors of a cache with another codec, through float32 in the encoder's space; goes on where a run
-    before it stopped. A rotation is the source's, or of seed 0. What the source lost stays lost: errors add up.
+    """Writes the vectors of a cache with another codec; continues an interrupted run at its first missing shard.
 
-    Raises ConfigError for the codec that it has already, CacheError for one that is none, a damaged source or a
-    full disk, CacheMismatch when `out` is another cache.
+    Rows are decoded to float32 in the encoder's space and encoded again, so the errors of both codecs add up. A
+    rotated codec uses the source's rotation, or seed 0 if it has none.
+
+    Raises ConfigError when the source has that codec already; CacheError for an unknown codec, a damaged source or a
+    full disk; CacheMismatch when `out` holds another cache.
     """
     manifest, kind = source.manifest, codec_named(codec)
     if codec == manifest.codec:
-        raise ConfigError(f"{source.folder} holds {codec} already; copy the folder")
+        raise ConfigError(f"{source.folder} holds {codec} already; copy the folder instead")
     rotation = (source.rotation or Rotation(source.dim)) if kind.rotated else None
     writer = CacheWriter(out, source.dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation)
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
     step = max(1, BLOCK // source.dim)
-    for number in _counted(writer.missing(), [shard.rows for shard in manifest.shards], f"to {codec}", progress):
+    for number in _with_progress(writer.missing(), [shard.rows for shard in manifest.shards], f"to {codec}", progress):
         _, keys = _checked(source, number)
         rows = torch.arange(starts[number], starts[number + 1])
         parts = [encode(source.vectors(part), codec, rotation) for part in rows.split(step)]
@@ -105,10 +108,10 @@ def convert(source: Cache, out: Path, codec: str, progress: bool = True) -> None
 
 
 def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
-    """Writes caches of one kind one after the other as one; goes on where a run before it stopped. Codes are copied.
+    """Concatenates caches into one; copies the codes, and continues an interrupted run at its first missing shard.
 
-    Raises ConfigError for less than two, CacheMismatch when they differ in encoder, codec, dim, rotation or caption
-    field, or when `out` is another cache, CacheError for a damaged source or a full disk.
+    Raises ConfigError for fewer than two caches; CacheMismatch when they differ in encoder, codec, dim, rotation or
+    caption field, or when `out` holds another cache; CacheError for a damaged source or a full disk.
     """
     if len(sources) < 2:
         raise ConfigError("merge takes at least two caches and the folder of a new one")
@@ -118,31 +121,36 @@ def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
         differences = kind.differences(replace(other.manifest, shards=()))
         if differences:
             raise CacheMismatch(
-                f"{other.folder} (there) and {first.folder} (here) cannot be one cache: {'; '.join(differences)}"
+                f"{other.folder} cannot be merged with {first.folder}: its {'; its '.join(differences)}; "
+                "embed both with the same settings"
             )
     parts = [(cache, number) for cache in sources for number in range(len(cache.manifest.shards))]
     listed = [entry for cache in sources for entry in _sources(cache.manifest)]
     writer = CacheWriter(out, first.dim, kind.codec, kind.encoder, listed, kind.field, kind.rotated_by())
-    for to in _counted(writer.missing(), [entry["samples"] for entry in listed], "merge", progress):
-        cache, number = parts[to]
-        writer.write_shard(to, *_checked(cache, number))
+    for target in _with_progress(writer.missing(), [entry["samples"] for entry in listed], "merge", progress):
+        cache, number = parts[target]
+        writer.write_shard(target, *_checked(cache, number))
     writer.finish()
 
 
 def _sources(manifest: Manifest) -> list[dict[str, Any]]:
-    """The data shards of a cache, as CacheWriter takes them."""
+    """The data shards of a cache, in the form of CacheWriter's `source`."""
     return [{"name": shard.source, "samples": shard.rows, "captions": shard.captions} for shard in manifest.shards]
 
 
 def _checked(cache: Cache, number: int) -> tuple[QuantizedRows, list[int]]:
-    """A whole shard and its key hashes, its checksum compared: damage must not get a checksum of its own."""
+    """The rows of a shard and its key hashes, after comparing its checksum: damaged codes must not be copied under a
+    new, valid checksum."""
     check_content(cache.manifest, number, cache.folder / cache.manifest.shards[number].name)
     shard = cache.shard(number)
     return QuantizedRows(shard.codes, shard.scales, cache.manifest.codec, cache.dim), shard.keys.tolist()
 
 
-def _counted(numbers: Sequence[int], rows: Sequence[int], what: str, progress: bool) -> Iterator[int]:
-    """These shards with a bar that counts their rows; those that are done already count from the start."""
+def _with_progress(numbers: Sequence[int], rows: Sequence[int], what: str, progress: bool) -> Iterator[int]:
+    """Yields the shard numbers, with a progress bar that counts rows of all shards, finished ones included.
+
+    rows: of every shard.
+    """
     total = sum(rows)
     done = total - sum(rows[number] for number in numbers)
     with tqdm(total=total, initial=done, unit="row", desc=what, disable=not progress) as bar:
@@ -152,7 +160,7 @@ def _counted(numbers: Sequence[int], rows: Sequence[int], what: str, progress: b
 
 
 def _mean_cosine(vectors: Tensor) -> float | None:
-    """The mean over all pairs, None without a pair."""
+    """The mean cosine over all pairs of rows, None for fewer than two rows."""
     n = len(vectors)
     if n < 2:
         return None

@@ -1,13 +1,12 @@
-"""Writes a cache shard by shard, by one process or by several at once; a run that is killed continues at the first
-missing shard.
+"""Writes a cache shard by shard, in one process or in several; a killed run continues at the first missing shard.
 
-Processes that share a folder tell each other nothing but through it:
+Processes that write the same cache communicate only through its folder:
 
-    partial.json    comes before the first shard and goes after manifest.json has come, so that one of them is there
-                    whenever a shard is; what is in it follows from the data's sizes and the settings alone
-    a shard         is whole when it appears; until then it is a .part file that only its writer knows, so that even a
-                    forgotten process at the same shard does no harm
-    manifest.json   follows from the shards; whoever finds none missing writes it, and all would write the same bytes
+    partial.json    is written before the first shard and removed after manifest.json exists, so that a folder with
+                    shards always has one of the two; its content depends only on the settings and the shards' sizes
+    a shard         appears complete, by a rename. Until then it is a .part file whose name is unique to its process,
+                    so that two processes that write the same shard do not disturb each other
+    manifest.json   is written by every process that finds no shard missing; all write the same bytes
 """
 
 import errno
@@ -29,9 +28,9 @@ from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
 from .manifest import MANIFEST, PARTIAL, Manifest, Shard, shard_name
 from .rotation import Rotation
-from .shard import check_content, content, describe, header, map_shard, tensors
+from .shard import check_content, content, content_bytes, describe, header, map_shard
 
-_FULL = {
+_DISK_FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would be larger than the file system or a limit (ulimit -f) allows",
@@ -39,18 +38,19 @@ _FULL = {
 
 
 class CacheWriter:
-    """Opens `folder` for writing: new, or half-written by runs that wanted the same. Writes nothing before it is asked
-    what is missing.
+    """Writes a new cache, or continues an unfinished one with the same settings. `missing` is the first method that
+    writes to the folder.
 
-    encoder: how the text becomes vectors (id, revision, pooling, prompt, max_length). source: the data shards
-    in order, [{"name": "00000.tar", "samples": 1000}, …], each with "captions", a digest of its texts, where it is
-    known already (`expect` tells it later). field: the caption field. rotation: for the codecs that rotate.
+    dim: length of a vector. codec: a key of ops.rows.codecs.CODECS. encoder: the settings that turn a text into a
+    vector, as JSON (name, revision, pooling, prompt, max_length, …). source: the data shards in order,
+    [{"name": "00000.tar", "samples": 1000}, …]; an entry may have "captions", a digest of its captions, which `expect`
+    can set later. field: the caption field. rotation: for the rotated codecs.
 
-    A finished cache of the same kind is left as it is: nothing is missing, finish() does nothing. One that has lost
-    shards since becomes unfinished again.
+    For a finished cache with the same settings `missing` returns no shard and `finish` does nothing. A finished cache
+    of which shards were removed becomes unfinished again.
 
-    Raises CacheMismatch when the folder holds another cache, saying what differs, and CacheError when it
-    cannot be written.
+    Raises CacheMismatch, naming the differences, when the folder holds another cache; CacheError when it holds damaged
+    files or cannot be written.
     """
 
     def __init__(
@@ -68,36 +68,37 @@ class CacheWriter:
             Shard(shard_name(k), int(s["samples"]), str(s["name"]), captions=str(s.get("captions", "")))
             for k, s in enumerate(source)
         )
-        # The encoder as it will be read back: JSON has no tuples and only string keys.
-        told = json.loads(json.dumps(encoder))
-        # What is known so far: the captions that were told, the checksums of shards that were looked at or written.
-        self._manifest = Manifest(dim, codec, field, told, shards, rotation.as_dict() if rotation else None)
-        self._unchecked: set[int] = set()  # shards of earlier runs whose content nobody has read yet
+        # The encoder as it is read back: JSON has no tuples and only string keys.
+        encoder = json.loads(json.dumps(encoder))
+        # Its entries are filled in over time: captions by `expect`, checksums when a shard is written or examined.
+        self._manifest = Manifest(dim, codec, field, encoder, shards, rotation.as_dict() if rotation else None)
+        self._unverified: set[int] = set()  # shards of earlier runs whose checksum has not been compared
         self._tag = f".{os.getpid()}-{secrets.token_hex(4)}"
-        self._parts: list[Path] = []  # of other processes, alive or not
-        self._begun = self._finished = False
-        self._look()
-        there = self._there()
+        self._parts: list[Path] = []  # unfinished files of other processes, running or killed
+        self._started = self._finished = False
+        self._check_manifest()
+        present = self._present()
         for number, shard in enumerate(shards):
-            if shard.captions and number in there:
+            if shard.captions and number in present:
                 self._check_captions(number, shard.captions)
 
     def expect(self, number: int, keys: Sequence[str], captions: str) -> None:
-        """Tells the sample keys of data shard `number` and a digest of its captions.
+        """Declares the sample keys of data shard `number` and a digest of its captions.
 
-        Raises CacheMismatch when its shard is there already and was made from others.
+        Raises CacheMismatch when the cache shard exists already and was made from other keys or captions, ValueError
+        for a wrong number of keys.
         """
         entry = self._manifest.shards[number]
         if len(keys) != entry.rows:
-            raise ValueError(f"{entry.source} has {entry.rows} samples; {len(keys)} keys came for it")
+            raise ValueError(f"{entry.source} has {entry.rows} samples, not {len(keys)} keys")
         if not (self.folder / entry.name).exists():
-            self._know(number, replace(entry, captions=captions))
+            self._set_entry(number, replace(entry, captions=captions))
             return
-        found = self._describe(number)
+        found = self._examine(number)
         with open(self.folder / entry.name, "rb") as file:
-            file.seek(len(header(self._manifest, number, found)))  # the keys come first
-            theirs = np.fromfile(file, dtype="<i8", count=entry.rows)
-        differ = key_hashes(keys).numpy() != theirs
+            file.seek(len(header(self._manifest, number, found)))  # the keys are the first tensor
+            stored = np.fromfile(file, dtype="<i8", count=entry.rows)
+        differ = key_hashes(keys).numpy() != stored
         if differ.any():
             row = int(differ.argmax())
             raise CacheMismatch(
@@ -107,68 +108,75 @@ class CacheWriter:
         self._check_captions(number, captions)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards still to write. From here on the folder is a cache, an unfinished one if there are
-        any."""
-        self._begin()
+        """Returns the numbers of the shards still to be written. The first call creates the folder with partial.json.
+
+        Raises CacheError when the folder cannot be written.
+        """
+        self._start()
         if self._finished:
             return []
-        there = self._there()
-        return [number for number in range(len(self._manifest.shards)) if number not in there]
+        present = self._present()
+        return [number for number in range(len(self._manifest.shards)) if number not in present]
 
     def write_shard(self, number: int, rows: QuantizedRows, keys: Sequence[int]) -> None:
-        """Writes shard `number` whole or not at all: rows in the data shard's order, keys: key_hash of each.
+        """Writes shard `number`, whole or not at all.
 
-        Raises ValueError for rows that are not the ones announced, CacheError when they cannot be written
-        (a full disk among others; the shards that are whole stay, and nothing else does).
+        rows: in the order of the data shard's samples. keys: the samples' key hashes (key_hashes).
+
+        Raises ValueError when rows or keys do not have the number, codec or dim that the cache was opened with;
+        CacheError when the shard cannot be written, such as on a full disk: the complete shards stay, and no part of
+        this one does.
         """
         shard = self._manifest.shards[number]
         if not len(rows) == len(keys) == shard.rows:
-            raise ValueError(
-                f"{shard.source} has {shard.rows} samples; {len(rows)} rows with {len(keys)} keys came for it"
-            )
+            raise ValueError(f"{shard.source} has {shard.rows} samples, not {len(rows)} rows and {len(keys)} keys")
         if (rows.codec, rows.dim) != (self._manifest.codec, self._manifest.dim):
             raise ValueError(
-                f"this cache holds {self._manifest.codec} rows of {self._manifest.dim}, "
-                f"not {rows.codec} rows of {rows.dim}"
+                f"this cache holds {self._manifest.codec} rows of dim {self._manifest.dim}, "
+                f"not {rows.codec} rows of dim {rows.dim}"
             )
-        self._begin()
+        self._start()
         data = content(self._manifest, rows, np.array(keys, dtype=np.int64))
         written = replace(shard, sha256=hashlib.sha256(data).hexdigest())
-        for part in self._parts:  # half of this shard, by a run that was killed
+        for part in self._parts:  # what a killed run left of this shard
             if part.name.startswith(shard.name):
                 part.unlink(missing_ok=True)
-        with self._explained(shard.name):
+        with self._writing(shard.name):
             write_whole({self.folder / shard.name: header(self._manifest, number, written) + data}, self._tag)
-        self._know(number, written)
-        self._unchecked.discard(number)
+        self._set_entry(number, written)
+        self._unverified.discard(number)
 
     def written(self, number: int) -> QuantizedRows:
-        """The rows of a shard that is there, mapped. Raises CacheError when it is missing or damaged: what an earlier
-        run wrote is read whole the first time."""
-        self._describe(number)
+        """Returns the rows of a shard that is written, memory-mapped. Raises CacheError when it is missing or damaged.
+
+        The checksum of a shard from an earlier run is compared the first time.
+        """
+        self._examine(number)
         path = self.folder / self._manifest.shards[number].name
-        if number in self._unchecked:
+        if number in self._unverified:
             check_content(self._manifest, number, path)
-            self._unchecked.discard(number)
+            self._unverified.discard(number)
         mapped = map_shard(self._manifest, number, path)
         return QuantizedRows(mapped.codes, mapped.scales, self._manifest.codec, self._manifest.dim)
 
     def finish(self) -> None:
-        """Writes the manifest, which makes the folder a cache. Raises CacheError while shards are missing."""
+        """Writes manifest.json, which makes the folder a finished cache. Raises CacheError while shards are missing."""
         missing = self.missing()
         if self._finished:
             return
         if missing:
             raise CacheError(
-                f"{self.folder} lacks {len(missing)} of {len(self._manifest.shards)} shards: {missing[:5]}"
+                f"{self.folder} lacks {len(missing)} of {len(self._manifest.shards)} shards: {missing[:5]}; write them "
+                "before finish"
             )
         shards = tuple(map(self._entry, range(len(self._manifest.shards))))
-        self._put(MANIFEST, replace(self._manifest, shards=shards))
+        self._write_manifest(MANIFEST, replace(self._manifest, shards=shards))
         self._finished = True
-        self._tidy()
+        self._clean_up()
 
     def size_on_disk(self, numbers: Sequence[int] | None = None) -> int:
-        """Bytes that the finished cache will have, each shard's captions told; or only the shards `numbers`."""
+        """Size in bytes of the finished cache, with a digest of captions in every entry; or of the shards `numbers`
+        alone."""
         chosen = range(len(self._manifest.shards)) if numbers is None else numbers
         filled = [
             replace(shard, sha256="0" * 64, captions=shard.captions or "0" * 32)
@@ -176,30 +184,32 @@ class CacheWriter:
         ]
         total = len(replace(self._manifest, shards=tuple(filled)).to_json()) if numbers is None else 0
         for number, shard in zip(chosen, filled, strict=True):
-            total += len(header(self._manifest, number, shard))
-            for dtype, shape in tensors(self._manifest, shard.rows).values():
-                total += int(np.prod(shape)) * dtype.itemsize
+            total += len(header(self._manifest, number, shard)) + content_bytes(self._manifest, shard.rows)
         return total
 
-    def _there(self) -> set[int]:
-        """Numbers of the shards in the folder: one listing, however many there are."""
+    def _present(self) -> set[int]:
+        """Numbers of the shards in the folder, by one listing of it."""
         names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         return {number for number, shard in enumerate(self._manifest.shards) if shard.name in names}
 
-    def _know(self, number: int, entry: Shard) -> None:
+    def _set_entry(self, number: int, entry: Shard) -> None:
         shards = list(self._manifest.shards)
         shards[number] = entry
         self._manifest = replace(self._manifest, shards=tuple(shards))
 
-    def _describe(self, number: int) -> Shard:
-        """What shard `number`, which is there, says of itself. Raises CacheError, CacheMismatch."""
+    def _examine(self, number: int) -> Shard:
+        """Records and returns the entry of a shard that is written. Raises CacheError, CacheMismatch."""
         found = self._entry(number)
         if found is not self._manifest.shards[number]:
-            self._know(number, found)
-            self._unchecked.add(number)
+            self._set_entry(number, found)
+            self._unverified.add(number)
         return found
 
     def _entry(self, number: int) -> Shard:
+        """The entry of a shard that is written, from its file if this run has not written or examined it.
+
+        Raises CacheError, CacheMismatch.
+        """
         entry = self._manifest.shards[number]
         if entry.sha256:
             return entry
@@ -211,31 +221,35 @@ class CacheWriter:
             )
         return found
 
-    def _check_captions(self, number: int, told: str) -> None:
-        """Raises CacheMismatch when a shard that is there was made from other texts than those that were told."""
-        found = self._describe(number)
-        if told and found.captions and told != found.captions:
+    def _check_captions(self, number: int, captions: str) -> None:
+        """Raises CacheMismatch when a written shard was made from captions with another digest, if both are known."""
+        found = self._examine(number)
+        if captions and found.captions and captions != found.captions:
             raise CacheMismatch(
-                f"{self.folder} holds a cache of another kind (captions of {found.source}: other texts there than "
-                "here); remove it or name another folder"
+                f"{self.folder} holds a cache of another kind (the captions of {found.source} are different); "
+                "remove it or name another folder"
             )
 
-    def _look(self) -> str:
-        """The manifest that the folder has, "" when it is new. Raises CacheMismatch when it is another cache's."""
-        # Shards first: one of the manifests is there whenever a shard is. It may change from the one to the other
-        # under our eyes.
+    def _check_manifest(self) -> str:
+        """Compares the folder's manifest with the settings, and returns its name, "" for a new folder.
+
+        Raises CacheMismatch when it is another cache's, CacheError when it is damaged, or when there are shards without
+        one.
+        """
+        # The shards are listed first: a folder with shards always has a manifest. Meanwhile another process may
+        # replace partial.json by manifest.json, so that MANIFEST is tried again at the end.
         shards = self.folder.is_dir() and any(self.folder.glob("text-*.safetensors"))
         for name in (MANIFEST, PARTIAL, MANIFEST):
             path = self.folder / name
             if not path.exists():
                 continue
             try:
-                there = Manifest.read(path)
+                found = Manifest.read(path)
             except CacheError:
                 if path.exists():
                     raise
                 continue
-            differences = self._manifest.differences(there)
+            differences = self._manifest.differences(found)
             if differences:
                 state = "a cache" if name == MANIFEST else "an unfinished cache"
                 raise CacheMismatch(
@@ -244,31 +258,32 @@ class CacheWriter:
                 )
             return name
         if shards:
-            raise CacheError(f"{self.folder} has shards and no manifest; remove it or name another")
+            raise CacheError(f"{self.folder} has shards and no manifest; remove it or name another folder")
         return ""
 
-    def _begin(self) -> None:
-        """Makes the folder a cache that may grow, once."""
-        if self._begun:
+    def _start(self) -> None:
+        """Prepares the folder for writing, the first time that it is called."""
+        if self._started:
             return
-        name = self._look()
-        lost = name == MANIFEST and len(self._there()) < len(self._manifest.shards)
-        if not name or lost:
-            with self._explained(PARTIAL):
+        name = self._check_manifest()
+        shards_lost = name == MANIFEST and len(self._present()) < len(self._manifest.shards)
+        if not name or shards_lost:
+            with self._writing(PARTIAL):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            # Sizes and settings alone: texts may be mended until their shard is written.
+            # Without the captions' digests: a caption may be corrected until its shard is written.
             bare = tuple(replace(shard, sha256="", captions="") for shard in self._manifest.shards)
-            if self._put(PARTIAL, replace(self._manifest, shards=bare)) and lost:
+            if self._write_manifest(PARTIAL, replace(self._manifest, shards=bare)) and shards_lost:
                 (self.folder / MANIFEST).unlink(missing_ok=True)
         elif name == MANIFEST:
             self._finished = True
-            self._tidy()  # a run may have been killed between its manifest and its tidying
+            self._clean_up()  # a run may have been killed after it wrote the manifest and before its own clean-up
         self._parts = list(self.folder.glob("*.part"))
-        self._begun = True
+        self._started = True
 
-    def _put(self, name: str, manifest: Manifest) -> bool:
-        """Writes one of the manifests; False when another process has finished the cache meanwhile, and tidied up."""
-        with self._explained(name):
+    def _write_manifest(self, name: str, manifest: Manifest) -> bool:
+        """Writes manifest.json or partial.json. Returns False if another process has finished the cache meanwhile, and
+        so removed the temporary file."""
+        with self._writing(name):
             try:
                 write_whole({self.folder / name: manifest.to_json()}, self._tag)
             except FileNotFoundError:
@@ -277,20 +292,20 @@ class CacheWriter:
                 return False
         return True
 
-    def _tidy(self) -> None:
-        """Removes what only an unfinished cache needs, and what runs left that were killed in mid-write."""
-        for left in [self.folder / PARTIAL, *self.folder.glob("*.part")]:
-            left.unlink(missing_ok=True)
+    def _clean_up(self) -> None:
+        """Removes partial.json, and the .part files of killed runs."""
+        for path in [self.folder / PARTIAL, *self.folder.glob("*.part")]:
+            path.unlink(missing_ok=True)
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turns an OSError on the way to `name` into one clear CacheError."""
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turns an OSError while the file `name` is written into a CacheError that says what to do."""
         try:
             yield
         except OSError as error:
-            why = _FULL.get(error.errno or 0, str(error.strerror or error))
+            reason = _DISK_FULL.get(error.errno or 0, str(error.strerror or error))
             total = len(self._manifest.shards)
             raise CacheError(
-                f"cannot write {self.folder / name}: {why}. {len(self._there())} of {total} shards are whole and "
-                "nothing half-written is left; make room and run the same command again to continue"
+                f"cannot write {self.folder / name}: {reason}. {len(self._present())} of {total} shards are complete, "
+                "and no incomplete file is left; remove the cause and run the same command again to continue"
             ) from error

@@ -1,4 +1,4 @@
-"""Reading a cache: what it gives, what opening costs, and how it says what is wrong with it."""
+"""Reading a cache: rows, keys and the cost of opening; errors for damaged caches and for other data."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def test_any_safetensors_library_reads_it(tmp_path, codec, sizes):
     rows = encode(vectors, codec, rotation_for(codec, 13))[sizes[0] :]
     with safe_open(tmp_path / "c" / "text-00001.safetensors", "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}
-        told = file.metadata()
+        metadata = file.metadata()
     assert digest(found.pop("codes")) == digest(rows.codes)
     assert found.pop("keys").tolist() == [key_hash(f"key-{i:04d}") for i in range(sizes[0], sum(sizes))]
     if CODECS[codec].scaled:
         assert torch.equal(found.pop("scales"), rows.scales)
-    # Beside scales of an odd number of rows: what follows stays on a multiple of 8 bytes.
+    # Only with scales of an odd number of rows: the codes stay aligned to 8 bytes.
     assert found.pop("pad", torch.zeros(1)).tolist() == [0] and not found
-    assert (told["shard"], told["source"]) == ("1", "00001.tar")
+    assert (metadata["shard"], metadata["source"]) == ("1", "00001.tar")
 
 
 def digest(x):
@@ -100,7 +100,7 @@ def test_rows_is_indexing(tmp_path_factory, sizes, dim, seed, m, codec):
     back = expected.widen() if rotation is None else rotation.undo(expected.widen())
     assert torch.equal(cache.vectors(index), back)
     assert torch.equal(cache.prefetch(index).result().widen(), expected.widen())
-    # A query in the space of the codes: dot products are what they are in the encoder's.
+    # A query rotated into the space of the codes has the same dot products as in the encoder's space.
     torch.testing.assert_close(
         cache.widen(index) @ cache.rotate(vectors).T, back @ vectors.T, rtol=1e-4, atol=1e-4 * dim
     )
@@ -139,7 +139,7 @@ def test_a_cache_is_sent_to_a_worker(tmp_path, monkeypatch):
     write(tmp_path / "c", [4, 3], 6)
     monkeypatch.chdir(tmp_path)
     cache = Cache("c")
-    cache.prefetch(torch.arange(2)).result()  # it has a lock, a map and a thread, which do not travel
+    cache.prefetch(torch.arange(2)).result()  # now it holds a lock, a memory map and a thread, which cannot be pickled
     sent, vectors = pickle.dumps(cache), cache.vectors(torch.arange(7))
     monkeypatch.chdir("/")
     assert torch.equal(pickle.loads(sent).vectors(torch.arange(7)), vectors)
@@ -151,7 +151,7 @@ def test_rows_taken_are_the_callers_own(tmp_path):
     cache = Cache(tmp_path / "c")
     rows = cache.rows(np.array([1, 1, 2]))
     rows.codes.fill_(99)
-    cache.shard(0).codes[3] = 77  # even a write into the map stays in this process
+    cache.shard(0).codes[3] = 77  # the map is private: a write does not reach the file
     assert contents(tmp_path / "c") == before
     assert not (cache.rows(torch.tensor([1])).codes == 99).all()
 
@@ -292,7 +292,7 @@ def test_a_missing_shard(tmp_path):
 def test_another_head_is_a_mismatch(tmp_path):
     write(tmp_path / "c", [3], 16)
     Cache(tmp_path / "c").check_dim(16, "the head")
-    with pytest.raises(CacheMismatch, match="vectors of 16 and the head wants 384"):
+    with pytest.raises(CacheMismatch, match="vectors of .* have length 16, but the head has 384"):
         Cache(tmp_path / "c").check_dim(384, "the head")
 
 
@@ -347,7 +347,7 @@ def test_a_harmed_shard_is_mended_as_the_message_says(tmp_path, harm):
     with pytest.raises(CacheError, match=r"text-00001.*; (remove it and )?run the same lift-fast embed again$"):
         Cache(tmp_path / "c").verify()
     path.unlink(missing_ok=True)
-    with pytest.raises(KeyboardInterrupt):  # the mending may be killed too
+    with pytest.raises(KeyboardInterrupt):  # the repair may be killed too
         assert writer_for(tmp_path / "c", [3, 4, 2], 16).missing() == [1]
         raise KeyboardInterrupt
     with pytest.raises(CacheError, match="unfinished: 1 of 3 shards are missing, the first is text-00001"):
@@ -395,7 +395,7 @@ def test_a_damaged_manifest_is_never_a_traceback(tmp_path_factory, data):
     ):
         try:
             use()
-        except (CacheError, IndexError) as error:  # IndexError: a count that is smaller than it was
+        except (CacheError, IndexError) as error:  # IndexError: a count of rows was lowered
             assert str(error)
 
 
@@ -432,7 +432,7 @@ def test_a_shard_must_be_the_one_announced(tmp_path):
     for arguments in [(rows[:2], [1, 2, 3]), (rows, [1, 2]), (rows[:2], [1, 2])]:
         with pytest.raises(ValueError, match="00000.tar has 3 samples"):
             writer.write_shard(0, *arguments)
-    with pytest.raises(ValueError, match="holds int8 rows of 4, not int8 rows of 5"):
+    with pytest.raises(ValueError, match="holds int8 rows of dim 4, not int8 rows of dim 5"):
         writer.write_shard(0, encode(vectors_of(3, 5), "int8"), [1, 2, 3])
     with pytest.raises(CacheError, match="lacks 1 of 1 shards"):
         writer.finish()

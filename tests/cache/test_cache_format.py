@@ -1,7 +1,7 @@
-"""Caches that are damaged, mixed up or hostile: each is told by a typed error, quickly, and no row is another's.
+"""Damaged, mixed-up or hostile caches: each raises a typed error, quickly, and no row is returned as another's.
 
-What is caught when: a shard whose header is not, byte for byte, what the manifest makes of it is refused on first
-touch; a flipped bit behind the header is found by `verify` alone, since training reads rows and not files.
+A shard whose header is not, byte for byte, the one that follows from the manifest is refused on first use. A flipped
+bit after the header is found by `verify` only, since training reads rows and not whole files.
 """
 
 import json
@@ -31,7 +31,7 @@ CODECS = ["int8", "int4r", "f32"]
 
 @dataclass
 class Caches:
-    """folder: what is spoilt; whole: the same, whole; others: caches of other kinds, or of other vectors."""
+    """folder: the damaged copy; whole: the intact original; others: caches with other settings or other vectors."""
 
     folder: Path
     whole: Path
@@ -58,7 +58,7 @@ def flip(path, rng, begin, end):
 
 
 def places(path):
-    """Name -> where in the file a part begins and ends; "header" is its length and its text."""
+    """Part of the file -> its begin and end; "header" is the length field and the JSON."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -101,7 +101,7 @@ def remove(c, rng):
 
 
 def swap(c, rng):
-    """Shards 0, 3 and 4 have one size."""
+    """Shards 0, 3 and 4 have the same size."""
     a, b = (c.shard(k) for k in rng.sample([0, 3, 4], 2))
     data = a.read_bytes(), b.read_bytes()
     a.write_bytes(data[1])
@@ -119,7 +119,7 @@ def foreign_manifest(c, rng):
 
 
 def swap_contents(c, rng):
-    """What lies behind the headers, which stay."""
+    """Everything after the headers, which stay in place."""
     a, b = (c.shard(k) for k in rng.sample([0, 3, 4], 2))
     starts = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in (a, b)]
     data = a.read_bytes(), b.read_bytes()
@@ -214,7 +214,7 @@ EDITS = {
 
 
 def hostile_header(c, rng):
-    """A shard that is all lies: nothing that it says may be followed."""
+    """A shard whose header contains arbitrary values; none of them may be used."""
     path = c.shard(rng.choice([0, 2, 3, 4]))
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -248,12 +248,12 @@ def hostile_header(c, rng):
     elif kind == 11:
         text = bytes(rng.randrange(1 << 16))
     text = json.dumps(header).encode() if text is None else text
-    told = len(text) if kind < 12 else rng.choice([2**63, 2**64 - 1, 2**63 - 1, 2**40, len(data), 0, 1, length + 8])
-    path.write_bytes(told.to_bytes(8, "little") + text + body)
+    stated = len(text) if kind < 12 else rng.choice([2**63, 2**64 - 1, 2**63 - 1, 2**40, len(data), 0, 1, length + 8])
+    path.write_bytes(stated.to_bytes(8, "little") + text + body)
 
 
 def bomb(c, rng):
-    """A manifest that is not worth reading."""
+    """A manifest that is malformed or excessively large."""
     kind = rng.randrange(10)
     manifest = c.manifest
     if kind == 0:
@@ -279,7 +279,7 @@ def bomb(c, rng):
         os.truncate(path, rng.randrange(path.stat().st_size))
 
 
-# Kind -> how, and how many of the 500.
+# Kind -> the function that damages a cache, and its number of cases among the 500.
 KINDS = {
     "bit flipped in the header": (flip_in("header"), 50),
     "bit flipped in the header's spaces": (flip_in("spaces"), 10),
@@ -304,7 +304,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory):
-    """codec -> a whole cache and others beside it."""
+    """codec -> an intact cache, and caches with other settings."""
     root = tmp_path_factory.mktemp("wholes")
     made = {}
     for codec in CODECS:
@@ -322,7 +322,7 @@ def wholes(tmp_path_factory):
 
 
 def peak_memory():
-    """VmHWM in bytes, and begins it anew."""
+    """The peak memory of this process (VmHWM) in bytes; resets it."""
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     Path("/proc/self/clear_refs").write_text("5")
@@ -330,13 +330,13 @@ def peak_memory():
 
 
 def judge(caches, truth):
-    """How the damage came out: "open", "touch" or "verify". Fails when it did not, slowly, or with a wrong row."""
+    """When the damage was detected: "open", "touch" or "verify". Fails if never, slowly, or after a wrong row."""
     peak_memory()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     begin = time.process_time()
     found, wrong = _look(caches.folder, truth)
     seconds = time.process_time() - begin
-    assert found != "never", "nothing noticed"
+    assert found != "never", "the damage was not detected"
     assert seconds < 2, f"{seconds:.1f} s"
     assert peak_memory() - before < 200e6
     assert not wrong or found == "verify"
@@ -344,7 +344,7 @@ def judge(caches, truth):
 
 
 def _look(folder, truth):
-    """When it came out, and whether some row before that was not the original's."""
+    """When the damage was detected, and whether a row that was read before differs from the original's."""
     try:
         cache = Cache(folder)
     except CacheError as error:
@@ -357,11 +357,11 @@ def _look(folder, truth):
         for look in (_widened, _rows, _found):
             try:
                 wrong = wrong or (size > 0 and not look(cache, truth, index))
-            except (CacheError, IndexError) as error:  # IndexError: a manifest that tells of fewer rows
+            except (CacheError, IndexError) as error:  # IndexError: the manifest states fewer rows
                 caught = caught or ("touch" if isinstance(error, CacheError) else "")
                 assert str(error) and len(str(error)) < 2000
     if caught:
-        # What is refused is refused as a whole; what is not is right.
+        # A shard is refused as a whole, and the rows of the others are right.
         assert not wrong
         return "touch", False
     try:
@@ -380,7 +380,7 @@ def _widened(cache, truth, index):
 
 
 def _found(cache, truth, index):
-    """No key is found in another's row; it may not be found at all."""
+    """No key is found at another key's row; a key may be missing."""
     rows = cache.find([f"key-{row:04d}" for row in index.tolist()])
     return bool(((rows == index) | (rows == -1)).all())
 
@@ -391,7 +391,7 @@ def digest(rows):
 
 
 def spoilt(wholes, tmp_path, kind, number):
-    """Case `number` of a kind, on a copy."""
+    """Case `number` of a kind of damage, applied to a copy."""
     codec = CODECS[number % 3]
     whole, others = wholes[codec]
     caches = Caches(tmp_path / "c", whole, others, codec)
@@ -437,7 +437,7 @@ def test_five_hundred_corruptions(wholes, truths, tmp_path):
 
 @pytest.mark.parametrize("number", range(26))
 def test_a_writer_is_not_led_astray_by_a_shard(wholes, tmp_path, number):
-    """A run that goes on reads the headers of shards that are there: hostile ones too."""
+    """A continued run reads the headers of the existing shards, which may be hostile."""
     caches = spoilt(wholes, tmp_path, "hostile header", number)
     manifest = Cache(caches.whole).manifest
     bare = replace(manifest, shards=tuple(replace(shard, sha256="", captions="") for shard in manifest.shards))

