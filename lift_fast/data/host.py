@@ -1,7 +1,7 @@
-"""The host pipeline: pictures decoded, cropped and resized on CPU threads, for machines without DALI.
+"""The host pipeline: decodes, crops and resizes images on CPU threads, for machines without DALI.
 
-What a batch holds depends on the seed alone: not on the number of threads, nor on which model asks. LIFT and CLIP so
-see the same pictures in the same order, and DALI's pipeline (dali.py) the same samples and crops.
+A batch depends on the seed alone: not on the number of threads, nor on the model that is trained. So LIFT and CLIP see
+the same images in the same order, and the DALI pipeline (dali.py) makes the same samples and crops.
 """
 
 import os
@@ -21,34 +21,34 @@ from .transforms import render, render_centre, view_of
 
 
 class HostPipeline(Pipeline):
-    """A Pipeline on the CPU. The pixels lie in pinned memory where there is a GPU.
+    """A Pipeline on the CPU. Pixels lie in pinned memory on a machine with a GPU.
 
-    `loading.ahead` batches are decoded while the model works on one: for a GPU. On the CPU both would fight for the
-    same cores, so 0 is faster there.
+    `loading.ahead` batches are decoded while the model works on one. That helps a model on a GPU; a model on the CPU
+    would compete with it for the same cores, so 0 is faster there.
     """
 
     def __iter__(self) -> Generator[Batch, None, None]:
         for made in self._assembled(self._render, self.loading.ahead):
             self._place = made.after
-            yield Batch(self._finished(made.items), made.rows)
+            yield Batch(self._stacked(made.items), made.rows)
 
     def _render(self, row: int, draws: np.ndarray) -> np.ndarray:
         data = self.data.image_bytes(row)
         header = read_header(data)
         return render(data, header, view_of(header.width, header.height, draws, self.loading), self.loading.image_size)
 
-    def _finished(self, pictures: list[np.ndarray]) -> Tensor:
-        """uint8 pictures as one tensor of the dtype and layout that were asked for."""
+    def _stacked(self, images: list[np.ndarray]) -> Tensor:
+        """uint8 images [size, size, 3] -> one tensor in the dtype and layout of the settings."""
         size = self.loading.image_size
-        pixels = torch.empty((len(pictures), size, size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        np.stack(pictures, out=pixels.numpy())
+        pixels = torch.empty((len(images), size, size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        np.stack(images, out=pixels.numpy())
         return laid_out(pixels, self.loading.dtype, self.loading.layout)
 
 
 def load_images(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
-    """Every picture of a set for evaluation: uint8 [n, size, size, 3] and the samples they belong to.
+    """Decodes all images of a set for evaluation: uint8 [n, size, size, 3], and the numbers of their samples.
 
-    Bad samples are left out. Raises DataError when no picture decodes.
+    Leaves bad samples out. Raises DataError when no image decodes.
     """
 
     def rendered(sample: int) -> np.ndarray | None:
@@ -61,5 +61,5 @@ def load_images(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
         found = {i: pixels for i, pixels in enumerate(pool.map(rendered, range(len(data)))) if pixels is not None}
     if not found:
-        raise DataError(f"{data.folder}: not one picture decodes")
+        raise DataError(f"{data.folder}: no image decodes")
     return torch.from_numpy(np.stack(list(found.values()))), list(found)

@@ -1,8 +1,8 @@
-"""The order of samples, as a function: position -> row number, with no table and no state.
+"""The order of samples as a function, position -> row number, that needs no table and no state.
 
-An epoch's order is a permutation keyed by (seed, epoch): a Feistel network over the next power of four, walked until
-it falls into the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). A resumed run computes its
-place, and a billion samples cost no memory.
+An epoch's order is a permutation keyed by (seed, epoch): a Feistel network over the next power of four, applied again
+until its output falls into the range, known as cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", 2002). A resumed run computes its position, and a billion samples need no memory.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def key_of(*parts: int | np.ndarray) -> np.ndarray:
-    """One 64-bit key for several non-negative integers, each below 2**63; arrays broadcast."""
+    """Combines non-negative integers, each below 2**63, into one 64-bit key; arrays broadcast."""
     key = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -33,7 +33,7 @@ def key_of(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def uniform(count: int, *parts: int | np.ndarray) -> np.ndarray:
-    """`count` numbers in [0, 1) for each key, float64 [..., count]: the draws of an augmentation."""
+    """`count` random numbers in [0, 1) for each key_of(*parts), float64 [..., count], as augmentations use them."""
     key = key_of(*parts)
     with np.errstate(over="ignore"):
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
@@ -41,7 +41,7 @@ def uniform(count: int, *parts: int | np.ndarray) -> np.ndarray:
 
 
 def permuted(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
-    """Where a keyed permutation of range(size) sends each index (int64, all below size); key broadcasts."""
+    """Applies the permutation of range(size) that `key` selects to each index (int64, below size); key broadcasts."""
     half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), index.shape)
@@ -59,17 +59,17 @@ def permuted(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
 
 
 class Order:
-    """Which rows rank `rank` of `world` sees, one after the other, in each epoch.
+    """The rows that rank `rank` of `world` ranks sees in each epoch, in order.
 
     shard_sizes: samples of each shard, in row order. shuffle_buffer: None shuffles all samples of an epoch; a number
-    puts the shards in random order and shuffles within windows of so many samples, so that a disk or a network reads
+    puts the shards in random order and shuffles within windows of that many samples, so that a disk or a network reads
     a shard at a time. The order of an epoch depends on the seed and the epoch alone, not on the ranks: global batch g
-    is its positions [g * world * batch_size, (g + 1) * world * batch_size), of which rank r has the r-th part.
+    is its positions [g * world * batch_size, (g + 1) * world * batch_size), and rank r has the r-th part of them.
 
-    samples: of all ranks. batches: full batches that each rank has in an epoch; what is left over (fewer samples than
-    a global batch) is another random part in each epoch.
+    Attributes: samples, the number of samples of all ranks; batches, the number of full batches of each rank in an
+    epoch. The remainder, fewer samples than a global batch, is a different random subset in each epoch.
 
-    Raises ConfigError when a global batch is larger than the data.
+    Raises ConfigError when a global batch is larger than the data, and for a rank or buffer out of range.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Order:
         self._of_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Samples of an epoch that are this rank's, those that fill no batch included."""
+        """Number of this rank's samples in an epoch, with those that fill no batch."""
         whole, rest = divmod(self.samples, self.batch_size * self.world)
         return whole * self.batch_size + min(max(rest - self.rank * self.batch_size, 0), self.batch_size)
 
     def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Row numbers, int64 [stop - start], of this rank's samples start to stop (of len(self)) of an epoch."""
+        """Row numbers, int64 [stop - start], of this rank's samples [start, stop) in an epoch; stop <= len(self)."""
         own = np.arange(start, stop)
         chunk, inside = np.divmod(own, self.batch_size)
         return self.global_rows(epoch, (chunk * self.world + self.rank) * self.batch_size + inside)
 
     def global_rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Row numbers, int64, at positions of the whole epoch."""
+        """Row numbers, int64, of all ranks' samples at these positions of an epoch."""
         if self.shuffle_buffer is None:
             return permuted(positions, self.samples, key_of(self.seed, epoch))
         order, ends = self._shards(epoch)
@@ -127,7 +127,7 @@ class Order:
         return self._starts[shard] + place - (ends[number] - self._sizes[shard])
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in their order, and the position at which each ends."""
+        """The shards in the order of an epoch, and the position at which each ends."""
         if self._of_epoch is None or self._of_epoch[0] != epoch:
             count = len(self._sizes)
             order = permuted(np.arange(count), count, key_of(self.seed, epoch, 0))

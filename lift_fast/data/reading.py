@@ -1,4 +1,4 @@
-"""Bytes from files, for any number of threads: pieces of shards through few open files, and whole picture files."""
+"""Reads bytes from files, by any number of threads: parts of shards, and whole image files."""
 
 import os
 import resource
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from .samples import BadSample
 
-MOST_BYTES = 1 << 28  # of one encoded picture
-Stamp = tuple[int, int]
+MOST_BYTES = 1 << 28  # of one encoded image
+Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 _MOST_FILES = 128
 _CHANGED = "it changed or was cut short"
 
 
-def stamp_of(told: os.stat_result) -> Stamp:
-    """What tells a file from another, or from itself before a change: its bytes and the time of its last change."""
-    return told.st_size, told.st_mtime_ns
+def stamp_of(status: os.stat_result) -> Stamp:
+    """A file's size and time of last change: a file whose stamp differs is another file, or has been written to."""
+    return status.st_size, status.st_mtime_ns
 
 
 class _File:
-    """A descriptor that is closed when nobody holds it any more: not under a thread that reads from it."""
+    """A descriptor that is closed with its last reference, so never while a thread reads from it."""
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
@@ -32,7 +32,10 @@ class _File:
 
 
 class OpenFiles:
-    """Reads pieces of files and keeps those last used open: at most 128, or a quarter of what the process may have."""
+    """Reads parts of files and keeps the files that were used last open.
+
+    It keeps at most 128 of them, or a quarter of the descriptors that the process may open, where that is less.
+    """
 
     def __init__(self) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -40,13 +43,15 @@ class OpenFiles:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew, without a file and with a lock that nobody holds."""
+        """Starts again without open files and with a lock that is free."""
         self._open: OrderedDict[tuple[Path, Stamp], _File] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, path: Path, stamp: Stamp, offset: int, size: int) -> bytes:
-        """`size` bytes of the file that was at `path` when it had this stamp. Raises OSError, also where the file is
-        another now, or ends before them."""
+        """Reads `size` bytes from `offset` of the file at `path`, which must still have this stamp.
+
+        Raises OSError when it cannot be read, has another stamp, or ends before these bytes do.
+        """
         name = path, stamp
         with self._lock:
             file = self._open.get(name)
@@ -61,12 +66,12 @@ class OpenFiles:
                 while len(self._open) > self._most:
                     self._open.popitem(last=False)
         data = os.pread(file.number, size, offset)
-        while len(data) < size:  # a network's file system may give less at a time
+        while len(data) < size:  # a network file system may return less than was asked for
             more = os.pread(file.number, size - len(data), offset + len(data))
             if not more:
                 raise OSError(0, _CHANGED)
             data += more
-        if stamp_of(os.fstat(file.number)) != stamp:  # it may be written over while it is open
+        if stamp_of(os.fstat(file.number)) != stamp:  # it may have been overwritten while it was open
             with self._lock:
                 self._open.pop(name, None)
             raise OSError(0, _CHANGED)
@@ -74,20 +79,20 @@ class OpenFiles:
 
 
 FILES = OpenFiles()
-os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock
+os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock during the fork
 
 
 def read_image(path: Path) -> bytes:
-    """A picture's file. Raises BadSample: missing, unreadable (no file, or not to be read), too large."""
+    """Reads an image file whole. Raises BadSample: "missing"; "unreadable", also for what is no file; "too large"."""
     try:
-        # Not to wait for a pipe that nobody writes to.
+        # Non-blocking: opening a pipe that nobody writes to would wait forever.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(number, "rb", buffering=0) as file:
-            told = os.fstat(number)
-            if not stat.S_ISREG(told.st_mode):
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
                 raise BadSample("unreadable", f"{path} is no file")
-            if told.st_size > MOST_BYTES:
-                raise BadSample("too large", f"{path} has {told.st_size} bytes; {MOST_BYTES} are read at most")
+            if status.st_size > MOST_BYTES:
+                raise BadSample("too large", f"{path} has {status.st_size} bytes; {MOST_BYTES} are read at most")
             return file.readall()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadSample("missing", f"there is no {path}") from error

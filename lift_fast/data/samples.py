@@ -1,4 +1,4 @@
-"""What a data set is to the pipelines: samples by number, whatever files they lie in."""
+"""What a data set is to the pipelines: numbered samples, however they are stored."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,12 +8,13 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+# Values of "cause" in skipped.jsonl, bad.jsonl and run.json (docs/data.md).
 Cause = Literal[
-    "missing",  # no picture for the sample
+    "missing",  # no image for the sample
     "unreadable",  # its file is gone, was cut short, or cannot be read
     "empty",
     "not a picture",
-    "unsupported",  # a picture, of a kind that is not read
+    "unsupported",  # an image in a format that is not read
     "too large",
     "truncated",
     "corrupt",
@@ -29,8 +30,10 @@ class BadSample(Exception):
 
 
 class Samples(Protocol):
-    """One data set. folder: for messages. names, shard_sizes: of each shard, its name and its samples; row numbers run
-    through the shards, and cache shard k holds the captions of shard k."""
+    """One data set, cut into shards. Sample numbers run through the shards, and cache shard k belongs to shard k.
+
+    folder: where it lies, for messages. names, shard_sizes: the name and the number of samples of each shard.
+    """
 
     folder: Path
     names: list[str]
@@ -39,13 +42,13 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i. Raises DataError when it is missing or blank."""
 
     def meta(self, i: int) -> dict:
-        """What else is known of sample i, {} when nothing is."""
+        """The other metadata of sample i; {} where there is none."""
 
     def where(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
@@ -54,11 +57,11 @@ class Samples(Protocol):
         """The sample keys of shard `number`, in order."""
 
     def shard_hashes(self, number: int) -> Tensor:
-        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]: what a cache keeps of them."""
+        """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]], as a cache stores them."""
 
 
 def located(i: int, ends: Sequence[int], folder: Path) -> tuple[int, int]:
-    """Sample number -> (shard, row in it). ends: of each shard, the samples up to its end. Raises IndexError."""
+    """Sample number -> (shard, row in the shard). ends: cumulative sizes of the shards. Raises IndexError."""
     if not 0 <= i < ends[-1]:
         raise IndexError(f"sample {i} of {ends[-1]} at {folder}")
     number = bisect_right(ends, i)
@@ -77,17 +80,17 @@ class Collection:
         return int(self.starts[-1])
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Row number -> (which set, sample within it)."""
+        """Row number -> (number of the set, sample in the set)."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return number, row - int(self.starts[number])
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded picture at a row number. Raises BadSample."""
+        """The encoded image at a row number. Raises BadSample."""
         number, sample = self.locate(row)
         return self.sets[number].image_bytes(sample)
 
     def caption(self, row: int, field: str) -> str:
-        """The caption at a row number."""
+        """The caption at a row number. Raises DataError when it is missing or blank."""
         number, sample = self.locate(row)
         return self.sets[number].caption(sample, field)
 

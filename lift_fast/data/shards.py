@@ -1,8 +1,8 @@
 """WebDataset tar shards: a folder of `00000.tar, 00001.tar, …`, a sample being the files that share a key.
 
-`KEY.png|jpg|jpeg|webp|gif|bmp` is the picture, `KEY.txt` the caption, `KEY.json` the metadata. The key is the path up
-to the first dot of the file's own name; a name that begins with a dot, or has none, is no sample's. Samples are read
-by the places that the index tells, so any order costs the same.
+`KEY.png|jpg|jpeg|webp|gif|bmp` is the image, `KEY.txt` the caption, `KEY.json` the metadata. The key is the path up
+to the first dot of the file's base name; files whose base name begins with a dot, or has none, are ignored. Samples
+are read at the offsets in the index, so any order costs the same.
 """
 
 import io
@@ -27,7 +27,8 @@ _MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 class ShardWriter:
     """Writes samples into `folder`, all or nothing.
 
-    The shards grow in a sibling folder that is renamed into place on a clean exit; an error leaves nothing.
+    The shards are written in a sibling folder, which takes the name of `folder` on a clean exit; after an error nothing
+    is left.
 
     Raises DataError when `folder` exists already.
     """
@@ -46,7 +47,10 @@ class ShardWriter:
         return self
 
     def write(self, key: str, image: bytes, caption: str, meta: dict, suffix: str = "png") -> None:
-        """Adds one sample: a picture's bytes, its caption, and a JSON-able dict. Keys hold no dot and no slash."""
+        """Adds one sample. image: the encoded image, `suffix` its format; meta: JSON-serialisable.
+
+        Raises DataError for a key with a dot or a slash.
+        """
         if "." in key or "/" in key:
             raise DataError(f"sample key {key!r} holds a dot or a slash; WebDataset splits names there")
         if self._written % self.samples_per_shard == 0:
@@ -83,10 +87,10 @@ class ShardWriter:
 class Shards:
     """The Samples of one folder of tar shards, in order of shard, then position.
 
-    They are found by the folder's index (`lift-fast data index` writes it), or by a scan of the tars without one.
+    The folder's index (`lift-fast data index` writes it) has their offsets; without an index the tars are scanned.
 
-    Raises DataError: no such folder, no tar in it, no sample in them, a tar that is cut short; an index that is
-    damaged, or does not fit the tars.
+    Raises DataError for a folder that does not exist or holds no tar, tars without a sample, a tar that is cut short,
+    and an index that is damaged or does not match the tars.
     """
 
     def __init__(self, folder: str | Path, index: Index | None = None):
@@ -97,17 +101,17 @@ class Shards:
         self.shard_sizes = [entry.samples for entry in self._index.entries]
         self._ends = list(accumulate(self.shard_sizes))
         if not len(self):
-            raise DataError(f"{self.folder}: {len(self.paths)} tar shards and not one sample in them")
+            raise DataError(f"{self.folder}: {len(self.paths)} tar shards hold no sample")
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
         number, row = self._locate(i)
         place = self._index.place(number, row, IMAGE)
         if place is None:
-            raise BadSample("missing", f"{self.where(i)} has no picture ({', '.join(IMAGE_SUFFIXES)})")
+            raise BadSample("missing", f"{self.where(i)} has no image ({', '.join(IMAGE_SUFFIXES)})")
         if place[1] > MOST_BYTES:
             raise BadSample("too large", f"{self.where(i)} has {place[1]} bytes; {MOST_BYTES} are read at most")
         try:
@@ -123,8 +127,8 @@ class Shards:
         if field == "txt":
             text = (self._text(i, TXT) or b"").decode(errors="replace")
         else:
-            told = self.meta(i).get(field)
-            text = "" if told is None else str(told)
+            value = self.meta(i).get(field)
+            text = "" if value is None else str(value)
         text = text.strip()
         if not text:
             raise DataError(f"{self.where(i)} has no caption {field!r}; add one or drop the sample")
@@ -153,7 +157,7 @@ class Shards:
         return self._index.keys(number)
 
     def shard_hashes(self, number: int) -> Tensor:
-        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]; from the index, no key is read."""
+        """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]; the index stores them."""
         return self._index.hashes(number)
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -163,6 +167,7 @@ class Shards:
         return FILES.read(self.paths[number], self._index.entries[number].stamp, *place)
 
     def _text(self, i: int, what: int) -> bytes | None:
+        """The .txt or the .json of sample i, as `what` is TXT or JSON; None where there is none. Raises DataError."""
         number, row = self._locate(i)
         place = self._index.place(number, row, what)
         if place is None:

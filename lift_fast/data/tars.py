@@ -1,6 +1,7 @@
-"""The members of a tar, by its 512-byte headers alone: ustar, GNU long names, pax paths and sizes.
+"""Lists the members of a tar by reading its 512-byte headers alone: ustar, GNU long names, pax paths and sizes.
 
-`tarfile` makes an object of everything that a header says; a data set has hundreds of millions.
+Written by hand, because Python's `tarfile` makes an object with every field of each header, which is slow for the
+hundreds of millions of files of a data set; nor does it report an archive that is cut after a member.
 """
 
 import os
@@ -13,16 +14,16 @@ BLOCK = 512
 END_MARK = 2 * BLOCK  # zero bytes that end a tar
 _MOST_EXTRA = 1 << 20  # bytes of a long name or of a pax header
 _FILES = b"0\x007"
-_WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows the header
+_WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: no data follows the header, whatever size it declares
 _PAX = re.compile(rb"(\d{1,20}) ([^=\n]+)=")
 
 
 class NotWhole(Exception):
-    """A tar that is cut short, damaged, or of a kind that is not read."""
+    """A tar that is cut short, damaged, or in a form that is not read."""
 
 
 class Member(NamedTuple):
-    """One file: where its bytes lie."""
+    """One file in a tar: its name, and the offset and size of its bytes."""
 
     name: bytes
     offset: int
@@ -30,18 +31,18 @@ class Member(NamedTuple):
 
 
 def members(file: int, length: int) -> Iterator[Member]:
-    """The files of a tar (a descriptor) of `length` bytes, in order; no link, folder or device.
+    """The files in a tar, in order, without links, folders and devices.
 
-    Raises NotWhole; OSError.
+    file: descriptor of the tar; length: its bytes. Raises NotWhole; OSError when it cannot be read.
     """
     mark = os.pread(file, END_MARK, max(0, length - END_MARK))
     if len(mark) < END_MARK or any(mark) or length % BLOCK:
         raise NotWhole("its end-of-archive mark is missing")
     at = 0
-    name: bytes | None = None  # by a header of its own before the file's; of several the first counts
+    name: bytes | None = None  # from a GNU or pax header before the file's own; the first of several counts
     size: int | None = None
     while any(header := os.pread(file, BLOCK, at)):
-        if not _sums_up(header):
+        if not _checksum_is_valid(header):
             raise NotWhole(f"no header of a member at byte {at}")
         kind, data = header[156], at + BLOCK
         long = size if size is not None and kind not in b"xgLK" else _number(header[124:136], at)
@@ -55,12 +56,12 @@ def members(file: int, length: int) -> Iterator[Member]:
             if kind == ord("L"):
                 name = _text(extra) if name is None else name
             elif kind != ord("K"):
-                told = _pax(extra, data)
-                if any(key.startswith(b"GNU.sparse") for key in told):
+                records = _pax(extra, data)
+                if any(key.startswith(b"GNU.sparse") for key in records):
                     raise NotWhole(f"a sparse file at byte {data}; write the tar without --sparse")
                 if kind == ord("x"):
-                    name = told.get(b"path") if name is None else name
-                    size = _decimal(told[b"size"], data) if size is None and b"size" in told else size
+                    name = records.get(b"path") if name is None else name
+                    size = _decimal(records[b"size"], data) if size is None and b"size" in records else size
             continue
         if kind == ord("S"):
             raise NotWhole(f"a sparse file at byte {data}; write the tar without --sparse")
@@ -69,21 +70,21 @@ def members(file: int, length: int) -> Iterator[Member]:
                 name = _text(header[:100])
                 if header[257:263] == b"ustar\0" and header[345]:
                     name = _text(header[345:500]) + b"/" + name
-            if not name.endswith(b"/"):  # so old tars mark a folder
+            if not name.endswith(b"/"):  # old tars mark a folder like this
                 yield Member(name, data, long)
         name = size = None
     if len(header) < BLOCK:
         raise NotWhole("its end-of-archive mark is missing")
-    # Two tars joined with `cat`: what lies behind the first one's end would be lost without a word.
+    # The second of two tars joined with `cat` lies behind the end of the first and would be dropped silently.
     while at < length:
         rest = os.pread(file, 1 << 20, at)
         if not rest or rest.count(0) < len(rest):
-            raise NotWhole(f"there is more behind its end at byte {at}, as when tars are joined")
+            raise NotWhole(f"there is data behind its end at byte {at}, as when tars are joined")
         at += len(rest)
 
 
-def _sums_up(header: bytes) -> bool:
-    """Whether the header's sum of bytes, its own field taken for spaces, is the one that it tells."""
+def _checksum_is_valid(header: bytes) -> bool:
+    """Whether the header checksum, the sum of its bytes with its own field read as spaces, is valid."""
     # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65 521: much faster than sum().
     total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     try:
@@ -93,7 +94,7 @@ def _sums_up(header: bytes) -> bool:
 
 
 def _number(field: bytes, at: int) -> int:
-    """Octal digits, or base 256 behind a byte of 0x80 (0xff: negative)."""
+    """A number in a header: octal digits, or base 256 after a byte of 0x80; -1 after 0xff, which marks negative ones."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     try:
@@ -113,14 +114,14 @@ def _text(field: bytes) -> bytes:
 
 
 def _pax(data: bytes, place: int) -> dict[bytes, bytes]:
-    """The records "LENGTH KEY=VALUE\n" of a pax header."""
-    told: dict[bytes, bytes] = {}
+    """The records "LENGTH KEY=VALUE\n" of a pax header, KEY -> VALUE."""
+    records: dict[bytes, bytes] = {}
     at = 0
     while at < len(data) and data[at]:
         found = _PAX.match(data, at)
         end = at + int(found[1]) if found else 0
         if found is None or not found.end() < end <= len(data) or data[end - 1] != ord("\n"):
             raise NotWhole(f"a pax header at byte {place} that does not parse")
-        told[found[2]] = data[found.end() : end - 1]
+        records[found[2]] = data[found.end() : end - 1]
         at = end
-    return told
+    return records

@@ -1,4 +1,4 @@
-"""Pictures to pixels on the host: crop, resize, mirror, recolour."""
+"""Encoded image -> pixels of the model's size, on the host: crop, resize, mirror, adjust colours."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from .images import Box, Header, decode, decode_box, scale_of
 from .loading import DRAWS, Loading
 
 _TRIES = 10
-assert DRAWS == 2 * _TRIES + 2 + 1 + 3  # an area and an aspect a try; a place; the mirror; three colours
+assert DRAWS == 2 * _TRIES + 2 + 1 + 3  # area and aspect of each try; the position; the mirror; three colours
 _MAX_ASPECT = 16
-# As of DALI's color_twist; the first row is the luma.
+# The matrix of DALI's color_twist; its first row is the luma.
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 
 
 @dataclass(frozen=True)
 class View:
-    """How one picture is shown once: the box that is cut out, in upright pixels; mirrored or not; and its brightness,
-    contrast and saturation, 1 for as it is."""
+    """One random view of an image. box: the crop, in pixels of the upright image; flip: whether it is mirrored; colour:
+    factors of brightness, contrast and saturation, or None."""
 
     box: Box
     flip: bool
@@ -29,11 +29,11 @@ class View:
 
 
 def view_of(width: int, height: int, draws: np.ndarray, loading: Loading) -> View:
-    """The random view of a picture of width x height that DRAWS numbers in [0, 1) choose.
+    """The random view of an image of width x height that `draws` choose: float64 [DRAWS], in [0, 1).
 
-    torchvision's RandomResizedCrop: an area of min_crop_area to all of the picture, an aspect of 3/4 to 4/3
-    (log-uniform), anywhere; the centred square when ten tries do not fit. Where a JPEG would be decoded at a part of
-    its size, the box is moved onto that picture's pixels, by less than one of them.
+    The crop is torchvision's RandomResizedCrop: an area from min_crop_area to all of the image, an aspect of 3/4 to
+    4/3 (log-uniform), at any position; the centred square when ten tries do not fit. Where a JPEG would be decoded at
+    a reduced size, the box is aligned to the pixels of the reduced image.
     """
     u = draws.tolist()
     least, whole = loading.min_crop_area, width * height
@@ -60,16 +60,16 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [height, width, 3], bicubic and antialiased; the same array when it has that size."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    # Else torch makes the copy, and starts a team of threads for it.
+    # Without this torch makes the copy itself and starts a team of threads for it.
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
 def render(data: bytes, header: Header, view: View, size: int) -> np.ndarray:
-    """One training picture: `view` of it at uint8 [size, size, 3]. Raises BadSample."""
-    picture, (left, top, width, height) = decode_box(data, header, view.box, size)
-    pixels = resize(picture[top : top + height, left : left + width], size, size)
+    """Decodes a view of an image for training: uint8 [size, size, 3]. Raises BadSample."""
+    decoded, (left, top, width, height) = decode_box(data, header, view.box, size)
+    pixels = resize(decoded[top : top + height, left : left + width], size, size)
     if view.flip:
         pixels = pixels[:, ::-1]
     if view.colour:
@@ -78,8 +78,10 @@ def render(data: bytes, header: Header, view: View, size: int) -> np.ndarray:
 
 
 def render_centre(data: bytes, header: Header, size: int) -> np.ndarray:
-    """One picture for evaluation, uint8 [size, size, 3]: its shorter side resized to `size`, then the centred square,
-    as torchvision's Resize and CenterCrop. Of a picture longer than 16:1 the ends are left out first. Raises BadSample.
+    """Decodes an image for evaluation, uint8 [size, size, 3]: its shorter side resized to `size`, then the centred
+    square, as torchvision's Resize and CenterCrop. An image longer than 16:1 is cropped to 16:1 first.
+
+    Raises BadSample.
     """
     (left, top, width, height), resized, (up, across) = centre_of(header.width, header.height, size)
     pixels = resize(decode(data, header)[top : top + height, left : left + width], *resized)
@@ -87,10 +89,10 @@ def render_centre(data: bytes, header: Header, size: int) -> np.ndarray:
 
 
 def centre_of(width: int, height: int, size: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
-    """render_centre's geometry: the box of the picture that is resized, to (height, width), and the corner (top, left)
-    of the size x size pixels that are kept of it."""
+    """The geometry of render_centre: the box of the image that is resized, its (height, width) after the resize, and
+    the corner (top, left) of the centred size x size square in that."""
     short = min(width, height)
-    # Without this a picture of 60000 x 1 pixels would be enlarged to gigabytes.
+    # Without the crop an image of 60000 x 1 pixels would be enlarged to gigabytes.
     left, top = (max(0, extent - _MAX_ASPECT * short) // 2 for extent in (width, height))
     box = (left, top, width - 2 * left, height - 2 * top)
     resized = int(size * box[3] / short), int(size * box[2] / short)
@@ -98,11 +100,11 @@ def centre_of(width: int, height: int, size: int) -> tuple[Box, tuple[int, int],
 
 
 def recoloured(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """uint8 [h, w, 3] with the chroma scaled by saturation, then the contrast about 128, then the brightness: one
-    affine map of RGB, rounded and clipped, the one that DALI's color_twist computes."""
+    """Scales chroma by `saturation`, then contrast about 128, then brightness: one affine map of RGB, as in DALI's
+    color_twist. pixels: uint8 [h, w, 3]; the result, too, rounded and clipped."""
     matrix = brightness * contrast * _YIQ_TO_RGB @ np.diag([1, saturation, saturation]) @ _RGB_TO_YIQ
     offset = 128 * (1 - contrast) * brightness
-    # A plane after the other: numpy's product of matrices would start BLAS's threads.
+    # One plane after another: numpy's matrix product would start BLAS's threads.
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
     out = np.empty(pixels.shape, dtype=np.uint8)
     for channel, (red, green, blue) in enumerate(matrix.tolist()):

@@ -108,7 +108,7 @@ def test_the_authors_folders(authors):
 
 
 def test_embeddings_name_the_pictures_too(authors):
-    data = open_data(authors / "caption_embeddings", pictures=authors / "images")
+    data = open_data(authors / "caption_embeddings", images=authors / "images")
     assert data.names == STEMS and data.shard_sizes == SIZES
     assert [data.shard_keys(number) for number in range(3)] == [keys_for(number) for number in range(3)]
     check_pictures(data)
@@ -392,9 +392,9 @@ def test_pictures_of_a_table_elsewhere(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("x")
     path = write_table(tmp_path / "tables" / "c.csv", ("filepath",), [("a.png",)])
-    assert open_data(path, pictures=tmp_path / "images").image_bytes(0) == b"x"
+    assert open_data(path, images=tmp_path / "images").image_bytes(0) == b"x"
     path.rename(path.with_name("metadata.csv"))
-    assert open_data(path.parent, pictures=tmp_path / "images").image_bytes(0) == b"x"
+    assert open_data(path.parent, images=tmp_path / "images").image_bytes(0) == b"x"
 
 
 # which it is
@@ -404,8 +404,8 @@ def test_tars_are_opened(tmp_path):
     make_set(tmp_path / "data", 2)
     write_parquet(tmp_path / "data" / "00000.parquet", key=["a"])  # img2dataset writes both
     assert isinstance(open_data(str(tmp_path / "data")), Shards)
-    with pytest.raises(ConfigError, match="the tar shards at .* hold their pictures"):
-        open_data(tmp_path / "data", pictures=tmp_path)
+    with pytest.raises(ConfigError, match="the tar shards at .* hold their images"):
+        open_data(tmp_path / "data", images=tmp_path)
 
 
 def test_what_is_nothing_of_ours(tmp_path):

@@ -185,7 +185,7 @@ def test_the_last_of_two_equal_names_and_the_first_kind_of_picture(tmp_path):
             add(tar, name, data)
     shards = Shards(tmp_path)
     assert keys_of(shards) == ["a", "b"] and shards.image_bytes(0) == b"new"
-    with pytest.raises(BadSample, match="missing: .*'b' has no picture") as error:
+    with pytest.raises(BadSample, match="missing: .*'b' has no image") as error:
         shards.image_bytes(1)
     assert error.value.cause == "missing"
 

@@ -62,7 +62,7 @@ def test_missing_and_empty(tmp_path):
     with pytest.raises(DataError, match=r"no \.tar"):
         Shards(tmp_path)
     tarfile.open(tmp_path / "00000.tar", "w").close()
-    with pytest.raises(DataError, match="not one sample"):
+    with pytest.raises(DataError, match="hold no sample"):
         Shards(tmp_path)
 
 
