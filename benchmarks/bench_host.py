@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lift_fast.ops import tuned
-from lift_fast.ops.attention import op as attention_op
+from lift_fast.ops.attention import contract as attentions
+from lift_fast.ops.attention.op import attention
 from lift_fast.ops.pairs import contract as pairs
 from lift_fast.ops.pairs import contrastive as contrastive_op
 from lift_fast.ops.pairs import cuda as cuda_pairs
@@ -79,7 +80,7 @@ def stubs(backend: str) -> Iterator[Clock]:
         for table in ("gpu", "on"):
             patch(tuned, table, lambda family, device: "sm_90")
         patch(contrastive_op, "free_memory", lambda device: 40 * 10**9)
-        for backends in (pairs.BACKENDS,) if backend == "cuda" else (pairs.BACKENDS, attention_op.BACKENDS):
+        for backends in (pairs.BACKENDS,) if backend == "cuda" else (pairs.BACKENDS, attentions.BACKENDS):
             module = importlib.import_module(f"lift_fast.ops.{backends.family}.{backend}")
             stack.enter_context(mock.patch.dict(backends.loaded, {backend: module}))
             stack.enter_context(mock.patch.dict(backends.by_device, {"cpu": (backend,)}))
@@ -124,7 +125,7 @@ def loss(op: Callable[..., Tensor], rows: int, dim: int, backend: str, repeats: 
 def attention_backward(repeats: int) -> dict[str, float]:
     qkv = torch.randn(1, 197, 3, 1, 64, dtype=torch.bfloat16, requires_grad=True)
     with stubs("triton") as clock:
-        out = attention_op.attention(qkv, backend="triton")
+        out = attention(qkv, backend="triton")
         d_out = torch.ones_like(out)
         return microseconds(lambda: torch.autograd.grad(out, qkv, d_out, retain_graph=True), clock, repeats)
 

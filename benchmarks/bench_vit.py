@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from lift_fast.measure.flops import count
 from lift_fast.nn import PRESETS, Vit, VitConfig
 from lift_fast.nn.transformer import Transformer
-from lift_fast.ops.attention.op import attention, backends_here
+from lift_fast.ops.attention.contract import backends_here
+from lift_fast.ops.attention.op import attention
 from lift_fast.ops.transformer import contract as blocks
 from lift_fast.ops.transformer.layernorm import layernorm
 from lift_fast.ops.transformer.linear import input_product, product, weight_product

@@ -168,11 +168,11 @@ def _orders(
     family: str, device: str, when: Mapping[str, Any], facts: Mapping[str, Any], build: Callable[[], Call]
 ) -> Iterator[Sweep]:
     """Each backend that is here first, the others behind it as they are; torch's own is the last resort."""
-    from lift_fast.ops.attention import op as attention_op
+    from lift_fast.ops.attention import contract as attentions
     from lift_fast.ops.pairs import contract as pairs
     from lift_fast.ops.transformer import contract as blocks
 
-    known = {"pairs": pairs.BACKENDS, "attention": attention_op.BACKENDS, "transformer": blocks.BACKENDS}[family]
+    known = {"pairs": pairs.BACKENDS, "attention": attentions.BACKENDS, "transformer": blocks.BACKENDS}[family]
     entry = _entry(family, device, "backend", facts)
     if entry:
         present = entry["value"]

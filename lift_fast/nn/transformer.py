@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention.op import choose, keeps_out
+from ..ops.attention.contract import choose, keeps_out
 from ..ops.block import Checkpointing, block, kept_bytes
 from ..ops.transformer.contract import Activation
 from ..ops.transformer.layernorm import layernorm

@@ -137,7 +137,8 @@ class Backends(Generic[B]):
     def choose(
         self,
         op: str,
-        call: str,
+        device: str,
+        dtype: torch.dtype | None,
         backend: str | None,
         names: Sequence[str],
         order: Callable[[], Sequence[str]] | None = None,
@@ -145,11 +146,12 @@ class Backends(Generic[B]):
     ) -> tuple[str, B]:
         """(name, module) of the requested backend, else of the first in order that is available and takes the call.
 
-        op, call: for messages, such as "attention" and "float16 on cpu". names: those that may be requested. order:
-        returns the names in the order in which they are tried where none is requested; without it, names are tried as
-        they are. refuses: why a module does not take the call, None if it does. Raises BackendError.
+        op, device, dtype: for messages. names: the backends that may be requested. order: returns them in the order in
+        which they are tried if none is requested; None: as they are. refuses: why a module does not take the call, None
+        if it does. Raises BackendError.
         """
         if backend and backend not in names:
+            call = _named(device, dtype)
             raise BackendError(f"no {op} backend {backend!r} for {call}; the choices are {', '.join(names)}")
         for name in [backend] if backend else order() if order else names:
             found = self.load(name)
@@ -159,7 +161,11 @@ class Backends(Generic[B]):
                 reason = refuses(found) if refuses else None
                 if reason is None:
                     return name, found
-        raise BackendError(f"the {op} backend {name!r} is not available for {call}: {reason}")
+        raise BackendError(f"the {op} backend {name!r} is not available for {_named(device, dtype)}: {reason}")
+
+
+def _named(device: str, dtype: torch.dtype | None) -> str:
+    return device if dtype is None else f"{str(dtype).removeprefix('torch.')} on {device}"
 
 
 @torch.compiler.assume_constant_result  # torch.compile, to which facts may be symbolic, would trace into file reads

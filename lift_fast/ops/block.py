@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import op as attention_op
+from .attention.contract import choose, keeps_out
 from .transformer.contract import ACTIVATIONS, Activation
 from .transformer.layernorm import wide
 from .transformer.linear import input_product, multiplied_in, product, weight_product
@@ -66,7 +66,7 @@ def block(
             raise ValueError(f"no {name} {value!r}; there are: {', '.join(known)}")
     dtype = multiplied_in(x)
     kind, head_dim = wide(dtype), x.shape[2] // heads
-    name, _ = attention_op.choose(x.device.type, x.shape[1], head_dim, dtype, attention_backend)
+    name, _ = choose(x.device.type, x.shape[1], head_dim, dtype, attention_backend)
     norms = [ln1_w.to(kind), ln1_b.to(kind), ln2_w.to(kind), ln2_b.to(kind)]
     linears = [t.to(dtype) for t in (w_qkv, b_qkv, w_o, b_o, w1, w2, b2)]
     options = (heads, eps, activation, causal, checkpointing, fp8, backend, name)
@@ -97,7 +97,7 @@ class _Block(torch.autograd.Function):
             kept += [mean1, rstd1, mean2, rstd2, qkv, lse]
             if checkpointing == "none":
                 kept += [h]
-            if attention_op.keeps_out(attend):
+            if keeps_out(attend):
                 kept += [out]
         ctx.save_for_backward(ln1_w, ln1_b, ln2_w, ln2_b, w_qkv, b_qkv, w_o, b_o, w1, w2, b1, *kept)
         ctx.options, ctx.shape, ctx.added = options, x.shape, residual is not None

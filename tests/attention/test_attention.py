@@ -7,15 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.errors import BackendError
-from lift_fast.ops.attention import eager as torch_attention
-from lift_fast.ops.attention import op as module
+from lift_fast.ops.attention import eager
+from lift_fast.ops.attention.contract import AttentionGrad, backends_here, keeps_out, load
 from lift_fast.ops.attention.op import attention, reference
 
 
 def backends(device, tokens, head_dim, dtype):
     """Those that are here and take this."""
-    names = module.backends_here(device)
-    return [name for name in names if module.load(name).refuses(tokens, head_dim, dtype) is None]
+    names = backends_here(device)
+    return [name for name in names if load(name).refuses(tokens, head_dim, dtype) is None]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -71,7 +71,7 @@ def test_the_output_is_computed_again():
     for dtype in DTYPES:
         qkv, d_out = torch.randn(2, 50, 3, 3, 16).to(dtype), torch.randn(2, 50, 3, 16).to(dtype)
         for name in backends("cpu", 50, 16, dtype):
-            if not module.keeps_out(name):
+            if not keeps_out(name):
                 out, lse = torch.ops.lift_fast.attention(qkv, 0.25, False, name)
                 _, again = torch.ops.lift_fast.attention_backward(d_out, qkv, None, lse, 0.25, False, True, name)
                 near(again, reference(qkv.double(), scale=0.25), dtype)
@@ -88,19 +88,21 @@ def test_fake_tensors_flops_and_refusals():
         assert counter.get_total_flops() == flops + 5 * flops // 2
     with pytest.raises(ValueError, match=r"\[batch, tokens, 3, heads, head_dim\]"):
         attention(torch.zeros(2, 17, 3, 24))
-    with pytest.raises(BackendError, match="no backend 'flash_attn_3' on cpu"):
+    with pytest.raises(
+        BackendError, match="no attention backend 'flash_attn_3' for float32 on cpu"
+    ):
         attention(torch.zeros(1, 2, 3, 1, 8), backend="flash_attn_3")
 
 
 def test_plain_torch_takes_a_few_pictures_at_a_time(monkeypatch):
     qkv, d_out = torch.randn(5, 9, 3, 2, 8), torch.randn(5, 9, 2, 8)
-    whole = torch_attention.forward(qkv, 0.3, False)
-    gradients_of_all = torch_attention.backward(d_out, qkv, None, whole[1], 0.3, False, True)
-    monkeypatch.setattr(torch_attention, "SCORES", 2 * 4 * 2 * 9 * 9)  # two pictures
-    few = torch_attention.forward(qkv, 0.3, False)
+    whole = eager.forward(qkv, 0.3, False)
+    gradients_of_all = eager.backward(AttentionGrad(d_out, qkv, None, whole[1], 0.3, False, True))
+    monkeypatch.setattr(eager, "SCORES", 2 * 4 * 2 * 9 * 9)  # two pictures
+    few = eager.forward(qkv, 0.3, False)
     for got, want in zip(few, whole, strict=True):
         torch.testing.assert_close(got, want)
-    again = torch_attention.backward(d_out, qkv, None, few[1], 0.3, False, True)
+    again = eager.backward(AttentionGrad(d_out, qkv, None, few[1], 0.3, False, True))
     for got, want in zip(again, gradients_of_all, strict=True):
         torch.testing.assert_close(got, want)
-    assert [(s.start, s.stop) for s in torch_attention._few(qkv)] == [(0, 2), (2, 4), (4, 6)]
+    assert [(s.start, s.stop) for s in eager._few(qkv)] == [(0, 2), (2, 4), (4, 6)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lift_fast import _C
-from lift_fast.ops.attention import cpp as cpp_attention
+from lift_fast.ops.attention import cpp
+from lift_fast.ops.attention.contract import AttentionGrad
 from lift_fast.ops.attention.op import reference
 
 ISAS = _C.pairs_isa_levels()
@@ -33,7 +34,7 @@ def isa(request, monkeypatch):
     for name in ("attention_forward", "attention_backward"):
         call = getattr(_C, name)
         monkeypatch.setattr(
-            cpp_attention._C, name, lambda *a, call=call, **k: call(*a, **{**k, "isa": request.param, "threads": 5})
+            cpp._C, name, lambda *a, call=call, **k: call(*a, **{**k, "isa": request.param, "threads": 5})
         )
     return request.param
 
@@ -74,18 +75,18 @@ def check(qkv, d_out, scale, causal, tolerance):
     out, lse, d_qkv, largest = by_hand(qkv, d_out, scale, causal)
     # A score is no better than the float32 that holds it, and a probability than its score.
     tolerance = tolerance + 2e-7 * largest
-    got, got_lse = cpp_attention.forward(qkv, scale, causal)
+    got, got_lse = cpp.forward(qkv, scale, causal)
     assert got.dtype == qkv.dtype and got.is_contiguous() and got_lse.dtype == F32
     assert_near(got, out, tolerance)
     torch.testing.assert_close(got_lse.double(), lse, rtol=1e-6, atol=1e-6 + 2e-7 * largest)
-    d_got, again = cpp_attention.backward(d_out, qkv, None, got_lse, scale, causal, True)
+    d_got, again = cpp.backward(AttentionGrad(d_out, qkv, None, got_lse, scale, causal, True))
     assert d_got.dtype == again.dtype == qkv.dtype and d_got.shape == qkv.shape
     assert_near(again, out, tolerance)
     assert_near(d_got, d_qkv, tolerance)
     for part in range(3):  # dq, dk and dv, but where there is nothing to choose from they are zero
         if qkv.shape[1] > 1 or part == 2:
             assert_near(d_got[:, :, part], d_qkv[:, :, part], tolerance)
-    alone, none = cpp_attention.backward(d_out, qkv, None, got_lse, scale, causal, False)
+    alone, none = cpp.backward(AttentionGrad(d_out, qkv, None, got_lse, scale, causal, False))
     assert none is None and torch.equal(alone, d_got)
 
 
@@ -119,9 +120,9 @@ def test_probabilities_sum_to_one_however_large_the_scores(isa):
     qkv, d_out = inputs(1, 90, 2, 64)
     qkv[:, :, :2] += 11
     qkv[:, :, 2] = 1
-    out, lse = cpp_attention.forward(qkv, 0.125, False)
+    out, lse = cpp.forward(qkv, 0.125, False)
     assert lse.min() > 800
-    _, again = cpp_attention.backward(d_out, qkv, None, lse, 0.125, False, True)
+    _, again = cpp.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, True))
     assert (out - 1).abs().max() < 1e-6 and (again - 1).abs().max() < 1e-6
 
 
@@ -137,9 +138,9 @@ def test_one_key_above_all_others(isa, dtype):
     qkv, d_out = inputs(1, 50, 1, 64, dtype)
     qkv[:, :, 0] = 10
     qkv[:, 7, 1] = 100
-    out, lse = cpp_attention.forward(qkv, 1.0, False)
+    out, lse = cpp.forward(qkv, 1.0, False)
     assert torch.equal(out, qkv[:, 7:8, 2].expand_as(out))
-    d_qkv, again = cpp_attention.backward(d_out, qkv, None, lse, 1.0, False, True)
+    d_qkv, again = cpp.backward(AttentionGrad(d_out, qkv, None, lse, 1.0, False, True))
     assert torch.equal(again, out)
     assert_near(d_qkv[:, 7, 2], d_out.double().sum(1), TOLERANCE[dtype])
     # d_out v^T, of size 64 or so, less itself: what is left is its rounding, times keys of 100.
@@ -150,11 +151,11 @@ def test_one_key_above_all_others(isa, dtype):
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_nan_stays_in_its_head(isa, dtype, part):
     qkv, d_out = inputs(2, 50, 3, 16, dtype)
-    clean = cpp_attention.forward(qkv, 0.25, False)
-    clean_d = cpp_attention.backward(d_out, qkv, None, clean[1], 0.25, False, False)[0]
+    clean = cpp.forward(qkv, 0.25, False)
+    clean_d = cpp.backward(AttentionGrad(d_out, qkv, None, clean[1], 0.25, False, False))[0]
     qkv[1, 11, part, 2, 3] = torch.nan
-    out, lse = cpp_attention.forward(qkv, 0.25, False)
-    d_qkv = cpp_attention.backward(d_out, qkv, None, lse, 0.25, False, False)[0]
+    out, lse = cpp.forward(qkv, 0.25, False)
+    d_qkv = cpp.backward(AttentionGrad(d_out, qkv, None, lse, 0.25, False, False))[0]
     assert out[1, 11, 2].isnan().any() and d_qkv[1, :, :, 2].isnan().any()
     for got, wanted, heads in ((out, clean[0], 2), (d_qkv, clean_d, 3)):
         kept = torch.ones_like(wanted, dtype=torch.bool)
@@ -171,8 +172,8 @@ def test_the_same_bits_whatever_the_threads(batch, dtype, causal):
     try:
         for n in (1, 2, 5, 64):
             torch.set_num_threads(n)
-            out, lse = cpp_attention.forward(qkv, 0.125, causal)
-            d_qkv, again = cpp_attention.backward(d_out, qkv, None, lse, 0.125, causal, True)
+            out, lse = cpp.forward(qkv, 0.125, causal)
+            d_qkv, again = cpp.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, causal, True))
             seen.append((out, lse, d_qkv, again))
     finally:
         torch.set_num_threads(threads)
@@ -189,9 +190,9 @@ def test_nothing_else_is_written(isa, dtype):
     sizes = {"out": d_out.numel(), "lse": batch * heads * tokens, "d_qkv": qkv.numel()}
     whole = {name: torch.full((n + 128,), 7.0, dtype=F32 if name == "lse" else dtype) for name, n in sizes.items()}
     inner = {name: buffer[64:-64] for name, buffer in whole.items()}
-    attention = cpp_attention._attention(qkv, 0.2, False)
+    attention = cpp._attention(qkv, 0.2, False)
     _C.attention_forward(attention, out=inner["out"].data_ptr(), lse=inner["lse"].data_ptr(), threads=1, isa=isa)
-    wanted, lse = cpp_attention.forward(qkv, 0.2, False)
+    wanted, lse = cpp.forward(qkv, 0.2, False)
     assert torch.equal(inner["out"].view_as(wanted), wanted) and torch.equal(inner["lse"].view_as(lse), lse)
     inner["out"].fill_(torch.nan)
     _C.attention_backward(
@@ -204,7 +205,9 @@ def test_nothing_else_is_written(isa, dtype):
         isa=isa,
     )
     for got, wanted in zip(
-        (inner["d_qkv"], inner["out"]), cpp_attention.backward(d_out, qkv, None, lse, 0.2, False, True), strict=True
+        (inner["d_qkv"], inner["out"]),
+        cpp.backward(AttentionGrad(d_out, qkv, None, lse, 0.2, False, True)),
+        strict=True,
     ):
         assert torch.equal(got.view_as(wanted), wanted)
     for buffer in whole.values():
@@ -214,20 +217,20 @@ def test_nothing_else_is_written(isa, dtype):
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)])
 def test_nothing_to_do(shape):
     qkv = torch.empty(shape)
-    out, lse = cpp_attention.forward(qkv, 1.0, False)
-    d_qkv, again = cpp_attention.backward(out, qkv, None, lse, 1.0, False, True)
+    out, lse = cpp.forward(qkv, 1.0, False)
+    d_qkv, again = cpp.backward(AttentionGrad(out, qkv, None, lse, 1.0, False, True))
     assert d_qkv.shape == qkv.shape and again.shape == out.shape
 
 
 def test_what_it_refuses():
-    assert cpp_attention.why_not() is None
+    assert cpp.why_not() is None
     for dtype in (F32, BF16, F16):
-        assert cpp_attention.refuses(1, 1, dtype) is None and cpp_attention.refuses(5000, 256, dtype) is None
-    assert "float64" in cpp_attention.refuses(197, 64, torch.float64)
+        assert cpp.refuses(1, 1, dtype) is None and cpp.refuses(5000, 256, dtype) is None
+    assert "float64" in cpp.refuses(197, 64, torch.float64)
 
 
 def test_an_unknown_instruction_set_is_an_error():
     qkv, d_out = inputs(1, 2, 1, 4)
-    attention = cpp_attention._attention(qkv, 1.0, False)
+    attention = cpp._attention(qkv, 1.0, False)
     with pytest.raises(ValueError, match="no 'mmx'"):
         _C.attention_forward(attention, out=0, lse=0, threads=1, isa="mmx")

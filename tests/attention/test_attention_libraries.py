@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lift_fast.ops.attention import eager as torch_attention
-from lift_fast.ops.attention import library as library_attention
-from lift_fast.ops.attention import op
+from lift_fast.ops.attention import contract, eager, library, op
+from lift_fast.ops.attention.contract import AttentionGrad
 
 LIBRARIES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers")
 HALF = (torch.bfloat16, torch.float16)
@@ -35,7 +34,7 @@ def definition(qkv, d_out, scale, causal):
     wide = qkv.double().requires_grad_()
     out = op.reference(wide, scale=scale, causal=causal)
     (d_qkv,) = torch.autograd.grad(out, wide, d_out.double())
-    return out.detach(), torch_attention.forward(qkv.double(), scale, causal)[1], d_qkv
+    return out.detach(), eager.forward(qkv.double(), scale, causal)[1], d_qkv
 
 
 def check(module, qkv, d_out, scale, causal, tolerance):
@@ -47,12 +46,12 @@ def check(module, qkv, d_out, scale, causal, tolerance):
     assert lse.shape == want_lse.shape and lse.is_contiguous() and lse.dtype == wide
     assert error(out, want_out) < tolerance
     assert error(lse, want_lse) < min(tolerance, 1e-3)
-    d_qkv, again = module.backward(d_out, qkv, out, lse, scale, causal, want_out=False)
+    d_qkv, again = module.backward(AttentionGrad(d_out, qkv, out, lse, scale, causal, want_out=False))
     assert again is None
     assert d_qkv.shape == qkv.shape and d_qkv.is_contiguous() and d_qkv.dtype == qkv.dtype
     for part in range(3):
         assert error(d_qkv[:, :, part], want[:, :, part]) < tolerance
-    assert module.backward(d_out, qkv, out, lse, scale, causal, want_out=True)[1] is out
+    assert module.backward(AttentionGrad(d_out, qkv, out, lse, scale, causal, want_out=True))[1] is out
 
 
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
@@ -72,18 +71,20 @@ def test_torchs_attention_on_the_cpu_at_extremes():
     out, lse = module.forward(qkv, 0.25, False)
     want_out, want_lse, _ = definition(qkv, d_out, 0.25, False)
     assert error(out, want_out) < 1e-4 and error(lse, want_lse) < 1e-6  # exp of scores with 7 digits
-    assert module.backward(d_out, qkv, out, lse, 0.25, False, False)[0].isfinite().all()
+    assert module.backward(AttentionGrad(d_out, qkv, out, lse, 0.25, False, False))[0].isfinite().all()
     qkv, d_out = case(1, 8, torch.float32, batch=1, heads=1)
     out, lse = module.forward(qkv, 1.0, False)
     torch.testing.assert_close(out, qkv[:, :, 2])
-    torch.testing.assert_close(module.backward(d_out, qkv, out, lse, 1.0, False, False)[0][:, :, 2], d_out)
+    torch.testing.assert_close(
+        module.backward(AttentionGrad(d_out, qkv, out, lse, 1.0, False, False))[0][:, :, 2], d_out
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_by_a_library_is_differentiable(monkeypatch, causal):
     """By way of autograd's function and the custom ops, which keep `out` for it."""
-    monkeypatch.setitem(op.BACKENDS.by_device, "cpu", ("flash_cpu", "torch"))
-    assert op.keeps_out("flash_cpu") and "flash_cpu" in op.backends_here("cpu")
+    monkeypatch.setitem(contract.BACKENDS.by_device, "cpu", ("flash_cpu", "torch"))
+    assert contract.keeps_out("flash_cpu") and "flash_cpu" in contract.backends_here("cpu")
     qkv, d_out = case(21, 16, torch.float32)
     grads = []
     for name in ("flash_cpu", "torch"):
@@ -123,7 +124,7 @@ def test_what_torchs_kernels_for_gpus_are_given(name, causal):
     assert out.shape == (2, 49, 5, 72) and out.is_contiguous() and out.dtype == torch.bfloat16
     assert lse.shape == (2, 5, 49) and lse.is_contiguous() and lse.dtype == torch.float32
     with Recorded() as ran:
-        d_qkv, again = module.backward(torch.empty_like(out), qkv, out, lse, 0.1, causal, True)
+        d_qkv, again = module.backward(AttentionGrad(torch.empty_like(out), qkv, out, lse, 0.1, causal, True))
     assert d_qkv.shape == qkv.shape and d_qkv.is_contiguous() and again is out
     kernel = f"_scaled_dot_product_{name}_attention_backward"
     copies = [n for n in ran.names if n not in (kernel, "new_empty", "empty_like")]
@@ -141,13 +142,13 @@ class Library:
             mine = self.qkv[:, :, part]
             assert view.data_ptr() == mine.data_ptr() and view.stride() == mine.stride() and view.shape == mine.shape
         self.calls.append(options)
-        return torch_attention.forward(torch.stack((q, k, v), dim=2), scale, causal)
+        return eager.forward(torch.stack((q, k, v), dim=2), scale, causal)
 
     def backward(self, d_out, q, k, v, out, lse, scale, causal, gradients=None, **options):
         assert q.data_ptr() == self.qkv.data_ptr() and out.is_contiguous() and d_out.is_contiguous()
         qkv = torch.stack((q, k, v), dim=2)
-        assert torch.equal(lse, torch_attention.forward(qkv, scale, causal)[1])
-        d_qkv, _ = torch_attention.backward(d_out, qkv, None, lse, scale, causal, False)
+        assert torch.equal(lse, eager.forward(qkv, scale, causal)[1])
+        d_qkv, _ = eager.backward(AttentionGrad(d_out, qkv, None, lse, scale, causal, False))
         self.calls.append(options)
         if gradients is None:
             return tuple(d.contiguous() for d in d_qkv.unbind(2))
@@ -259,7 +260,7 @@ def installed(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
 
     def install(modules: dict[str, dict]) -> None:
-        library_attention._find.cache_clear()
+        library._find.cache_clear()
         for name, contents in modules.items():
             steps = name.split(".")
             for end in range(1, len(steps) + 1):
@@ -267,7 +268,7 @@ def installed(monkeypatch):
             monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
 
     yield install
-    library_attention._find.cache_clear()
+    library._find.cache_clear()
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_what_libraries_are_given(name, dtype, causal, installed, deterministic)
     installed(STAND_INS[name](kernels))
     assert module.why_not() is None and module.KEEPS_OUT
     check(module, qkv, d_out, 0.3, causal, 1e-2)
-    d_qkv, _ = module.backward(d_out, qkv, *module.forward(qkv, 0.3, causal), 0.3, causal, False)
+    d_qkv, _ = module.backward(AttentionGrad(d_out, qkv, *module.forward(qkv, 0.3, causal), 0.3, causal, False))
     if name != "xformers":
         assert kernels.written == d_qkv.data_ptr()
         assert kernels.calls[1] == {"deterministic": True}
@@ -306,7 +307,7 @@ def test_a_library_that_is_not_here(name, installed):
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_library_with_other_functions(name, installed, monkeypatch):
     """Too old or too new: it says what is missed and how to get it, and is not called."""
-    monkeypatch.setattr(library_attention.metadata, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(library.metadata, "version", lambda package: "1.2.3")
     for change in ("gone", "renamed", "more"):
         ((module, contents),) = STAND_INS[name](Library(torch.empty(0))).items()
         function = backend(name)._library.calls[-1][0]
@@ -317,7 +318,7 @@ def test_a_library_with_other_functions(name, installed, monkeypatch):
         installed({module: contents})
         reason = backend(name).why_not()
         assert f"{backend(name)._library.package} 1.2.3: {function}: " in reason
-        assert backend(name)._library.brought_by in reason
+        assert backend(name)._library.install in reason
 
 
 def test_a_function_wrapped_as_a_custom_op_is_looked_into(installed):
@@ -335,9 +336,9 @@ def test_a_library_that_breaks_when_imported(installed, monkeypatch):
         raise OSError("undefined symbol")
 
     installed({})
-    monkeypatch.setattr(library_attention.importlib, "import_module", broken)
-    library = library_attention.Library("p", ("m",), "get it", ())
-    assert library.why_not() == "p cannot be imported (m: undefined symbol); get it"
+    monkeypatch.setattr(library.importlib, "import_module", broken)
+    missing = library.Library("p", ("m",), "get it", ())
+    assert missing.why_not() == "p cannot be imported (m: undefined symbol); get it"
 
 
 def test_xformers_without_kernels(installed):
@@ -388,7 +389,7 @@ def test_what_they_refuse(name):
 @pytest.mark.parametrize("tokens", [49, 197, 257, 577])
 @pytest.mark.parametrize("name", ["flash", "cudnn", *LIBRARIES])
 def test_on_a_gpu(name, tokens, head_dim, causal):
-    found = op.load(name)
+    found = contract.load(name)
     if isinstance(found, str):
         pytest.skip(found)
     qkv, d_out = case(tokens, head_dim, torch.bfloat16, device="cuda")

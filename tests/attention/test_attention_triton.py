@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lift_fast.ops import tuned
-from lift_fast.ops.attention import triton as triton_attention
+from lift_fast.ops.attention import triton as backend
+from lift_fast.ops.attention.contract import AttentionGrad
 from lift_fast.ops.attention.op import reference
 
 STEP = {torch.bfloat16: 5e-3, torch.float16: 7e-4}  # in relative norm
@@ -58,10 +59,10 @@ def inputs(shape, dtype, device="cpu", size=1.0):
 
 
 def check(qkv, d_out, scale, causal, step):
-    assert triton_attention.refuses(qkv.shape[1], qkv.shape[4], qkv.dtype) is None
+    assert backend.refuses(qkv.shape[1], qkv.shape[4], qkv.dtype) is None
     before = qkv.clone(), d_out.clone()
-    out, lse = triton_attention.forward(qkv, scale, causal)
-    d_qkv, again = triton_attention.backward(d_out, qkv, None, lse, scale, causal, True)
+    out, lse = backend.forward(qkv, scale, causal)
+    d_qkv, again = backend.backward(AttentionGrad(d_out, qkv, None, lse, scale, causal, True))
     assert all(torch.equal(*pair) for pair in zip(before, (qkv, d_out), strict=True))
     want_out, want_lse, want = dense(qkv, d_out, scale, causal)
     assert out.dtype == d_qkv.dtype == qkv.dtype and out.is_contiguous() and d_qkv.is_contiguous()
@@ -90,7 +91,7 @@ def test_the_definition(shape, causal, dtype):
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", [(1, 49, 2, 64), (2, 130, 1, 64), (1, 33, 1, 72)])
 def test_the_form_for_mma(shape, monkeypatch):
-    monkeypatch.setattr(triton_attention, "table", lambda device: "sm_80")
+    monkeypatch.setattr(backend, "table", lambda device: "sm_80")
     check(*inputs(shape, torch.bfloat16), shape[-1] ** -0.5, True, STEP[torch.bfloat16])
 
 
@@ -132,8 +133,8 @@ def test_scores_of_a_thousand(dtype, causal):
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_any_scale(scale):
     qkv, d_out = inputs((1, 40, 1, 32), torch.bfloat16)
-    out, lse = triton_attention.forward(qkv, scale, False)
-    d_qkv, _ = triton_attention.backward(d_out, qkv, None, lse, scale, False, False)
+    out, lse = backend.forward(qkv, scale, False)
+    d_qkv, _ = backend.backward(AttentionGrad(d_out, qkv, None, lse, scale, False, False))
     want_out, want_lse, want = dense(qkv, d_out, scale, False)
     near(out, want_out, STEP[torch.bfloat16])
     near(lse, want_lse, 1e-6)
@@ -146,18 +147,18 @@ def test_out_is_the_same_again_and_can_be_left_out():
     out, lse, d_qkv, again = check(qkv, d_out, 0.125, False, STEP[torch.bfloat16])
     # P is rounded before its product, divided by the sum here and not there.
     near(again, out.double(), 4e-3)
-    alone, none = triton_attention.backward(d_out, qkv, None, lse, 0.125, False, False)
+    alone, none = backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, False))
     assert none is None and torch.equal(alone, d_qkv)
 
 
 @pytest.mark.interpret
 def test_a_head_does_not_see_another():
     qkv, d_out = inputs((2, 20, 2, 64), torch.bfloat16)
-    out, lse = triton_attention.forward(qkv, 0.125, False)
-    d_qkv, _ = triton_attention.backward(d_out, qkv, None, lse, 0.125, False, False)
+    out, lse = backend.forward(qkv, 0.125, False)
+    d_qkv, _ = backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, False))
     qkv[1, :, :, 1], d_out[1, :, 1] = torch.nan, torch.nan
-    nan_out, nan_lse = triton_attention.forward(qkv, 0.125, False)
-    nan_d, _ = triton_attention.backward(d_out, qkv, None, nan_lse, 0.125, False, False)
+    nan_out, nan_lse = backend.forward(qkv, 0.125, False)
+    nan_d, _ = backend.backward(AttentionGrad(d_out, qkv, None, nan_lse, 0.125, False, False))
     assert nan_out[1, :, 1].isnan().all() and nan_d[1, :, :, 1].isnan().all()
     others = torch.tensor([[True, True], [True, False]])
     for got, want in ((nan_out, out), (nan_d, d_qkv)):
@@ -169,21 +170,21 @@ def test_a_head_does_not_see_another():
 @pytest.mark.parametrize("shape", [(0, 4, 2, 64), (2, 0, 2, 64), (2, 4, 0, 64)])
 def test_nothing_to_do(shape):
     qkv, d_out = inputs(shape, torch.bfloat16)
-    out, lse = triton_attention.forward(qkv, 0.125, False)
-    d_qkv, again = triton_attention.backward(d_out, qkv, None, lse, 0.125, False, True)
+    out, lse = backend.forward(qkv, 0.125, False)
+    d_qkv, again = backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, True))
     assert out.shape == again.shape == shape and d_qkv.shape == qkv.shape
     assert lse.shape == (shape[0], shape[2], shape[1])
 
 
 @pytest.mark.interpret
 def test_what_it_refuses(monkeypatch):
-    refuses = triton_attention.refuses
+    refuses = backend.refuses
     assert "float32" in refuses(197, 64, torch.float32)
     for tokens, head_dim in [(257, 64), (129, 72), (16, 129), (16, 0)]:
         assert f"{tokens} tokens with head_dim {head_dim}" in refuses(tokens, head_dim, torch.bfloat16)
     for tokens, head_dim in [(256, 64), (256, 16), (128, 128), (1, 1)]:
         assert refuses(tokens, head_dim, torch.float16) is None
-    monkeypatch.setattr(triton_attention, "table", lambda device: "sm_80")
+    monkeypatch.setattr(backend, "table", lambda device: "sm_80")
     assert refuses(256, 64, torch.bfloat16) is None and refuses(64, 128, torch.bfloat16) is None
     assert "sm_80" in refuses(128, 128, torch.bfloat16) and "sm_80" in refuses(256, 48, torch.bfloat16)
 
@@ -317,12 +318,12 @@ def test_every_product_is_a_wgmma_on_hopper(which, usage):
 
 @pytest.fixture
 def on_gpu():
-    if triton_attention.why_not():
-        pytest.skip(triton_attention.why_not())
+    if backend.why_not():
+        pytest.skip(backend.why_not())
 
 
 def served(shape, dtype=torch.bfloat16):
-    if reason := triton_attention.refuses(shape[1], shape[3], dtype):
+    if reason := backend.refuses(shape[1], shape[3], dtype):
         pytest.skip(reason)
 
 
@@ -347,8 +348,8 @@ def test_a_vit_on_a_gpu(causal, on_gpu):
     qkv, d_out = inputs((256, 197, 12, 64), torch.bfloat16, "cuda")
     results = []
     for _ in range(2):
-        out, lse = triton_attention.forward(qkv, 0.125, causal)
-        results.append((out, lse, *triton_attention.backward(d_out, qkv, None, lse, 0.125, causal, True)))
+        out, lse = backend.forward(qkv, 0.125, causal)
+        results.append((out, lse, *backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, causal, True))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     wide = qkv.float().requires_grad_()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -366,8 +367,8 @@ def test_the_host_does_not_wait_for_a_gpu(on_gpu):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _, lse = triton_attention.forward(qkv, 0.125, False)
-        triton_attention.backward(d_out, qkv, None, lse, 0.125, False, True)
+        _, lse = backend.forward(qkv, 0.125, False)
+        backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, True))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -382,8 +383,8 @@ def test_more_than_two_billion_elements_on_a_gpu(on_gpu):
     d_out = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     qkv[-1:], d_out[-1:] = some, d_some
     assert qkv.numel() > 2**31
-    out, lse = triton_attention.forward(qkv, 0.125, False)
-    d_qkv, _ = triton_attention.backward(d_out, qkv, None, lse, 0.125, False, False)
+    out, lse = backend.forward(qkv, 0.125, False)
+    d_qkv, _ = backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, False))
     want_out, _, want = dense(some, d_some, 0.125, False)
     near(out[-1:], want_out, STEP[torch.bfloat16])
     near(d_qkv[-1:], want, STEP[torch.bfloat16])

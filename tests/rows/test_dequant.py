@@ -256,7 +256,7 @@ def test_a_backend_that_is_not_here_says_what_brings_it(monkeypatch):
         dequant(codes, scales, backend="cpp")
     assert_same(dequant(codes, scales), reference(codes, scales))
     with pytest.raises(BackendError, match="LIFT_FAST_CUDA=1"):
-        BACKENDS.choose("dequant", "cuda", "cuda", BACKENDS.offered("cuda"))
+        BACKENDS.choose("dequant", "cuda", None, "cuda", BACKENDS.offered("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_a_gpu_that_the_build_has_no_code_for_does_not_get_it(archs, served, not
             assert why_not.endswith(f'LIFT_FAST_CUDA_ARCHS="{major}{minor}"')
     monkeypatch.setattr(BACKENDS, "loaded", {})
     with pytest.raises(BackendError, match="compute capability"):
-        BACKENDS.choose("dequant", "cuda", "cuda", BACKENDS.offered("cuda"))
-    assert BACKENDS.choose("dequant", "cuda", None, BACKENDS.offered("cuda"))[0] != "cuda"
+        BACKENDS.choose("dequant", "cuda", None, "cuda", BACKENDS.offered("cuda"))
+    assert BACKENDS.choose("dequant", "cuda", None, None, BACKENDS.offered("cuda"))[0] != "cuda"
 
 
 def test_compile_fake_and_opcheck_see_through_it():

@@ -1,10 +1,11 @@
-"""The "cpp" backend of attention: csrc/attention, on the CPU. float16 is widened to float32 in between."""
+"""The "cpp" backend of attention: csrc/attention, on the CPU. float16 is computed in float32. See contract.py."""
 
 import torch
 from torch import Tensor
 
-from ..backends import _C, DTYPES
+from ..backends import _C, DTYPES, address
 from ..backends import why_no_cpp as why_not
+from .contract import AttentionGrad
 
 __all__ = ["KEEPS_OUT", "backward", "forward", "refuses", "why_not"]
 
@@ -12,7 +13,6 @@ KEEPS_OUT = False
 
 
 def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why it does not take this; None if it does."""
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None
@@ -33,7 +33,6 @@ def _attention(qkv: Tensor, scale: float, causal: bool) -> "_C.Attention":
 
 
 def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """qkv: [batch, tokens, 3, heads, head_dim]. out: [batch, tokens, heads, head_dim]; lse: [batch, heads, tokens]."""
     batch, tokens, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads, dim)
     lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -43,17 +42,15 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
-    """d_qkv, and out again if it is wanted."""
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    d_out, qkv, _, lse, scale, causal, want_out = call
     d_qkv, again = torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
     _C.attention_backward(
         _attention(qkv, scale, causal),
         d_out=d_out.data_ptr(),
         lse=lse.data_ptr(),
         d_qkv=d_qkv.data_ptr(),
-        out=0 if again is None else again.data_ptr(),
+        out=address(again),
         threads=torch.get_num_threads(),
     )
     return d_qkv, again

@@ -1,13 +1,14 @@
-"""cuDNN's attention, as torch calls it. See attention.py for the contract.
+"""cuDNN's attention, as torch calls it. See contract.py.
 
-It takes [batch, heads, tokens, head_dim] of any strides, and stores in the order of q's: [batch, tokens, heads,
-head_dim]. torch allocates its gradients: one copy packs them. The first call of a shape builds a plan, which takes
-long. Not run on a GPU yet.
+It takes [batch, heads, tokens, head_dim] of any strides. Its output is laid out in memory as q is: [batch, tokens,
+heads, head_dim]. torch allocates the gradients, and one copy packs them. The first call of a shape is slow, because it
+builds a plan. Not run on a GPU yet.
 """
 
 import torch
 from torch import Tensor
 
+from .contract import AttentionGrad
 from .library import by_head, no_gpu, not_taken, parts
 
 KEEPS_OUT = True
@@ -34,9 +35,8 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return by_head(out), lse.view(q.shape[:3])
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    d_out, qkv, out, lse, scale, causal, want_out = call
     assert out is not None
     q, k, v = map(by_head, parts(qkv))
     unused, tokens = lse.new_empty((), dtype=torch.int64), qkv.shape[1]  # dropout's seed and offset
@@ -50,7 +50,7 @@ def backward(
         unused,
         unused,
         None,  # bias of the scores
-        None,  # where the pictures begin, if they differ in length
+        None,  # cumulative lengths of queries and of keys, for images of different lengths
         None,
         tokens,
         tokens,

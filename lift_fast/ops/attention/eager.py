@@ -1,12 +1,15 @@
-"""Attention in plain torch, dense: any device, any floating dtype, any shape. See attention.py for the contract.
+"""The "torch" backend of attention: plain and dense, for any device, floating dtype and shape. See contract.py.
 
-Pictures are taken a few at a time, so that their scores need no more than SCORES bytes, four times in the backward.
+It computes a few images at a time, so that a tensor of scores takes at most SCORES bytes. The backward has four such
+tensors.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from .contract import AttentionGrad
 
 KEEPS_OUT = False
 SCORES = 256 << 20
@@ -31,9 +34,8 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    d_out, qkv, _, lse, scale, causal, want_out = call
     d_qkv, again = torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
     for some in _few(qkv):
         q, k, v, scores = _scores(qkv[some], scale, causal)
@@ -49,7 +51,7 @@ def backward(
 
 
 def _few(qkv: Tensor) -> Iterator[slice]:
-    """Pictures that are taken at a time."""
+    """Slices of the batch that are computed one after another."""
     batch, tokens, _, heads, _ = qkv.shape
     step = max(1, SCORES // max(1, heads * tokens * tokens * _wide(qkv).itemsize))
     for first in range(0, batch, step):

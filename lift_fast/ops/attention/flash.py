@@ -1,12 +1,14 @@
-"""torch's own FlashAttention-2 on CUDA (Dao, arXiv 2307.08691). See attention.py for the contract.
+"""torch's own FlashAttention-2 on CUDA (Dao, arXiv 2307.08691). See contract.py.
 
-It takes [batch, heads, tokens, head_dim] of any strides, and stores [batch, tokens, heads, head_dim]. It allocates
-its gradients itself: one copy packs them, 3/4 of what its backward reads and writes besides. Not run on a GPU yet.
+It takes [batch, heads, tokens, head_dim] of any strides. Its output is laid out as [batch, tokens, heads, head_dim].
+It allocates the gradients itself, and one copy packs them, which moves 3/4 as many bytes as the backward itself. Not
+run on a GPU yet.
 """
 
 import torch
 from torch import Tensor
 
+from .contract import AttentionGrad
 from .library import by_head, no_gpu, not_taken, parts
 
 KEEPS_OUT = True
@@ -19,7 +21,7 @@ def why_not() -> str | None:
 
 
 def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    return not_taken(head_dim, dtype, 192)  # above, the backward of some GPUs has too little shared memory
+    return not_taken(head_dim, dtype, 192)  # above 192, some GPUs have too little shared memory for the backward
 
 
 def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -28,9 +30,8 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return by_head(out), lse
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    d_out, qkv, out, lse, scale, causal, want_out = call
     assert out is not None
     q, k, v = map(by_head, parts(qkv))
     unused, tokens = lse.new_empty(2, dtype=torch.int64), qkv.shape[1]  # dropout's seed and offset

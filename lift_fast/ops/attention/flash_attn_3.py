@@ -1,12 +1,13 @@
-"""FlashAttention-3, for Hopper (Shah et al., arXiv 2407.08608). See attention.py for the contract.
+"""FlashAttention-3, for Hopper (Shah et al., arXiv 2407.08608). See contract.py.
 
-It takes views of qkv and writes the gradients into views of d_qkv. Not run on a GPU yet.
+Not run on a GPU yet.
 """
 
 import torch
 from torch import Tensor
 
-from .library import Library, named, no_gpu, not_taken
+from .contract import AttentionGrad
+from .library import Library, flash_backward, flash_forward, no_gpu, not_taken
 
 KEEPS_OUT = True
 
@@ -30,22 +31,8 @@ def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
 
 
 def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _library.module._flash_attn_forward(**named("q k v", qkv), softmax_scale=scale, causal=causal)
-    return out, lse
+    return flash_forward(_library.module._flash_attn_forward, qkv, scale, causal)
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
-    d_qkv = torch.empty_like(qkv)
-    _library.module._flash_attn_backward(
-        dout=d_out,
-        **named("q k v", qkv),
-        out=out,
-        softmax_lse=lse,
-        **named("dq dk dv", d_qkv),
-        softmax_scale=scale,
-        is_causal=causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return d_qkv, out if want_out else None
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    return flash_backward(_library.module._flash_attn_backward, call, softmax_lse=call.lse, is_causal=call.causal)

@@ -1,13 +1,13 @@
-"""FlashAttention-4, written in the CuTe DSL, for Hopper and Blackwell. See attention.py for the contract.
+"""FlashAttention-4, written in the CuTe DSL, for Hopper and Blackwell. See contract.py.
 
-It takes views of qkv and writes the gradients into views of d_qkv. It compiles a kernel at the first call of each
-head_dim and mask. Not run on a GPU yet.
+It compiles a kernel at the first call of each head_dim and mask. Not run on a GPU yet.
 """
 
 import torch
 from torch import Tensor
 
-from .library import Library, named, no_gpu, not_taken
+from .contract import AttentionGrad
+from .library import Library, flash_backward, flash_forward, no_gpu, not_taken
 
 KEEPS_OUT = True
 
@@ -31,24 +31,8 @@ def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
 
 
 def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _library.module._flash_attn_fwd(
-        **named("q k v", qkv), softmax_scale=scale, causal=causal, return_lse=True
-    )
-    return out, lse
+    return flash_forward(_library.module._flash_attn_fwd, qkv, scale, causal, return_lse=True)
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
-    d_qkv = torch.empty_like(qkv)
-    _library.module._flash_attn_bwd(
-        **named("q k v", qkv),
-        out=out,
-        dout=d_out,
-        lse=lse,
-        softmax_scale=scale,
-        causal=causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **named("dq dk dv", d_qkv),
-    )
-    return d_qkv, out if want_out else None
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    return flash_backward(_library.module._flash_attn_bwd, call, lse=call.lse, causal=call.causal)

@@ -1,11 +1,12 @@
-"""torch's own attention in tiles on CPUs. See attention.py for the contract.
+"""torch's own tiled attention on CPUs. See contract.py.
 
-As flash_attention.py, in every floating dtype; the log-sum-exp comes as [batch, tokens, heads] and is transposed.
+As flash.py, in every floating dtype. Its log-sum-exp lies in memory as [batch, tokens, heads] and is copied.
 """
 
 import torch
 from torch import Tensor
 
+from .contract import AttentionGrad
 from .library import by_head, parts
 
 KEEPS_OUT = True
@@ -25,9 +26,8 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return by_head(out), lse.contiguous()
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
+    d_out, qkv, out, lse, scale, causal, want_out = call
     assert out is not None
     q, k, v = map(by_head, parts(qkv))
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,11 +1,13 @@
-"""What the backends of attention that call a library share. See attention.py for the contract.
+"""What the backends of attention that call a library share. See contract.py.
 
-They give the library views of the packed qkv and call its kernels' functions by keyword, below autograd. Where it
-writes into tensors that it is given, the gradients go straight into d_qkv; else one copy packs them. All keep `out`.
+They pass the library views of the packed qkv and call its kernels' functions by keyword, below autograd. Where a
+library writes gradients into given tensors, these are views of d_qkv; otherwise one copy packs the gradients. All keep
+`out`.
 """
 
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -14,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import AttentionGrad
+
 
 @dataclass(frozen=True)
 class Library:
     package: str  # its name on PyPI, or in its metadata
-    modules: tuple[str, ...]  # the first that can be imported
-    brought_by: str  # a command
-    calls: tuple[tuple[str, str], ...]  # its functions and the keywords they are called with here
+    modules: tuple[str, ...]  # the first that can be imported is used
+    install: str  # how to install it, for messages
+    calls: tuple[tuple[str, str], ...]  # its functions and the keywords that they are called with
 
     def why_not(self) -> str | None:
+        """Why it cannot be used; None if it can."""
         found = _find(self)
         return found if isinstance(found, str) else None
 
@@ -33,23 +38,23 @@ class Library:
 
 @cache
 def _find(library: Library) -> Any:
-    """The module, or why it does not serve."""
+    """The module, or why it cannot be used."""
     reasons = []
     for name in library.modules:
         try:
             module = importlib.import_module(name)
             break
-        except Exception as error:  # a library built for another torch raises what it likes
+        except Exception as error:  # a library built for another torch may raise anything
             reasons.append(f"{name}: {error}")
     else:
-        return f"{library.package} cannot be imported ({'; '.join(reasons)}); {library.brought_by}"
+        return f"{library.package} cannot be imported ({'; '.join(reasons)}); {library.install}"
     for function, keywords in library.calls:
         try:
             called = getattr(module, function)
-            called = getattr(called, "_init_fn", called)  # what torch.library.custom_op wrapped
+            called = getattr(called, "_init_fn", called)  # the function that torch.library.custom_op wrapped
             inspect.signature(called).bind(**dict.fromkeys(keywords.split()))
         except (AttributeError, TypeError, ValueError) as error:
-            return f"{library.package} {_version(library.package)}: {function}: {error}; {library.brought_by}"
+            return f"{library.package} {_version(library.package)}: {function}: {error}; {library.install}"
     return module
 
 
@@ -61,7 +66,7 @@ def _version(package: str) -> str:
 
 
 def no_gpu(least: tuple[int, int], most: int = 99) -> str | None:
-    """Why this machine's GPU does not serve: compute capability `least`, major `most` at most."""
+    """Why this machine's GPU is not supported: it needs compute capability `least` to `most`.x. None if it is."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "it needs a CUDA GPU"
     found = torch.cuda.get_device_capability()
@@ -72,7 +77,7 @@ def no_gpu(least: tuple[int, int], most: int = 99) -> str | None:
 
 
 def not_taken(head_dim: int, dtype: torch.dtype, most: int) -> str | None:
-    """Why kernels for half precision and a head_dim up to `most` do not take these."""
+    """Why kernels for half precision and a head_dim up to `most` do not take these; None if they do."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > most:
@@ -86,10 +91,33 @@ def parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def named(names: str, qkv: Tensor) -> dict[str, Tensor]:
-    """The same under the names of a library's keywords."""
+    """The views of `parts` as a library's keyword arguments of these names."""
     return dict(zip(names.split(), parts(qkv), strict=True))
 
 
 def by_head(x: Tensor) -> Tensor:
-    """The same memory as [batch, heads, tokens, head_dim], and back."""
+    """A view with heads and tokens swapped: [batch, heads, tokens, head_dim] of [batch, tokens, heads, head_dim]."""
     return x.transpose(1, 2)
+
+
+def flash_forward(
+    kernel: Callable[..., Any], qkv: Tensor, scale: float, causal: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the forward function of a FlashAttention package."""
+    out, lse, *_ = kernel(**named("q k v", qkv), softmax_scale=scale, causal=causal, **options)
+    return out, lse
+
+
+def flash_backward(kernel: Callable[..., Any], call: AttentionGrad, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """d_qkv by the backward function of a FlashAttention package, which writes into views of it; and out if wanted."""
+    d_qkv = torch.empty_like(call.qkv)
+    kernel(
+        dout=call.d_out,
+        **named("q k v", call.qkv),
+        out=call.out,
+        **named("dq dk dv", d_qkv),
+        softmax_scale=call.scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **options,
+    )
+    return d_qkv, call.out if call.want_out else None

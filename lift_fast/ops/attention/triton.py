@@ -1,7 +1,7 @@
-"""Attention of short sequences on a GPU, in Triton (kernels/attention.py).
+"""The "triton" backend of attention: short sequences on a GPU, by kernels/attention.py. See contract.py.
 
-It takes what fits on the chip whole: up to 256 tokens of head_dim 64, or 128 of up to 128; others serve the rest. The
-tables of `tuned` (family "attention", settings "forward" and "backward") say which, and in which tiles.
+It takes sequences that fit on the chip whole: up to 256 tokens with head_dim 64, or 128 tokens with head_dim up to 128.
+The tables of `tuned` (family "attention", settings "forward" and "backward") list these sizes with their tiles.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import tuned
 from ..backends import why_no_triton as why_not
+from .contract import AttentionGrad
 
 if TYPE_CHECKING:
     from ...kernels.attention import Tile
@@ -22,12 +23,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def table(device: torch.device) -> str:
-    """The table for a device; where kernels are interpreted, that of the GPU that takes most."""
+    """The name of the table for a device; for Triton's interpreter that of sm_90, which takes the most sizes."""
     return tuned.gpu("attention", device) if device.type == "cuda" else "sm_90"
 
 
 def tile(which: str, tokens: int, head_dim: int, causal: bool, device: torch.device) -> "Tile | None":
-    """How it is done there, which: "forward" or "backward"; None: not without spilling registers."""
+    """The tile for a device; None if every tile would spill registers. which: "forward" or "backward"."""
     from ...kernels import attention
 
     value = tuned.lookup("attention", table(device), which, tokens=tokens, head_dim=head_dim, causal=causal)
@@ -35,20 +36,15 @@ def tile(which: str, tokens: int, head_dim: int, causal: bool, device: torch.dev
 
 
 def refuses(tokens: int, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why it does not take these on the current GPU; None if it does."""
     if dtype not in HALF:
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if head_dim > 0 and tile("backward", tokens, head_dim, False, here):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if head_dim > 0 and tile("backward", tokens, head_dim, False, device):
         return None
-    return f"{tokens} tokens with head_dim {head_dim} do not fit on the chip, by the table of {table(here)}"
+    return f"{tokens} tokens with head_dim {head_dim} do not fit on the chip, by the table of {table(device)}"
 
 
 def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out [batch, tokens, heads, head_dim] and lse [batch, heads, tokens] in float32.
-
-    qkv: [batch, tokens, 3, heads, head_dim], contiguous.
-    """
     from ...kernels import attention
 
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -56,20 +52,18 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         empty = qkv.new_empty((batch, tokens, heads, head_dim))
         return empty, empty.new_empty((batch, heads, tokens), dtype=torch.float32)
     found = tile("forward", tokens, head_dim, causal, qkv.device)
-    assert found, "ask refuses() first"
+    assert found, "refuses() does not take these"
     with torch.cuda.device_of(qkv):
         return attention.forward(qkv, scale, causal, found)
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
-    """d_qkv as qkv, and out again if it is wanted. d_out: contiguous, as out."""
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
     from ...kernels import attention
 
+    d_out, qkv, _, lse, scale, causal, want_out = call
     if not qkv.numel():
         return torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
     found = tile("backward", qkv.shape[1], qkv.shape[4], causal, qkv.device)
-    assert found, "ask refuses() first"
+    assert found, "refuses() does not take these"
     with torch.cuda.device_of(qkv):
         return attention.backward(d_out, qkv, lse, scale, causal, want_out, found)

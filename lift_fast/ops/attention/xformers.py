@@ -1,12 +1,13 @@
-"""xFormers' memory-efficient attention, by the operator that it chooses itself. See attention.py for the contract.
+"""xFormers' memory-efficient attention, with the operator that xFormers chooses. See contract.py.
 
-It takes views of qkv and allocates its gradients: one copy packs them. Some of its operators pad the log-sum-exp.
+It takes views of qkv and allocates the gradients, which one copy packs. Some of its operators pad the log-sum-exp.
 Not run on a GPU yet.
 """
 
 import torch
 from torch import Tensor
 
+from .contract import AttentionGrad
 from .library import Library, named, no_gpu, not_taken
 
 KEEPS_OUT = True
@@ -27,7 +28,7 @@ def why_not() -> str | None:
     if reason := no_gpu((8, 0)) or _library.why_not():
         return reason
     if not any(operator.is_available() for operator in getattr(_library.module, "ALL_BW_OPS", ())):
-        return f"xformers has no kernels here; {_library.brought_by}"
+        return f"xformers has no kernels for this GPU; {_library.install}"
     return None
 
 
@@ -44,15 +45,13 @@ def forward(qkv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     return out, lse[..., : qkv.shape[1]].contiguous()
 
 
-def backward(
-    d_out: Tensor, qkv: Tensor, out: Tensor | None, lse: Tensor, scale: float, causal: bool, want_out: bool
-) -> tuple[Tensor, Tensor | None]:
+def backward(call: AttentionGrad) -> tuple[Tensor, Tensor | None]:
     gradients = _library.module.memory_efficient_attention_backward(
-        grad=d_out,
-        output=out,
-        lse=lse,
-        **named("query key value", qkv),
-        attn_bias=_library.module.LowerTriangularMask() if causal else None,
-        scale=scale,
+        grad=call.d_out,
+        output=call.out,
+        lse=call.lse,
+        **named("query key value", call.qkv),
+        attn_bias=_library.module.LowerTriangularMask() if call.causal else None,
+        scale=call.scale,
     )
-    return torch.stack(gradients, dim=2), out if want_out else None
+    return torch.stack(gradients, dim=2), call.out if call.want_out else None

@@ -117,7 +117,7 @@ def _dequant(
     for name, part in (("codes", codes), ("scales", scales)):
         if part is not None and part.device != device and not part.is_pinned():
             raise ValueError(f"{name} must be on {device}, as rows are, or in pinned host memory")
-    _, module = BACKENDS.choose("dequant", device.type, backend, BACKENDS.offered(device.type))
+    _, module = BACKENDS.choose("dequant", device.type, None, backend, BACKENDS.offered(device.type))
     m = len(codes) if rows is None else len(rows)
     if m and rows is not None and not len(codes):
         raise IndexError(f"{m} rows requested from an empty table")

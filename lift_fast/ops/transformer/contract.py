@@ -126,5 +126,4 @@ def preferred(device: str, dtype: torch.dtype) -> list[str]:
 def choose(device: str, dtype: torch.dtype, backend: str | None = None) -> Backend:
     """The requested backend, else the table's first available one, for tokens of this dtype. Raises BackendError."""
     names = BACKENDS.offered(device) if dtype != torch.float64 else ("torch",)
-    call = f"{str(dtype).removeprefix('torch.')} on {device}"
-    return BACKENDS.choose("transformer", call, backend, names, partial(preferred, device, dtype))[1]
+    return BACKENDS.choose("transformer", device, dtype, backend, names, partial(preferred, device, dtype))[1]
