@@ -163,7 +163,11 @@ setup(
     # kernels/ is a room of its own in the tree and a sub-package when installed: a top-level `kernels` would
     # be taken for Hugging Face's.
     package_dir={"lift_fast.kernels": "kernels"},
-    package_data={"lift_fast": ["py.typed", "*.pyi"], "lift_fast.ops.tuned": ["*.json"]},
+    package_data={
+        "lift_fast": ["py.typed", "*.pyi"],
+        "lift_fast.measure.report": ["*.j2", "*.css"],
+        "lift_fast.ops.tuned": ["*.json"],
+    },
     ext_modules=[
         Pybind11Extension(
             "lift_fast._C",

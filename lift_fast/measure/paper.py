@@ -2,8 +2,16 @@
 
 from typing import NamedTuple
 
-SUGARCREPE_TASKS = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
-RETRIEVAL_TASKS = ("imagenet", "coco_i2t", "coco_t2i", "flickr_i2t", "flickr_t2i")
+from ..sugarcrepe import TASKS
+
+# Key in the report -> name.
+RETRIEVAL_TASKS = {
+    "imagenet": "ImageNet-1K zero-shot",
+    "coco_i2t": "COCO i→t",
+    "coco_t2i": "COCO t→i",
+    "flickr_i2t": "Flickr30K i→t",
+    "flickr_t2i": "Flickr30K t→i",
+}
 
 
 class Savings(NamedTuple):
@@ -34,7 +42,7 @@ _RETRIEVAL = (
 
 PAPER_RESULTS: dict[str, list[dict[str, str | float]]] = {
     "sugarcrepe": [
-        {"model": model, "data": data, "seen": seen, **dict(zip(SUGARCREPE_TASKS, values, strict=True))}
+        {"model": model, "data": data, "seen": seen, **dict(zip(TASKS, values, strict=True))}
         for model, data, seen, values in _SUGARCREPE
     ],
     "retrieval": [

@@ -16,11 +16,12 @@ from lift_fast.measure import compare, time
 from lift_fast.measure.compare import cost_against_length, format_table, paper_scale
 from lift_fast.measure.flops import clip_flops, count, lift_flops, saved
 from lift_fast.measure.memory import LiveBytes, peak_training_memory
-from lift_fast.measure.paper import PAPER_RESULTS, RETRIEVAL_TASKS, SUGARCREPE_TASKS
+from lift_fast.measure.paper import PAPER_RESULTS, RETRIEVAL_TASKS
 from lift_fast.measure.time import Timing, clip_text_ms, interleaved_ms, lift_text_ms, median_ms
 from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig, preset, transformer
 from lift_fast.ops.pairs.contrastive import contrastive
 from lift_fast.ops.rows.quantized import QuantizedRows
+from lift_fast.sugarcrepe import TASKS
 
 TINY = preset("tiny")
 VIT_B16 = preset("vit-b16")
@@ -359,7 +360,7 @@ def test_clip_text_time_grows_with_the_context():
 
 def test_paper_results_have_the_reports_shape():
     for row in PAPER_RESULTS["sugarcrepe"]:
-        assert set(row) == {"model", "data", "seen", *SUGARCREPE_TASKS}
+        assert set(row) == {"model", "data", "seen", *TASKS}
     for row in PAPER_RESULTS["retrieval"]:
         assert set(row) == {"model", "data", *RETRIEVAL_TASKS}
     assert PAPER_RESULTS["sugarcrepe"][3]["replace_rel"] == 76.8

@@ -1,0 +1,223 @@
+"""Charts as SVG text, for the report's page and for `python -m benchmarks plot`.
+
+Written by hand for a reason. matplotlib would add half a dozen packages to every install for lines and bars over
+round axes; its SVG changes with its version and with the fonts of the machine; and it styles each element itself,
+where here elements have classes that a style sheet gives colors to. Here the same numbers give the same bytes, and
+a chart refers to nothing outside.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from .formatting import fixed
+
+
+class Svg(str):
+    """An element and all that it contains, as text."""
+
+    def __html__(self) -> str:  # a template that escapes strings asks for this first, and inserts it as it is
+        return self
+
+
+def element(tag: str, *content: str, **attributes: str | float) -> Svg:
+    """An element. Content that is no Svg is text: it is escaped, and so are the attributes.
+
+    Coordinates are rounded to a tenth of a pixel. Of an attribute's name a trailing "_" is dropped, and any other
+    stands for "-": class_="grid", text_anchor="end".
+    """
+    words = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escape(value if isinstance(value, str) else _pixels(value))}"'
+        for name, value in attributes.items()
+    )
+    inside = "".join(part if isinstance(part, Svg) else escape(part) for part in content)
+    return Svg(f"<{tag}{words}>{inside}</{tag}>" if inside else f"<{tag}{words}/>")
+
+
+def _pixels(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0")  # + 0.0: never "-0"
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / about or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """One label for each tick, with as many decimals as tell neighbors apart."""
+    step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [fixed(value, digits) for value in values]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The area in pixels that the data of a chart is drawn in, and the numbers that it spans in both directions."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return self.left + (self.right - self.left) * ((value - low) / (high - low) if high > low else 0.5)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.bottom - (self.bottom - self.top) * (value - low) / (high - low)
+
+    def grid(self, values: Sequence[float]) -> list[Svg]:
+        """Horizontal lines at the ticks of the y axis, with their labels."""
+        parts = []
+        for value, label in zip(values, tick_labels(values), strict=True):
+            y = self.y(value)
+            parts.append(element("line", class_="grid", x1=self.left, x2=self.right, y1=y, y2=y))
+            parts.append(element("text", label, class_="tick", x=self.left - 6, y=y + 4, text_anchor="end"))
+        return parts
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart. series: a class of the style sheet."""
+
+    series: str
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+    dots: bool = False
+
+
+def line_chart(
+    name: str,
+    x_name: str,
+    y_name: str,
+    lines: Sequence[Line],
+    *,
+    from_zero: bool = False,
+    x_ticks: Sequence[float] | None = None,
+    width: int = 500,
+    height: int = 270,
+) -> Svg | None:
+    """Lines over round axes; None where no line has a point. from_zero: the y axis contains zero."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    xs, ys = ([point[i] for line in lines for point in line.points] for i in (0, 1))
+    y_ticks = ticks(*((min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))))
+    if len(y_ticks) == 1:  # a flat line on a round number
+        y_ticks.append(y_ticks[0] + 1)
+    x_range = min(0.0, *xs), max(xs)
+    frame = Frame(56, width - 14, 12, height - 44, x_range, (y_ticks[0], y_ticks[-1]))
+    middle, center = (frame.top + frame.bottom) / 2, (frame.left + frame.right) / 2
+    parts = [
+        *frame.grid(y_ticks),
+        *_x_axis(frame, [x for x in x_ticks or ticks(*x_range) if x_range[0] <= x <= x_range[1]]),
+        element("text", x_name, class_="label", x=center, y=height - 6, text_anchor="middle"),
+        element("text", y_name, class_="label", transform=f"translate(13 {middle}) rotate(-90)", text_anchor="middle"),
+    ]
+    for line in lines:
+        pixels = [(frame.x(x), frame.y(y)) for x, y in line.points]
+        path = " ".join(f"{_pixels(x)},{_pixels(y)}" for x, y in pixels)
+        parts.append(element("polyline", class_=f"line {line.series}{' faint' if line.faint else ''}", points=path))
+        if line.dots:
+            parts += [element("circle", class_=f"dot {line.series}", cx=x, cy=y, r=3) for x, y in pixels]
+    return chart(name, width, height, parts)
+
+
+def _x_axis(frame: Frame, values: Sequence[float]) -> list[Svg]:
+    parts = []
+    last = -math.inf
+    for value, label in zip(values, tick_labels(values), strict=True):
+        x = frame.x(value)
+        parts.append(element("line", class_="axis", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4))
+        if x - last >= 24:  # a label that would touch the one before it is left out
+            parts.append(element("text", label, class_="tick", x=x, y=frame.bottom + 18, text_anchor="middle"))
+            last = x
+    parts.append(element("line", class_="axis", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom))
+    return parts
+
+
+def chart(name: str, width: float, height: float, parts: Sequence[Svg]) -> Svg:
+    """A whole chart, as wide as what it stands in. name: read out in its place by a screen reader."""
+    return element("svg", *parts, class_="chart", viewBox=f"0 0 {width} {height}", role="img", aria_label=name)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of paired_bars. series: a class of the style sheet; name and label are written at its end."""
+
+    series: str
+    name: str
+    value: float | None
+    label: str
+
+
+def paired_bars(name: str, groups: Sequence[tuple[str, Sequence[Bar], str]]) -> Svg:
+    """Groups of bars, each with its name on the left and a remark on the right.
+
+    Each group is drawn to its own scale: its largest bar has the full length.
+    """
+    left = max(172, 8 + 7 * max((len(title) for title, *_ in groups), default=0))
+    full, group_height, width = 712 - left, 66, 1000
+    parts = []
+    for i, (title, bars, remark) in enumerate(groups):
+        top = i * group_height
+        if i:
+            parts.append(element("line", class_="grid", x1=0, x2=width, y1=top, y2=top))
+        parts.append(element("text", title, class_="name", x=0, y=top + 38))
+        longest = max(bar.value or 0 for bar in bars)
+        for j, bar in enumerate(bars):
+            length = max(1.5, full * bar.value / longest) if bar.value and longest else 0
+            y = top + 11 + 23 * j
+            parts.append(element("rect", class_=f"bar {bar.series}", x=left, y=y, width=length, height=19, rx=2))
+            words = element("tspan", bar.name, class_=bar.series), f" {bar.label}"
+            parts.append(element("text", *words, class_="value", x=left + length + 8, y=y + 14))
+        parts.append(element("text", remark, class_="saving", x=width, y=top + 39, text_anchor="end"))
+    return chart(name, width, len(groups) * group_height, parts)
+
+
+# The scale of all dumbbells: shares from 0 to 1 over 360 pixels.
+_SHARES = Frame(8, 352, 0, 26, (0.0, 1.0), (0.0, 1.0))
+
+
+def dumbbell(first: tuple[str, float | None], second: tuple[str, float | None]) -> Svg:
+    """Two shares, each with its series, as dots joined by a line; with a mark at chance, one in two.
+
+    The first is drawn on top and smaller, so that equal shares look like a dot in a ring.
+    """
+    frame = _SHARES
+    y, half = (frame.top + frame.bottom) / 2, frame.x(0.5)
+    parts = [
+        element("line", class_="grid", x1=frame.left, x2=frame.right, y1=y, y2=y),
+        element("line", class_="chance", x1=half, x2=half, y1=frame.top, y2=frame.bottom),
+    ]
+    shares = [(series, min(1.0, max(0.0, share))) for series, share in (first, second) if share is not None]
+    if len(shares) == 2:
+        larger = max(shares, key=lambda pair: pair[1])[0]
+        ends = [frame.x(share) for _, share in shares]
+        parts.append(element("line", class_=f"link {larger}", x1=ends[0], x2=ends[1], y1=y, y2=y))
+    for series, share in reversed(shares):
+        radius = 5 if series == first[0] else 6.5
+        parts.append(element("circle", class_=f"dot {series}", cx=frame.x(share), cy=y, r=radius))
+    return _on_shares(frame.bottom, parts)
+
+
+def dumbbell_axis() -> Svg:
+    """The scale to stand above a column of dumbbells, in per cent."""
+    marks = ((0.0, "0", "start"), (0.5, "chance, 50", "middle"), (1.0, "100", "end"))
+    labels = [
+        element("text", label, class_="tick", x=_SHARES.x(share), y=12, text_anchor=anchor)
+        for share, label, anchor in marks
+    ]
+    return _on_shares(16, labels)
+
+
+def _on_shares(height: float, parts: Sequence[Svg]) -> Svg:
+    width = _SHARES.left + _SHARES.right
+    return element("svg", *parts, class_="dumbbell", viewBox=f"0 0 {width} {height}", width=width, aria_hidden="true")
