@@ -152,7 +152,7 @@ class Backends(Generic[B]):
         """
         if backend and backend not in names:
             call = _named(device, dtype)
-            raise BackendError(f"no {op} backend {backend!r} for {call}; the choices are {', '.join(names)}")
+            raise BackendError(f"no {op} backend {backend!r} for {call}; there are: {', '.join(names)}")
         for name in [backend] if backend else order() if order else names:
             found = self.load(name)
             if isinstance(found, str):

@@ -1,19 +1,20 @@
-"""A pre-norm transformer block as one node of autograd, which decides what is kept for the backward.
+"""A pre-norm transformer block as one autograd function, which chooses the tensors that are kept for the backward.
 
     s₁ = x + residual,   qkv = LN₁(s₁) W_qkvᵀ + b,   s₂ = s₁ + attention(qkv) W_oᵀ + b
-    h = LN₂(s₂) W₁ᵀ,     m = act(h + b₁) W₂ᵀ + b₂;   what follows is s₂ + m, added by the next layernorm
+    h = LN₂(s₂) W₁ᵀ,     m = act(h + b₁) W₂ᵀ + b₂;   the value is s₂ + m, which the next layernorm adds
 
-What is kept of a token, in units of its width (the hidden layer has 4), and what is computed again:
+`checkpointing` is the activation recomputation level. Kept per token, in multiples of the width (the hidden layer is
+4 widths), and recomputed in the backward:
 
-    checkpointing   kept         units    computed again, of the forward's matrix products
+    checkpointing   kept         widths   recomputed, of the forward's matrix products
     "none"          s₁ qkv s₂ h  9        nothing
     "mlp"           s₁ qkv s₂    5        W₁: a third
     "branches"      s₁ s₂        2        W_qkv, W₁: seven twelfths; and attention
     "block"         s₁           1        W_qkv, W_o, W₁: two thirds; and attention
 
-torch's own modules keep 16: also both normalised inputs, attention's output and the activated hidden layer, which the
-backward's kernels have in hand on their way. Their checkpointing keeps 1 and computes as much again as "block". The
-gradients are those of the plain block; nothing is approximated.
+torch's own modules keep 16 widths: also both normalised inputs, attention's output and the activated hidden layer, all
+of which this backward's kernels compute on the way. torch's checkpointing keeps 1 width and recomputes as much as
+"block". The gradients are those of the plain block; nothing is approximated.
 """
 
 from typing import Any, Literal, get_args
@@ -47,10 +48,10 @@ def block(
     """(s₂, m) of x and residual [batch, tokens, width]; the block's value is s₂ + m.
 
     weights: LN₁'s weight and bias, W_qkv [3 width, width] and b, W_o [width, width] and b, LN₂'s weight and bias, W₁
-    [hidden, width] and b₁, W₂ [width, hidden] and b₂. Computed in x's dtype, or autocast's, sums and statistics in
-    float32. checkpointing: see above. fp8: the linear layers multiply in float8 (float8.py). backend: of layernorm and
-    mlp; attention_backend: of attention. Differentiable once. Raises ValueError for what does not fit, BackendError
-    for a backend that is not here.
+    [hidden, width] and b₁, W₂ [width, hidden] and b₂. Computed in x's dtype, or autocast's, with sums and statistics in
+    float32. checkpointing: see above. fp8: the linear layers multiply in float8 (transformer/float8.py). backend: for
+    layernorm and mlp; attention_backend: for attention. Differentiable once. Raises ValueError for shapes that do not
+    match and for unknown options, BackendError for a backend that is not available.
     """
     ln1_w, ln1_b, w_qkv, b_qkv, w_o, b_o, ln2_w, ln2_b, w1, b1, w2, b2 = weights
     if x.dim() != 3 or w_qkv.shape != (3 * x.shape[2], x.shape[2]) or x.shape[2] % heads:
@@ -112,7 +113,7 @@ class _Block(torch.autograd.Function):
         need_qkv, need_b_qkv, need_o, need_b_o, need_1, need_2, need_b2 = need
         g, d_s2 = g.contiguous().view(rows), d_s2.contiguous().view(rows)
 
-        # What was not kept, by the forward's own steps.
+        # Recompute what was not kept, by the forward's own steps.
         out: Tensor | None = None
         if checkpointing in ("none", "mlp"):
             s2, mean1, rstd1, mean2, rstd2, qkv, lse, *kept = kept
@@ -173,7 +174,7 @@ def kept_bytes(
     checkpointing: Checkpointing = "none",
     keeps_out: bool = False,
 ) -> int:
-    """Bytes that a block keeps for the backward of that many tokens (of all pictures together), weights aside."""
+    """Bytes that a block keeps for the backward of so many tokens (of all images together), without weights."""
     widths = {"none": 5 * width + hidden, "mlp": 5 * width, "branches": 2 * width, "block": width}[checkpointing]
     statistics = 0
     if checkpointing in ("none", "mlp"):

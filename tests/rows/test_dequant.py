@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_a_backend_that_is_not_here_says_what_brings_it(monkeypatch):
     codes, scales = table(4, 8)
-    with pytest.raises(BackendError, match="no dequant backend 'cuda' for cpu; the choices are cpp, torch"):
+    with pytest.raises(BackendError, match="no dequant backend 'cuda' for cpu; there are: cpp, torch"):
         dequant(codes, scales, backend="cuda")
     monkeypatch.setattr(backends, "_C", None)
     monkeypatch.setattr(BACKENDS, "loaded", {})

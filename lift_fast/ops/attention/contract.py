@@ -12,7 +12,7 @@ from ..backends import Backends
 class AttentionGrad(NamedTuple):
     """The arguments of a backward. d_out, out: [batch, tokens, heads, head_dim]; qkv and lse as `forward` has them.
 
-    out is None for backends with KEEPS_OUT False. want_out: whether out is needed behind the backward.
+    out is None for backends whose KEEPS_OUT is False. want_out: whether the caller needs out too.
     """
 
     d_out: Tensor

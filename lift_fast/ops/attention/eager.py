@@ -12,7 +12,7 @@ from torch import Tensor
 from .contract import AttentionGrad
 
 KEEPS_OUT = False
-SCORES = 256 << 20
+SCORES = 256 << 20  # bytes
 
 
 def why_not() -> str | None:

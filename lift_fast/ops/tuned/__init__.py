@@ -1,14 +1,14 @@
-"""Settings of the ops that were measured or reasoned, as data: which backend first, tiles, blocks, what is kept.
+"""Settings of the ops as data, measured or reasoned: the order of backends, sizes of tiles and blocks, what is kept.
 
-One JSON file a family of ops and device, FAMILY.DEVICE.json: `pairs.sm_90.json`, `pairs.cpu.json`. A file is
+One JSON file per family of ops and device, FAMILY.DEVICE.json: `pairs.sm_90.json`, `pairs.cpu.json`. A file is
 
     {"extends": "sm_80" or null, "entries": [{"setting", "when", "value", "source", "why"}, ...]}
 
-`when` says for which facts an entry holds: {"dim": [1, 1023], "kind": "wide"} is a dim of 1 to 1023 (null: no bound)
-and a kind of "wide"; facts that it does not name do not matter. The first entry that holds is taken, then those of the
-file that this one extends. `source` is "reasoned", or where it was measured: {"commit", "device", "results"}, as
-`python -m benchmarks tune` writes it. Devices are "cpu", and "sm_90" for compute capability 9.0; one without a file of
-its own has that of the last capability that is not above its own.
+`when` lists the facts for which an entry holds: {"dim": [1, 1023], "kind": "wide"} is a dim of 1 to 1023 (null: no
+bound) and a kind of "wide"; other facts do not matter. The first entry that holds applies; entries of the extended file
+follow those of this one. `source` is "reasoned", or where the value was measured: {"commit", "device", "results"}, as
+`python -m benchmarks tune` writes it. Devices are "cpu", and "sm_90" for compute capability 9.0. A GPU without a file
+of its own uses the file of the highest capability below its own.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _forced: dict[tuple[str, str], Any] = {}
 
 
 def lookup(family: str, device: str, setting: str, **facts: int | str | bool) -> Any:
-    """The value of a setting for these facts, as JSON has it. Raises LookupError where no entry holds."""
+    """The value of a setting for these facts, as in the JSON file. Raises LookupError if no entry holds."""
     if (family, setting) in _forced:
         return _forced[family, setting]
     return _lookup(family, device, setting, **facts)
@@ -43,7 +43,7 @@ Rule = tuple[list[tuple[str, Any]], Any]
 
 
 def rules(family: str, device: str, setting: str) -> list[Rule]:
-    """When a setting has which value, in the order in which they are tried."""
+    """A setting's (when, value) pairs, in the order in which they are tried."""
     forced = (family, setting) in _forced
     return [([], _forced[family, setting])] if forced else _rules(family, device, setting)
 
@@ -55,6 +55,7 @@ def _rules(family: str, device: str, setting: str) -> list[Rule]:
 
 
 def holds(fact: int | str | bool, rule: Any) -> bool:
+    """Whether a fact equals a rule's value, or lies in its [low, high]."""
     if not isinstance(rule, list):
         return fact == rule
     low, high = rule
@@ -63,24 +64,24 @@ def holds(fact: int | str | bool, rule: Any) -> bool:
 
 @functools.cache
 def entries(family: str, device: str) -> list[dict[str, Any]]:
-    """All entries for a device in the order in which they are tried, those of the files that it extends included."""
+    """All entries for a device, with those of the files that its file extends, in the order in which they are tried."""
     table = json.loads((HERE / f"{family}.{device}.json").read_text())
     return table["entries"] + (entries(family, table["extends"]) if table["extends"] else [])
 
 
 @functools.cache
 def devices(family: str) -> tuple[str, ...]:
-    """The devices that have a file."""
+    """The devices for which a family has a file."""
     return tuple(sorted(path.name.split(".")[1] for path in HERE.glob(f"{family}.*.json")))
 
 
 def on(family: str, device: torch.device) -> str:
-    """The name of the table for a device. Where kernels are interpreted on a CPU, the least capable GPU's is used."""
+    """The name of the table for a device."""
     return "cpu" if device.type == "cpu" else gpu(family, device)
 
 
 def gpu(family: str, device: torch.device) -> str:
-    """The table for kernels of a GPU; their interpreter and emulator have the least capable GPU's."""
+    """The name of the table for GPU kernels on a device; interpreted or emulated ones have the least capable GPU's."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return _nearest(family, capability)
 
@@ -93,7 +94,7 @@ def _nearest(family: str, capability: tuple[int, int]) -> str:
 
 @contextlib.contextmanager
 def using(family: str, setting: str, value: Any) -> Iterator[None]:
-    """A setting as it is to be inside, whatever the tables say: for sweeps and tests. Not for several threads."""
+    """Overrides a setting inside the context, for sweeps and tests. Not thread-safe."""
     before = _forced.copy()
     _forced[family, setting] = value
     try:
