@@ -22,22 +22,25 @@ from .tars import NotWhole, members
 def check(
     path: str | Path,
     field: str = "txt",
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     bad: TextIO | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Decodes every picture and reads every caption of the data set at `path`, and looks for what a shard holds twice:
-    a key, in a tar a name. Tars that are cut or damaged are told, and the others gone through. JSON-able.
+    """Decodes every image and reads every caption of the data set at `path`, and looks for duplicate keys in a shard,
+    in a tar for duplicate file names. Reports tars that are cut or damaged and checks the rest.
 
-    "bad": samples with anything wrong; "damaged_shards"; "causes": all that is wrong, counted; "first": the first five
-    of it as {"sample", "row", "cause", "reason"}, of a shard the row is null. The file `bad` gets such a line of JSON
-    for each. Rows are numbered as if damaged shards were not there.
+    path, images: the arguments of open_data. field: the caption to read. bad: file to write a JSON line to for each
+    finding. threads: None for the number of processors, 32 at most.
 
-    path, pictures: as of open_data. Raises as it does, but for damaged tars; DataError for a field that is no column.
+    Returns, JSON-serialisable, "samples" and "shards" that were checked; "damaged_shards"; "bad": number of samples
+    with any finding; "causes": findings by cause; "first": the first five findings as {"sample", "row", "cause",
+    "reason"}, with row None for a shard; "seconds"; "images_per_s". Rows are numbered without the damaged shards.
+
+    Raises the errors of open_data except for damaged tars, and DataError when a table has no column `field`.
     """
 
-    def look(samples: Samples, row: int) -> list[tuple[str, str]]:
+    def problems(samples: Samples, row: int) -> list[tuple[str, str]]:
         wrong: list[tuple[str, str]] = []
         try:
             data = samples.image_bytes(row)
@@ -51,16 +54,16 @@ def check(
         return wrong
 
     found, began = Findings(bad), time.perf_counter()
-    parts, total, damaged = _parts(Path(path), pictures)
+    parts, total, damaged = _parts(Path(path), images)
     for name, reason in damaged.items():
         found.add(name, None, [(DAMAGED, reason)])
     done = shards = 0
     with tqdm(total=total, unit="sample", desc="check", disable=not progress, leave=False) as bar:
         for part in parts:
             caption_column(part, field)
-            twice = _twice(part, found)
-            for row, wrong in in_order(functools.partial(look, part), range(len(part)), threads):
-                if reason := next(twice):
+            duplicates = _duplicates(part, found)
+            for row, wrong in in_order(functools.partial(problems, part), range(len(part)), threads):
+                if reason := next(duplicates):
                     wrong.append((REPEATED, reason))
                 if wrong:
                     found.add(part.where(row), done + row, wrong)
@@ -78,14 +81,14 @@ def check(
     }
 
 
-def _parts(path: Path, pictures: str | Path | None) -> tuple[Iterable[Samples], int, dict[str, str]]:
-    """A data set as parts to go through, their samples, and the tars left out because they are damaged, with reasons.
+def _parts(path: Path, images: str | Path | None) -> tuple[Iterable[Samples], int, dict[str, str]]:
+    """The parts of a data set that can be read, their number of samples, and the damaged tars with reasons.
 
-    It is one part, unless a tar is damaged: then every other tar is one. Raises DataError when that is not why it
-    cannot be opened.
+    The whole set is one part, unless a tar is damaged: then each intact tar is one. Raises DataError when the set
+    cannot be opened for another reason.
     """
     try:
-        samples = open_data(path, pictures)
+        samples = open_data(path, images)
         return [samples], len(samples), {}
     except DataError:
         damaged: dict[str, str] = {}
@@ -103,25 +106,24 @@ def _parts(path: Path, pictures: str | Path | None) -> tuple[Iterable[Samples], 
     return (Shards(path, index) for index in indices), total, damaged
 
 
-def _twice(samples: Samples, found: "Findings") -> Iterator[str]:
-    """Of each sample in order what of it its shard holds twice, in words, or "". `found` is told of shards whose keys
-    are not of use."""
+def _duplicates(samples: Samples, found: Findings) -> Iterator[str]:
+    """Yields, per sample, a description of its duplicate entries, or "". Adds shards with unusable keys to `found`."""
     for number, size in enumerate(samples.shard_sizes):
         names: dict[str, str] = {}
         try:
             if isinstance(samples, Shards):
-                names = _repeated_names(samples.paths[number])
+                names = _duplicate_names(samples.paths[number])
             else:
                 samples.shard_keys(number)
-        except (NotWhole, OSError) as error:  # what its index says of it has come from a better day
+        except (NotWhole, OSError) as error:  # the tar was damaged after its index was written
             found.add(str(samples.folder / samples.names[number]), None, [(DAMAGED, str(error))])
         except DataError as error:
             found.add(f"{samples.folder}: {samples.names[number]}", None, [(REPEATED, str(error))])
         yield from (names.get(key, "") for key in samples.shard_keys(number)) if names else [""] * size
 
 
-def _repeated_names(tar: Path) -> dict[str, str]:
-    """Keys of a tar of which a file occurs twice, with words for it: WebDataset makes two samples of them."""
+def _duplicate_names(tar: Path) -> dict[str, str]:
+    """The keys in a tar that have a file twice, with a description. WebDataset would make two samples of them."""
     seen: set[bytes] = set()
     found: dict[str, str] = {}
     with open(tar, "rb") as file:

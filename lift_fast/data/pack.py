@@ -21,15 +21,15 @@ from .passes import NO_CAPTION, Findings, caption_column, in_order, text_columns
 from .samples import BadSample, Samples
 from .shards import ShardWriter
 
-_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # pictures of other formats are written as PNG
+_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # images in other formats are written as PNG
 _KEY = re.compile(r"[^./\x00-\x1f\x7f\ud800-\udfff]+")
-_KEY_BYTES = 80  # a name in a tar has 100, its suffix among them
+_KEY_BYTES = 80  # a ustar name has at most 100, with the suffix
 
 
 class _Packed(NamedTuple):
-    """A sample as it is written."""
+    """A sample ready to be written."""
 
-    picture: bytes
+    image: bytes
     suffix: str
     resized: bool
     caption: str
@@ -48,14 +48,14 @@ def pack(
 ) -> dict[str, Any]:
     """Writes a data set as WebDataset tars in img2dataset's layout, and their index: all of it or nothing.
 
-    A picture's bytes are copied, named by what they are; with `size` (pixels) one whose shorter side is larger is
-    resized to it (Lanczos) and written as JPEG of `quality`. KEY.txt is the first of `fields` that the sample has;
-    the rest of the metadata is KEY.json. Bad samples, whose picture does not decode or which have no caption, are
-    left out and listed in OUT/bad.jsonl as check() does. A key is safe_key() of the sample's, with a number behind it
-    where its shard holds it already; KEY.json tells a key that changed as "source_key".
+    An image's bytes are copied, with the suffix of their format. With `size`, in pixels, an image whose shorter side is
+    longer is resized to it (Lanczos) and written as JPEG of `quality`. KEY.txt is the first of `fields` that the sample
+    has; KEY.json has the other metadata. A sample whose image does not decode, or that has no caption, is left out and
+    listed in OUT/bad.jsonl, in the form of check(). KEY is safe_key() of the sample's key, with a number appended where
+    its shard has that key already; a key that changed is kept in KEY.json as "source_key".
 
-    Returns {"samples", "shards", "resized", "bad", "causes", "first"}. Raises ConfigError for a setting out of range,
-    DataError when `out` exists or no sample is good.
+    Returns {"samples", "shards", "resized", "bad", "causes", "first"}, the last three as check() does. Raises
+    ConfigError for a setting out of range, DataError when `out` exists or no sample is good.
     """
     for name, value in ("samples per shard", samples_per_shard), ("size", size), ("quality", quality):
         if value is not None and value < 1:
@@ -70,11 +70,11 @@ def pack(
 
     def make(row: int) -> _Packed | tuple[str, str]:
         try:
-            picture = _picture(samples.image_bytes(row), size, quality)
+            image = _image(samples.image_bytes(row), size, quality)
         except BadSample as error:
             return error.cause, error.reason
         try:
-            return _Packed(*picture, *_caption(samples, row, fields, columns))
+            return _Packed(*image, *_caption(samples, row, fields, columns))
         except DataError as error:
             return NO_CAPTION, str(error)
 
@@ -84,7 +84,7 @@ def pack(
     good = resized = 0
     taken: dict[str, int] = {}
     keys = _keys(samples)
-    # Made under another name, its index and list too, so that `out` is there whole or not at all.
+    # Everything is written under another name first, so that `out` appears whole or not at all.
     partial = out.with_name(f"{out.name}.packing-{os.getpid()}")
     listed = partial.with_name(f"{partial.name}.jsonl")
     try:
@@ -104,13 +104,13 @@ def pack(
                     taken = {}
                 name = _unique(safe_key(key), taken)
                 meta = made.meta if name == key else {**made.meta, "source_key": key}
-                writer.write(name, made.picture, made.caption, meta, made.suffix)
+                writer.write(name, made.image, made.caption, meta, made.suffix)
                 good += 1
                 resized += made.resized
             if not good:
                 worst = found.first[0]
                 raise DataError(
-                    f"{samples.folder}: not one of {len(samples)} samples is good; the first: {worst['sample']}: "
+                    f"{samples.folder}: none of its {len(samples)} samples is good; the first: {worst['sample']}: "
                     f"{worst['cause']} ({worst['reason']})"
                 )
         if found.bad:
@@ -124,9 +124,12 @@ def pack(
 
 
 def safe_key(key: str) -> str:
-    """The key itself where a tar can hold it: not empty, 80 bytes at most, no dot, slash or control character. Else
-    every character of it but A-Z, a-z, 0-9, _ and - becomes _, its end is cut, and 8 hexadecimal digits of its BLAKE2b
-    follow: other keys stay other keys."""
+    """Makes a key that a tar can hold.
+
+    A key that is not empty, has at most 80 bytes and no dot, slash or control character stays as it is. In any other
+    key each character except A-Z, a-z, 0-9, _ and - becomes _, the end is cut, and 8 hexadecimal digits of the key's
+    BLAKE2b are appended, so that different keys stay different.
+    """
     if _KEY.fullmatch(key) and len(key.encode()) <= _KEY_BYTES:
         return key
     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).hexdigest()
@@ -134,7 +137,7 @@ def safe_key(key: str) -> str:
 
 
 def _unique(key: str, taken: dict[str, int]) -> str:
-    """The key, or the first of key-2, key-3, … that is not taken, which it then is. taken: keys -> last number."""
+    """Takes and returns the key, or the first of key-2, key-3, … that is free. taken: key -> last number in use."""
     name, number = key, taken.get(key, 1)
     while name in taken:
         number += 1
@@ -144,8 +147,8 @@ def _unique(key: str, taken: dict[str, int]) -> str:
     return name
 
 
-def _picture(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, bool]:
-    """A picture as it is written, its suffix, and whether it was resized. Raises BadSample when it does not decode."""
+def _image(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, bool]:
+    """The image as it is written, its suffix, and whether it was resized. Raises BadSample when it does not decode."""
     header = read_header(data)
     pixels = decode(data, header)
     height, width, _ = pixels.shape
@@ -162,7 +165,10 @@ def _picture(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, b
 
 
 def _caption(samples: Samples, row: int, fields: Sequence[str], columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The caption by the first field that has one, and the other metadata, JSON-able. Raises DataError."""
+    """The caption of the first field that has one, and the other metadata, JSON-serialisable.
+
+    Raises DataError when no field has one, or the metadata cannot be read.
+    """
     meta = whole_meta(samples, row, columns)
     for field in fields:
         try:
@@ -177,7 +183,7 @@ def _caption(samples: Samples, row: int, fields: Sequence[str], columns: Sequenc
 
 
 def _keys(samples: Samples) -> Iterator[str]:
-    """The keys of all samples, in order. Raises DataError for one that is missing or occurs twice in parquet files."""
+    """Yields the keys of all samples, in order. Raises DataError for parquet files with missing or duplicate keys."""
     start = 0
     for number, size in enumerate(samples.shard_sizes):
         try:
@@ -185,7 +191,7 @@ def _keys(samples: Samples) -> Iterator[str]:
         except DataError:
             if not isinstance(samples, TableImages):
                 raise
-            # The rows tell them as they are, without a word about one that occurs twice.
-            told = ((row, samples.meta(row).get("key")) for row in range(start, start + size))
-            yield from (str(row if key in (None, "") else key) for row, key in told)
+            # A table may have missing or duplicate keys: a missing one becomes the row number, duplicates stay.
+            pairs = ((row, samples.meta(row).get("key")) for row in range(start, start + size))
+            yield from (str(row if key in (None, "") else key) for row, key in pairs)
         start += size

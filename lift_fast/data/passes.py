@@ -1,4 +1,7 @@
-"""What stats, check and pack share: samples in order by threads, captions by field, the list of bad samples."""
+"""What stats, check and pack share: a threaded pass over samples, the fields of captions, the list of bad samples.
+
+Memory holds the samples in work and one shard's keys, besides what the opened data set keeps itself.
+"""
 
 import json
 import os
@@ -14,12 +17,15 @@ from .shards import Shards
 from .sources import read_parquet
 
 Found = TypeVar("Found")
-NO_CAPTION, REPEATED, DAMAGED = "no caption", "repeated key", "damaged shard"  # causes beside those of pictures
-_NAMED = 5  # bad samples that are listed in the figures
+NO_CAPTION, REPEATED, DAMAGED = "no caption", "repeated key", "damaged shard"  # in addition to samples.Cause
+_NAMED = 5  # findings that a report lists
 
 
 def in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | None) -> Iterator[tuple[int, Found]]:
-    """(row, work(row)) in the order of the rows; threads run ahead of the caller by a few rows each."""
+    """Yields (row, work(row)) in the order of the rows. Threads work ahead of the caller, on a few rows each.
+
+    threads: None for the number of processors, 32 at most.
+    """
     threads = threads or min(32, len(os.sched_getaffinity(0)))
     queue: deque[tuple[int, Future[Found]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -37,7 +43,10 @@ def in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | N
 
 
 def caption_column(samples: Samples, field: str) -> str:
-    """Where the captions `field` of a sample are: the entry or column. Raises DataError for a column that is none."""
+    """The column, or the entry of the metadata, that holds the captions `field`.
+
+    Raises DataError when a table has no such column.
+    """
     if isinstance(samples, TableImages):
         return column_of(samples.folder, field, samples.columns, "caption")
     if isinstance(samples, ParquetImages):
@@ -46,7 +55,7 @@ def caption_column(samples: Samples, field: str) -> str:
 
 
 def text_columns(samples: Samples) -> list[str]:
-    """Captions that are not in the metadata: the .txt of tars, the columns of text of parquet files."""
+    """Fields of text that Samples.meta does not hold: the .txt of tars, the text columns of parquet files."""
     if isinstance(samples, Shards):
         return ["txt"]
     if not isinstance(samples, ParquetImages):
@@ -58,7 +67,7 @@ def text_columns(samples: Samples) -> list[str]:
 
 
 def whole_meta(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, Any]:
-    """The metadata of a sample, and what these columns hold of it. Raises DataError."""
+    """The metadata of a sample together with its text in these columns. Raises DataError when it cannot be read."""
     meta = dict(samples.meta(row))
     for column in columns:
         try:
@@ -69,21 +78,27 @@ def whole_meta(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, 
 
 
 class Findings:
-    """What is wrong with samples: counted by cause, listed in a file of JSON lines."""
+    """Collects what is wrong with samples and shards: counts it by cause, and lists it in a file of JSON lines.
+
+    Attributes: bad, the number of bad samples; causes, findings by cause; first, the first few lines.
+    """
 
     def __init__(self, file: TextIO | None):
         self._file = file
-        self.bad = 0  # samples
+        self.bad = 0
         self.causes: Counter[str] = Counter()
         self.first: list[dict[str, Any]] = []
 
     def add(self, where: str, row: int | None, wrong: Sequence[tuple[str, str]]) -> None:
-        """All that is wrong with a sample, (cause, reason) each; without a row with a shard."""
+        """Adds all findings about one sample, or about one shard when row is None.
+
+        where: names it in the list. wrong: (cause, reason) of each finding.
+        """
         self.bad += row is not None
         for cause, reason in wrong:
-            # Reasons for people name the sample, which has an entry of its own here; names may be no Unicode.
-            told = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
-            line = {"sample": where, "row": row, "cause": cause, "reason": told}
+            # The line has an entry for the sample's name, which most reasons begin with. Names may not be Unicode.
+            reason = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
+            line = {"sample": where, "row": row, "cause": cause, "reason": reason}
             self.causes[cause] += 1
             if len(self.first) < _NAMED:
                 self.first.append(line)

@@ -30,7 +30,9 @@ class BadSample(Exception):
 
 
 class Samples(Protocol):
-    """One data set, cut into shards. Sample numbers run through the shards, and cache shard k belongs to shard k.
+    """One data set, cut into shards. Sample numbers run through all shards.
+
+    Shard k of a text cache holds the captions of shard k.
 
     folder: where it lies, for messages. names, shard_sizes: the name and the number of samples of each shard.
     """

@@ -15,22 +15,25 @@ from .passes import in_order, text_columns, whole_meta
 from .samples import BadSample, Samples
 from .shards import Shards
 
-SMALL = 224  # pixels: a picture with a shorter side is enlarged for the usual model
-_FIELDS = 100  # texts that are counted: metadata may have other entries in every sample
-_DISTINCT = 1 << 20  # captions that are told apart exactly
+SMALL = 224  # pixels: images with a shorter side below it are enlarged for the usual model
+_FIELDS = 100  # fields of text that are counted: metadata may name its entries anew in every sample
+_DISTINCT = 1 << 20  # distinct captions that are counted exactly
 
 
 def stats(
     samples: Samples, sample: int | None = 10_000, threads: int | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """What a data set holds, JSON-able, by the headers and captions of `sample` samples drawn without repeats (None:
-    of all). Nothing is decoded.
+    """Statistics of a data set, JSON-serialisable, from the headers and captions of `sample` samples drawn without
+    repeats, or of all samples where it is None. Decodes no image.
 
-    "bytes": of all tars, null elsewhere. The rest is of the samples looked at. "formats": pictures by format; "width",
-    "height": min, median and max, upright; "below_224": the share with a shorter side below. "captions": of "txt" and
-    each text of the metadata (the first 100) the samples that have it, characters (median, 95 %, max), and the share
-    that repeats another's, an estimate above a million distinct ones. "no_text": samples without any, or with metadata
-    that cannot be read. "bad": pictures by cause.
+    "samples", "shards", "smallest_shard", "largest_shard": counts of the whole set. "bytes": of all tars; None for
+    other layouts. The rest describes the samples drawn, "sampled" in number:
+
+    "picture_bytes": bytes of their encoded images. "formats": number of images by format. "width", "height": min,
+    median and max of the upright images, in pixels. "below_224": share of images with a shorter side below that.
+    "captions": for "txt" and each text in the metadata, 100 fields at most, the samples that have it, its length in
+    characters (median, 95th percentile, max), and the share that repeats an earlier one, estimated above a million
+    distinct ones. "no_text": samples without any text, or with metadata that cannot be read. "bad": images by cause.
 
     Raises ConfigError for a sample below 1.
     """
@@ -38,7 +41,7 @@ def stats(
         raise ConfigError(f"sample must be at least 1, not {sample}")
     total = len(samples)
     looked = total if sample is None else min(sample, total)
-    # In the order of the files. The draw needs no table of them.
+    # Sorted, so that files are read in order.
     rows = range(total) if looked == total else map(int, np.sort(permuted(np.arange(looked), total, 0)))
     formats: Counter[str] = Counter()
     bad: Counter[str] = Counter()
@@ -55,8 +58,8 @@ def stats(
         except BadSample as error:
             return len(data), error, _texts(samples, row, columns)
 
-    told = tqdm(in_order(look, rows, threads), "stats", looked, unit="sample", disable=not progress, leave=False)
-    for _, (length, header, texts) in told:
+    found = tqdm(in_order(look, rows, threads), "stats", looked, unit="sample", disable=not progress, leave=False)
+    for _, (length, header, texts) in found:
         read += length
         no_text += not texts
         for field, text in texts.items():
@@ -83,14 +86,14 @@ def stats(
         "width": _spread(sides["width"]),
         "height": _spread(sides["height"]),
         f"below_{SMALL}": small / good if good else None,
-        "captions": {field: found.report() for field, found in captions.items()},
+        "captions": {field: counts.report() for field, counts in captions.items()},
         "no_text": no_text,
         "bad": dict(bad.most_common()),
     }
 
 
 def _texts(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, str]:
-    """The texts of a sample that could be its caption, by field; not those that are missing, blank or unreadable."""
+    """The texts of a sample by field, without blank ones; none where its metadata cannot be read."""
     try:
         meta = whole_meta(samples, row, columns)
     except DataError:
@@ -101,8 +104,8 @@ def _texts(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, str]
 class CaptionCounts:
     """Lengths and repeats of the captions of one field, in bounded memory.
 
-    Distinct ones are counted by adaptive sampling (Wegman; Flajolet, 1990): hashes that divide by 2^k are kept, k
-    growing as they become too many.
+    Distinct captions are counted by adaptive sampling (Wegman; Flajolet, 1990): it keeps the hashes that are multiples
+    of 2^k, and increments k when they become too many.
     """
 
     def __init__(self) -> None:
@@ -120,7 +123,7 @@ class CaptionCounts:
                 self._kept = {number for number in self._kept if number % self._modulus == 0}
 
     def report(self) -> dict[str, Any]:
-        """{"samples", "median", "p95", "max": characters, "repeats": share}."""
+        """{"samples": count, "median", "p95", "max": characters, "repeats": share}."""
         samples = self._lengths.total()
         return {
             "samples": samples,
@@ -138,7 +141,7 @@ def _spread(counts: Counter[int]) -> dict[str, int] | None:
 
 
 def _quantile(counts: Counter[int], share: float) -> int:
-    """The smallest of the numbers that at least this share of all do not exceed."""
+    """The smallest number that at least this share of all numbers does not exceed. counts: number -> how often."""
     wanted, below = share * counts.total(), 0
     for number in sorted(counts):
         below += counts[number]

@@ -94,7 +94,7 @@ def _checksum_is_valid(header: bytes) -> bool:
 
 
 def _number(field: bytes, at: int) -> int:
-    """A number in a header: octal digits, or base 256 after a byte of 0x80; -1 after 0xff, which marks negative ones."""
+    """A number in a header: octal digits, or base 256 after a byte of 0x80; -1 for any negative one (0xff)."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     try:

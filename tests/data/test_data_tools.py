@@ -516,7 +516,7 @@ def test_a_pack_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_what_pack_refuses(tmp_path):
     make_set(tmp_path / "d", 3, broken={0, 1, 2})
     samples = open_data(tmp_path / "d")
-    with pytest.raises(DataError, match="not one of 3 samples is good; the first: .*'s0-000': not a picture"):
+    with pytest.raises(DataError, match="none of its 3 samples is good; the first: .*'s0-000': not a picture"):
         pack(samples, tmp_path / "out", progress=False)
     with pytest.raises(DataError, match="exists already"):
         pack(samples, tmp_path / "d", progress=False)
