@@ -1,0 +1,110 @@
+"""The documentation site: public names have docstrings, examples run, and `make docs` builds it without a network."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load(ROOT / "docs" / "hooks.py")
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def test_public_names_have_docstrings():
+    assert hooks.undocumented(hooks.documented()) == []
+
+
+def test_a_missing_docstring_is_noticed(tmp_path, monkeypatch):
+    source = (
+        '"""A module."""\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Bare:\n    x: int\n\n'
+        "    def method(self): ...\n\n    @property\n    def prop(self): ...\n\n    def _hidden(self): ...\n\n\n"
+        'class Module:\n    """Has one."""\n\n    def forward(self): ...\n\n\n'
+        'def good():\n    """Does nothing."""\n\n\ndef bad(): ...\n'
+    )
+    (tmp_path / "some_names.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = hooks.undocumented(["some_names"])
+    assert found == [f"some_names.{name}" for name in ("Bare", "Bare.method", "Bare.prop", "bad")]
+
+
+def test_the_api_pages_have_every_exported_name():
+    """Whatever a package exports in `__all__` is documented; backends' modules are not for users."""
+    exported = {
+        name: module
+        for name in ("lift_fast.losses", "lift_fast.cache", "lift_fast.nn", "lift_fast.nn.weights", "lift_fast.errors")
+        if (module := hooks.resolved(name))
+    }
+    assert set(exported) <= set(hooks.documented())
+    assert "lift_fast.ops.attention.attention" in hooks.documented()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.M):
+        assert len(table.splitlines()) - 2 <= 6, table
+    assert len(re.findall(r"!\[", README)) == 1
+
+
+def test_the_readme_s_loss_runs():
+    (example,) = examples(README)
+    names = {"image_features": torch.randn(9, 8), "text_features": torch.randn(9, 8), "logit_scale": torch.tensor(1.0)}
+    exec(example, names)
+    assert names["loss"].isfinite()
+
+
+def test_the_examples_of_docs_losses_md_run():
+    names: dict = {}
+    for example in examples((ROOT / "docs" / "losses.md").read_text()):
+        exec(example, names)
+        assert names["loss"].isfinite()
+    assert names["image"].grad is not None and names["tower"].weight.grad is not None
+    assert torch.equal(
+        names["same"], names["contrastive"](names["image"], names["text"], names["logit_scale"], normalize=True)
+    )
+
+
+def test_the_site(tmp_path):
+    """It builds strictly, so that broken links and anchors fail, and its pages load nothing from elsewhere."""
+    pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs")
+    pytest.importorskip("material", reason="`make docs` installs mkdocs-material")
+    pytest.importorskip("mkdocstrings", reason="`make docs` installs mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {
+        "NO_MKDOCS_2_WARNING": "1",
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {
+        page.relative_to(tmp_path / "site").as_posix(): page.read_text() for page in (tmp_path / "site").rglob("*.html")
+    }
+    loaded = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)=["']?(?:https?:)?//[^"'\s>]+""")
+    elsewhere = {name: hit[0] for name, page in pages.items() if (hit := loaded.search(page))}
+    assert not elsewhere
+    text = "".join(pages.values())
+    for name in hooks.documented():
+        for public, _ in hooks.public(name, hooks.resolved(name)):
+            assert f'id="{public}"' in text or public.endswith(".forward"), f"no entry for {public}"
+    assert (tmp_path / "site" / "benchmarks" / "results" / "cpu" / "demo.json").exists()
