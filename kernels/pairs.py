@@ -3,7 +3,7 @@
 The products p = x @ t.T of one block, float32, come by tiles: computed here from the features (`products`), or read
 from memory where cuBLAS left them (`stored`). scale · a_i · q_j · p = u are the scores without logit_bias.
 
-    prepare: what a tile needs to know of its rows and columns, once for all tiles     -> row_facts, col_facts
+    prepare: what a tile needs to know of its rows and columns, once for all tiles     -> row_terms, col_terms
     program: a tile of ROWS × COLS, in an order that keeps both sides' features in the L2 (`tile_at`)
         p = 0
         for k in steps of DEPTH:
@@ -19,7 +19,7 @@ one's epilogue runs beside the other's products: 128 registers a thread, half th
 The texts of a tile are taken in an order (`fanned`) in which a thread, whose tensor core results are pairs of columns
 8 apart, holds 8 neighbours: 16 bytes at once in bfloat16.
 
-Rows and columns beyond the edge load the last one instead of being masked; facts, parts and gradients have room for
+Rows and columns beyond the edge load the last one instead of being masked; terms, parts and gradients have room for
 whole tiles, so only what the caller gave is guarded.
 """
 
@@ -35,11 +35,11 @@ from .interpreter import dot, widen
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-1e36)  # the score of what is not to be counted: 256 of them add up to a finite number
 LEAST = tl.constexpr(1e-20)  # of |logit_scale|: u / scale must stay a number
-PAD = 256  # facts, parts and gradients have room for rows and columns up to a multiple of it; every tile divides it
-FACTS = 512  # rows or columns that a program prepares
+PAD = 256  # terms, parts and gradients have room for rows and columns up to a multiple of it; every tile divides it
+TERMS = 512  # rows or columns that a program prepares
 
 
-class Tile(NamedTuple):
+class TileConfig(NamedTuple):
     """ROWS × COLS of the scores a program, DEPTH of the features a step; registers: the most a thread may have."""
 
     rows: int
@@ -76,7 +76,7 @@ def tile_at(number, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: t
 
 @triton.jit
 def crossed(row_tile, col_tile, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Whether a row of this tile has its own column, offset + row, in it."""
+    """Whether a row of this tile has its positive column, offset + row, in it."""
     ahead = col_tile * COLS - row_tile * ROWS - offset
     return (ahead > -COLS) & (ahead < ROWS)
 
@@ -154,7 +154,7 @@ def unfanned(p, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def own_products(
+def tile_products(
     x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +166,7 @@ def own_products(
 
 @triton.jit
 def at_edge(row_tile, col_tile, rows, cols, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Whether a tile has own pairs or lies across the end of the rows or columns."""
+    """Whether a tile has positive pairs or lies across the end of the rows or columns."""
     return (
         crossed(row_tile, col_tile, offset, ROWS, COLS)
         | (row_tile * ROWS + ROWS > rows)
@@ -175,7 +175,7 @@ def at_edge(row_tile, col_tile, rows, cols, offset, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit
-def softmax_facts(state, stride, weight, bias, at, n):
+def softmax_terms(state, stride, weight, bias, at, n):
     """m − bias and log2(weight / l) of state [2, n]; beyond n, and for a weight of 0, nothing is read: (inf, 0)."""
     read = (at < n) & (weight != 0.0)
     m = tl.load(state + at, mask=read, other=float("inf"))
@@ -187,11 +187,11 @@ def softmax_facts(state, stride, weight, bias, at, n):
     do_not_specialize=["row_weight", "col_weight", "rows", "cols", "row_stride", "col_stride", "tall", "wide"],
     do_not_specialize_on_alignment=["a", "q", "scale", "bias", "factor", "row", "col"],
 )
-def facts_kernel(
-    a, q, scale, bias, factor, row, col, row_weight, col_weight, row_facts, col_facts,
+def terms_kernel(
+    a, q, scale, bias, factor, row, col, row_weight, col_weight, row_terms, col_terms,
     rows, cols, row_stride, col_stride, tall, wide, NARROW: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """See `Facts`. The first programs make the rows', the others the columns'."""
+    """See `Terms`. The first programs make the rows', the others the columns'."""
     s, b = tl.load(scale), tl.load(bias)
     s = tl.where(tl.abs(s) < LEAST, LEAST, s)
     at = tl.program_id(0) * N + tl.arange(0, N)
@@ -199,24 +199,24 @@ def facts_kernel(
     if tl.program_id(0) * N < tall:
         if a is not None:
             one = tl.load(a + at, mask=at < rows, other=0.0)
-        tl.store(row_facts + at, one * s, mask=at < tall)
-        tl.store(row_facts + tall + at, one, mask=at < tall)
+        tl.store(row_terms + at, one * s, mask=at < tall)
+        tl.store(row_terms + tall + at, one, mask=at < tall)
         if row is not None:
-            m, share = softmax_facts(row, row_stride, row_weight, b, at, rows)
-            tl.store(row_facts + 2 * tall + at, m, mask=at < tall)
-            tl.store(row_facts + 3 * tall + at, share, mask=at < tall)
+            m, share = softmax_terms(row, row_stride, row_weight, b, at, rows)
+            tl.store(row_terms + 2 * tall + at, m, mask=at < tall)
+            tl.store(row_terms + 3 * tall + at, share, mask=at < tall)
     else:
         at -= tl.cdiv(tall, N) * N
         if q is not None:
             one = tl.load(q + at, mask=at < cols, other=0.0)
-        tl.store(col_facts + at, one, mask=at < wide)
+        tl.store(col_terms + at, one, mask=at < wide)
         if col is not None:
-            m, share = softmax_facts(col, col_stride, col_weight, b, at, cols)
-            tl.store(col_facts + wide + at, m, mask=at < wide)
-            tl.store(col_facts + 2 * wide + at, share, mask=at < wide)
+            m, share = softmax_terms(col, col_stride, col_weight, b, at, cols)
+            tl.store(col_terms + wide + at, m, mask=at < wide)
+            tl.store(col_terms + 2 * wide + at, share, mask=at < wide)
         if factor is not None:
             f = tl.load(factor)
-            tl.store(col_facts + 3 * wide, f if NARROW else f / s)
+            tl.store(col_terms + 3 * wide, f if NARROW else f / s)
 
 
 @triton.jit
@@ -310,8 +310,8 @@ def merge_sums_kernel(parts, first, second, third, tiles, n, stride, TILES: tl.c
     tl.store(third + at, three, mask=inside)
 
 
-class Facts(NamedTuple):
-    """What the tiles of a block need to know, from `facts`.
+class Terms(NamedTuple):
+    """What the tiles of a block need to know, from `terms`.
 
     rows [4, tall]: a · scale, a, m − bias, log2(weight / l); cols [3, wide]: q, m − bias, log2(weight / l); padded.
     factor [1]: what left · g · right is multiplied by, left = a · scale and right = q; in float16 g itself.
@@ -322,12 +322,12 @@ class Facts(NamedTuple):
     factor: Tensor
 
 
-def facts(
+def terms(
     rows: int, cols: int, a: Tensor | None, q: Tensor | None, scale: Tensor, bias: Tensor, factor: Tensor | None = None,
     row: Tensor | None = None, col: Tensor | None = None, row_weight: float = 0.0, col_weight: float = 0.0,
     narrow: bool = False,
-) -> Facts:  # fmt: skip
-    """Facts of a block. a [rows], q [cols]: float32, or None: all one; scale, bias: float32, 0-d.
+) -> Terms:  # fmt: skip
+    """Terms of a block. a [rows], q [cols]: float32, or None: all one; scale, bias: float32, 0-d.
 
     factor: float32, 0-d: the gradient is factor · a · q · g, in float16 (narrow) factor · g. row [2, rows],
     col [2, cols]: (m, l) over all pairs, not read where their weight is 0. What is None is not wanted.
@@ -335,19 +335,19 @@ def facts(
     tall, wide = padded(rows), padded(cols)
     room = torch.empty(4 * tall + 3 * wide + 1, dtype=torch.float32, device=scale.device)
     cut, end = 4 * tall, 4 * tall + 3 * wide
-    made = Facts(room[:cut].view(4, tall), room[cut:end].view(3, wide), room[end:])
-    facts_kernel[(-(-tall // FACTS) + -(-wide // FACTS),)](
+    made = Terms(room[:cut].view(4, tall), room[cut:end].view(3, wide), room[end:])
+    terms_kernel[(-(-tall // TERMS) + -(-wide // TERMS),)](
         a, q, scale, bias, factor, row, col, row_weight, col_weight, made.rows, made.cols,
         rows, cols, 0 if row is None else row.stride(0), 0 if col is None else col.stride(0), tall, wide,
-        NARROW=narrow, N=FACTS,
+        NARROW=narrow, N=TERMS,
     )  # fmt: skip
     return made
 
 
-def partials(rows: int, cols: int, tile: Tile, both: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def partials(rows: int, cols: int, config: TileConfig, both: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Room for three numbers of each row from every tile across it, and with both of each column likewise."""
     tall, wide = padded(rows), padded(cols)
-    across, down = -(-cols // tile.cols), -(-rows // tile.rows) if both else 0
+    across, down = -(-cols // config.cols), -(-rows // config.rows) if both else 0
     room = torch.empty(3 * (across * tall + down * wide), dtype=torch.float32, device=like.device)
     cut = 3 * across * tall
     return room[:cut].view(across, 3, tall), room[cut:].view(down, 3, wide) if both else None

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contrastive import INTEGERS, OPTIONS, gradient_of_tile, stats_of_tile
 from .interpreter import dot
-from .pairs import Facts, Tile, tile_at
+from .pairs import Terms, TileConfig, tile_at
 
 REGISTERS = 65536  # of a multiprocessor
 INTERPRETED = 3  # programs on a CPU, each with several tiles
@@ -47,9 +47,9 @@ def boxes(x, t, row, col, dim, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl
     return sums
 
 
-@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["own"])
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["positive"])
 def scores_stats_kernel(
-    x, t, row_facts, col_facts, own, row_parts, col_parts, first, rows, cols, dim, tall, wide, parts_stride, offset,
+    x, t, row_terms, col_terms, positive, row_parts, col_parts, first, rows, cols, dim, tall, wide, parts_stride, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows - first, ROWS) * tl.cdiv(cols, COLS)
@@ -57,14 +57,14 @@ def scores_stats_kernel(
         row_tile, col_tile = tile_at(number, rows - first, cols, ROWS, COLS, 8)
         p = boxes(x, t, first + row_tile * ROWS, col_tile * COLS, dim, ROWS, COLS, DEPTH)
         stats_of_tile(
-            p, row_facts, col_facts, own, row_parts, col_parts, row_tile, col_tile, first, rows, cols,
+            p, row_terms, col_terms, positive, row_parts, col_parts, row_tile, col_tile, first, rows, cols,
             tall, wide, parts_stride, offset, ROWS, COLS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["factor", "own_g"])
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=["factor", "positive_g"])
 def scores_grad_kernel(
-    x, t, row_facts, col_facts, factor, own_g, out, first, rows, cols, dim, tall, wide, offset,
+    x, t, row_terms, col_terms, factor, positive_g, out, first, rows, cols, dim, tall, wide, offset,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows - first, ROWS) * tl.cdiv(cols, COLS)
@@ -72,35 +72,35 @@ def scores_grad_kernel(
         row_tile, col_tile = tile_at(number, rows - first, cols, ROWS, COLS, 8)
         p = boxes(x, t, first + row_tile * ROWS, col_tile * COLS, dim, ROWS, COLS, DEPTH)
         gradient_of_tile(
-            p, row_facts, col_facts, factor, own_g, out, out.dtype, row_tile, col_tile, first, rows, cols,
+            p, row_terms, col_terms, factor, positive_g, out, out.dtype, row_tile, col_tile, first, rows, cols,
             tall, wide, None, offset, ROWS, COLS,
         )  # fmt: skip
 
 
 def scores_stats(
-    x: Tensor, t: Tensor, facts: Facts, own: Tensor, keep: None, row_parts: Tensor, col_parts: Tensor,
-    rows: tuple[int, int], offset: int, tile: Tile,
+    x: Tensor, t: Tensor, terms: Terms, positive: Tensor, keep: None, row_parts: Tensor, col_parts: Tensor,
+    rows: tuple[int, int], offset: int, config: TileConfig,
 ) -> None:  # fmt: skip
     """contrastive.scores_stats of x and t of one dtype that `describes` takes; the scores stay nowhere."""
     first, stop = rows
-    scores_stats_kernel[_programs(x, stop - first, len(t), tile)](
-        _described(x, tile.rows, tile.depth), _described(t, tile.cols, tile.depth), facts.rows, facts.cols, own,
-        row_parts, col_parts, first, stop, len(t), x.shape[1], facts.rows.stride(0), facts.cols.stride(0),
-        row_parts.stride(1), offset, ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
+    scores_stats_kernel[_programs(x, stop - first, len(t), config)](
+        _described(x, config.rows, config.depth), _described(t, config.cols, config.depth), terms.rows, terms.cols, positive,
+        row_parts, col_parts, first, stop, len(t), x.shape[1], terms.rows.stride(0), terms.cols.stride(0),
+        row_parts.stride(1), offset, ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **OPTIONS,
     )  # fmt: skip
 
 
 def scores_grad(
-    x: Tensor, t: Tensor, facts: Facts, own_g: Tensor, out: Tensor, rows: tuple[int, int], offset: int, tile: Tile
+    x: Tensor, t: Tensor, terms: Terms, positive_g: Tensor, out: Tensor, rows: tuple[int, int], offset: int, config: TileConfig
 ) -> None:  # fmt: skip
     """contrastive.scores_grad of x and t of one dtype that `describes` takes, as it does out."""
     first, stop = rows
-    scores_grad_kernel[_programs(x, stop - first, len(t), tile)](
-        _described(x, tile.rows, tile.depth), _described(t, tile.cols, tile.depth), facts.rows, facts.cols,
-        facts.factor, own_g, _described(out, tile.rows, tile.cols // 4), first, stop, len(t), x.shape[1],
-        facts.rows.stride(0), facts.cols.stride(0), offset, ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
+    scores_grad_kernel[_programs(x, stop - first, len(t), config)](
+        _described(x, config.rows, config.depth), _described(t, config.cols, config.depth), terms.rows, terms.cols,
+        terms.factor, positive_g, _described(out, config.rows, config.cols // 4), first, stop, len(t), x.shape[1],
+        terms.rows.stride(0), terms.cols.stride(0), offset, ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **OPTIONS,
     )  # fmt: skip
 
 
@@ -109,9 +109,9 @@ def _described(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, cols])
 
 
-def _programs(x: Tensor, rows: int, cols: int, tile: Tile) -> tuple[int]:
-    at_once = REGISTERS // (32 * tile.warps * (tile.registers or 256))
-    return (min(-(-rows // tile.rows) * -(-cols // tile.cols), max(1, at_once) * _multiprocessors(x.device)),)
+def _programs(x: Tensor, rows: int, cols: int, config: TileConfig) -> tuple[int]:
+    at_once = REGISTERS // (32 * config.warps * (config.registers or 256))
+    return (min(-(-rows // config.rows) * -(-cols // config.cols), max(1, at_once) * _multiprocessors(x.device)),)
 
 
 @functools.cache

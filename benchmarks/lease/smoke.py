@@ -150,8 +150,8 @@ def dequant(backend: str) -> float:
 def _pairs_cases() -> Iterator[tuple[str, Case]]:
     triton = {
         "contrastive": {
-            torch.bfloat16: ("scores_stats_kernel", "own_pairs_kernel", "scores_grad_kernel"),
-            torch.float32: ("stats_kernel", "own_pairs_kernel", "grad_kernel"),
+            torch.bfloat16: ("scores_stats_kernel", "positives_kernel", "scores_grad_kernel"),
+            torch.float32: ("stats_kernel", "positives_kernel", "grad_kernel"),
         },
         "sigmoid": {torch.bfloat16: ("scores_sigmoid_kernel",), torch.float32: ("sigmoid_kernel",)},
     }
@@ -164,7 +164,7 @@ def _pairs_cases() -> Iterator[tuple[str, Case]]:
         for dtype in (torch.bfloat16, torch.float32):
             for text in TEXTS:
                 name = f"{op} %s, {str(dtype).removeprefix('torch.')}, {text} text"
-                kernels = *(f"{op}.{kernel}" for kernel in triton[op][dtype]), "pairs.facts_kernel", merges[op]
+                kernels = *(f"{op}.{kernel}" for kernel in triton[op][dtype]), "pairs.terms_kernel", merges[op]
                 yield name % "triton", Case(kernels, partial(pairs, op, "triton", dtype, text))
                 kernels = *cuda[op], *(["_C.widen_cuda"] if text == "int8" else [])
                 yield name % "cuda", Case(kernels, partial(pairs, op, "cuda", dtype, text))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lift_fast import _C
 from lift_fast.ops.pairs import cpp as cpp_pairs
-from lift_fast.ops.pairs.contract import ScoreTile
+from lift_fast.ops.pairs.contract import FeatureGradients, ScoreTile, SigmoidSums, SoftmaxGradient
 from lift_fast.ops.pairs.contrastive import contrastive
 
 ISAS = _C.pairs_isa_levels()
@@ -140,11 +140,11 @@ def test_grads(isa, case, weights):
     for scores in (kept, None):
         for dtype in {F32, block.x.dtype}:
             out = torch.full((rows, block.x.shape[1]), torch.nan, dtype=dtype)
-            cpp_pairs.grads(block, *states, *weights, own_g, 0.7, scores, out, None)
+            cpp_pairs.grads(block, SoftmaxGradient(*states, *weights, own_g), 0.7, scores, FeatureGradients(out, None))
             assert_near(out, d_image, tolerance)
         if block.t.dtype != I8:
             text = torch.ones(cols, block.x.shape[1])
-            cpp_pairs.grads(block, *states, *weights, own_g, 0.7, scores, None, text)
+            cpp_pairs.grads(block, SoftmaxGradient(*states, *weights, own_g), 0.7, scores, FeatureGradients(None, text))
             assert_near(text - 1, d_text, tolerance + 1e-6)
 
 
@@ -163,7 +163,9 @@ def test_sigmoid(isa, case, monkeypatch):
         loss, d_scale, d_bias = torch.ones(3, rows)
         out = torch.full((rows, block.x.shape[1]), torch.nan)
         text = torch.ones(cols, block.x.shape[1])
-        cpp_pairs.sigmoid(block, 0.7, loss, d_scale, d_bias, out, text if trained else None)
+        cpp_pairs.sigmoid(
+            block, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(out, text if trained else None)
+        )
         assert_near(loss - 1, F.softplus(-y * z).sum(1), 1e-6)
         assert_near(d_scale - 1, 0.7 * (g * c).sum(1), 1e-5)
         assert_near(d_bias - 1, 0.7 * g.sum(1), 1e-5)
@@ -171,7 +173,7 @@ def test_sigmoid(isa, case, monkeypatch):
         if trained:
             assert_near(text - 1, d_text, tolerance + 1e-6)
     loss = torch.zeros(rows)
-    cpp_pairs.sigmoid(block, 0.7, loss, d_scale, d_bias, None, None)
+    cpp_pairs.sigmoid(block, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(None, None))
     assert_near(loss, F.softplus(-y * z).sum(1), 1e-6)
 
 
@@ -195,7 +197,13 @@ def test_rows_and_columns_of_very_different_size(isa, scale):
         assert ((got - wanted).abs() <= 1e-6 * z.abs().max()).all()
     out, own_g = torch.empty(rows, dim), torch.randn(rows)
     states = state_of(z, 1), state_of(z, 0)
-    cpp_pairs.grads(block, *(state.float() for state in states), 1.0, 1.0, own_g, 1.0, None, out, None)
+    cpp_pairs.grads(
+        block,
+        SoftmaxGradient(*(state.float() for state in states), 1.0, 1.0, own_g),
+        1.0,
+        None,
+        FeatureGradients(out, None),
+    )
     assert out.isfinite().all()
     g = (z - states[0][0][:, None]).exp() / states[0][1][:, None] + (z - states[1][0]).exp() / states[1][1]
     g = torch.where(own, own_g.double()[:, None], g)
@@ -214,7 +222,7 @@ def test_nan_goes_through(isa, dtype, side):
     one, others = (row[1], col[1]) if side == "image" else (col[1], row[1])
     assert one[11].isnan() and others.isnan().sum() >= len(others) - 1
     loss = torch.zeros(3, 50)
-    cpp_pairs.sigmoid(block, 1.0, *loss, None, None)
+    cpp_pairs.sigmoid(block, 1.0, SigmoidSums(*loss), FeatureGradients(None, None))
     assert loss[0].isnan().any()
 
 
@@ -227,7 +235,9 @@ def test_the_number_of_threads_does_not_change_an_images_gradient():
         for n in (1, 2):
             torch.set_num_threads(n)
             out = torch.empty(500, 40)
-            cpp_pairs.grads(block, *states, 1.0, 1.0, torch.zeros(500), 1.0, None, out, None)
+            cpp_pairs.grads(
+                block, SoftmaxGradient(*states, 1.0, 1.0, torch.zeros(500)), 1.0, None, FeatureGradients(out, None)
+            )
             outs.append(out)
     finally:
         torch.set_num_threads(threads)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.cuda_emulator import emulate
-from support.pair_cases import check_own_pairs
+from support.pair_cases import check_positives
 
 from lift_fast import _C
 from lift_fast.ops import tuned
 from lift_fast.ops.pairs import cuda as cuda_pairs
-from lift_fast.ops.pairs.contract import ScoreTile, exact_float32
+from lift_fast.ops.pairs.contract import FeatureGradients, ScoreTile, SigmoidSums, SoftmaxGradient, exact_float32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
@@ -257,7 +257,9 @@ def test_gradients_kept_and_recomputed(device, shape, dtype, on):
                 before = level(expected[1])  # what is added to: of a size at which the sum keeps what is added
                 text.fill_(before)
                 wanted = image if want_image else None, text if want_text else None
-                cuda_pairs.grads(block, row, col, *weights, own_g, alpha, kept, *wanted)
+                cuda_pairs.grads(
+                    block, SoftmaxGradient(row, col, *weights, own_g), alpha, kept, FeatureGradients(*wanted)
+                )
                 if want_image:  # rounded once more unless it is float32
                     close(image, expected[0], STEP[dtype] * (1 if out_dtype == torch.float32 else 2))
                 else:
@@ -286,7 +288,7 @@ def test_a_side_of_weight_zero_is_not_read(device, dtype, on):
                 if not weight:
                     state[:, i::5] = torch.tensor(wrong, device=device)[:, None]
         image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
-        cuda_pairs.grads(block, row, col, *weights, own_g, 1.0, None, image, text)
+        cuda_pairs.grads(block, SoftmaxGradient(row, col, *weights, own_g), 1.0, None, FeatureGradients(image, text))
         expected = features(block, gradient(z, own, row, col, *weights, own_g), 1.0)
         close(image, expected[0], STEP[dtype])
         close(text, expected[1], STEP[dtype])
@@ -309,7 +311,13 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
         assert (own == 4e4).all()
         states_ = torch.tensor([[-3.0], [n]], device=device).repeat(1, n)
         image, text = torch.empty(n, n, device=device), torch.zeros(n, n, device=device)
-        cuda_pairs.grads(block, states_, states_, 0.5 / n, 0.5 / n, own_g, 1e-36, None, image, text)
+        cuda_pairs.grads(
+            block,
+            SoftmaxGradient(states_, states_, 0.5 / n, 0.5 / n, own_g),
+            1e-36,
+            None,
+            FeatureGradients(image, text),
+        )
         g = torch.full((n, n), 1 / n**2).double()
         g.diagonal().copy_(own_g)
         for found, expected in zip((image, text), features(block, g, 1e-36), strict=True):
@@ -330,7 +338,7 @@ def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 255, 257, 1000])
 def test_own_pairs(device, n, on):
-    check_own_pairs(cuda_pairs, n, on(device))
+    check_positives(cuda_pairs, n, on(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -353,7 +361,10 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
             before = level(expected[1])
             text.fill_(before)
             cuda_pairs.sigmoid(
-                block, alpha, *(x[2:-2] for x in sums), image if want_image else None, text if want_text else None
+                block,
+                alpha,
+                SigmoidSums(*(x[2:-2] for x in sums)),
+                FeatureGradients(image if want_image else None, text if want_text else None),
             )
             true = torch.nn.functional.softplus(-y * z), alpha * g * c, alpha * g
             for found, terms in zip(sums, true, strict=True):
@@ -390,7 +401,9 @@ def test_own_pairs_among_interior_tiles(device, dtype, offset, on):
             expected = features(block, gradient(z, own, row, col, 0.01, 0.02, own_g), 0.7)
             for kept in (None, keep):
                 image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
-                cuda_pairs.grads(block, row, col, 0.01, 0.02, own_g, 0.7, kept, image, text)
+                cuda_pairs.grads(
+                    block, SoftmaxGradient(row, col, 0.01, 0.02, own_g), 0.7, kept, FeatureGradients(image, text)
+                )
                 close(image, expected[0], STEP[dtype])
                 close(text, expected[1], STEP[dtype])
 
@@ -401,7 +414,9 @@ def test_own_pairs_among_interior_tiles(device, dtype, offset, on):
             for wanted in (True, False):
                 sums = [torch.zeros(rows, device=device) for _ in range(3)]
                 image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
-                cuda_pairs.sigmoid(block, 1.0, *sums, *((image, text) if wanted else (None, None)))
+                cuda_pairs.sigmoid(
+                    block, 1.0, SigmoidSums(*sums), FeatureGradients(*((image, text) if wanted else (None, None)))
+                )
                 for found, terms in zip(sums, (torch.nn.functional.softplus(-y * z), g * c, g), strict=True):
                     assert ((found.cpu() - terms.sum(1)).abs() <= 2e-6 * terms.abs().sum(1)).all()
                 if wanted:
@@ -421,7 +436,9 @@ def test_losses_of_every_size_in_a_product(device, u, on):
         t[17] = u
         one, zero = torch.tensor(1.0, device=device), torch.tensor(0.0, device=device)
         sums = [torch.zeros(rows, device=device) for _ in range(3)]
-        cuda_pairs.sigmoid(ScoreTile(x, t, None, None, one, zero, -rows), 1.0, *sums, None, None)
+        cuda_pairs.sigmoid(
+            ScoreTile(x, t, None, None, one, zero, -rows), 1.0, SigmoidSums(*sums), FeatureGradients(None, None)
+        )
         z = t[:, 0].cpu().double()
         true = torch.nn.functional.softplus(z), torch.sigmoid(z) * z, torch.sigmoid(z)
         for found, terms in zip(sums, true, strict=True):
@@ -439,7 +456,7 @@ def test_more_parts_than_threads_that_merge_them(device, shape, on):
     check_states(row, col, own, block)
     _, z, mask = dense(block)
     sums = [torch.zeros(rows, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, *sums, None, None)
+    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     close(sums[0], torch.nn.functional.softplus(torch.where(mask, -z, z)).sum(1), 3e-6)
 
 
@@ -449,7 +466,7 @@ def test_far_negatives_all_count(device, on):
     block = make((2, 3000, 4), torch.float32, device, offset=-9, scale=1.0, bias=-17.0)
     _, z, _ = dense(block)
     sums = [torch.zeros(2, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, *sums, None, None)
+    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     close(sums[0], torch.nn.functional.softplus(z).sum(1), 3e-6)
     close(sums[2], torch.sigmoid(z).sum(1), 3e-6)
 
@@ -480,10 +497,12 @@ def test_nan_shows(device, side, on):
     assert own[13].isnan() and own.isnan().sum() == 1
     image, text = torch.empty(20, 6, device=device), torch.zeros(150, 6, device=device)
     ones = torch.ones(2, 150, device=device)
-    cuda_pairs.grads(block, ones[:, :20], ones, 1.0, 1.0, 0 * own, 1.0, None, image, text)
+    cuda_pairs.grads(
+        block, SoftmaxGradient(ones[:, :20], ones, 1.0, 1.0, 0 * own), 1.0, None, FeatureGradients(image, text)
+    )
     assert image[13].isnan().all() and text[13].isnan().all()
     sums = [torch.zeros(20, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, *sums, None, None)
+    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     assert all(x[13].isnan() for x in sums)
     row, col, own = states(20, 150, device)
     nan = float("nan")
@@ -527,7 +546,7 @@ def test_rows_of_zeros_have_finite_gradients(device, dtype, on):
     row, col = softmax(z, device)
     own_g = torch.full((12,), -0.1, device=device)
     image, text = torch.empty(12, 16, device=device), torch.zeros(40, 16, device=device)
-    cuda_pairs.grads(block, row, col, 0.1, 0.1, own_g, 1.0, None, image, text)
+    cuda_pairs.grads(block, SoftmaxGradient(row, col, 0.1, 0.1, own_g), 1.0, None, FeatureGradients(image, text))
     expected = features(block, gradient(z, own, row, col, 0.1, 0.1, own_g), 1.0)
     for found, true in zip((image, text), expected, strict=True):
         others = torch.arange(len(found)) != 3
@@ -636,7 +655,7 @@ def test_more_scores_than_31_bits_count(on):
     image = torch.empty(n // 8 * 8, 2, device=device)
     full = torch.stack([lse, torch.ones(8).double()]).float().repeat(1, n // 8).to(device)
     own_g = torch.full((n // 8 * 8,), -0.5, device=device)
-    cuda_pairs.grads(block, full, col[:2], 1.0, 0.0, own_g, 1.0, None, image, None)
+    cuda_pairs.grads(block, SoftmaxGradient(full, col[:2], 1.0, 0.0, own_g), 1.0, None, FeatureGradients(image, None))
     g = (z - lse[:, None]).exp().masked_fill(mask, -0.5)
     close(
         image[:8], features(ScoreTile(block.x[:8], block.t, None, None, block.scale, block.bias, 40), g, 1.0)[0], 2e-5

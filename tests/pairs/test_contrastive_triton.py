@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.pair_cases import check_own_pairs
+from support.pair_cases import check_positives
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +14,7 @@ from lift_fast.ops import tuned
 from lift_fast.ops.pairs import contrastive as contrastive_op
 from lift_fast.ops.pairs import sigmoid as sigmoid_op
 from lift_fast.ops.pairs import triton as triton_pairs
-from lift_fast.ops.pairs.contract import ScoreTile
+from lift_fast.ops.pairs.contract import FeatureGradients, ScoreTile, SigmoidSums, SoftmaxGradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a gradient, in relative norm
@@ -178,7 +178,9 @@ def check(b, parts=1, keep=False, narrow=False):
     for part, i, j, here in blocks:
         one, one_untouched = guarded(like, len(part.x), dim, dtype=dtype)
         one, before = one if narrow else one.clone(), None if here is None else here.clone()
-        triton_pairs.grads(part, row[:, i], col[:, j], 0.3, 0.2, own_g[i], 0.5, here, one, d_text[j])
+        triton_pairs.grads(
+            part, SoftmaxGradient(row[:, i], col[:, j], 0.3, 0.2, own_g[i]), 0.5, here, FeatureGradients(one, d_text[j])
+        )
         assert one_untouched() and (before is None or torch.equal(here, before))
         d_image[i] += one.double()
     want_image, want_text = want.features(want.contrastive(0.3, 0.2, own_g), 0.5)
@@ -189,7 +191,7 @@ def check(b, parts=1, keep=False, narrow=False):
     d_image.zero_(), d_text.fill_(1)
     for part, i, j, _ in blocks:
         one = torch.full((len(part.x), dim), float("nan"), dtype=dtype, device=like.device)
-        triton_pairs.sigmoid(part, 0.5, *sums[:, i], one, d_text[j])
+        triton_pairs.sigmoid(part, 0.5, SigmoidSums(*sums[:, i]), FeatureGradients(one, d_text[j]))
         d_image[i] += one.double()
     assert sums_untouched()
     loss, g = want.sigmoid()
@@ -212,7 +214,7 @@ def check_nan(device):
         assert own.isnan().nonzero().tolist() == [[3]]
         assert mine[1, 3].isnan() and mine[1].isnan().sum() == 1
         loss, rest = torch.zeros(70, device=device), torch.zeros(2, 70, device=device)
-        triton_pairs.sigmoid(b, 1.0, loss, *rest, None, None)
+        triton_pairs.sigmoid(b, 1.0, SigmoidSums(loss, *rest), FeatureGradients(None, None))
         assert loss.isnan().sum() == (1 if side == "x" else 70)
 
 
@@ -250,7 +252,7 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
 @pytest.mark.interpret
 @pytest.mark.parametrize("n", [1, 2, 255, 257, 1000])
 def test_own_pairs(n):
-    check_own_pairs(triton_pairs, n, "cpu")
+    check_positives(triton_pairs, n, "cpu")
 
 
 @pytest.mark.interpret
@@ -274,7 +276,7 @@ def test_the_losses_as_a_whole(normalize, budget):
 @pytest.mark.gpu
 def test_own_pairs_on_a_gpu():
     for n in (1, 2, 255, 257, 1000):
-        check_own_pairs(triton_pairs, n, "cuda")
+        check_positives(triton_pairs, n, "cuda")
 
 
 @pytest.mark.interpret
@@ -329,14 +331,14 @@ def test_only_one_gradient_or_none(form):
     softmax = want.whole(1), want.whole(0), 0.3, 0.2, own_g
     d_image, d_text = want.features(want.contrastive(0.3, 0.2, own_g), 2.0)
     got = torch.full((33, 12), torch.nan), torch.zeros(20, 12)
-    triton_pairs.grads(b, *softmax, 2.0, None, got[0], None)
-    triton_pairs.grads(b, *softmax, 2.0, None, None, got[1])
-    triton_pairs.grads(b, *softmax, 2.0, None, None, None)
+    triton_pairs.grads(b, SoftmaxGradient(*softmax), 2.0, None, FeatureGradients(got[0], None))
+    triton_pairs.grads(b, SoftmaxGradient(*softmax), 2.0, None, FeatureGradients(None, got[1]))
+    triton_pairs.grads(b, SoftmaxGradient(*softmax), 2.0, None, FeatureGradients(None, None))
     near(got[0], d_image, STEP[torch.bfloat16])
     near(got[1], d_text, STEP[torch.bfloat16])
     sums, only = torch.zeros(2, 3, 33)
-    triton_pairs.sigmoid(b, 0.5, *sums, got[0], None)
-    triton_pairs.sigmoid(b, 0.5, *only, None, None)
+    triton_pairs.sigmoid(b, 0.5, SigmoidSums(*sums), FeatureGradients(got[0], None))
+    triton_pairs.sigmoid(b, 0.5, SigmoidSums(*only), FeatureGradients(None, None))
     near(only, sums.double(), 1e-6)
     near(got[0], want.features(want.sigmoid()[1], 0.5)[0], STEP[torch.bfloat16])
 
@@ -350,7 +352,9 @@ def test_a_weight_of_zero_hides_its_side(form):
         for hidden in (torch.nan, torch.inf, -torch.inf):
             row, col = (side if weight else side * 0 + hidden for side, weight in zip(sides, weights, strict=True))
             d_image, d_text = torch.full((33, 12), torch.nan), torch.zeros(20, 12)
-            triton_pairs.grads(b, row, col, *weights, own_g, 1.0, None, d_image, d_text)
+            triton_pairs.grads(
+                b, SoftmaxGradient(row, col, *weights, own_g), 1.0, None, FeatureGradients(d_image, d_text)
+            )
             for got, right in zip(
                 (d_image, d_text), want.features(want.contrastive(*weights, own_g), 1.0), strict=True
             ):
@@ -376,7 +380,7 @@ def test_an_own_pair_that_overflows_stays_out_of_the_others(dtype, offset, form)
 
     own_g, d_image, d_text = torch.full((20,), 1e-3), torch.full((20, 8), torch.nan), torch.zeros(40, 8)
     whole = torch.stack([row[0], row[1]]), torch.stack([col[0], col[1]])
-    triton_pairs.grads(b, *whole, 0.3, 0.2, own_g, 1.0, None, d_image, d_text)
+    triton_pairs.grads(b, SoftmaxGradient(*whole, 0.3, 0.2, own_g), 1.0, None, FeatureGradients(d_image, d_text))
     assert d_image.isfinite().all() and d_text.isfinite().all()
 
 
@@ -393,7 +397,9 @@ def test_converged_pairs_keep_the_digits_of_their_gradient(dtype, form):
     off = sum((side[0].double() - z).exp() * side[1].double() for side in (row, col))
     own_g = (-0.5 * off).float()
     d_image, d_text = torch.full((24, 32), torch.nan), torch.zeros(24, 32)
-    triton_pairs.grads(b, want.whole(1), want.whole(0), 0.5, 0.5, own_g, 1.0, None, d_image, d_text)
+    triton_pairs.grads(
+        b, SoftmaxGradient(want.whole(1), want.whole(0), 0.5, 0.5, own_g), 1.0, None, FeatureGradients(d_image, d_text)
+    )
     g = 0.5 * (want.z.softmax(1) + want.z.softmax(0))
     g = g.masked_fill(want.own, 0)
     g -= torch.diag(0.5 * sum(want.z.softmax(axis).masked_fill(want.own, 0).sum(axis) for axis in (1, 0)))
@@ -410,7 +416,9 @@ def test_a_sum_is_not_lost_beside_a_large_maximum(form):
     triton_pairs.stats(b, row, col, own, None)
     assert (row[0] > 1e12).all() and (row[1] == 40).all() and (col[1] == 24).all()
     d_image, d_text = torch.empty(24, 8), torch.zeros(40, 8)
-    triton_pairs.grads(b, row[:2], col[:2], 0.3, 0.2, own, 1.0, None, d_image, d_text)
+    triton_pairs.grads(
+        b, SoftmaxGradient(row[:2], col[:2], 0.3, 0.2, own), 1.0, None, FeatureGradients(d_image, d_text)
+    )
     g = torch.full((24, 40), 0.3 / 40 + 0.2 / 24, dtype=torch.float64)
     for got, right in zip((d_image, d_text), Dense(b).features(g, 1.0), strict=True):
         near(got, right, STEP[torch.float32])
@@ -462,8 +470,10 @@ def test_float32_is_exact(monkeypatch):
     d_image, d_text = torch.empty(20, 8), torch.zeros(40, 8)
     with Watch():
         triton_pairs.stats(b, row, col, own, None)
-        triton_pairs.grads(b, row[:2], col[:2], 0.5, 0.5, own, 1.0, None, d_image, d_text)
-        triton_pairs.sigmoid(b, 1.0, *torch.zeros(3, 20), d_image, d_text)
+        triton_pairs.grads(
+            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, own), 1.0, None, FeatureGradients(d_image, d_text)
+        )
+        triton_pairs.sigmoid(b, 1.0, SigmoidSums(*torch.zeros(3, 20)), FeatureGradients(d_image, d_text))
     assert products == [True] * 7
 
 
@@ -476,8 +486,14 @@ def test_nothing_to_do(shape):
     triton_pairs.stats(b, row, col, torch.empty(rows), None)
     assert (row[1] == 0).all() and (col[0] == -torch.inf).all()
     d_image, sums = torch.full((2, rows, dim), torch.nan), torch.ones(3, rows)
-    triton_pairs.grads(b, row[:2], col[:2], 0.5, 0.5, sums[0], 1.0, None, d_image[0], torch.zeros(cols, dim))
-    triton_pairs.sigmoid(b, 1.0, *sums, d_image[1], torch.zeros(cols, dim))
+    triton_pairs.grads(
+        b,
+        SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, sums[0]),
+        1.0,
+        None,
+        FeatureGradients(d_image[0], torch.zeros(cols, dim)),
+    )
+    triton_pairs.sigmoid(b, 1.0, SigmoidSums(*sums), FeatureGradients(d_image[1], torch.zeros(cols, dim)))
     assert (d_image == 0).all() and (sums == 1).all()
 
 
@@ -504,7 +520,7 @@ def test_far_pairs_keep_their_loss():
     """log(1 + e) in float32 would round e = exp(−17) to 0."""
     b = replace(block(30, 40, 8), bias=torch.tensor(-17.0), offset=100, scale=torch.tensor(1e-3))
     sums = torch.zeros(3, 30)
-    triton_pairs.sigmoid(b, 1.0, *sums, None, None)
+    triton_pairs.sigmoid(b, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     loss, g = Dense(b).sigmoid()
     assert ((sums[0] - loss).abs() <= 1e-5 * loss).all() and ((sums[2] - g.sum(1)).abs() <= 1e-5 * loss).all()
 
@@ -561,9 +577,9 @@ def usage(triton_usage, monkeypatch):
 
 
 def tile_of(capability, setting, **facts):
-    from lift_fast.kernels.pairs import Tile
+    from lift_fast.kernels.pairs import TileConfig
 
-    return Tile(*tuned.lookup("pairs", f"sm_{capability}", setting, **facts))
+    return TileConfig(*tuned.lookup("pairs", f"sm_{capability}", setting, **facts))
 
 
 @pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=CAMPAIGN)], ids=["even", "odd"])
@@ -626,14 +642,14 @@ def test_kernels_over_scores_compile_for_gpus_that_are_not_here(capability, alig
         (contrastive.stats_kernel, torch.float32, []),
         (contrastive.grad_kernel, torch.bfloat16, []),
         (contrastive.grad_kernel, torch.float32, []),
-        (contrastive.own_pairs_kernel, torch.float32, []),
+        (contrastive.positives_kernel, torch.float32, []),
         (sigmoid.sigmoid_kernel, torch.bfloat16, []),
         (sigmoid.sigmoid_kernel, torch.float32, ["out"]),
-        (pairs.facts_kernel, torch.float32, []),
+        (pairs.terms_kernel, torch.float32, []),
         (pairs.merge_softmax_kernel, torch.float32, []),
         (pairs.merge_sums_kernel, torch.float32, []),
     ]:
-        tile = tile_of(capability, "stored") if "ROWS" in kernel.arg_names else pairs.Tile(0, 0, 0, 4, 3)
+        tile = tile_of(capability, "stored") if "ROWS" in kernel.arg_names else pairs.TileConfig(0, 0, 0, 4, 3)
         found = usage(kernel, capability, tile, {"out": out}, absent, aligned)
         found.pop("asm")
         assert found["spills"] == 0, (kernel.fn.__name__, found)
@@ -653,8 +669,8 @@ def test_a_kernel_is_compiled_once_for_all_sizes():
                     for param in getattr(module, name).params
                     if not param.is_constexpr and not param.do_not_specialize
                 ]
-                pointers = "x t p q a row col row_facts col_facts row_parts col_parts parts own own_g keep out".split()
-                pointers += ["scale", "bias", "factor", "first", "second", "third"]
+                pointers = "x t p q a row col row_terms col_terms row_parts col_parts parts positive positive_g".split()
+                pointers += ["keep", "out", "scale", "bias", "factor", "first", "second", "third"]
                 assert {param.name for param in numbers} <= set(pointers), name
 
 
@@ -705,8 +721,10 @@ def test_the_host_does_not_wait_for_a_gpu(form):
     torch.cuda.set_sync_debug_mode("error")
     try:
         triton_pairs.stats(b, row, col, own, None)
-        triton_pairs.grads(b, row[:2], col[:2], 0.5, 0.5, own, 1.0, None, d_image, d_text)
-        triton_pairs.sigmoid(b, 0.5, own, row[0], row[1], d_image, d_text)
+        triton_pairs.grads(
+            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, own), 1.0, None, FeatureGradients(d_image, d_text)
+        )
+        triton_pairs.sigmoid(b, 0.5, SigmoidSums(own, row[0], row[1]), FeatureGradients(d_image, d_text))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

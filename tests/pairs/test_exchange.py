@@ -360,10 +360,10 @@ def test_every_rank_refuses(ranks):
     world = len(ranks)
     for rank in ranks:
         said = rank["refusals"]
-        assert "as many rows" in said["uneven"] and "as many rows" in said["uneven sigmoid"]
-        assert "as many rows" in said["no rows on one"]
-        assert "the same kind" in said["one trained"] and "the same kind" in said["two dtypes"]
-        assert "cannot be given a gradient" in said["trained whole"]
+        assert "the same number of rows" in said["uneven"] and "the same number of rows" in said["uneven sigmoid"]
+        assert "the same number of rows" in said["no rows on one"]
+        assert "of the same kind" in said["one trained"] and "of the same kind" in said["two dtypes"]
+        assert "cannot have a gradient" in said["trained whole"]
         assert said["neither"] == f"{world} ranks of 3 images need 3 or {3 * world} texts on each, not 2"
         assert f"rank {world} of {world} was passed" in said["rank"]
 

@@ -234,7 +234,7 @@ def test_what_else_is_refused(loss):
         loss.op(image, image.to(torch.int8), 1.0)
     with pytest.raises(ValueError, match="hold one"):
         loss.op(image, image, torch.ones(2))
-    with pytest.raises(BackendError, match="no backend 'cuda' for float32 on cpu"):
+    with pytest.raises(BackendError, match="no pair loss backend 'cuda' for float32 on cpu"):
         loss.op(image, image, 1.0, backend="cuda")
     with pytest.raises(BackendError, match="float64"):
         loss.op(image.double(), image, 1.0, backend="cpp")

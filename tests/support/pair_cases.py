@@ -64,15 +64,15 @@ def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
         e *= c
         d_scale = ((e.sum(1) / row[:, 0]).mean() + (e.sum(0) / col[0]).mean()) / 2 - c.diagonal().mean()
         d_bias = torch.zeros((), device=device)
-        p, own = [one / (2 * rows) for one in p], 1 / rows
+        p, positive = [one / (2 * rows) for one in p], 1 / rows
     else:
         value = -(F.logsigmoid(-z).sum() + z.diagonal().sum()) / rows
         s = z.sigmoid_() / rows
-        p, own = [s[:PART], s[:, :PART]], 1 / rows
+        p, positive = [s[:PART], s[:, :PART]], 1 / rows
         d_bias = s.sum() - 1
         d_scale = (s * c).sum() - c.diagonal().mean()
-    own = own * torch.eye(min(PART, rows), rows, dtype=torch.float64, device=device)
-    return value, scale * (p[0] - own) @ text, scale * (p[1] - own.T).T @ image, d_scale, d_bias
+    positive = positive * torch.eye(min(PART, rows), rows, dtype=torch.float64, device=device)
+    return value, scale * (p[0] - positive) @ text, scale * (p[1] - positive.T).T @ image, d_scale, d_bias
 
 
 def leaves(image, text, scale, bias, device=None):
@@ -134,45 +134,45 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self.real, name)
 
-    def stats(self, block, row, col, own, keep):
-        self.calls.append(("stats", {"block": block, "keep": keep}))
-        self.real.stats(block, row, col, own, keep)
+    def stats(self, scores, row, col, positive, keep):
+        self.calls.append(("stats", {"scores": scores, "keep": keep}))
+        self.real.stats(scores, row, col, positive, keep)
 
-    def grads(self, block, row, col, row_weight, col_weight, own_g, alpha, kept, d_image, d_text):
-        self.calls.append(("grads", {"block": block, "kept": kept, "d_image": d_image, "d_text": d_text}))
-        self.real.grads(block, row, col, row_weight, col_weight, own_g, alpha, kept, d_image, d_text)
+    def grads(self, scores, g, alpha, kept, out):
+        self.calls.append(("grads", {"scores": scores, "kept": kept, "d_image": out.image, "d_text": out.text}))
+        self.real.grads(scores, g, alpha, kept, out)
 
-    def sigmoid(self, block, alpha, loss, d_scale, d_bias, d_image, d_text):
-        self.calls.append(("sigmoid", {"block": block, "d_image": d_image, "d_text": d_text}))
-        self.real.sigmoid(block, alpha, loss, d_scale, d_bias, d_image, d_text)
+    def sigmoid(self, scores, alpha, sums, out):
+        self.calls.append(("sigmoid", {"scores": scores, "d_image": out.image, "d_text": out.text}))
+        self.real.sigmoid(scores, alpha, sums, out)
 
     def named(self, name):
         return [arguments for called, arguments in self.calls if called == name]
 
 
-def check_own_pairs(backend, n, device):
-    """A backend's `own_pairs` against the same in float64.
+def check_positives(backend, n, device):
+    """A backend's `positives` against the same in float64.
 
-    Probabilities near 0 and 1, states far below l = 1, no others at all, and NaN.
+    Probabilities near 0 and 1, states far below l = 1, no negatives at all, and NaN.
     """
     generator = torch.Generator().manual_seed(n)
-    own = torch.rand(n, generator=generator) * 2 - 1
+    positive = torch.rand(n, generator=generator) * 2 - 1
     for spread in (1.0, 30.0):
         m = spread * torch.randn(2, n, generator=generator)
         l = torch.exp(8 * torch.randn(2, n, generator=generator))  # noqa: E741
         state = torch.stack([m, l, l * torch.randn(2, n, generator=generator)])
         state[:, 0, ::7] = torch.tensor([-torch.inf, 0.0, 0.0])[:, None]
         scale, bias = torch.tensor(14.3), torch.tensor(-0.7)
-        wide = [x.double() for x in (state[:, 0], state[:, 1], own, scale, bias)]
-        want = torch_pairs.own_pairs(*wide, 0.25)
+        wide = [x.double() for x in (state[:, 0], state[:, 1], positive, scale, bias)]
+        want = torch_pairs.positives(*wide, 0.25)
         apart = torch.full((3, 2, n + 5), torch.nan)
         apart[:, :, 2 : n + 2] = state
         row, col = apart[:, :, 2 : n + 2].to(device).unbind(1)
-        given = row, col, own.to(device), scale.to(device), bias.to(device)
-        found = backend.own_pairs(*given, 0.25).cpu()
+        given = row, col, positive.to(device), scale.to(device), bias.to(device)
+        found = backend.positives(*given, 0.25).cpu()
         assert found.shape == want.shape == (9, n)
         # z and m are float32 numbers of up to 100 or so, of which a probability is the exponential.
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
-    own[n // 2] = torch.nan
-    found = backend.own_pairs(row, col, own.to(device), *given[3:], 0.25)
+    positive[n // 2] = torch.nan
+    found = backend.positives(row, col, positive.to(device), *given[3:], 0.25)
     assert found[:, n // 2].isnan().all() and found.isnan().sum() == 9

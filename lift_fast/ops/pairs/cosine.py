@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rows.quantized import QuantizedRows
-from .contract import TINY, row_scales
+from .features import TINY, ScaledRows, factors, row_scales
 
 
 def reference(image: Tensor, text: Tensor) -> Tensor:
@@ -13,14 +12,14 @@ def reference(image: Tensor, text: Tensor) -> Tensor:
     return -(F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(dim=-1).mean()
 
 
-def cosine(image: Tensor, text: Tensor | QuantizedRows) -> Tensor:
-    """−cos of matching rows, averaged; image and text [rows, dim], text a Tensor or QuantizedRows.
+def cosine(image: Tensor, text: Tensor | ScaledRows) -> Tensor:
+    """The mean of −cos over matching rows of image and text [rows, dim]; text: features or QuantizedRows.
 
     Only matching rows are multiplied; integer codes are multiplied as they are, and their scales cancel.
     Computed in float32 (float64 for float64 inputs), also under autocast. Returns a scalar.
     Raises ValueError when the shapes do not match.
     """
-    t, scales = text.factors(image.dtype) if isinstance(text, QuantizedRows) else (text, None)
+    t, scales = factors(text, image.dtype)
     if image.shape != t.shape or image.dim() != 2 or not len(image):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(t.shape)} must both be [rows > 0, dim]")
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32

@@ -1,21 +1,21 @@
-"""The "cpp" backend of the losses over pairs: csrc/pairs/pairs.cpp, products included, on the CPU."""
+"""The "cpp" backend of the pair losses, on the CPU: csrc/pairs/pairs.cpp, matrix products included."""
 
 import torch
 from torch import Tensor
 
 from ..backends import _C, DTYPES, address
 from ..backends import why_no_cpp as why_not
-from .contract import ScoreTile
-from .eager import own_pairs
+from .contract import FeatureGradients, ScoreTile, SigmoidSums, SoftmaxGradient
+from .eager import positives
 
-__all__ = ["grads", "operand", "own_pairs", "room", "sigmoid", "stats", "why_not"]
+__all__ = ["allocate", "grads", "operand", "positives", "sigmoid", "stats", "why_not"]
 
-# Scores that a text's gradient of the sigmoid loss reads again instead of making them again; every chunk of rows
-# packs the texts anew, so that it should not have few.
+# Bytes of sigmoid scores that are kept for the texts' gradient, which would otherwise recompute them. Chunks of at
+# least KEEP_ROWS rows, since each chunk packs all texts again.
 KEEP_BYTES, KEEP_ROWS = 64 << 20, 1024
 
 
-def _pairs(block: ScoreTile) -> "_C.Pairs":
+def _pairs(scores: ScoreTile) -> "_C.Pairs":
     x, t = (
         _C.Rows(
             data=rows.data_ptr(),
@@ -24,19 +24,19 @@ def _pairs(block: ScoreTile) -> "_C.Pairs":
             stride=rows.stride(0),
             scales=address(scales),
         )
-        for rows, scales in ((block.x, block.a), (block.t, block.q))
+        for rows, scales in ((scores.x, scores.a), (scores.t, scores.q))
     )
     return _C.Pairs(
-        x=x, t=t, dim=block.x.shape[1], scale=float(block.scale), bias=float(block.bias), offset=block.offset
+        x=x, t=t, dim=scores.x.shape[1], scale=float(scores.scale), bias=float(scores.bias), offset=scores.offset
     )
 
 
 def _gradient(
-    block: ScoreTile, out: Tensor | None, alpha: float, kept: Tensor | None, of_text: bool = False
+    scores: ScoreTile, out: Tensor | None, alpha: float, kept: Tensor | None, of_text: bool = False
 ) -> "_C.Gradient":
     return _C.Gradient(
         of_text=of_text,
-        factor=alpha * float(block.scale),
+        factor=alpha * float(scores.scale),
         out=address(out),
         out_type=0 if out is None else DTYPES[out.dtype],
         kept=address(kept),
@@ -48,100 +48,67 @@ def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t
 
 
-def room(rows: int, cols: int, like: Tensor) -> Tensor:
-    """From a pool: the pages of fresh memory cost as much as the scores at dim 512."""
+def allocate(rows: int, cols: int, like: Tensor) -> Tensor:
+    """From a pool: page faults of fresh memory cost as much as computing the scores at dim 512."""
     if not rows * cols:
         return like.new_empty(rows, cols)
     return torch.frombuffer(_C.Scratch(bytes=4 * rows * cols), dtype=torch.float32, count=rows * cols).view(rows, cols)
 
 
-def stats(block: ScoreTile, row: Tensor, col: Tensor, own: Tensor, keep: Tensor | None) -> None:
+def stats(scores: ScoreTile, row: Tensor, col: Tensor, positive: Tensor, keep: Tensor | None) -> None:
     _C.pairs_stats(
-        _pairs(block),
+        _pairs(scores),
         row=row.data_ptr(),
         row_stride=row.stride(0),
         col=col.data_ptr(),
         col_stride=col.stride(0),
-        own=own.data_ptr(),
+        own=positive.data_ptr(),
         keep=address(keep),
         keep_stride=0 if keep is None else keep.stride(0),
         threads=torch.get_num_threads(),
     )
 
 
-def grads(
-    block: ScoreTile,
-    row: Tensor,
-    col: Tensor,
-    row_weight: float,
-    col_weight: float,
-    own_g: Tensor,
-    alpha: float,
-    kept: Tensor | None,
-    d_image: Tensor | None,
-    d_text: Tensor | None,
-) -> None:
-    for out, of_text in ((d_image, False), (d_text, True)):
-        if out is not None:
+def grads(scores: ScoreTile, g: SoftmaxGradient, alpha: float, kept: Tensor | None, out: FeatureGradients) -> None:
+    for gradient, of_text in ((out.image, False), (out.text, True)):
+        if gradient is not None:
             _C.pairs_softmax_gradient(
-                _pairs(block),
-                _gradient(block, out, alpha, kept, of_text),
-                row_max=row[0].data_ptr(),
-                row_sum=row[1].data_ptr(),
-                col_max=col[0].data_ptr(),
-                col_sum=col[1].data_ptr(),
-                row_weight=row_weight,
-                col_weight=col_weight,
-                own=own_g.data_ptr(),
+                _pairs(scores),
+                _gradient(scores, gradient, alpha, kept, of_text),
+                row_max=g.row[0].data_ptr(),
+                row_sum=g.row[1].data_ptr(),
+                col_max=g.col[0].data_ptr(),
+                col_sum=g.col[1].data_ptr(),
+                row_weight=g.row_weight,
+                col_weight=g.col_weight,
+                own=g.positive.data_ptr(),
                 threads=torch.get_num_threads(),
             )
 
 
-def sigmoid(
-    block: ScoreTile,
-    alpha: float,
-    loss: Tensor,
-    d_scale: Tensor,
-    d_bias: Tensor,
-    d_image: Tensor | None,
-    d_text: Tensor | None,
-) -> None:
-    rows, cols = len(block.x), len(block.t)
-    step = rows if d_text is None else min(rows, max(KEEP_ROWS, KEEP_BYTES // (4 * cols)))
-    kept = None if d_text is None else room(step, cols, block.scale)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        here = ScoreTile(
-            block.x[part],
-            block.t,
-            None if block.a is None else block.a[part],
-            block.q,
-            block.scale,
-            block.bias,
-            block.offset + first,
-        )
-        out = None if d_image is None else d_image[part]
-        _sigmoid(here, _gradient(here, out, alpha, None), alpha, loss[part], d_scale[part], d_bias[part], kept)
-        if d_text is not None:
-            _sigmoid(here, _gradient(here, d_text, alpha, kept, of_text=True), alpha, None, None, None, None)
+def sigmoid(scores: ScoreTile, alpha: float, sums: SigmoidSums, out: FeatureGradients) -> None:
+    rows, cols = len(scores.x), len(scores.t)
+    step = rows if out.text is None else min(rows, max(KEEP_ROWS, KEEP_BYTES // (4 * cols)))
+    kept = None if out.text is None else allocate(step, cols, scores.scale)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        part, image = scores.rows(start, stop), None if out.image is None else out.image[start:stop]
+        part_sums = SigmoidSums(*(one[start:stop] for one in sums))
+        _sigmoid(part, _gradient(part, image, alpha, None), alpha, part_sums, kept)
+        if out.text is not None:
+            _sigmoid(part, _gradient(part, out.text, alpha, kept, of_text=True), alpha, None, None)
 
 
 def _sigmoid(
-    block: ScoreTile,
-    gradient: "_C.Gradient",
-    alpha: float,
-    loss: Tensor | None,
-    d_scale: Tensor | None,
-    d_bias: Tensor | None,
-    keep: Tensor | None,
+    scores: ScoreTile, gradient: "_C.Gradient", alpha: float, sums: SigmoidSums | None, keep: Tensor | None
 ) -> None:
     _C.pairs_sigmoid(
-        _pairs(block),
+        _pairs(scores),
         gradient,
         alpha=alpha,
-        loss=address(loss),
-        d_scale=address(d_scale),
-        d_bias=address(d_bias),
+        loss=address(sums and sums.loss),
+        d_scale=address(sums and sums.d_scale),
+        d_bias=address(sums and sums.d_bias),
         keep=address(keep),
         keep_stride=0 if keep is None else keep.stride(0),
         threads=torch.get_num_threads(),
