@@ -88,9 +88,7 @@ def test_fake_tensors_flops_and_refusals():
         assert counter.get_total_flops() == flops + 5 * flops // 2
     with pytest.raises(ValueError, match=r"\[batch, tokens, 3, heads, head_dim\]"):
         attention(torch.zeros(2, 17, 3, 24))
-    with pytest.raises(
-        BackendError, match="no attention backend 'flash_attn_3' for float32 on cpu"
-    ):
+    with pytest.raises(BackendError, match="no attention backend 'flash_attn_3' for float32 on cpu"):
         attention(torch.zeros(1, 2, 3, 1, 8), backend="flash_attn_3")
 
 

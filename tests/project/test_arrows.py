@@ -1,6 +1,7 @@
 """Imports point down only: each room may import the rooms listed for it, and nothing else of ours."""
 
 import ast
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ ARROWS: dict[str, set[str]] = {
     "run_folder": {"errors", "files", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
     "train": {"errors", "devices", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure"},
-    "eval": {"errors", "devices", "run_folder", "sugarcrepe", "data"},
+    "eval": {"errors", "devices", "run_folder", "sugarcrepe", "nn", "data"},
 }
 TOP = {"cli", "__init__"}  # may import anything
+FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops, which do not import each other
+LONG = {"lift_fast/demo/scenes.py"}  # one drawing after another
 
 
 def sources() -> list[Path]:
@@ -37,19 +40,40 @@ def room(path: Path) -> str:
     return "kernels" if parts[0] == "kernels" else parts[1]
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms of ours that a file imports, at the top or inside a function."""
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    package = ["lift_fast", *parts[:-1]] if parts[0] == "kernels" else list(parts[:-1])
-    modules: list[list[str]] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    return ".".join(("lift_fast", *parts) if parts[0] == "kernels" else parts).removesuffix(".__init__")
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module is imported: nothing inside functions, nor what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imported(path: Path, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk) -> set[str]:
+    """The dotted names of ours that a file imports: modules, or what it takes from them."""
+    parts = module_name(path).split(".")
+    package = parts if path.name == "__init__.py" else parts[:-1]
+    names: set[str] = set()
+    for node in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            modules += [alias.name.split(".") for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
-            modules += [base] if len(base) > 1 else [[*base, alias.name] for alias in node.names]
-    return {module[1] for module in modules if module[0] == "lift_fast" and len(module) > 1}
+            names |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in names if name.startswith("lift_fast.")}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of ours that a file imports, at the top or inside a function."""
+    return {name.split(".")[1] for name in imported(path)}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -60,6 +84,37 @@ def test_a_room_imports_only_what_lies_below(path):
     assert here in ARROWS, f"{path}: no arrows are drawn for the room {here!r}"
     wrong = imported_rooms(path) - ARROWS[here] - {here, "__version__"}
     assert not wrong, f"{path} imports {sorted(wrong)}; {here} may import {sorted(ARROWS[here])}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_ops_do_not_know_each_other(family):
+    known = {"lift_fast.errors", "lift_fast.kernels"}
+    known |= {f"lift_fast.ops.{module}" for module in ("backends", "tuned", family)}
+    for path in (ROOT / "lift_fast" / "ops" / family).glob("**/*.py"):
+        wrong = [name for name in imported(path) if not any(f"{name}.".startswith(f"{one}.") for one in known)]
+        assert not wrong, f"{path} imports {wrong}; a family may import {sorted(known)}"
+
+
+def test_every_folder_of_ops_is_a_family_or_the_tables():
+    folders = {path.parent.name for path in ROOT.glob("lift_fast/ops/*/__init__.py")}
+    assert folders == {*FAMILIES, "tuned"}
+
+
+def test_modules_make_no_loop():
+    """By the imports that run when a module is imported."""
+    graph = {module_name(path): imported(path, statements) for path in sources()}
+    for module, names in graph.items():
+        # `from package import name` is of the module package.name if there is one, else of the package.
+        found = {name if name in graph else name.rpartition(".")[0] for name in names}
+        graph[module] = {name for name in found if name in graph and name != module}
+    while ready := {module for module, below in graph.items() if not below}:
+        graph = {module: below - ready for module, below in graph.items() if module not in ready}
+    assert not graph, f"a loop among {sorted(graph)}"
+
+
+def test_no_module_is_longer_than_500_lines():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
+    assert {name for name, lines in lengths.items() if lines > 500} == LONG
 
 
 def test_rooms_make_no_loop():
@@ -77,6 +132,7 @@ def test_the_test_sees_imports(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     file.write_text("from ..train import loop\nfrom . import y\ndef f():\n    import lift_fast.cache.reader\n")
     assert imported_rooms(file) == {"train", "ops", "cache"}
+    assert imported(file, statements) == {"lift_fast.train.loop", "lift_fast.ops.y"}
 
 
 def test_only_ops_names_a_backend():
