@@ -1,17 +1,17 @@
 """FLOPs of the towers, counted exactly and without running them.
 
-torch's FlopCounterMode over fake tensors: every matmul, convolution and attention the model dispatches, with
-a multiply-accumulate as two FLOPs; elementwise work, norms and look-ups count nothing. Attention counts as
-torch counts it on GPUs: dense, also where the mask is causal, and its backward with the recomputed scores
-(2.5 × forward).
+torch's FlopCounterMode over fake tensors: every matmul, convolution and attention that the model dispatches, with
+a multiply-accumulate as two FLOPs; elementwise ops, norms and look-ups count as zero. Attention counts as torch
+counts it on GPUs: dense even where the mask is causal, and its backward with the recomputed scores (2.5 × forward).
 
-What a report calls `flops_per_sample` is `training=True` here: forward and backward of one sample's towers,
-head or projections included. The loss is left out, because what it costs a sample grows with the batch.
+A report's `flops_per_sample` is `training=True` here: forward and backward of one sample's towers, with head or
+projections. The loss is left out, because its cost a sample grows with the batch.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def _attention_backward(grad_out, query, key, value, *args, out_shape=None, **kw
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# FlopCounterMode knows the CUDA attention ops but not the CPU one: it would count attention as nothing here.
+# FlopCounterMode knows the CUDA attention ops but not the CPU one, whose attention it would count as zero.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -39,7 +39,7 @@ _CPU_ATTENTION = {
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one sample, by tower. The head counts as image, CLIP's projections with their towers."""
+    """FLOPs of one sample. LIFT's head counts as image, each of CLIP's projections with its tower."""
 
     image: int
     text: int
@@ -59,62 +59,49 @@ def count(fn: Callable[[], object]) -> int:
 def lift_flops(
     preset: Preset, text_dim: int | None = None, *, training: bool = False, checkpointing: Checkpointing = "none"
 ) -> Flops:
-    """LIFT's FLOPs a sample: forward, or with `training` forward + backward. Its text costs none.
+    """LIFT's FLOPs a sample: forward, or with `training` forward and backward. Text costs none.
 
-    `checkpointing` adds what backward recomputes; it changes nothing without `training`.
+    text_dim: the preset's where None. `checkpointing` adds what backward recomputes; it has no effect without
+    `training`.
     """
-    return Flops(_lift_image(preset.with_context(1), text_dim or preset.text_dim, training, checkpointing), 0)
+    text_dim = text_dim or preset.text_dim
+    return Flops(_tower_flops("LIFT's image", preset.with_context(1), text_dim, training, checkpointing), 0)
 
 
 def clip_flops(preset: Preset, *, training: bool = False, checkpointing: Checkpointing = "none") -> Flops:
-    """CLIP's FLOPs a sample at `preset.text.context` tokens: forward, with `training` forward + backward."""
-    image = _clip_image(preset.with_context(1), training, checkpointing)
-    return Flops(image, _clip_text(preset, training, checkpointing))
+    """CLIP's FLOPs a sample at `preset.text.context` tokens, otherwise as lift_flops."""
+    # The image tower does not depend on the context: a sweep over contexts counts it once.
+    image = _tower_flops("CLIP's image", preset.with_context(1), None, training, checkpointing)
+    return Flops(image, _tower_flops("CLIP's text", preset, None, training, checkpointing))
 
 
 def saved(lift: Flops, clip: Flops) -> float:
-    """The fraction of CLIP's FLOPs that LIFT does without."""
+    """The fraction of CLIP's FLOPs that LIFT saves."""
     return 1 - lift.total / clip.total
 
 
-# Image sides are counted at context 1, which they do not depend on, so that a sweep over contexts counts one.
-
-
 @cache
-def _lift_image(preset: Preset, text_dim: int, training: bool, checkpointing: Checkpointing) -> int:
+def _tower_flops(
+    tower: Literal["LIFT's image", "CLIP's image", "CLIP's text"],
+    preset: Preset,
+    text_dim: int | None,
+    training: bool,
+    checkpointing: Checkpointing,
+) -> int:
+    """FLOPs of one tower with its head or projection, for one sample."""
     with FakeTensorMode():
-        model = Lift(preset, text_dim)
+        model = Lift(preset, text_dim) if tower == "LIFT's image" else Clip(preset)
         model.set_checkpointing(checkpointing)
-        return _count_encoder(model.encode_image, _pixels(preset), training)
+        encode: Callable[[Tensor], Tensor] = model.encode_image
+        inputs = torch.empty(1, 3, preset.vit.image_size, preset.vit.image_size)
+        if isinstance(model, Clip) and tower == "CLIP's text":
+            encode, inputs = model.encode_text, torch.zeros(1, preset.text.context, dtype=torch.long)
 
+        def run() -> None:
+            if training:
+                encode(inputs).sum().backward()
+            else:
+                with torch.no_grad():
+                    encode(inputs)
 
-@cache
-def _clip_image(preset: Preset, training: bool, checkpointing: Checkpointing) -> int:
-    with FakeTensorMode():
-        model = Clip(preset)
-        model.set_checkpointing(checkpointing)
-        return _count_encoder(model.encode_image, _pixels(preset), training)
-
-
-@cache
-def _clip_text(preset: Preset, training: bool, checkpointing: Checkpointing) -> int:
-    with FakeTensorMode():
-        model = Clip(preset)
-        model.set_checkpointing(checkpointing)
-        tokens = torch.zeros(1, preset.text.context, dtype=torch.long)
-        return _count_encoder(model.encode_text, tokens, training)
-
-
-def _pixels(preset: Preset) -> Tensor:
-    return torch.empty(1, 3, preset.vit.image_size, preset.vit.image_size)
-
-
-def _count_encoder(encode: Callable[[Tensor], Tensor], inputs: Tensor, training: bool) -> int:
-    def run() -> None:
-        if training:
-            encode(inputs).sum().backward()
-        else:
-            with torch.no_grad():
-                encode(inputs)
-
-    return count(run)
+        return count(run)
