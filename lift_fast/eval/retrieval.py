@@ -1,4 +1,6 @@
-"""Retrieval both ways: how often the right caption (or picture) is among the first k."""
+"""Retrieval both ways: how often the positive caption of an image (or image of a caption) is among the first k."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,24 +9,27 @@ KS = (1, 5, 10)
 
 
 def ranks(similarity: Tensor) -> Tensor:
-    """similarity [queries, items], item i right for query i -> rank of the right one, int64 [queries], 0 the best.
+    """The rank of each query's positive, int64 [queries]; 0 is the best.
 
-    Ties count against the model, so features that have collapsed score nothing.
+    similarity [queries, items], where item i is the positive of query i. Every item that ties with the positive ranks
+    before it, so that features that have collapsed to one point score nothing.
     """
-    right = similarity.diagonal().unsqueeze(1)
-    return (similarity >= right).sum(dim=1) - 1
+    positive = similarity.diagonal().unsqueeze(1)
+    return (similarity >= positive).sum(dim=1) - 1
 
 
 def recalls(similarity: Tensor) -> dict[str, float]:
-    """{"r1": …, "r5": …, "r10": …}: parts of the queries (rows) whose right item ranks among the first k."""
+    """Recall at k, {"r1": …, "r5": …, "r10": …}: the fraction of queries (rows) whose positive is among the first k."""
     rank = ranks(similarity)
     return {f"r{k}": (rank < k).float().mean().item() for k in KS}
 
 
-def retrieval(image: Tensor, text: Tensor) -> dict:
-    """image, text [n, dim], of unit length -> {"i2t": recalls, "t2i": recalls, "n": n}. Chance of r1 is 1/n.
+def retrieval(image: Tensor, text: Tensor) -> dict[str, Any]:
+    """Recall from image to text and from text to image: {"i2t": recalls, "t2i": recalls, "n": n}.
 
-    Raises ValueError when a feature is not finite.
+    image, text [n, dim], of unit length; text i is the caption of image i. Chance of r1 is 1/n.
+
+    Raises ValueError when a similarity is not finite.
     """
     similarity = image.float() @ text.float().T
     if not torch.isfinite(similarity).all():

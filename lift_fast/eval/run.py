@@ -1,97 +1,131 @@
-"""Evaluates one trained run on held-out sets: retrieval always, composition and zero-shot where a set has them."""
+"""Evaluates a model on held-out sets: retrieval on each, composition and zero-shot where a set's metadata allow it."""
 
 import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .. import run_folder
 from ..data import dali, host
 from ..data.open import open_data
 from ..data.pixels import normalise
+from ..data.samples import Samples
 from ..devices import gpu_index
 from ..errors import ConfigError
-from . import composition, retrieval, zero_shot
+from ..nn import Clip, Lift
+from ..run_folder import EncodeText
+from .composition import evaluate_composition, has_foils
+from .retrieval import retrieval
+from .zero_shot import evaluate_zero_shot, groups_of
+
+_IMAGES_AT_ONCE = 256  # in the image tower
 
 
-@torch.no_grad()
 def evaluate(
     folder: Path,
-    sets: dict[str, Path],
+    sets: Mapping[str, Path],
     device: torch.device,
     *,
     loader: str = "auto",
     trust_remote_code: bool = False,
     examples: int = 8,
 ) -> dict[str, Any]:
-    """folder: a trained run; sets: name -> a held-out data set; loader: what decodes, as of TrainConfig.
+    """Evaluates the trained run in `folder` on `sets`: name -> path of a held-out data set.
 
-    Returns {"retrieval": {name: …}, "composition": …, "zero_shot": …, "pictures": […]}; composition and
-    zero_shot are null when no set has foils or groups. `pictures` holds the first `examples` of each set
-    with the caption this model ranks first among the set's captions.
-    Raises ConfigError when two sets have foils, or two have groups: a figure belongs to one set.
+    loader: what decodes the images: auto, host or dali, as in TrainConfig. trust_remote_code: whether LIFT's text
+    encoder may run code from its repository. examples, and what is returned: as of evaluate_model.
+
+    Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.text_encoder and
+    evaluate_model raise.
     """
     held_out = {name: open_data(path) for name, path in sets.items()}
     model, run = run_folder.load(folder, device)
     encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
-    result: dict[str, Any] = {
-        "retrieval": {},
-        "composition": None,
-        "zero_shot": None,
-        "pictures": [],
-        "skipped": {},
-    }
-    for name, data in held_out.items():
-        size = model.visual.config.image_size
-        if dali.wanted(loader, device.type == "cuda"):
-            pixels, samples = dali.load_images(data, size, gpu_index(device))
-        else:
-            pixels, samples = host.load_images(data, size)
-        result["skipped"][name] = len(data) - len(samples)
-        image = torch.cat([model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(256)])
-        image = F.normalize(image, dim=-1)
+    return evaluate_model(model, encode_text, held_out, device, loader=loader, examples=examples)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Lift | Clip,
+    encode_text: EncodeText,
+    sets: Mapping[str, Samples],
+    device: torch.device,
+    *,
+    loader: str = "auto",
+    examples: int = 8,
+) -> dict[str, Any]:
+    """Evaluates `model`, in eval mode and on `device`, on `sets`: name -> data set.
+
+    encode_text: captions -> features float32 [captions, dim] on the CPU, of unit length.
+
+    Returns the content of eval.json:
+        retrieval     {set: scores}, see retrieval.retrieval
+        composition   scores of the set in which every sample has foils, see composition.composition; None without one
+        zero_shot     scores of the set with at least two groups, see zero_shot.zero_shot; None without one
+        pictures      of each set the first `examples` images, with their caption and the one that the model ranks first
+        skipped       {set: number of images that do not decode}; these count in no score
+
+    Raises ConfigError when two sets have foils or two have groups, since each of these scores is of one set; DataError
+    when no image of a set decodes; BackendError for loader dali when it is not installed.
+    """
+    result: dict[str, Any] = {"retrieval": {}, "composition": None, "zero_shot": None, "pictures": [], "skipped": {}}
+    for name, data in sets.items():
+        image, samples = image_features(model, data, device, loader)
         captions = [data.caption(sample) for sample in samples]
         text = encode_text(captions)
-        result["retrieval"][name] = retrieval.retrieval(image, text)
-
-        best = (image[:examples] @ text.T).argmax(dim=1).tolist()
-        for place, first in enumerate(best):
-            result["pictures"].append(
-                {
-                    "set": name,
-                    "png_base64": base64.b64encode(data.image_bytes(samples[place])).decode(),
-                    "caption": captions[place],
-                    "first": captions[first],
-                    "right": first == place,
-                }
-            )
+        result["skipped"][name] = len(data) - len(samples)
+        result["retrieval"][name] = retrieval(image, text)
+        result["pictures"] += _examples(name, data, samples[:examples], captions, image, text)
 
         metas = [data.meta(sample) for sample in samples]
-        if all("composition" in meta for meta in metas):
-            _once(result, "composition", name)
-            sides = composition.pairs(metas)
-            # Several tasks share a sample's caption: each text is embedded once.
-            texts = list(dict.fromkeys(text for side in sides for task in side.values() for text in task))
-            number = {text: i for i, text in enumerate(texts)}
-            vectors = encode_text(texts)
-            true, false = (
-                {task: vectors[[number[text] for text in task_texts]] for task, task_texts in side.items()}
-                for side in sides
-            )
-            result["composition"] = composition.composition(image, true, false)
-        groups = sorted({meta["group"] for meta in metas if meta.get("group")})
-        if len(groups) > 1:
-            _once(result, "zero_shot", name)
-            chosen = [place for place, meta in enumerate(metas) if meta.get("group")]
-            labels = torch.tensor([groups.index(metas[place]["group"]) for place in chosen])
-            templates = [prompt for group in groups for prompt in zero_shot.prompts(group)]
-            classes = encode_text(templates).view(len(groups), len(zero_shot.TEMPLATES), -1)
-            result["zero_shot"] = zero_shot.zero_shot(image[chosen], classes, labels)
+        if has_foils(metas):
+            _require_first(result, "composition", name)
+            result["composition"] = evaluate_composition(image, metas, encode_text)
+        if len(groups_of(metas)) > 1:
+            _require_first(result, "zero_shot", name)
+            result["zero_shot"] = evaluate_zero_shot(image, metas, encode_text)
     return result
 
 
-def _once(result: dict[str, Any], task: str, name: str) -> None:
+def image_features(
+    model: Lift | Clip, data: Samples, device: torch.device, loader: str = "auto"
+) -> tuple[Tensor, list[int]]:
+    """The features of every image of a set that decodes, and the numbers of their samples.
+
+    Features: float32 [n, dim] on the CPU, of unit length. Raises DataError when no image decodes; BackendError for
+    loader dali when it is not installed.
+    """
+    size = model.visual.config.image_size
+    if dali.wanted(loader, device.type == "cuda"):
+        pixels, samples = dali.load_images(data, size, gpu_index(device))
+    else:
+        pixels, samples = host.load_images(data, size)
+    parts = [model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(_IMAGES_AT_ONCE)]
+    return F.normalize(torch.cat(parts), dim=-1), samples
+
+
+def _examples(
+    name: str, data: Samples, samples: Sequence[int], captions: Sequence[str], image: Tensor, text: Tensor
+) -> list[dict[str, Any]]:
+    """For the report: the first images of a set, each with its caption and the caption that the model ranks first."""
+    best = (image[: len(samples)] @ text.T).argmax(dim=1).tolist()
+    return [
+        {
+            "set": name,
+            "png_base64": base64.b64encode(data.image_bytes(sample)).decode(),
+            "caption": captions[i],
+            "first": captions[first],
+            "right": first == i,
+        }
+        for i, (sample, first) in enumerate(zip(samples, best, strict=True))
+    ]
+
+
+def _require_first(result: dict[str, Any], task: str, name: str) -> None:
+    """Raises ConfigError when an earlier set has been scored on this task."""
     if result[task] is not None:
         raise ConfigError(f"{name} is the second set for {task}; evaluate the sets one at a time")

@@ -1,22 +1,30 @@
-"""Zero-shot classification: the nearest class name, averaged over prompt templates (arXiv 2103.00020, 3.1.4)."""
+"""Zero-shot classification: the class whose name is nearest to the image, averaged over prompt templates
+(Radford et al., 2021, arXiv:2103.00020, section 3.1.4)."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..run_folder import EncodeText
+
 TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")
 
 
 def prompts(name: str) -> list[str]:
-    """A class name in every template."""
+    """A class name, in lower case, in every template."""
     return [template.format(name.lower().replace("&", "and")) for template in TEMPLATES]
 
 
-def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict:
-    """image [n, dim]; classes [classes, templates, dim]; labels int64 [n]; features of unit length.
+def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Classifies each image as the class whose mean over the templates is nearest.
 
-    Returns top1, mean_per_class (recall averaged over the classes that occur), classes, n, chance, and
-    majority: what always naming the commonest class would score.
+    image [n, dim]; classes [classes, templates, dim]; labels int64 [n]; features of unit length.
+
+    Returns top1; mean_per_class, the recall averaged over the classes that occur in labels; classes and n, the
+    counts; chance; and majority, the top1 of always answering the most frequent class.
     """
     weights = F.normalize(classes.mean(dim=1), dim=-1)
     right = (image @ weights.T).argmax(dim=1) == labels
@@ -31,3 +39,21 @@ def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict:
         "chance": 1 / len(classes),
         "majority": (counts.max() / counts.sum()).item(),
     }
+
+
+def groups_of(metas: Sequence[dict[str, Any]]) -> list[str]:
+    """The distinct groups that samples' metadata name, sorted: the classes of zero-shot classification."""
+    return sorted({meta["group"] for meta in metas if meta.get("group")})
+
+
+def evaluate_zero_shot(image: Tensor, metas: Sequence[dict[str, Any]], encode_text: EncodeText) -> dict[str, Any]:
+    """The scores of `zero_shot` for image features [n, dim] and the metadata of their samples.
+
+    Samples without a group are left out.
+    """
+    groups = groups_of(metas)
+    grouped = [i for i, meta in enumerate(metas) if meta.get("group")]
+    labels = torch.tensor([groups.index(metas[i]["group"]) for i in grouped])
+    texts = [prompt for group in groups for prompt in prompts(group)]
+    classes = encode_text(texts).view(len(groups), len(TEMPLATES), -1)
+    return zero_shot(image[grouped], classes, labels)

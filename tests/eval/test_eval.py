@@ -1,10 +1,17 @@
+"""eval/: retrieval, composition and zero-shot by hand, and the evaluation of a model."""
+
 import pytest
 import torch
+from support.tiny_sets import make_set
 from torch.nn import functional as F
 
-from lift_fast.eval.composition import TASKS, composition, pairs
+from lift_fast.errors import ConfigError
+from lift_fast.eval.composition import captions_and_foils, composition
 from lift_fast.eval.retrieval import ranks, recalls, retrieval
+from lift_fast.eval.run import _require_first, evaluate_model
 from lift_fast.eval.zero_shot import TEMPLATES, prompts, zero_shot
+from lift_fast.nn import Lift, Preset, TextConfig, VitConfig
+from lift_fast.sugarcrepe import TASKS
 
 
 def test_ranks_by_hand():
@@ -60,7 +67,7 @@ def test_composition_counts_what_is_strictly_preferred():
 
 def test_pairs_reads_the_metadata():
     meta = {"composition": {task: {"caption": f"{task} yes", "foil": f"{task} no"} for task in TASKS}}
-    captions, foils = pairs([meta, meta])
+    captions, foils = captions_and_foils([meta, meta])
     assert captions["add_obj"] == ["add_obj yes"] * 2
     assert list(foils) == list(TASKS)
     assert len(TASKS) == 7
@@ -80,3 +87,33 @@ def test_zero_shot_by_hand():
 def test_prompts_hold_the_class_name():
     assert len(prompts("Food & Drink")) == len(TEMPLATES)
     assert all("food and drink" in prompt for prompt in prompts("Food & Drink"))
+
+
+def test_a_model_is_evaluated_on_the_images_that_decode(tmp_path):
+    torch.manual_seed(0)
+    preset = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(width=16, layers=1, heads=2), embed_dim=16, text_dim=24)
+    model, sets = (
+        Lift(preset).eval(),
+        {"whole": make_set(tmp_path / "a"), "broken": make_set(tmp_path / "b", broken={0})},
+    )
+    asked = []
+
+    def encode_text(captions):
+        asked.append(list(captions))
+        return F.normalize(torch.randn(len(captions), 24), dim=1)
+
+    result = evaluate_model(model, encode_text, sets, torch.device("cpu"), examples=3)
+    assert list(result) == ["retrieval", "composition", "zero_shot", "pictures", "skipped"]
+    assert {name: scores["n"] for name, scores in result["retrieval"].items()} == {"whole": 10, "broken": 9}
+    assert result["skipped"] == {"whole": 0, "broken": 1}
+    assert result["composition"] is None and result["zero_shot"] is None
+    assert [example["caption"] for example in result["pictures"]] == [f"caption {i}" for i in (0, 1, 2, 1, 2, 3)]
+    assert asked == [[f"caption {i}" for i in range(10)], [f"caption {i}" for i in range(1, 10)]]
+
+
+def test_a_score_belongs_to_one_set():
+    result = {"composition": None}
+    _require_first(result, "composition", "one")
+    result["composition"] = {"mean": 1.0}
+    with pytest.raises(ConfigError, match="two is the second set for composition"):
+        _require_first(result, "composition", "two")
