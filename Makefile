@@ -50,8 +50,8 @@ gpu:
 
 # One recipe for the four. Its last line says what the build said of CUDA, which pip does not show.
 .venv/.demo: EXTRAS := demo
-.venv/.test: EXTRAS := demo,test
-.venv/.check: EXTRAS := demo,test,check
+.venv/.test: EXTRAS := demo,test,docs
+.venv/.check: EXTRAS := demo,test,docs,check
 .venv/.docs: EXTRAS := docs
 .venv/.demo .venv/.test .venv/.check .venv/.docs: .venv/bin/python $(SOURCES)
 	$(PIP) -e '.[$(EXTRAS)]'

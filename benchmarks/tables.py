@@ -35,6 +35,7 @@ COMMANDS = {
 COMPARE_COMMAND = "lift-fast compare --preset vit-b16 --context 77 128 --json FILE"
 GIB, MIB = 2**30, 2**20
 DIMS = 4096, 512
+RECALLS = "r1", "r5", "r10"
 
 
 @cache
@@ -75,7 +76,7 @@ def ms(value: float) -> str:
 
 
 def machine_line() -> str:
-    """Where the figures of the README were measured."""
+    """Where the figures of the README were measured, what was not, and which model scores higher."""
     files = [result(f"bench-{suite}") for suite in ("contrastive", "step", "cache", "data")] + [result("demo")]
     found = {
         (m["cores"], m["cpu"], m["memory_gib"], v["python"], v["torch"], m["gpu"])
@@ -83,11 +84,21 @@ def machine_line() -> str:
     }
     ((cores, cpu, memory, python, torch, gpu),) = found
     assert gpu is None
+    scores = list(zip(*(_scores(result("demo")[model]) for model in ("lift", "clip")), strict=True))
+    ahead, behind = sum(clip > lift for lift, clip in scores), sum(clip < lift for lift, clip in scores)
     return (
         f"Measured on {cores} cores of {cpu}, {memory:.1f} GiB, Python {python}, torch {torch}, without a GPU.\n"
         "**The GPU kernels are compiled for sm_80, sm_90(a) and sm_100 and tested in Triton's interpreter and an\n"
-        "emulator on the CPU. They are not measured on a GPU yet.**"
+        "emulator on the CPU. They are not measured on a GPU yet.** Accuracy of the demo's models: CLIP is ahead in\n"
+        f"{ahead} of {len(scores)} figures, LIFT in {behind} ([table](docs/benchmarks.md#lift-against-clip-trained))."
     )
+
+
+def _scores(model: dict[str, Any]) -> list[float]:
+    """Every accuracy of a model of the demo, higher is better."""
+    ways = [way for found in model["retrieval"].values() for way in (found["i2t"], found["t2i"])]
+    recalls = [way[key] for way in ways for key in RECALLS]
+    return [*recalls, *(model["composition"][task] for task in TASKS), model["zero_shot"]["top1"]]
 
 
 def machines() -> str:
@@ -100,6 +111,7 @@ def machines() -> str:
     rows = []
     for suite, command in COMMANDS.items():
         file = result(f"bench-{suite}")
+        assert file["quick"] == ("--quick" in command), suite
         where, have = file["machine"], file["versions"]
         versions = [f"{name} {have[name]}" for name in ("python", "torch", *packages.get(suite, ()))]
         on = f"{where['cores']} cores of {where['cpu']}, {where['memory_gib']:.1f} GiB, {where['gpu'] or 'no GPU'}"
@@ -511,7 +523,7 @@ def _times(model: dict[str, Any], digits: int) -> str:
 
 
 def _recalls(scores: dict[str, float]) -> str:
-    return " / ".join(f"{100 * scores[key]:.1f}" for key in ("r1", "r5", "r10")) + " %"
+    return " / ".join(f"{100 * scores[key]:.1f}" for key in RECALLS) + " %"
 
 
 # ---- Python's time
