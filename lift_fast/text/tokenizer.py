@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class ClipTokenizer:
-    """Captions -> tokens int64 [captions, context]: start of text, the caption, end of text, zeros.
+    """Captions -> token ids int64 [captions, context]: start of text, the caption, end of text, zeros.
 
-    A caption that does not fit is cut so that it still ends with end of text, as CLIP does.
+    context: length of a row, in tokens. A longer caption is truncated and still ends with end of text, as in CLIP.
     """
 
     def __init__(self, context: int = 77):

@@ -1,4 +1,4 @@
-"""Embedding at scale: shared by ranks, killed and started again, with repeats copied, the bytes are the same."""
+"""Embedding by several ranks, with kills and restarts and with repeated captions copied: the bytes are the same."""
 
 import random
 import shutil
@@ -21,7 +21,7 @@ from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError
 from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.text.embed import Estimate, Rank, embed, embed_share, estimate, groups, in_bytes
 
-SHARDS, ROWS = 36, 40  # rows: of a shard; 16 shards are a group, so there are three
+SHARDS, ROWS = 36, 40  # ROWS per shard; a group has 16 shards, so there are three
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_groups_cover_every_shard_once():
 
 @pytest.mark.parametrize(("world", "shards"), [(2, [16, 20]), (3, [16, 4, 16])])
 def test_ranks_write_the_same_bytes(tmp_path, lines, whole, world, shards):
-    """In an order in which the last rank is not the last to finish."""
+    """Rank 0 finishes last."""
     results = [work(lines, tmp_path / "c", ROWS, rank, world) for rank in (*range(1, world), 0)]
     assert [result.missing > 0 for result in results] == [True] * (world - 1) + [False]
     assert [result.computed + result.copied for result in results] == [count * ROWS for count in shards]
@@ -131,15 +131,15 @@ def test_the_rank_is_torchrun_s(monkeypatch):
     with pytest.raises(ConfigError, match="RANK 8 of WORLD_SIZE 8"):
         Rank.from_environment()
     monkeypatch.setenv("RANK", "first")
-    with pytest.raises(ConfigError, match="set by torchrun, to whole numbers"):
+    with pytest.raises(ConfigError, match="must be whole numbers, as torchrun sets them"):
         Rank.from_environment()
 
 
-# stopped and started again
+# stopped and restarted
 
 
 def unfinished(folder, files, names):
-    """A cache that was stopped when it had the shards `names`."""
+    """Writes the cache of a run that was stopped when it had written the shards `names`."""
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes(files[name])
@@ -154,8 +154,8 @@ def unfinished(folder, files, names):
 def test_any_shards_that_are_there_lead_to_the_same_bytes(tmp_path, lines, whole, seed):
     rng = random.Random(seed)
     names = [name for name in whole if name.startswith("text")]
-    there = rng.sample(names, rng.randint(0, len(names)))
-    unfinished(tmp_path / "c", whole, there)
+    present = rng.sample(names, rng.randint(0, len(names)))
+    unfinished(tmp_path / "c", whole, present)
     world = rng.randint(1, 3)
     results = [work(lines, tmp_path / "c", ROWS, rank, world) for rank in rng.sample(range(world), world)]
     assert results[-1].missing == 0
@@ -190,7 +190,7 @@ def test_a_damaged_shard_is_not_copied_from(tmp_path, lines, whole):
 
 @pytest.mark.parametrize("step", [0, 1, 2, 29, 72, 73, 74, 75])
 def test_killed_around_a_rename(tmp_path, lines, whole, step):
-    """Of partial.json, of a shard, of the last one, of manifest.json."""
+    """The rename of partial.json, of the first shards, of the last shard, or of manifest.json."""
     process = start(work_until, step, lines, tmp_path / "c", ROWS)
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -200,7 +200,7 @@ def test_killed_around_a_rename(tmp_path, lines, whole, step):
 
 
 def run_killed(lines, out, world, rng):
-    """Starts `world` ranks and kills them all at a random moment of their writing, or a little before or after; returns
+    """Starts `world` ranks and kills all of them at a random moment, also shortly before or after they write; returns
     how many had ended."""
     files, seconds = rng.randint(-1, SHARDS), rng.uniform(0, 0.01)
     processes = [start(work, lines, out, ROWS, rank, world) for rank in range(world)]
@@ -234,7 +234,7 @@ def test_a_few_kills_at_random_moments(tmp_path, lines, whole, world):
 @pytest.mark.campaign
 @pytest.mark.parametrize("world", [1, 2])
 def test_forty_kills(tmp_path, lines, whole, world):
-    """Each rerun is started as it was, is killed again every other time, and then left to complete."""
+    """Every other run is killed a second time; then the same command runs to completion."""
     rng = random.Random(10 + world)
     states = []
     for turn in range(40):
@@ -255,7 +255,7 @@ def test_forty_kills(tmp_path, lines, whole, world):
 
 
 def test_data_that_changed_is_caught_before_a_byte_is_written(tmp_path):
-    """One sample dropped, two swapped, or a caption changed under its key."""
+    """A dropped sample, two swapped samples, or a changed caption with an unchanged key."""
     rows = [(f"k{i}", f"caption {i}") for i in range(10)]
 
     def data(rows):
@@ -271,9 +271,9 @@ def test_data_that_changed_is_caught_before_a_byte_is_written(tmp_path):
             (tmp_path / "c" / name).unlink()
         before = contents(tmp_path / "c")
         for changed, words in [
-            (rows[:2] + rows[3:], r"data shards: \('00001.tar', 5\) there, \('00001.tar', 4\) here"),
+            (rows[:2] + rows[3:], "data shard 1 is 00001.tar with 5 samples, not 00001.tar with 4"),
             (rows[:1] + [rows[2], rows[1]] + rows[3:], r"first difference at row 1, key 'k2'"),
-            (rows[:3] + [("k3", "other")] + rows[4:], "captions of 00000.tar: other texts there than here"),
+            (rows[:3] + [("k3", "other")] + rows[4:], "the captions of 00000.tar are different"),
         ]:
             with pytest.raises(CacheMismatch, match=words):
                 embed(data(changed), tmp_path / "c", TinyEncoder(), progress=False)
@@ -303,20 +303,20 @@ def test_captions_that_change_while_they_are_embedded(tmp_path):
 def test_another_encoder_codec_or_cut_is_refused(tmp_path):
     path = write_lines(tmp_path / "c.jsonl", ["one", "two", "three"])
     work(path, tmp_path / "c", 2)
-    with pytest.raises(CacheMismatch, match="codec: 'int8' there, 'bf16' here"):
+    with pytest.raises(CacheMismatch, match="codec is 'int8', not 'bf16'"):
         work(path, tmp_path / "c", 2, codec="bf16")
-    with pytest.raises(CacheMismatch, match="data shards: 2 there, 3 here|data shards: .* there, .* here"):
+    with pytest.raises(CacheMismatch, match="data shard 0 is c.jsonl#00000 with 2 samples, not c.jsonl#00000 with 1"):
         work(path, tmp_path / "c", 1)
     other = TinyEncoder()
     other.spec.name = "other"
-    with pytest.raises(CacheMismatch, match="encoder name: 'tiny' there, 'other' here"):
+    with pytest.raises(CacheMismatch, match="encoder name is 'tiny', not 'other'"):
         share(open_source(path, shard_rows=2), tmp_path / "c", encoder=other)
     with pytest.raises(CacheError, match="no codec 'int3'"):
         work(path, tmp_path / "d", 2, codec="int3")
     assert not (tmp_path / "d").exists()
 
 
-# told first
+# estimates and progress
 
 
 @pytest.mark.parametrize("codec", ["int8", "int2r", "bf16"])
@@ -345,8 +345,8 @@ def test_the_estimate_shares_out_groups(tmp_path, lines):
 
 
 def test_bytes_are_told_in_three_figures():
-    told = [in_bytes(count) for count in (0, 999, 1000, 3_912_345_678, 5e15)]
-    assert told == ["0 B", "999 B", "1 KB", "3.91 GB", "5,000 TB"]
+    formatted = [in_bytes(count) for count in (0, 999, 1000, 3_912_345_678, 5e15)]
+    assert formatted == ["0 B", "999 B", "1 KB", "3.91 GB", "5,000 TB"]
 
 
 def test_progress_tells_rate_time_and_size_left(tmp_path, capfd):

