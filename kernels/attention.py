@@ -4,7 +4,7 @@ S = scale · q kᵀ,   P = exp(S − lse),   out = P v                          
 dv = Pᵀ d_out,   dP = d_out vᵀ,   dS = P · (dP − Δ),   Δ_i = Σ_j (P dP)_ij = Σ_d (out d_out)_id
 dq = scale · dS k,   dk = scale · dSᵀ q
 
-    forward, a program per picture and head:             backward in two passes, likewise:
+    forward, a program per image and head:               backward in two passes, likewise:
         k, v into shared memory                              k, v into shared memory
         for ROWS queries:                                    for ROWS queries:
             S = q kᵀ                                             P from q kᵀ and lse;  out = P v again
@@ -19,24 +19,24 @@ dq = scale · dS k,   dk = scale · dSᵀ q
             P, dS from them and lse
             dv += Pᵀ d_out;  out = P v again;  dk += dSᵀ q;  dq = dS k
 
-Every output is written once, nothing is added to by two programs, and the same bits come out every time. The side that
-is in shared memory whole comes in pieces, powers of two that add up to the next multiple of 16 or 64 of the tokens: 197
-are 128 + 64 + 16. Which form serves, in which sizes, is the caller's to say (the tables of ops/tuned).
+Every output is written once and by one program, so the bits are the same at every run. The operand that is in shared
+memory whole is loaded in pieces: powers of two that add up to the tokens, rounded up to a multiple of 16 or 64; 197
+tokens are 128 + 64 + 16. The caller chooses the form of the backward and the sizes (the tables of ops/tuned).
 
-One pass has one program a multiprocessor at 256 keys: their dk and dv fill half of all registers. P and dS go through
-shared memory for out and dq, whose products of 16 queries wait for it. Two passes form S and dP twice, and out of P in
-two parts, since Δ must be as exact as float32: nine products instead of six. But dk and dv of 64 keys leave room for
-two programs, every product has 64 rows and reads P or dS from the registers that they were formed in, and what the
-second pass reads comes from the L2 cache.
+With one pass, a multiprocessor runs one program at 256 keys, because their dk and dv fill half of all registers. P and
+dS go through shared memory for out and dq, and those products, of 16 queries, wait for it. Two passes compute S and dP
+twice, and out in two products, from the leading and the remaining bits of P, since Δ must be as exact as float32: nine
+products instead of six. But dk and dv of 64 keys let two programs run at once, every product has 64 rows and reads P or
+dS from the registers in which they were computed, and the second pass reads from the L2 cache.
 
-ViT-B/16 at batch 256: 3 072 heads of 64, 197 tokens, padded to 256 on the side of ROWS and to 208 on the other. Of a
+ViT-B/16 at batch 256: 3 072 heads of 64, 197 tokens, padded to 256 along ROWS and to 208 along the other side. For a
 tile of 64 × 208, each of 4 warps issues 970 instructions forward, 1 470 and 1 200 backward (SASS of sm_90).
     forward      reads 232 MB, writes 80 MB        3 072 · 4 · 256 · 208 · 64 =  42 GFLOP, 164 million exponentials
     backward     reads 312 MB, writes 310 MB      3 072 · 18 · 256 · 208 · 64 = 188 GFLOP, 327 million exponentials
-An H100 moves these bytes in 0.10 and 0.20 ms (3.1 TB/s) and has the products done in 0.05 and 0.24 ms (at 800 TFLOP/s),
-as far as one program's exponentials hide behind the other's products: alone they take 0.03 and 0.09 ms to compute and
-0.05 and 0.15 ms to issue with all that belongs to them. So the forward is bound by memory, the backward by the tensor
-cores and what they wait for: 0.3 ms by estimate, and 0.5 in one pass. Not measured on a GPU yet.
+An H100 moves these bytes in 0.10 and 0.20 ms (3.1 TB/s) and computes the products in 0.05 and 0.24 ms (800 TFLOP/s), if
+one program's exponentials overlap with the other's products: alone, the exponentials take 0.03 and 0.09 ms to compute,
+and 0.05 and 0.15 ms to issue with the instructions around them. So the forward is bound by memory, the backward by the
+tensor cores and their waits: an estimated 0.3 ms, and 0.5 ms in one pass. Not measured on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -52,23 +52,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """Queries, or keys, a step; warps; in how many stages loads and products overlap.
+    """The form and sizes of a program."""
 
-    The other side comes in pieces of `least` to `most`. passes and tall are the backward's: two passes or one, which if
-    tall has no products of less than 64 rows, as wgmma and tcgen05 want them.
-    """
-
-    rows: int
+    rows: int  # queries, or keys, per step
     warps: int
-    stages: int
-    most: int = 128
-    least: int = 16
-    passes: int = 1
-    tall: bool = False
+    stages: int  # in which loads and products overlap
+    most: int = 128  # rows of a piece of the other side at most
+    least: int = 16  # and at least
+    passes: int = 1  # of the backward: 1 or 2
+    tall: bool = False  # in one pass: products have at least 64 rows, as wgmma and tcgen05 need
 
 
 def pieces_of(tokens: int, least: int, most: int) -> tuple[int, ...]:
-    """Powers of two that add up to the next multiple of `least`."""
+    """Powers of two, up to `most`, that add up to tokens rounded up to a multiple of `least`."""
     left, found = triton.cdiv(tokens, least) * least, []
     while left:
         found.append(min(most, 1 << left.bit_length() - 1))
@@ -77,13 +73,16 @@ def pieces_of(tokens: int, least: int, most: int) -> tuple[int, ...]:
 
 
 def padded(n: int) -> int:
-    """What whole rows of keys or features are padded to: the next power of two, and 64 at least."""
+    """The size to which keys or features of a row are padded: the next power of two, at least 64."""
     return max(64, triton.next_power_of_2(n))
 
 
 @triton.jit
-def load(x, rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """x[rows], zeros beyond the edges."""
+def load(
+    x,  # [tokens, HEAD_DIM], rows `stride` elements apart
+    rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """x[rows] as [rows, DIM], with zeros beyond the edges."""
     d = tl.arange(0, DIM)
     mask = (rows < tokens)[:, None]
     if HEAD_DIM < DIM:
@@ -92,8 +91,11 @@ def load(x, rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def load_pieces(x, tokens, stride, SIZES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """All rows of x, a tensor a piece."""
+def load_pieces(
+    x,  # [tokens, HEAD_DIM], rows `stride` elements apart
+    tokens, stride, SIZES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """All rows of x: a tuple of tensors [SIZES[k], DIM]."""
     found = ()
     start = 0
     for at in tl.static_range(len(SIZES)):
@@ -103,7 +105,10 @@ def load_pieces(x, tokens, stride, SIZES: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def store(x, tile, rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+def store(
+    x,  # [tokens, HEAD_DIM], rows `stride` elements apart
+    tile, rows, tokens, stride, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, DIM)
     mask = (rows < tokens)[:, None]
     if HEAD_DIM < DIM:
@@ -118,7 +123,7 @@ def product(left, right):
 
 @triton.jit
 def over_keys(weights, x, TALL: tl.constexpr):
-    """weightsᵀ x, for weights [keys, queries] and x [keys, features]; TALL: with features as the rows."""
+    """weightsᵀ x, for weights [keys, queries] and x [keys, features]; TALL: as a product whose rows are features."""
     if TALL:
         sums = tl.trans(product(tl.trans(x), weights))
     else:
@@ -128,27 +133,30 @@ def over_keys(weights, x, TALL: tl.constexpr):
 
 @triton.jit
 def leading(p, dtype: tl.constexpr):
-    """The leading bits of float32 p, as many as dtype holds."""
+    """float32 p with only as many leading mantissa bits as dtype holds."""
     mask: tl.constexpr = 0xFFFF0000 if dtype == tl.bfloat16 else 0xFFFFE000
     return (p.to(tl.uint32, bitcast=True) & mask).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def of_this_head(x, heads, tokens, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Where x [batch, tokens, PARTS, heads, HEAD_DIM] holds this program's picture and head."""
-    picture, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    return x + picture * tokens * PARTS * heads * HEAD_DIM + head * HEAD_DIM
+    """The pointer to this program's image and head in x [batch, tokens, PARTS, heads, HEAD_DIM]."""
+    image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    return x + image * tokens * PARTS * heads * HEAD_DIM + head * HEAD_DIM
 
 
 @triton.jit
 def row_sums_of(x, tokens):
-    """Where x [batch, heads, tokens] holds them."""
+    """The pointer to this program's image and head in x [batch, heads, tokens]."""
     return x + tl.program_id(0).to(tl.int64) * tokens
 
 
 @triton.jit(do_not_specialize=("heads", "tokens"))
 def forward_kernel(
-    qkv, out, lse, heads, tokens, scale,
+    qkv,  # [batch, tokens, 3, heads, HEAD_DIM]
+    out,  # [batch, tokens, heads, HEAD_DIM]
+    lse,  # float32 [batch, heads, tokens]
+    heads, tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     width = heads * HEAD_DIM
@@ -188,7 +196,7 @@ def queries_pass(
     d_out, qkv, lse, d_qkv, out, delta, heads, tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta and, if it is not None, out."""
+    """Stores dq, delta and, if it is not None, out. Arguments as of two_pass_kernel."""
     width = heads * HEAD_DIM
     qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, heads, tokens, 3, HEAD_DIM)
     d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
@@ -231,7 +239,7 @@ def keys_pass(
     d_out, qkv, lse, d_qkv, delta, heads, tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv."""
+    """Stores dk and dv. Arguments as of two_pass_kernel."""
     width = heads * HEAD_DIM
     qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, heads, tokens, 3, HEAD_DIM)
     d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
@@ -247,7 +255,7 @@ def keys_pass(
         start = 0
         for at in tl.static_range(len(SIZES)):
             i = start + tl.arange(0, SIZES[at])
-            # Queries beyond the edge get P = 0; what comes of keys beyond it is never stored.
+            # Queries beyond the edge get P = 0; rows of keys beyond the edge are never stored.
             l = tl.load(lse + i, mask=i < tokens, other=float("inf")) * LOG2E  # noqa: E741
             d = tl.load(delta + i, mask=i < tokens, other=0.0)
             p = tl.exp2(product(k, tl.trans(qs[at])) * (scale * LOG2E) - l[None, :])
@@ -263,14 +271,20 @@ def keys_pass(
 
 @triton.jit(do_not_specialize=("heads", "tokens", "d_heads", "d_tokens"))
 def two_pass_kernel(
-    d_out, qkv, lse, d_qkv, out, delta, heads, tokens, d_heads, d_tokens, scale,
+    d_out,  # [batch, tokens, heads, HEAD_DIM]
+    qkv,  # [batch, tokens, 3, heads, HEAD_DIM]
+    lse,  # float32 [batch, heads, tokens]
+    d_qkv,  # [batch, tokens, 3, heads, HEAD_DIM]
+    out,  # [batch, tokens, heads, HEAD_DIM], or None if it is not wanted
+    delta,  # float32 [batch, heads, tokens], scratch
+    heads, tokens, d_heads, d_tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """out may be None. d_heads is heads, d_tokens tokens: so that no address of one pass is kept for the other."""
+    """d_heads = heads and d_tokens = tokens are passed again so that the passes share no address in a register."""
     queries_pass(
         d_out, qkv, lse, d_qkv, out, delta, heads, tokens, scale, HEAD_DIM, DIM, SIZES, ROWS, CAUSAL
     )  # fmt: skip
-    tl.debug_barrier()  # all of delta is there
+    tl.debug_barrier()  # until all of delta is stored
     keys_pass(
         d_out, qkv, lse, d_qkv, delta, d_heads, d_tokens, scale, HEAD_DIM, DIM, SIZES, ROWS, CAUSAL
     )  # fmt: skip
@@ -278,11 +292,16 @@ def two_pass_kernel(
 
 @triton.jit(do_not_specialize=("heads", "d_heads", "tokens"))
 def one_pass_kernel(
-    d_out, qkv, lse, d_qkv, out, heads, d_heads, tokens, scale,
+    d_out,  # [batch, tokens, heads, HEAD_DIM]
+    qkv,  # [batch, tokens, 3, heads, HEAD_DIM]
+    lse,  # float32 [batch, heads, tokens]
+    d_qkv,  # [batch, tokens, 3, heads, HEAD_DIM]
+    out,  # [batch, tokens, heads, HEAD_DIM], or None if it is not wanted
+    heads, d_heads, tokens, scale,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr,
     TALL: tl.constexpr,
 ):  # fmt: skip
-    """out may be None. d_heads is heads: so that no address of k is kept in a register until dk has its own."""
+    """d_heads = heads is passed again so that no address of k stays in a register for dk."""
     width, d_width = heads * HEAD_DIM, d_heads * HEAD_DIM
     qkv, d_qkv = of_this_head(qkv, heads, tokens, 3, HEAD_DIM), of_this_head(d_qkv, d_heads, tokens, 3, HEAD_DIM)
     d_out = of_this_head(d_out, heads, tokens, 1, HEAD_DIM)
@@ -292,7 +311,7 @@ def one_pass_kernel(
     v = load(qkv + 2 * width, j, tokens, 3 * width, HEAD_DIM, DIM)
     dk = tl.zeros((KEYS, DIM), tl.float32)
     dv = tl.zeros((KEYS, DIM), tl.float32)
-    # What could be hoisted out of the loop is addresses, which are cheap, and registers there are none left.
+    # Loop-invariant code is only cheap address arithmetic; hoisting it would take registers, and none are free.
     for first in tl.range(0, tokens, ROWS, disable_licm=True):
         i = first + tl.arange(0, ROWS)
         q = load(qkv, i, tokens, 3 * width, HEAD_DIM, DIM)
@@ -311,8 +330,8 @@ def one_pass_kernel(
         if out is not None:
             again = of_this_head(out, heads, tokens, 1, HEAD_DIM)
             store(again, over_keys(p, v, TALL), i, tokens, width, HEAD_DIM, DIM)
-        # The last product of a turn decides. ptxas runs every wgmma by itself if one is on its way across the loop's
-        # end, so dq, which is waited for, comes last; of the forms for mma.sync the one with dk last spills nothing.
+        # The order of the last products matters. ptxas serialises every wgmma if one is in flight across the end of the
+        # loop, so for wgmma dq, whose result is stored, comes last. For mma.sync the order with dk last does not spill.
         if TALL:
             dk = dot(ds, q, dk)
         store(d_qkv, over_keys(ds, k, TALL) * scale, i, tokens, 3 * width, HEAD_DIM, DIM)
@@ -323,6 +342,7 @@ def one_pass_kernel(
 
 
 def forward(qkv: Tensor, scale: float, causal: bool, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(out, lse). See Backend in ops/attention/contract.py."""
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((batch, tokens, heads, head_dim))
     lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -337,6 +357,7 @@ def forward(qkv: Tensor, scale: float, causal: bool, tile: Tile) -> tuple[Tensor
 def backward(
     d_out: Tensor, qkv: Tensor, lse: Tensor, scale: float, causal: bool, want_out: bool, tile: Tile
 ) -> tuple[Tensor, Tensor | None]:
+    """(d_qkv, out or None). See Backend in ops/attention/contract.py."""
     batch, tokens, _, heads, head_dim = qkv.shape
     d_qkv, out = torch.empty_like(qkv), torch.empty_like(d_out) if want_out else None
     grid, named = (batch * heads,), {"HEAD_DIM": head_dim, "DIM": padded(head_dim), "ROWS": tile.rows, "CAUSAL": causal}

@@ -9,10 +9,10 @@
     normalize, program r:                        whole rows
         scale = 1 / sqrt(Σ value²)               over tiles; the first stays in registers, up to 4096 elements
 
-A few integer operations and one multiplication for 3 bytes (int8 to bf16) or 5 (to float32) moved: the bound is
-memory bandwidth, and of a table in pinned host memory the bus, of which a tile asks whole lines, once (normalize of
-rows beyond 4096 elements: twice). A tile of 2 × 1024 moves 6 KB for int8 to bf16; one of 4 × 1024 spills on sm_80.
-A row outside the table gives NaN, 0 as int8: raising would make the host wait for the GPU.
+A few integer operations and one multiplication for 3 bytes (int8 to bf16) or 5 (to float32) moved: the bound is memory
+bandwidth or, for a table in pinned host memory, the bus. A tile reads whole cache lines over the bus, once (normalize
+reads rows of more than 4096 elements twice). A tile of 2 × 1024 moves 6 KB for int8 to bf16; one of 4 × 1024 spills on
+sm_80. A row outside the table gives NaN, 0 as int8, because raising would make the host wait for the GPU.
 """
 
 import torch
@@ -25,13 +25,13 @@ from .interpreter import round_to
 
 @triton.jit
 def _word(LEVELS: tl.constexpr, k: tl.constexpr):
-    """Four levels, a byte each."""
+    """Levels 4k to 4k + 3, a byte each, as an int32."""
     return tl.full((), (((LEVELS >> 32 * k) & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000, tl.int32)
 
 
 @triton.jit
 def _level(code, BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """The level of each code (int32, its lowest BITS bits), int32: without a table in memory."""
+    """The level, int32, of each code (the lowest BITS bits of an int32), without a table in memory."""
     word = _word(LEVELS, 0)
     if BITS == 4:
         low = tl.where((code & 4) != 0, _word(LEVELS, 1), word)
@@ -42,10 +42,11 @@ def _level(code, BITS: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def _values(
-    codes, row, inside, start, columns, codes_stride,
+    codes,  # [n, columns], rows codes_stride elements apart
+    row, inside, start, columns, codes_stride,
     BITS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Columns start to start + COLS of the rows, without their scales: int32 of integer codecs, else float32."""
+    """Columns start to start + COLS of the rows, without their scales: int32 for integer codecs, else float32."""
     PER: tl.constexpr = 8 // BITS if LEVELS else 1
     c = start // PER + tl.arange(0, COLS // PER)
     mask = inside[:, None] & (c < columns)[None, :]
@@ -63,7 +64,7 @@ def _values(
         x = x.to(tl.int32)
     elif x.dtype == tl.int16:  # bfloat16's bits
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif x.dtype == tl.uint8:  # e4m3's: its exponent and mantissa read as float32's are 2^120 too small
+    elif x.dtype == tl.uint8:  # e4m3's bits: its exponent and mantissa, read as float32's, are 2^120 too small
         bits = x.to(tl.int32)
         x = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
         x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x)
@@ -72,7 +73,7 @@ def _values(
 
 @triton.jit
 def _squares(x, start, dim, COLS: tl.constexpr):
-    """Of each row; integers' exactly."""
+    """The sum of squares of each row; exact for integers."""
     x = tl.where((start + tl.arange(0, COLS) < dim)[None, :], x, 0)
     if x.dtype == tl.int32:
         sums = tl.sum(x * x, 1).to(tl.int64)
@@ -83,7 +84,11 @@ def _squares(x, start, dim, COLS: tl.constexpr):
 
 
 @triton.jit
-def _store(x, step, scale, inside, out, i, m, start, dim, COLS: tl.constexpr):
+def _store(
+    x, step, scale, inside,
+    out,  # [m, dim]
+    i, m, start, dim, COLS: tl.constexpr,
+):  # fmt: skip
     c = start + tl.arange(0, COLS)
     if out.dtype.element_ty == tl.int8:
         x = tl.where(inside[:, None], x, 0).to(tl.int8)
@@ -92,19 +97,23 @@ def _store(x, step, scale, inside, out, i, m, start, dim, COLS: tl.constexpr):
     tl.store(out + i[:, None] * dim + c[None, :], x, mask=(i < m)[:, None] & (c < dim)[None, :])
 
 
-# One program serves any sizes: only what wide loads and stores depend on makes another.
+# One compiled program for all sizes; only what wide loads and stores depend on compiles another.
 @triton.jit(
     do_not_specialize=("n", "m", "dim", "columns", "codes_stride", "scales_stride"),
     do_not_specialize_on_alignment=("scales", "rows"),
 )
 def dequant_kernel(
-    codes, scales, rows, out, n, m, dim, columns, codes_stride, scales_stride,
+    codes,  # [n, columns], rows codes_stride elements apart
+    scales,  # float32 [n], scales_stride elements apart; not read without HAS_SCALES
+    rows,  # int64 [m]; not read without HAS_ROWS
+    out,  # [m, dim]
+    n, m, dim, columns, codes_stride, scales_stride,
     HAS_ROWS: tl.constexpr, HAS_SCALES: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
     BITS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """columns: elements in a row of codes; dim, columns and codes_stride come in units of UNIT, by which they divide.
+    """columns: elements in a row of codes. dim, columns and codes_stride are given as multiples of UNIT.
 
-    LEVELS: of packed codes of BITS bits, level k in byte k; else 0.
+    LEVELS: for packed codes of BITS bits, level k in byte k; else 0.
     """
     dim, columns, codes_stride = dim * UNIT, columns * UNIT, codes_stride * UNIT
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -121,7 +130,7 @@ def dequant_kernel(
             x = _values(codes, row, inside, start, columns, codes_stride, BITS, LEVELS, ROWS, COLS)
             squares += _squares(x, start, dim, COLS)
         if squares.dtype == tl.int64:
-            # As IEEE has it: the same bits as on the CPU.
+            # Rounded as IEEE demands: the same bits as on the CPU.
             scale = tl.div_rn(step, tl.sqrt_rn(tl.maximum(squares, 1).to(tl.float32)))
         else:
             # A power of two that keeps the products of the shortest and the longest rows normal numbers.
@@ -143,18 +152,18 @@ def dequant_kernel(
 
 
 def tile(dim: int, normalize: bool = False) -> tuple[int, int]:
-    """(ROWS, COLS): 2048 elements; with normalize up to 4096 of one row."""
+    """(ROWS, COLS) of a tile of 2048 elements; with normalize up to 4096 of one row."""
     cols = min(4096 if normalize else 1024, max(256, triton.next_power_of_2(dim)))
     return max(1, 2048 // cols), cols
 
 
 def warps(rows: int, cols: int) -> int:
-    """So many that a thread has 16 elements."""
+    """The number of warps with which a thread has 16 elements."""
     return rows * cols // 512
 
 
 def packing(levels: tuple[int, ...]) -> dict[str, int]:
-    """BITS and LEVELS of the kernel; no levels: codes that are not packed."""
+    """BITS and LEVELS of the kernel; levels: () for codes that are not packed."""
     bits = (len(levels) - 1).bit_length()
     return {"BITS": bits, "LEVELS": sum((level & 0xFF) << 8 * k for k, level in enumerate(levels))}
 
@@ -170,10 +179,10 @@ def dequant(
     levels: tuple[int, ...] = (),
     normalize: bool = False,
 ) -> None:
-    """Fills out [m, dim] (contiguous; float32, bfloat16, float16, or of integers int8) on the current device.
+    """Fills out [m, dim] (contiguous; float32, bfloat16, float16, or int8 for integer codecs) on the current device.
 
     codes: int8, float8_e4m3fn, bfloat16 or float32 [n, dim], or with levels (of 4 or 16 codes) packed uint8
-    [n, bytes]; its last dimension contiguous. scales: float32 [n], or None for ones; rows: int64 [m], contiguous,
+    [n, bytes]; the last dimension contiguous. scales: float32 [n], or None for ones; rows: int64 [m], contiguous,
     or None for all. codes and scales may lie in pinned host memory. normalize: scales are not read.
     """
     (m, dim), n = out.shape, len(codes)

@@ -4,15 +4,15 @@ s = x + residual,  x̂ = (s − mean) · rstd,  y = x̂ · weight + bias
 dx = d_stream + rstd · (g − mean(g) − x̂ · mean(g · x̂)),  g = dy · weight
 d_weight = Σ_rows dy · x̂,  d_bias = Σ_rows dy
 
-    forward, a program: ROWS whole rows, in registers         backward, a program of a fixed number: every so many rows
+    forward, a program: ROWS whole rows, in registers         backward, programs that fit on the GPU: every n-th tile
         s = x + residual, rounded, is stored                      x̂ and g from stream and dy; both means of g
-        mean = Σ s / width                                        dx, and y again if that is wanted, are stored
-        rstd = 1 / √(Σ (s − mean)² / width + eps)                 d_weight, d_bias += dy · x̂, dy, element by element
-        y, mean and rstd are stored                           -> parts[program];  merge adds the parts, in order
+        mean = Σ s / width                                        dx, and y again if it is wanted, are stored
+        rstd = 1 / √(Σ (s − mean)² / width + eps)                 d_weight, d_bias += dy · x̂, dy, elementwise
+        y, mean and rstd are stored                           -> parts[program];  merge adds the parts in order
 
-An element moves 4 to 8 bytes forward and 6 to 10 backward in 16 bits, for some ten float operations: memory
-bandwidth is the bound. So a row is read once, the variance comes from what is in registers already, and the
-backward's column sums stay there until a program has seen all its rows. No atomics: the same bits at every run.
+In 16 bits, an element moves 4 to 8 bytes forward and 6 to 10 backward, for some ten float operations: memory bandwidth
+is the bound. So a row is read once, its variance is computed from registers, and the backward's column sums stay in
+registers until a program has processed all its rows. No atomics: the same bits at every run.
 """
 
 from typing import NamedTuple
@@ -29,17 +29,17 @@ MAX_WARPS = 16
 
 
 class RowTile(NamedTuple):
-    """Elements of a program's tile at least, and of a warp; registers that a thread gets, None: what ptxas takes."""
+    """The size of a program of whole rows."""
 
-    elements: int
-    a_warp: int
-    registers: int | None = None
+    elements: int  # of a tile, at least
+    a_warp: int  # elements per warp
+    registers: int | None = None  # per thread; None: as ptxas decides
 
 
 class MergeTile(NamedTuple):
-    """Parts and columns that a program merges at once."""
+    """The size of a program of merge_kernel."""
 
-    parts: int
+    parts: int  # added in one step
     columns: int
     warps: int
 
@@ -51,7 +51,16 @@ def normed_rows(s, mean, rstd):
 
 @triton.jit(do_not_specialize=("rows",))
 def layernorm_kernel(
-    x, residual, weight, bias, eps, y, stream, mean, rstd, rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x,  # [rows, width]
+    residual,  # [rows, width] or None
+    weight,  # float32 [width]
+    bias,  # float32 [width]
+    eps,
+    y,  # [rows, width]
+    stream,  # [rows, width], s; None without residual
+    mean,  # float32 [rows]
+    rstd,  # float32 [rows]
+    rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     s = stored(x, i, j, rows, width, width).to(tl.float32)
@@ -71,8 +80,17 @@ def layernorm_kernel(
 
 @triton.jit(do_not_specialize=("rows",))
 def layernorm_backward_kernel(
-    dy, stream, mean, rstd, weight, bias, d_stream, dx, y, parts, rows, width,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    dy,  # [rows, width]
+    stream,  # [rows, width], s
+    mean,  # float32 [rows]
+    rstd,  # float32 [rows]
+    weight,  # float32 [width]
+    bias,  # float32 [width]
+    d_stream,  # [rows, width] or None
+    dx,  # [rows, width]; may be dy or d_stream
+    y,  # [rows, width], or None if it is not wanted again
+    parts,  # float32 [programs, 2, width]: sums for d_weight and d_bias
+    rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     j = tl.arange(0, WIDTH)
     w = tl.load(weight + j, mask=j < width, other=0.0)[None, :]
@@ -100,8 +118,12 @@ def layernorm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=("tiles", "n"))
-def merge_kernel(parts, out, tiles, n, TILES: tl.constexpr, N: tl.constexpr):
-    """out [n] = the sum of parts [tiles, n], in the order of the tiles."""
+def merge_kernel(
+    parts,  # float32 [tiles, n]
+    out,  # float32 [n]
+    tiles, n, TILES: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of parts over tiles, in a fixed order."""
     j = tl.program_id(0) * N + tl.arange(0, N)
     sums = tl.zeros((TILES, N), tl.float32)
     for first in range(0, tiles, TILES):
@@ -110,14 +132,14 @@ def merge_kernel(parts, out, tiles, n, TILES: tl.constexpr, N: tl.constexpr):
 
 
 def shape(width: int, tile: RowTile) -> tuple[int, int, int]:
-    """(ROWS, WIDTH, warps) of a program that holds whole rows."""
+    """(ROWS, WIDTH, warps) of a program of whole rows."""
     padded = triton.next_power_of_2(width)
     warps = min(MAX_WARPS, max(tile.elements, padded) // tile.a_warp)
     return max(1, tile.elements // padded), padded, warps
 
 
 def merge(parts: Tensor, tile: MergeTile) -> Tensor:
-    """The sum over the first dimension of parts, float32, in its order."""
+    """The sum of parts, float32, over their first dimension, in a fixed order."""
     out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     tiles, n = len(parts), out.numel()
     merge_kernel[(triton.cdiv(n, tile.columns),)](
@@ -127,7 +149,7 @@ def merge(parts: Tensor, tile: MergeTile) -> Tensor:
 
 
 def resident(warps: int, registers: int | None, device: torch.device) -> int:
-    """Programs of so many warps that run at once, if a thread has so many registers (None: as many as there are)."""
+    """Programs of these warps, and registers per thread (None: the most, 255), that run at once on a device."""
     on = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return on * max(1, 65536 // (32 * (registers or 255) * warps))
 
@@ -136,7 +158,7 @@ def layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     y: Tensor, stream: Tensor | None, mean: Tensor, rstd: Tensor, tile: RowTile,
 ) -> None:  # fmt: skip
-    """See ops/transformer/contract.py."""
+    """See LayerNorm in ops/transformer/contract.py."""
     rows, width = x.shape
     tile_rows, padded, warps = shape(width, tile)
     layernorm_kernel[(triton.cdiv(rows, tile_rows),)](
@@ -149,7 +171,7 @@ def layernorm_backward(
     dy: Tensor, stream: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     d_stream: Tensor | None, dx: Tensor, y: Tensor | None, tile: RowTile, merged: MergeTile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ops/transformer/contract.py. tile.registers: with which all of its programs run at once."""
+    """See LayerNormGrad in ops/transformer/contract.py. With tile.registers all programs run at once."""
     rows, width = stream.shape
     tile_rows, padded, warps = shape(width, tile)
     programs = min(triton.cdiv(rows, tile_rows), resident(warps, tile.registers, stream.device))

@@ -1,22 +1,22 @@
-"""The activation between a block's two linear layers: by itself, or in the epilogue of the product beside it.
+"""The activation between a block's two linear layers: by itself, or in the epilogue of the matrix product next to it.
 
 z = h + bias,  a = act(z) = z · gate(z),  act'(z) = gate(z) + z · gate'(z)      (GELU: Hendrycks and Gimpel, 1606.08415)
 gate: Φ(z); σ(2 √(2/π) (z + 0.044715 z³)), the tanh form; σ(1.702 z)
 
     bias_act, backward: tiles of ROWS × COLS       linear_act, a tile of ROWS × COLS, in an order kept in the L2:
-        dh = da · act'(h + bias), rounded              p = x @ weight.T by steps of DEPTH  (pairs.py: `products`)
-        d_bias += dh, not rounded, by element          h = p rounded;  a = act(h + bias), of the rounded h
+        dh = da · act'(h + bias), rounded              p = x @ weight.T in steps of DEPTH  (pairs.py: `products`)
+        d_bias += dh, not rounded, elementwise         h = p rounded;  a = act(h + bias), of the rounded h
         -> parts[program]                          linear_act_backward, likewise:
-    layernorm.py's merge adds the parts, in order      da = dm @ weight, float32, never stored;  dh, a, parts[row tile]
+    layernorm.py's merge adds the parts in order       da = dm @ weight, float32, never stored;  dh, a, parts[row tile]
 
-The activation by itself is bound by memory: 4 bytes an element, or 6 to 8 backward, in 16 bits. A step of
-128 × 128 × 64 does 2.1 MFLOP on the 32 KB that it moves into shared memory: the tensor cores are the bound there,
-as long as the epilogue hides. That moves 4 bytes an element, 6 backward, or 64 and 96 KB a tile: at 800 TFLOP/s and
-3 TB/s as long as 530 and 800 of the product's depth take, so two programs share a multiprocessor, and one's
-epilogue runs beside the other's products.
+The activation by itself is bound by memory: 4 bytes per element, or 6 to 8 backward, in 16 bits. A step of
+128 × 128 × 64 does 2.1 MFLOP on the 32 KB that it moves into shared memory: the tensor cores are the bound there, as
+long as the epilogue is hidden. The epilogue moves 4 bytes per element, 6 backward, or 64 and 96 KB per tile: at
+800 TFLOP/s and 3 TB/s this takes as long as 530 and 800 of the product's depth. So two programs share a
+multiprocessor, and the epilogue of one overlaps with the products of the other.
 
-a is the same bits from all four: z is formed from the rounded h, and no multiplication that leads to a is followed by
-an addition but in an explicit fma, so the compiler has nothing to contract in one kernel and not in another.
+All four kernels compute the same bits of a: z is computed from the rounded h, and every multiplication on the way to a
+that is followed by an addition is an explicit fma, so the compiler cannot contract in one kernel and not in another.
 """
 
 from typing import NamedTuple
@@ -32,24 +32,24 @@ from .pairs import multiple, products, quarters, store, stored, tile_at
 
 
 class Tile(NamedTuple):
-    """The activation by itself: ROWS × COLS a step. registers: what a thread gets; None: what ptxas takes."""
+    """The size of a program of the activation by itself."""
 
-    rows: int
+    rows: int  # ROWS and COLS of a step
     cols: int
     warps: int
-    registers: int | None = None
+    registers: int | None = None  # per thread; None: as ptxas decides
 
 
 class ProductTile(NamedTuple):
-    """ROWS × COLS of the product a program, by steps of DEPTH; GROUP row tiles pass over the columns together."""
+    """The size of a program of a matrix product with the activation."""
 
-    rows: int
+    rows: int  # ROWS and COLS of the result's tile
     cols: int
-    depth: int
+    depth: int  # DEPTH of a step
     warps: int
     stages: int
-    group: int
-    aligned: bool  # all operands, as pairs.py says
+    group: int  # row tiles that pass over the columns together
+    aligned: bool  # whether all operands are, in the sense of pairs.py
     registers: int | None = None
 
 
@@ -83,7 +83,7 @@ def slope_of(z, gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def biased(h, bias, j, cols):
-    """z = h + bias of column j; bias may be None."""
+    """z = h + bias for columns j; bias: float32 [cols], or None for zeros."""
     z = h.to(tl.float32)
     if bias is not None:
         z += tl.load(bias + j, mask=j < cols, other=0.0)[None, :]
@@ -91,8 +91,15 @@ def biased(h, bias, j, cols):
 
 
 @triton.jit
-def backward_of(da, h, bias, dh, a, i, j, rows, cols, ACTIVATION: tl.constexpr):
-    """A tile of dh, which is stored, as a is if it is not None; returns dh before it is rounded."""
+def backward_of(
+    da,
+    h,  # [rows, cols]
+    bias,  # float32 [cols] or None
+    dh,  # [rows, cols]
+    a,  # [rows, cols], or None if it is not wanted again
+    i, j, rows, cols, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores dh, and a unless it is None, at rows i and columns j from da there. Returns dh before it is rounded."""
     z = biased(stored(h, i, j, rows, cols, cols), bias, j, cols)
     gate = gate_of(z, ACTIVATION)
     if a is not None:
@@ -104,7 +111,10 @@ def backward_of(da, h, bias, dh, a, i, j, rows, cols, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows",))
 def bias_act_kernel(
-    h, bias, a, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    h,  # [rows, cols]
+    bias,  # float32 [cols]
+    a,  # [rows, cols]; may be h
+    rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row_tile, col_tile = tile_at(tl.program_id(0), rows, cols, ROWS, COLS, 1)
     i, j = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
@@ -114,7 +124,13 @@ def bias_act_kernel(
 
 @triton.jit(do_not_specialize=("rows",))
 def bias_act_backward_kernel(
-    da, h, bias, dh, a, parts, rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    da,  # [rows, cols]
+    h,  # [rows, cols]
+    bias,  # float32 [cols]
+    dh,  # [rows, cols]; may be da
+    a,  # [rows, cols], may be h; None if it is not wanted again
+    parts,  # float32 [programs down, cols]: sums for d_bias
+    rows, cols, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * COLS + tl.arange(0, COLS)
     sums = tl.zeros((ROWS, COLS), tl.float32)
@@ -127,7 +143,12 @@ def bias_act_backward_kernel(
 
 @triton.jit(do_not_specialize=("rows", "cols", "dim"))
 def linear_act_kernel(
-    x, weight, bias, h, a, rows, cols, dim,
+    x,  # [rows, dim]
+    weight,  # [cols, dim]
+    bias,  # float32 [cols] or None
+    h,  # [rows, cols]
+    a,  # [rows, cols]
+    rows, cols, dim,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +166,14 @@ def linear_act_kernel(
 
 @triton.jit
 def turned_products(
-    x, t, i, j, rows, cols, dim, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr
+    x,  # [rows, dim]
+    t,  # [dim, cols]
+    i, j, rows, cols, dim, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """x[i] @ t[:, j] in float32; x [rows, dim], t [dim, cols].
+    """x[i] @ t[:, j] in float32.
 
-    Rows beyond the edge load the last one (pairs.py), columns zeros: clamped, they would not be read 16 bytes at once.
+    Rows beyond the edge repeat the last one, as in pairs.py. Columns beyond the edge are zeros: clamped indices would
+    prevent loads of 16 bytes.
     """
     k = tl.arange(0, DEPTH)
     left = x + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * dim + k[None, :]
@@ -166,7 +190,14 @@ def turned_products(
 
 @triton.jit(do_not_specialize=("rows", "cols", "dim"))
 def linear_act_backward_kernel(
-    dm, weight, h, bias, dh, a, parts, rows, cols, dim,
+    dm,  # [rows, dim]
+    weight,  # [dim, cols]
+    h,  # [rows, cols]
+    bias,  # float32 [cols] or None
+    dh,  # [rows, cols]
+    a,  # [rows, cols]
+    parts,  # float32 [row tiles, cols]: sums for d_bias
+    rows, cols, dim,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +213,7 @@ def linear_act_backward_kernel(
 
 
 def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor, tile: Tile) -> None:
-    """See ops/transformer/contract.py."""
+    """See BiasAct in ops/transformer/contract.py."""
     rows, cols = h.shape
     bias_act_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols),)](
         h, bias, a, rows, cols, ACTIVATION=activation, ROWS=tile.rows, COLS=tile.cols,
@@ -193,7 +224,7 @@ def bias_act(h: Tensor, bias: Tensor, activation: str, a: Tensor, tile: Tile) ->
 def bias_act_backward(
     da: Tensor, h: Tensor, bias: Tensor, activation: str, dh: Tensor, a: Tensor | None, tile: Tile, merged: MergeTile
 ) -> Tensor:
-    """See ops/transformer/contract.py. tile.registers: with which all of its programs run at once."""
+    """See BiasActGrad in ops/transformer/contract.py. With tile.registers all programs run at once."""
     rows, cols = h.shape
     across = triton.cdiv(cols, tile.cols)
     down = min(triton.cdiv(rows, tile.rows), max(1, resident(tile.warps, tile.registers, h.device) // across))
