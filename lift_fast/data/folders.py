@@ -1,13 +1,12 @@
-"""Picture files on disk, with their captions in a table beside them.
+"""Image files on disk whose captions are in a table.
 
-ParquetImages: the layout that LIFT's authors train from (github.com/Jingfeng0705/LIFT, DATASET.md), and
-img2dataset's `files`:
+ParquetImages: the layout of LIFT's authors (github.com/Jingfeng0705/LIFT, DATASET.md) and of img2dataset's `files`:
 
-    PICTURES/train-00012-of-03550/000000000001.jpg        a folder of pictures for each parquet file
-    CAPTIONS/train-00012-of-03550.parquet                 key, re_caption, org_caption, extension, a row each; or
-    EMBEDDINGS/train-00012-of-03550/0.parquet, 1.parquet  key "000000000001.jpg", embedding
+    IMAGES/train-00012-of-03550/000000000001.jpg          a folder of images for each parquet file
+    CAPTIONS/train-00012-of-03550.parquet                 columns key, re_caption, org_caption, extension; or
+    EMBEDDINGS/train-00012-of-03550/0.parquet, 1.parquet  columns key ("000000000001.jpg"), embedding
 
-TableImages: one CSV, TSV or JSONL file whose rows name a picture each, such as Hugging Face's metadata.csv.
+TableImages: one CSV, TSV or JSONL file whose rows name an image each, such as Hugging Face's metadata.csv.
 """
 
 import os
@@ -34,52 +33,52 @@ _KEPT_BYTES = 1 << 30  # of caption columns
 
 
 class ParquetImages:
-    """The Samples of a folder of parquet files, and of picture files in folders of the same names.
+    """The Samples of a folder of parquet files and of image files in folders of the same names.
 
-    A parquet file of captions is a shard; so is a folder of parquet files of embeddings. Rows are in their order, so
-    that a cache made from either fits. A shard's keys are read when one of them is first asked for, and kept (8
-    bytes and its text each, and so an extension); its captions when one is asked for, and at most 1 GiB of them are
-    kept.
+    A parquet file of captions is a shard; so is a folder of parquet files of embeddings. Samples are in the order of
+    the rows, so that a cache made from either matches. A shard's keys are read when the first of them is needed, and
+    stay in memory (8 bytes and the text for each key and each extension). Captions are read a shard at a time when one
+    is needed; at most 1 GiB of them stays in memory.
 
-    captions: a folder of parquet files, or of folders of them. pictures: the folder with a folder of pictures for
-    each, named as the parquet file or folder up to its first dot.
+    captions: a folder of parquet files, or of folders of them. images: the folder with a folder of images for each,
+    named like the parquet file or folder up to its first dot.
 
-    Raises DataError: no parquet file there, or not to be read, or without keys; no such folder of pictures;
-    no pyarrow.
+    Raises DataError for a folder without parquet files, files that cannot be read or have no keys, no matching folder
+    of images, and when pyarrow is not installed.
     """
 
-    def __init__(self, captions: str | Path, pictures: str | Path):
-        self.folder, self.pictures = Path(captions), Path(pictures)
+    def __init__(self, captions: str | Path, images: str | Path):
+        self.folder, self.images = Path(captions), Path(images)
         groups = _groups(self.folder)
         if not groups:
             raise DataError(f"{self.folder} holds no parquet file, nor a folder with one")
         self.names = list(groups)
         self._files = list(groups.values())
         stems = [name.partition(".")[0] for name in self.names]
-        self._roots = [Path(os.path.abspath(self.pictures / stem)) for stem in stems]
+        self._roots = [Path(os.path.abspath(self.images / stem)) for stem in stems]
         if not any(root.is_dir() for root in self._roots):
             raise DataError(
-                f"no pictures for the parquet files at {self.folder}: wanted is a folder {self.pictures / stems[0]} "
-                f"with the pictures of {self.names[0]}"
+                f"no images for the parquet files at {self.folder}: wanted is a folder {self.images / stems[0]} "
+                f"with the images of {self.names[0]}"
             )
         flat = [path for group in self._files for path in group]
         with ThreadPoolExecutor(min(32, 4 * len(os.sched_getaffinity(0)))) as pool:
-            told = dict(zip(flat, pool.map(_rows_and_columns, flat), strict=True))
-        self.columns = told[flat[0]][1]
-        self._rows = [[told[path][0] for path in group] for group in self._files]
+            found = dict(zip(flat, pool.map(_rows_and_columns, flat), strict=True))
+        self.columns = found[flat[0]][1]
+        self._rows = [[found[path][0] for path in group] for group in self._files]
         self.shard_sizes = [sum(rows) for rows in self._rows]
         self._ends = list(accumulate(self.shard_sizes))
         if not len(self):
-            raise DataError(f"{self.folder}: {len(flat)} parquet files and not one row in them")
+            raise DataError(f"{self.folder}: {len(flat)} parquet files hold no row")
         self._lock = threading.RLock()
-        self._names: dict[int, tuple[Any, Any]] = {}  # of a shard, Arrow arrays of its keys and extensions
+        self._names: dict[int, tuple[Any, Any]] = {}  # shard -> Arrow arrays of its keys, extensions
         self._captions: OrderedDict[tuple[int, str], Any] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
         number, row = self._locate(i)
         try:
             keys, extensions = self._keys(number)
@@ -116,7 +115,7 @@ class ParquetImages:
         return checked_caption(column[row].as_py(), field, lambda: self.where(i))
 
     def meta(self, i: int) -> dict:
-        """{}: what a parquet file tells of a sample is its key and its captions."""
+        """{}: a parquet file has no metadata besides keys and captions."""
         return {}
 
     def where(self, i: int) -> str:
@@ -125,18 +124,18 @@ class ParquetImages:
         place = f"{self.folder / self.names[number]}: row {row}"
         try:
             return f"{place}, key {self._keys(number)[0][row].as_py()!r}"
-        except DataError:  # the file is what is wrong
+        except DataError:  # the message is about a file that cannot be read
             return place
 
     def shard_keys(self, number: int) -> list[str]:
         """The sample keys of shard `number`, in order. Raises DataError for one that is missing or occurs twice."""
         keys = self._keys(number)[0].to_pylist()
-        if "embedding" in self.columns:  # after the first dot of the name; the folders before it may have more
+        if "embedding" in self.columns:  # file names, cut at the first dot of the base name
             keys = [key and re.sub(r"\.[^/]*$", "", key) for key in keys]
         return checked_keys(keys, lambda row: f"{self.folder / self.names[number]}: row {row}")
 
     def shard_hashes(self, number: int) -> Tensor:
-        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]."""
+        """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]."""
         return key_hashes(self.shard_keys(number))
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -151,12 +150,12 @@ class ParquetImages:
             return self._names[number]
 
     def _read(self, number: int, columns: Sequence[str]) -> list[Any]:
-        """Columns of a shard as Arrow arrays of text. Raises DataError."""
+        """Reads columns of a shard as Arrow arrays of text. Raises DataError."""
         import pyarrow as pa
 
         def read(file: Any) -> Any:
             table = file.read(columns=list(columns))
-            table.validate(full=True)  # that texts are UTF-8, above all
+            table.validate(full=True)  # in particular that the text is UTF-8
             return table
 
         parts: list[list[Any]] = [[] for _ in columns]
@@ -166,7 +165,7 @@ class ParquetImages:
                 raise DataError(f"{path} has changed since the data set was opened; run the command again")
             for name, part in zip(columns, parts, strict=True):
                 if table.column_names.count(name) != 1:
-                    raise DataError(f"{path} has no one column {name!r}, as {self._files[0][0]} has")
+                    raise DataError(f"{path} does not have exactly one column {name!r}, as {self._files[0][0]} has")
                 column = table.column(name)
                 kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
                 if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
@@ -176,15 +175,15 @@ class ParquetImages:
 
 
 class TableImages:
-    """The Samples of one CSV, TSV or JSONL file whose rows name a picture each; 10 000 rows are a shard.
+    """The Samples of one CSV, TSV or JSONL file whose rows name an image each; 10 000 rows are a shard.
 
-    The picture is in the first of the columns file_name, filepath, image and path that there is; a sample's key in
-    the column "key", else it is the row's number: as in sources.Lines, so that a cache made from the file fits. Rows
-    are read when they are asked for; kept are 8 bytes a row.
+    The image is named by the first of the columns file_name, filepath, image and path that exists; the key is in the
+    column "key", or else it is the row's number, as in sources.Lines, so that a cache made from the file matches. Rows
+    are read when they are needed; 8 bytes a row stay in memory.
 
-    root: what the names of pictures are relative to and must not lead out of; the file's folder where None.
+    root: the folder that the names of images are relative to and must not lead out of; None for the file's folder.
 
-    Raises DataError: a file that does not parse, or has no such column, or no row.
+    Raises DataError for a file that does not parse, has none of these columns, or no row.
     """
 
     def __init__(self, table: str | Path, root: str | Path | None = None):
@@ -195,7 +194,7 @@ class TableImages:
         column = next((name for name in FILE_COLUMNS if name in self.columns), None)
         if column is None:
             raise DataError(
-                f"{self.folder} names no pictures: wanted is a column {', '.join(FILE_COLUMNS[:-1])} or "
+                f"{self.folder} names no images: wanted is a column {', '.join(FILE_COLUMNS[:-1])} or "
                 f"{FILE_COLUMNS[-1]}; there are: {', '.join(self.columns)}"
             )
         for name in (column, "key"):
@@ -205,13 +204,13 @@ class TableImages:
         self._rows.cut(SHARD_ROWS)
         self.names, self.shard_sizes = self._rows.names, self._rows.sizes
         if not len(self):
-            raise DataError(f"{self.folder} holds not one sample")
+            raise DataError(f"{self.folder} holds no sample")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
         try:
             name = self._rows.row(i).get(self._column)
         except DataError as error:
@@ -233,7 +232,7 @@ class TableImages:
         return self._rows.row(i)
 
     def where(self, i: int) -> str:
-        """The file and the row of sample i, for messages."""
+        """File and row of sample i, for messages."""
         return f"{self.folder}: row {i}"
 
     def shard_keys(self, number: int) -> list[str]:
@@ -245,21 +244,21 @@ class TableImages:
         return checked_keys(keys, lambda row: f"{self.folder}: row {start + row}")
 
     def shard_hashes(self, number: int) -> Tensor:
-        """Their hashes (ops.table.key_hashes), int64 [shard_sizes[number]]."""
+        """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]."""
         return key_hashes(self.shard_keys(number))
 
 
 def _groups(folder: Path) -> dict[str, list[Path]]:
-    """The shards of a folder of parquet files, else of folders of them, by name, in order."""
+    """Name of each shard -> its parquet files, in order, for a folder of parquet files or of folders of them."""
     flat = {path.name: [path] for path in sorted(folder.glob("*.parquet"))}
     if flat:
-        return flat  # folders beside them have the pictures: millions of names that are not to be looked at
+        return flat  # without listing the folders next to them, which may hold millions of images
     nested = {path.name: sorted(path.glob("*.parquet"), key=_by_number) for path in sorted(folder.iterdir())}
     return {name: files for name, files in nested.items() if files}
 
 
 def inside(root: Path, name: str) -> Path:
-    """root / name, root being absolute. Raises BadSample ("unreadable") for a name that leads out of it."""
+    """root / name, where root is absolute. Raises BadSample ("unreadable") for a name that leads out of root."""
     path = os.path.normpath(os.path.join(root, name))
     if "\0" in name or not path.startswith(os.path.join(root, "")):
         raise BadSample("unreadable", f"{name!r} leads out of {root}")
@@ -267,7 +266,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def column_of(path: Path, field: str, columns: Sequence[str], plain: str) -> str:
-    """The column of a caption field. Raises DataError."""
+    """The column of a caption field; `plain` for "txt" where there is no column "txt". Raises DataError."""
     name = plain if field == "txt" and "txt" not in columns else field
     if name not in columns:
         raise DataError(f"{path} has no column {name!r}; choose the caption field among: {', '.join(columns)}")
@@ -277,10 +276,10 @@ def column_of(path: Path, field: str, columns: Sequence[str], plain: str) -> str
 def _rows_and_columns(path: Path) -> tuple[int, list[str]]:
     rows, columns = read_parquet(path, lambda file: (file.metadata.num_rows, file.schema_arrow.names))
     if columns.count("key") != 1:
-        raise DataError(f"{path} has no column 'key' that names the pictures; there are: {', '.join(columns)}")
+        raise DataError(f"{path} has no column 'key' that names the images; there are: {', '.join(columns)}")
     return rows, columns
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
-    """2.parquet before 10.parquet."""
+    """A sorting key that puts 2.parquet before 10.parquet."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]

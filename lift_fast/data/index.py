@@ -1,12 +1,15 @@
-"""Where each sample of a folder of tars lies: about 60 bytes a sample, in memory or mapped from one file.
+"""The index of a folder of tars: where each sample lies, in about 60 bytes a sample, in memory or mapped from a file.
 
     index.lift-fast = magic, segments, directory, tail
-    segment (of a tar) = key hashes int64 [n], records [n], the keys' UTF-8; filled up to 8 bytes
-    record = offsets int64 of the picture, the .txt and the .json (-1: none), uint32 their lengths and the key's end
-    directory = JSON: of each tar its name, samples, bytes, time of change, and where its segment is
+    segment (one for each tar) = key hashes int64 [n], records [n], the keys in UTF-8; padded to 8 bytes
+    record = int64 offsets of the image, the .txt and the .json (-1: none), uint32 their lengths and the key's end
+    directory = JSON: for each tar its name, samples, bytes, time of last change, and the place of its segment
 
-Opening the file reads the directory and asks for the size and the time of each tar. What a segment says is checked
-when it is used.
+Opening the file reads the directory, and the size and time of each tar. The content of a segment is validated when it
+is used.
+
+The format is our own because WebDataset's indexed form (wids) stores no hashes of sample keys, by which a text cache is
+matched to the data without reading a key.
 """
 
 import json
@@ -33,20 +36,20 @@ from .reading import Stamp, stamp_of
 from .tars import NotWhole, members
 
 INDEX = "index.lift-fast"
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # of several pictures of a sample the first counts
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # the first that a sample has is its image
 IMAGE, TXT, JSON = range(3)
-_AGAIN = "run lift-fast data index again"
+_REMEDY = "run lift-fast data index again"
 _MAGIC = b"LIFTIDX1"
-_TAIL = struct.Struct("<QQQ8s")  # where the directory is, its bytes, their crc32, the magic
+_TAIL = struct.Struct("<QQQ8s")  # offset, length and crc32 of the directory, the magic
 _RECORD = struct.Struct("<3q4I")
 _RECORDS = np.dtype([("offsets", "<i8", 3), ("sizes", "<u4", 3), ("key_end", "<u4")])
-_MOST = (1 << 32) - 1
-_PROCESSES_FROM = 32  # tars: fewer are scanned before a process has started
+_UINT32_MAX = (1 << 32) - 1
+_PROCESSES_FROM = 32  # tars: fewer are scanned faster than processes start
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tar in the index. bytes, mtime_ns: the file's. at, length, crc32: its segment's."""
+    """A tar in the index. bytes, mtime_ns: of the tar. at, length, crc32: of its segment."""
 
     name: str
     samples: int
@@ -62,14 +65,14 @@ class Entry:
 
     @property
     def records(self) -> int:
-        """Where the records begin."""
+        """Offset of the segment's records."""
         return self.at + 8 * self.samples
 
 
 class Index:
-    """The tars of a folder, in the order of their names, and their samples.
+    """The tars of a folder, in the order of their names, and the places of their samples.
 
-    entries: a tar each. segments: of all tars, where the entries say.
+    entries: one for each tar. segments: the segments of all tars, at the offsets in the entries.
     """
 
     def __init__(self, folder: Path, entries: Sequence[Entry], segments: bytearray | mmap.mmap):
@@ -79,7 +82,7 @@ class Index:
     def place(self, number: int, row: int, what: int) -> tuple[int, int] | None:
         """Offset and length, in tar `number`, of its sample `row`'s IMAGE, TXT or JSON; None when it has none.
 
-        Raises DataError for an index that is damaged.
+        Raises DataError for a damaged index.
         """
         entry = self.entries[number]
         record = _RECORD.unpack_from(self._segments, entry.records + _RECORD.size * row)
@@ -91,7 +94,7 @@ class Index:
         return offset, size
 
     def key(self, number: int, row: int) -> str:
-        """The key of sample `row` of tar `number`. Raises DataError for an index that is damaged."""
+        """The key of sample `row` of tar `number`. Raises DataError for a damaged index."""
         entry = self.entries[number]
         at = entry.records + _RECORD.size * row
         start = _RECORD.unpack_from(self._segments, at - _RECORD.size)[-1] if row else 0
@@ -105,11 +108,11 @@ class Index:
             raise self._damaged(f"{entry.name}: the key of sample {row} is not UTF-8") from error
 
     def keys(self, number: int) -> list[str]:
-        """The keys of tar `number`, in order."""
+        """The keys of tar `number`, in order. Raises DataError for a damaged index."""
         return [self.key(number, row) for row in range(self.entries[number].samples)]
 
     def hashes(self, number: int) -> Tensor:
-        """Their hashes, int64 [samples]."""
+        """The hashes of the keys of tar `number`, int64 [samples]."""
         entry = self.entries[number]
         return torch.from_numpy(np.frombuffer(self._segments, "<i8", entry.samples, entry.at).astype(np.int64))
 
@@ -118,12 +121,12 @@ class Index:
         return self._segments[entry.at : entry.at + entry.length]
 
     def _damaged(self, why: str) -> DataError:
-        return DataError(f"{self.folder / INDEX} is damaged ({why}); {_AGAIN}")
+        return DataError(f"{self.folder / INDEX} is damaged ({why}); {_REMEDY}")
 
 
 @dataclass(frozen=True)
 class Built:
-    """What build_index did. read: shards that were read anew; bytes: of the index."""
+    """The result of build_index. read: shards that were scanned; bytes: size of the index."""
 
     shards: int
     samples: int
@@ -132,16 +135,17 @@ class Built:
 
 
 def open_index(folder: Path) -> Index:
-    """The index of a folder of tars: its file, mapped, or what a scan of the tars finds when there is none.
+    """Opens the index of a folder of tars: maps its file, or scans the tars when there is none.
 
-    Raises DataError: no tar there, a tar that is cut short, an index that is damaged or older than the tars.
+    Raises DataError for a folder without tars, a tar that is cut short, and an index that is damaged or does not match
+    the tars.
     """
     paths = _tars(folder)
     if (folder / INDEX).exists():
         index = _mapped(folder)
         _check_fresh(index, paths)
         return index
-    # A set that is worth an index takes minutes here, in which the user shall see something.
+    # Scanning a large set takes minutes: a bar shows that there is no index.
     entries: list[Entry] = []
     segments = bytearray()
     for path in tqdm(paths, "no index: scanning tars", unit="tar", delay=10, disable=None):
@@ -152,25 +156,26 @@ def open_index(folder: Path) -> Index:
 
 
 def build_index(folder: str | Path, processes: int | None = None, progress: bool = True) -> Built:
-    """Writes the index of a folder of tars into it, whole or not at all; reads only tars that changed since the last.
+    """Writes the index of a folder of tars into the folder, whole or not at all.
 
-    processes: that scan; the processors where None.
+    It scans only tars that are not in the folder's index or have changed since. processes: number of processes that
+    scan; None for the number of processors.
 
-    Raises DataError: no tar there; a tar that is cut short; a folder that cannot be written.
+    Raises DataError for a folder without tars, a tar that is cut short, and a folder that cannot be written to.
     """
     folder = Path(folder)
     paths = _tars(folder)
     index, known = _known(folder)
-    kept = [known.get((path.name, _stamp(path))) for path in paths]
-    anew = [path for path, entry in zip(paths, kept, strict=True) if entry is None]
+    reused = [known.get((path.name, _stamp(path))) for path in paths]
+    changed = [path for path, entry in zip(paths, reused, strict=True) if entry is None]
     entries: list[Entry] = []
     with (
-        _scans(anew, processes or len(os.sched_getaffinity(0))) as scans,
+        _scans(changed, processes or len(os.sched_getaffinity(0))) as scans,
         _written(folder / INDEX) as file,
         tqdm(total=len(paths), unit="tar", desc="index", disable=not progress) as bar,
     ):
         at = file.write(_MAGIC)
-        for old in kept:
+        for old in reused:
             entry, data = next(scans) if old is None or index is None else (old, index.segment(old))
             entries.append(replace(entry, at=at))
             at += file.write(data)
@@ -178,19 +183,19 @@ def build_index(folder: str | Path, processes: int | None = None, progress: bool
         directory = json.dumps([astuple(entry) for entry in entries]).encode()
         file.write(directory + _TAIL.pack(at, len(directory), zlib.crc32(directory), _MAGIC))
     samples = sum(entry.samples for entry in entries)
-    return Built(len(paths), samples, len(anew), (folder / INDEX).stat().st_size)
+    return Built(len(paths), samples, len(changed), (folder / INDEX).stat().st_size)
 
 
 def scan(path: Path) -> tuple[Entry, bytes]:
-    """The entry and the segment of one tar. Raises DataError when it is cut short, damaged, or not to be read."""
-    # key -> offset and length of the picture, its rank among the suffixes, then of the .txt and the .json
+    """Returns the entry and the segment of one tar. Raises DataError when it is cut short, damaged, or unreadable."""
+    # key -> three offsets and three lengths, in the order IMAGE, TXT, JSON, and the rank of the image's suffix
     samples: dict[str, list[int]] = {}
     ranks = {suffix.encode(): rank for rank, suffix in enumerate(IMAGE_SUFFIXES)}
     try:
         file = os.open(path, os.O_RDONLY)
         try:
-            told = os.fstat(file)
-            for name, offset, size in members(file, told.st_size):
+            status = os.fstat(file)
+            for name, offset, size in members(file, status.st_size):
                 named = key_and_suffix(name)
                 if named is None:
                     continue
@@ -201,11 +206,11 @@ def scan(path: Path) -> tuple[Entry, bytes]:
                 rank = ranks.get(suffix)
                 if rank is not None:
                     if rank <= sample[6]:
-                        sample[IMAGE], sample[3 + IMAGE], sample[6] = offset, min(size, _MOST), rank
+                        sample[IMAGE], sample[3 + IMAGE], sample[6] = offset, min(size, _UINT32_MAX), rank
                 elif suffix == b"txt":
-                    sample[TXT], sample[3 + TXT] = offset, min(size, _MOST)
+                    sample[TXT], sample[3 + TXT] = offset, min(size, _UINT32_MAX)
                 elif suffix == b"json":
-                    sample[JSON], sample[3 + JSON] = offset, min(size, _MOST)
+                    sample[JSON], sample[3 + JSON] = offset, min(size, _UINT32_MAX)
         finally:
             os.close(file)
     except NotWhole as error:
@@ -223,12 +228,14 @@ def scan(path: Path) -> tuple[Entry, bytes]:
     records["key_end"] = np.cumsum([len(key) for key in keys])
     data = key_hashes(list(samples)).numpy().astype("<i8").tobytes() + records.tobytes() + b"".join(keys)
     data += bytes(-len(data) % 8)
-    return Entry(path.name, len(keys), *stamp_of(told), 0, len(data), zlib.crc32(data)), data
+    return Entry(path.name, len(keys), *stamp_of(status), 0, len(data), zlib.crc32(data)), data
 
 
 def key_and_suffix(name: bytes) -> tuple[bytes, bytes] | None:
-    """Of a file in a tar, its sample's key and what it is of the sample; None for README and ._x.jpg, which are no
-    sample's, as WebDataset has it."""
+    """Splits the name of a file in a tar into the sample's key and the suffix, by WebDataset's rule.
+
+    Returns None for names without a key or a suffix, such as README and ._x.jpg: they belong to no sample.
+    """
     folder, _, base = name.rpartition(b"/")
     stem, dot, suffix = base.partition(b".")
     if not stem or not dot:
@@ -253,7 +260,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _mapped(folder: Path) -> Index:
-    """The index file of a folder, whatever has become of the tars since. Raises DataError when it is damaged."""
+    """The index file of a folder, not compared with the tars. Raises DataError when it is damaged."""
     path = folder / INDEX
     try:
         with path.open("rb") as file:
@@ -262,41 +269,41 @@ def _mapped(folder: Path) -> Index:
             tail = file.read()
             at, size, crc32, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, 0, 0, b"")
             if magic != _MAGIC or at + size + _TAIL.size != length:
-                raise DataError(f"{path} is damaged, or of another version of lift-fast; {_AGAIN}")
+                raise DataError(f"{path} is damaged, or of another version of lift-fast; {_REMEDY}")
             file.seek(at)
             directory = file.read(size)
             if zlib.crc32(directory) != crc32:
-                raise DataError(f"{path} is damaged; {_AGAIN}")
-            entries = [Entry(*told) for told in json.loads(directory)]
+                raise DataError(f"{path} is damaged; {_REMEDY}")
+            entries = [Entry(*fields) for fields in json.loads(directory)]
             segments = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+        raise DataError(f"{path} cannot be read ({error}); {_REMEDY}") from error
     end = len(_MAGIC)
     for entry in entries:
         name, *numbers = astuple(entry)
         whole = isinstance(name, str) and all(type(number) is int and number >= 0 for number in numbers)
         if not whole or entry.at != end or entry.length < (8 + _RECORD.size) * entry.samples:
-            raise DataError(f"{path} is damaged (the segment of {entry.name!r}); {_AGAIN}")
+            raise DataError(f"{path} is damaged (the segment of {entry.name!r}); {_REMEDY}")
         end += entry.length
     if end != at:
-        raise DataError(f"{path} is damaged (its segments do not fill it); {_AGAIN}")
+        raise DataError(f"{path} is damaged (its segments do not fill it); {_REMEDY}")
     return Index(folder, entries, segments)
 
 
 def _check_fresh(index: Index, paths: Sequence[Path]) -> None:
-    """Raises DataError naming the first tar that the index does not fit."""
+    """Raises DataError naming the first tar that does not match the index."""
     known = {entry.name: entry.stamp for entry in index.entries}
     for path in paths:
         if known.pop(path.name, None) != _stamp(path):
-            raise DataError(f"{index.folder / INDEX} is out of date: {path.name} was added or changed since; {_AGAIN}")
+            raise DataError(f"{index.folder / INDEX} is out of date: {path.name} was added or changed since; {_REMEDY}")
     for name in known:
-        raise DataError(f"{index.folder / INDEX} is out of date: {name} is gone; {_AGAIN}")
+        raise DataError(f"{index.folder / INDEX} is out of date: {name} is gone; {_REMEDY}")
     if len(index.entries) != len(paths):
-        raise DataError(f"{index.folder / INDEX} is damaged (a tar is in it twice); {_AGAIN}")
+        raise DataError(f"{index.folder / INDEX} is damaged (it lists a tar twice); {_REMEDY}")
 
 
 def _known(folder: Path) -> tuple[Index | None, dict[tuple[str, Stamp], Entry]]:
-    """The index that is there, and what of it is as it was written: by a tar's name, size and time."""
+    """The folder's index, None when it has none or a damaged one, and its intact entries by a tar's name and stamp."""
     try:
         index = _mapped(folder) if (folder / INDEX).exists() else None
     except DataError:
@@ -309,11 +316,11 @@ def _known(folder: Path) -> tuple[Index | None, dict[tuple[str, Stamp], Entry]]:
 
 @contextmanager
 def _scans(paths: Sequence[Path], processes: int) -> Iterator[Iterator[tuple[Entry, bytes]]]:
-    """What scan finds in each tar, in order."""
+    """Yields an iterator over scan(path) for each tar, in order, computed by `processes` where there are many tars."""
     if processes < 2 or len(paths) < _PROCESSES_FROM:
         yield map(scan, paths)
         return
-    # Not forked: this process may have threads.
+    # spawn, because forking a process that has threads is unsafe.
     with ProcessPoolExecutor(min(processes, len(paths)), get_context("spawn")) as pool:
         try:
             yield pool.map(scan, paths, chunksize=max(1, min(8, len(paths) // (4 * processes))))
@@ -324,7 +331,7 @@ def _scans(paths: Sequence[Path], processes: int) -> Iterator[Iterator[tuple[Ent
 
 @contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written, and vanishes else. Raises DataError."""
+    """Yields a file that replaces `path` at the end, or is removed after an error. Raises DataError for OSError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

@@ -1,4 +1,4 @@
-"""What the pipelines share: their settings, their batches, whom they skip, and where they stand."""
+"""What the pipelines share: settings, batches, the position in the data, and the bad samples that were skipped."""
 
 import json
 from collections import Counter, deque
@@ -17,24 +17,24 @@ from .order import Order, uniform
 from .samples import BadSample, Collection
 
 Item = TypeVar("Item")
-DRAWS = 26  # random numbers in [0, 1) that a sample's view takes; see transforms.view_of
-_JUDGED_FROM = 1000  # samples: before so many a share of bad ones says little
+DRAWS = 26  # random numbers in [0, 1) that determine a sample's view; see transforms.view_of
+_JUDGED_FROM = 1000  # samples: the share of bad ones among fewer means little
 _LISTED = 20
-_REMEMBERED = 1_000_000  # bad samples that are listed once each; of more only the counts are kept
+_REMEMBERED = 1_000_000  # bad samples that are listed, each once; further ones are only counted
 _ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Settings of a pipeline, whichever decodes.
+    """Settings of a pipeline, for either decoder.
 
-    image_size: pixels a side. min_crop_area: random crops keep at least this part of a picture. flip: probability of
-    a mirrored picture. colour: brightness, contrast and saturation are each scaled by 1 - colour to 1 + colour.
-    dtype, layout: of the pixels; torch.uint8 as decoded, or a floating dtype with ImageNet's mean and std taken out.
-    shuffle_buffer, rank, world: as of Order. max_skipped: share of bad samples above which the run is stopped.
-    checked: `lift-fast data check` has decoded every picture: DALI, which takes damage without a word, then need not
-    be preceded by a strict reading. threads: that read and decode. ahead: batches that are decoded while the model
-    works on one.
+    image_size: pixels a side. min_crop_area: random crops keep at least this share of an image's area. flip:
+    probability that an image is mirrored. colour: brightness, contrast and saturation are each scaled by a factor from
+    1 - colour to 1 + colour. dtype, layout: of the pixels; torch.uint8 as decoded, or a floating dtype normalised by
+    ImageNet's mean and std. shuffle_buffer, rank, world: the arguments of Order. max_skipped: share of bad samples
+    above which the run ends. checked: `lift-fast data check` has decoded every image, so DALI, which silently accepts
+    damaged JPEGs, needs no strict decode before it. threads: number of threads that read and decode. ahead: number of
+    batches that are decoded while the model works on one.
     """
 
     batch_size: int
@@ -70,7 +70,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Place:
-    """The next sample: `batch` batches of the epoch were made, of `taken` samples of this rank, good and bad."""
+    """A position in the data: this rank has made `batch` batches of the epoch from `taken` samples, good and bad."""
 
     epoch: int
     batch: int
@@ -79,7 +79,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Assembled(Generic[Item]):
-    """What becomes a batch: its items, their rows int64 [rows], and the place after it."""
+    """A batch before its items are stacked: the items, their row numbers int64 [rows], and the place after it."""
 
     items: list[Item]
     rows: Tensor
@@ -97,14 +97,14 @@ class Batch:
 class Pipeline:
     """Endless shuffled batches of a Collection, each sample at most once an epoch and never twice in a batch.
 
-    A bad sample is left out, the rank's next one takes its place, and `skipped` counts it. What is left of an epoch,
-    less than a global batch and another part in each epoch, is not used.
+    A bad sample is left out and counted in `skipped`; the rank's next sample takes its place. The remainder of an
+    epoch, fewer samples than a global batch and different ones in each epoch, is not used.
 
-    Iterating begins where the pipeline stands; state_dict() tells it after the batch that was yielded last, and a
-    pipeline that loads it goes on with the very next sample. One iteration at a time.
+    Iterating starts at the pipeline's position, which state_dict() returns as of the batch yielded last. A pipeline
+    that loads this state continues with the next sample. Only one iteration may run at a time.
 
-    Raises ConfigError: a batch larger than the data. DataError, while iterating: more bad samples than max_skipped,
-    or too few good ones for one batch.
+    Raises ConfigError for a batch larger than the data; DataError, while iterating, for a share of bad samples above
+    max_skipped, or too few good samples for one batch.
     """
 
     def __init__(self, data: Collection, loading: Loading):
@@ -124,11 +124,11 @@ class Pipeline:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, int | None]:
-        """Where this rank stands: {"epoch", "batch", "taken"} and the settings that the order hangs on."""
+        """This rank's position: {"epoch", "batch", "taken"} and the settings that determine the order."""
         return {**asdict(self._place), **self._order_of()}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
-        """Goes on after the batch after which `state` was taken. Raises ConfigError for another order."""
+        """Continues after the batch at which `state` was taken. Raises ConfigError when its order is another."""
         for name, value in self._order_of().items():
             if state.get(name, "nothing") != value:
                 raise ConfigError(
@@ -144,11 +144,11 @@ class Pipeline:
     def _assembled(
         self, work: Callable[[int, np.ndarray], Item], depth: int
     ) -> "Generator[Assembled[Item], None, None]":
-        """Full batches of what `work(row, draws)` returns, from where the pipeline stands, in order.
+        """Yields full batches of what `work(row, draws)` returns, in order, from the pipeline's position.
 
         draws: the sample's random numbers in this epoch, float64 [DRAWS]. work runs on loading.threads threads, `depth`
-        batches ahead; what raises BadSample is skipped. The caller sets self._place to a batch's `after` when it
-        yields it.
+        batches ahead; a sample for which it raises BadSample is skipped. The caller sets self._place to the `after` of
+        each batch that it yields.
         """
         size, place = self.loading.batch_size, self._place
         queue: deque[tuple[_Sample, Future[Item] | None]] = deque()
@@ -161,7 +161,7 @@ class Pipeline:
                     if not rows or not queue:
                         while len(queue) < (1 + depth) * size:
                             sample = next(upcoming)
-                            # The last ones of an epoch are wanted only where others were bad.
+                            # The last samples of an epoch are needed only to replace bad ones.
                             spare = sample.taken >= self.order.batches * size
                             queue.append((sample, None if spare else pool.submit(work, sample.row, sample.draws)))
                     sample, future = queue.popleft()
@@ -186,7 +186,7 @@ class Pipeline:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _upcoming(self, place: Place) -> "Generator[_Sample, None, None]":
-        """This rank's samples from `place` on."""
+        """Yields this rank's samples from `place` on, without end."""
         epoch, taken = place.epoch, place.taken
         while True:
             while taken < len(self.order):
@@ -199,7 +199,7 @@ class Pipeline:
 
 
 class _Sample(NamedTuple):
-    """taken: samples of this rank before it in its epoch."""
+    """One sample of the order. taken: number of this rank's samples before it in the epoch."""
 
     epoch: int
     taken: int
@@ -208,9 +208,10 @@ class _Sample(NamedTuple):
 
 
 class Skipped:
-    """The bad samples of a run: counted by cause, each in a line of a file, too many an error.
+    """The bad samples of a run: counts them by cause, lists each in a file, and ends the run when they are too many.
 
-    A sample that is bad in every epoch counts in every epoch. looked_at: samples, good and bad.
+    A sample that is bad in every epoch counts in every epoch. looked_at: number of samples so far, good and bad.
+    most: largest share of bad samples.
     """
 
     def __init__(self, data: Collection, most: float):
@@ -241,9 +242,9 @@ class Skipped:
             )
 
     def write_to(self, path: Path) -> None:
-        """From now on a JSON line for each bad sample, once, at the end of this file; those met before come first.
+        """Appends a JSON line for each bad sample to this file, once: at once for those so far, then as they occur.
 
-        Without a bad sample there is no file.
+        The file is made with the first line.
         """
         self._path = path
         self._write()
@@ -255,20 +256,20 @@ class Skipped:
             self._unwritten.clear()
 
     def in_words(self) -> str:
-        """The counts: "3 truncated, 1 empty"."""
+        """The counts by cause: "3 truncated, 1 empty"."""
         return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
 
     def too_few(self, good: int, samples: int, wanted: int) -> str:
-        """Why not even one batch came of an epoch of so many samples."""
+        """The message for an epoch of `samples` samples whose `good` ones do not fill a batch of `wanted`."""
         first = self._first[0]
         return (
-            f"only {good} of {samples} pictures decode, too few for a batch of {wanted} (of all that were met: "
-            f"{self.in_words()}); first that does not: {first['sample']} ({first['reason']})"
+            f"only {good} of {samples} images decode, too few for a batch of {wanted} (bad so far: {self.in_words()}); "
+            f"the first: {first['sample']} ({first['reason']})"
         )
 
     def report(self) -> dict[str, Any]:
-        """{"skipped_pictures": n, "skipped_causes": {cause: n}, "skipped": [{"sample", "row", "cause", "reason"}]}, of
-        the last the first 20."""
+        """{"skipped_pictures": n, "skipped_causes": {cause: n}, "skipped": [{"sample", "row", "cause", "reason"}]};
+        "skipped" lists the first 20 samples."""
         return {
             "skipped_pictures": self.causes.total(),
             "skipped_causes": dict(self.causes.most_common()),

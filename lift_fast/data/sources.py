@@ -1,7 +1,7 @@
-"""Where captions come from: tar shards, parquet files, or one CSV, TSV or JSONL file.
+"""Sources of captions to embed: tar shards, parquet files, or one CSV, TSV or JSONL file.
 
-A source is cut into shards, and cache shard k holds the captions of its shard k. Opening one counts its samples; keys
-and captions are read a shard at a time.
+A source is cut into shards, and cache shard k holds the captions of its shard k. Opening a source counts its samples;
+keys and captions are read a shard at a time.
 """
 
 import csv
@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -20,11 +21,11 @@ from .shards import Shards
 
 SHARD_ROWS = 10_000
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLES = (*DELIMITERS, ".jsonl", ".ndjson")  # files of one row a sample
+TABLES = (*DELIMITERS, ".jsonl", ".ndjson")  # suffixes of files with one row for each sample
 
 
 class Source(Protocol):
-    """path: for messages. field: what is embedded. names, sizes: of each shard, its name and its samples."""
+    """Captions in shards. path: for messages. field: the caption. names, sizes: name and samples of each shard."""
 
     path: Path
     field: str
@@ -32,27 +33,28 @@ class Source(Protocol):
     sizes: list[int]
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
-        """The sample keys and the captions of shard `number`, in order; captions without the space around them.
+        """Reads the sample keys and the captions of shard `number`, in order; captions without surrounding space.
 
-        Raises DataError naming the shard, the row and the key for a caption that is missing, blank or no text, a key
-        that is missing or occurs twice, and a shard that does not parse or has changed.
+        Raises DataError, naming the shard, the row and the key, for a caption that is missing, blank or not text, a key
+        that is missing or a duplicate, and a shard that does not parse or has changed.
         """
 
     def __str__(self) -> str:
-        """What was found, in words."""
+        """A description for the user: how many samples, where, and which captions and keys."""
 
 
 def open_source(
     path: str | Path, field: str | None = None, key: str | None = None, shard_rows: int | None = None
 ) -> Source:
-    """The captions at `path`: a folder of tar shards or of parquet files, or one .parquet, .csv, .tsv or .jsonl file.
+    """Opens the captions at `path`: a folder of tar shards or parquet files, or a .parquet, .csv, .tsv or .jsonl file.
 
-    field: tars: "txt" (the default) or an entry of the .json; else a column: "re_caption" for parquet, "caption" for
-    the others without one named. key: the column of sample keys, not for tars; "key" where there is such a column,
-    else the number of the row in the whole source. shard_rows: samples in a shard of CSV, TSV or JSONL (10 000).
+    field: for tars "txt" (the default) or an entry of the .json; for other files a column, by default "re_caption" of
+    parquet and "caption" of the rest. key: the column of sample keys, not for tars; None for "key" where there is such
+    a column, else for the number of the row in the whole source. shard_rows: rows in a shard of CSV, TSV or JSONL; None
+    for 10 000.
 
-    Raises DataError: nothing there, or not to be read, or no such column. ConfigError: a setting that it has no use
-    for.
+    Raises DataError when there is nothing at `path`, it cannot be read, or has no such column; ConfigError for a
+    setting that does not apply to the files.
     """
     path = Path(path)
     lines = path.suffix.lower() in TABLES
@@ -82,7 +84,7 @@ class Tars:
         self._data = data
         self.path, self.field = data.folder, field
         self.names, self.sizes = data.names, data.shard_sizes
-        self._starts = _starts(self.sizes)
+        self._starts = list(accumulate(self.sizes, initial=0))
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
         start = self._starts[number]
@@ -97,7 +99,7 @@ class Tars:
 
 
 class Parquet:
-    """A Source of one parquet file or a folder of them; a file is a shard. Needs pyarrow."""
+    """A Source of one parquet file or a folder of them; each file is a shard. Needs pyarrow."""
 
     def __init__(self, path: str | Path, field: str = "re_caption", key: str | None = None):
         self.path, self.field = Path(path), field
@@ -110,7 +112,7 @@ class Parquet:
                 self._key = "key"
             _check_columns(file, columns, field, self._key)
             self.sizes.append(rows)
-        self._starts = _starts(self.sizes)
+        self._starts = list(accumulate(self.sizes, initial=0))
         _check_not_empty(self)
 
     def read(self, number: int) -> tuple[list[str], list[str]]:
@@ -119,18 +121,19 @@ class Parquet:
         captions = columns[self.field]
         if len(captions) != self.sizes[number]:
             raise DataError(f"{self._files[number]} has changed while it was read; run the command again")
-        keys = _numbers(self._starts[number], captions) if self._key is None else columns[self._key]
+        start = self._starts[number]
+        keys = range(start, start + len(captions)) if self._key is None else columns[self._key]
         return _checked(keys, captions, self.field, lambda row: f"{self._files[number]}: row {row}")
 
     def __str__(self) -> str:
         return (
             f"{sum(self.sizes)} rows in {len(self.names)} parquet files at {self.path}, captions from the column "
-            f"{self.field!r}, {_told_key(self._key)}"
+            f"{self.field!r}, {_key_in_words(self._key)}"
         )
 
 
 class Lines:
-    """A Source of one CSV, TSV or JSONL file (as Rows); every `shard_rows` samples are a shard."""
+    """A Source of one CSV, TSV or JSONL file, read by Rows; every `shard_rows` samples are a shard."""
 
     def __init__(self, path: str | Path, field: str = "caption", key: str | None = None, shard_rows: int = SHARD_ROWS):
         self._rows = Rows(path)
@@ -144,7 +147,7 @@ class Lines:
     def read(self, number: int) -> tuple[list[str], list[str]]:
         keys: list[Any] = []
         captions: list[Any] = []
-        lines: list[int] = []  # of each row, the line that it ends on
+        lines: list[int] = []  # the line that each row ends on
         for row, line in self._rows.read(number):
             captions.append(row.get(self.field))
             keys.append(row.get(self._key) if self._key else self._rows.starts[number] + len(keys))
@@ -153,17 +156,17 @@ class Lines:
 
     def __str__(self) -> str:
         return (
-            f"{sum(self.sizes)} rows in {self.path}, captions from {self.field!r}, {_told_key(self._key)}, "
+            f"{sum(self.sizes)} rows in {self.path}, captions from {self.field!r}, {_key_in_words(self._key)}, "
             f"cut into {len(self.sizes)} shards"
         )
 
 
 class Rows:
-    """The rows of one CSV or TSV file with a header, or one JSONL file, as dicts. UTF-8. Blank lines are no rows.
+    """The rows, as dicts, of a CSV or TSV file with a header, or of a JSONL file, in UTF-8. Blank lines are skipped.
 
-    columns: the names in the header, or in the first object. After `cut`: names, sizes, starts of its shards.
+    columns: the names in the header, or in the first object. After `cut`: names, sizes and starts of the shards.
 
-    Raises DataError with the line for a file that does not parse.
+    Raises DataError naming the line of a file that does not parse.
     """
 
     def __init__(self, path: str | Path):
@@ -173,8 +176,8 @@ class Rows:
         self.starts: list[int] = [0]
         self._delimiter = DELIMITERS.get(self.path.suffix.lower())
         self._header: list[str] = []
-        self._places = array("q")  # the byte that each row begins at, and where the last one ends
-        self._lines: list[int] = []  # of each shard, the lines before it
+        self._places = array("q")  # offsets of the rows, and of the end of the last one
+        self._lines: list[int] = []  # number of lines before each shard
         with self._opened() as file:
             lines = _Decoded(file, self.path)
             if self._delimiter:
@@ -187,7 +190,7 @@ class Rows:
         return self.starts[-1]
 
     def cut(self, shard_rows: int) -> None:
-        """Finds every row; `shard_rows` of them are a shard."""
+        """Finds the offset of every row, and makes each `shard_rows` of them a shard. Raises ConfigError, DataError."""
         if shard_rows < 1:
             raise ConfigError(f"shard_rows is {shard_rows}: a shard holds at least 1 sample")
         with self._opened() as file:
@@ -204,10 +207,13 @@ class Rows:
                 at, number = lines.place
             self._places.append(at)
         self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
-        self.starts = _starts(self.sizes)
+        self.starts = list(accumulate(self.sizes, initial=0))
 
     def read(self, number: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """The rows of a shard, and the line that each ends on. Raises DataError, also where the file has changed."""
+        """Yields the rows of a shard, each with the number of its last line.
+
+        Raises DataError, also when the file has changed.
+        """
         with self._opened() as file:
             lines = _Decoded(file, self.path, (self._places[self.starts[number]], self._lines[number]))
             rows = self._dicts(lines)
@@ -218,7 +224,7 @@ class Rows:
                 yield row, lines.number
 
     def row(self, i: int) -> dict[str, Any]:
-        """Row i by itself. Raises DataError; IndexError."""
+        """Reads row i alone. Raises DataError, IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)} in {self.path}")
         start = self._places[i]
@@ -248,7 +254,7 @@ class Rows:
         return (dict(zip(self._header, row, strict=True)) for row in self._split(lines))
 
     def _split(self, lines: "_Decoded") -> Iterator[list[str]]:
-        """The fields of each row of a CSV or TSV file, the header among them where `lines` begin with it."""
+        """Yields the fields of each row of a CSV or TSV file, and of the header when `lines` begin with it."""
         for row in csv.reader(lines, delimiter=str(self._delimiter), strict=True):
             if row:
                 if self._header and len(row) != len(self._header):
@@ -270,14 +276,14 @@ class Rows:
 
 
 def _object(line: str) -> dict[str, Any]:
-    row = json.loads(line.strip())  # of more kinds of space than JSON has: such lines count as blank
+    row = json.loads(line.strip())  # strips more kinds of space than JSON allows, as does the test for blank lines
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")
     return row
 
 
 class _Decoded:
-    """The lines of a file that is read from `place` on, and how far they were taken."""
+    """Iterates over the decoded lines of a file, from `place` on, and counts bytes and lines. Raises DataError."""
 
     def __init__(self, file: BinaryIO, path: Path, place: tuple[int, int] = (0, 0)):
         self._file, self._path = file, path
@@ -286,7 +292,7 @@ class _Decoded:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Bytes and lines before the next line."""
+        """The number of bytes and of lines before the next line."""
         return self._at, self.number
 
     def __iter__(self) -> Iterator[str]:
@@ -301,12 +307,14 @@ class _Decoded:
 
 
 def read_parquet(file: Path, read: Callable[[Any], Any]) -> Any:
-    """read(the opened file). Raises DataError."""
+    """Returns `read` of the opened parquet file. Raises DataError when it fails, or pyarrow is not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{file} needs pyarrow to be read; bring it with: pip install 'lift-fast[parquet]'") from error
+        raise DataError(
+            f"{file} needs pyarrow to be read; install it with: pip install 'lift-fast[parquet]'"
+        ) from error
     try:
         with parquet.ParquetFile(file) as table:
             return read(table)
@@ -323,11 +331,11 @@ def _check_columns(path: Path, columns: Sequence[str], field: str, key: str | No
 
 def _check_not_empty(source: Source) -> None:
     if not sum(source.sizes):
-        raise DataError(f"{source.path} holds not one sample")
+        raise DataError(f"{source.path} holds no sample")
 
 
 def checked_keys(keys: Sequence[Any], where: Callable[[int], str]) -> list[str]:
-    """Keys as text. Raises DataError for the first that is none, or occurs twice."""
+    """Returns the keys as text. Raises DataError for the first that is no valid key, or a duplicate."""
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
         if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
@@ -343,7 +351,7 @@ def checked_keys(keys: Sequence[Any], where: Callable[[int], str]) -> list[str]:
 
 
 def checked_caption(caption: Any, field: str, where: Callable[[], str]) -> str:
-    """A caption without the space around it. Raises DataError when it is missing, blank, or no text."""
+    """Returns a caption without surrounding space. Raises DataError when it is missing, blank, or not text."""
     if caption is not None and not isinstance(caption, str):
         raise DataError(f"{where()}: {field!r} is {type(caption).__name__}, not text")
     text = (caption or "").strip()
@@ -355,7 +363,7 @@ def checked_caption(caption: Any, field: str, where: Callable[[], str]) -> str:
 
 
 def _halved(text: str) -> bool:
-    """Whether half a surrogate pair is in it."""
+    """Whether the text holds half a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -366,7 +374,7 @@ def _halved(text: str) -> bool:
 def _checked(
     keys: Sequence[Any], captions: Sequence[Any], field: str, where: Callable[[int], str]
 ) -> tuple[list[str], list[str]]:
-    """Keys as text, captions stripped. Raises DataError for the first that is of no use."""
+    """Returns the keys as text and the captions stripped. Raises DataError for the first that is not valid."""
     names = checked_keys(keys, where)
     texts = [
         checked_caption(caption, field, lambda: f"{where(row)}, key {names[row]!r}")  # noqa: B023 - called at once
@@ -375,16 +383,5 @@ def _checked(
     return names, texts
 
 
-def _numbers(start: int, rows: Sequence[Any]) -> range:
-    return range(start, start + len(rows))
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
-
-
-def _told_key(key: str | None) -> str:
+def _key_in_words(key: str | None) -> str:
     return "keys: the rows' numbers" if key is None else f"keys from {key!r}"

@@ -297,7 +297,7 @@ def test_a_picture_is_read_strictly_once(monkeypatch):
 
 def test_too_many_bad_ones_are_an_error(threads_end):
     pipeline = DaliPipeline(collection(numbered(3) + [b""] * 9), Loading(4, 16))
-    with pytest.raises(DataError, match="only 3 of 12 pictures decode"):
+    with pytest.raises(DataError, match="only 3 of 12 images decode"):
         take(pipeline, 1)
 
 

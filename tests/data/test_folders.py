@@ -231,18 +231,18 @@ def test_keys_of_other_types(tmp_path):
 
 def test_parquet_folders_that_are_not_whole(tmp_path):
     write_parquet(tmp_path / "p.parquet", re_caption=["a"])
-    with pytest.raises(DataError, match="wanted is a folder .*/p with the pictures of p.parquet"):
+    with pytest.raises(DataError, match="wanted is a folder .*/p with the images of p.parquet"):
         open_data(tmp_path)
     (tmp_path / "p").mkdir()
     with pytest.raises(DataError, match="p.parquet has no column 'key' .*: re_caption"):
         open_data(tmp_path)
     write_parquet(tmp_path / "p.parquet", key=pa.array([], pa.string()))
-    with pytest.raises(DataError, match="1 parquet files and not one row"):
+    with pytest.raises(DataError, match="1 parquet files hold no row"):
         open_data(tmp_path)
     write_parquet(tmp_path / "p.parquet", key=["a"], re_caption=["x"])
     write_parquet(tmp_path / "q.parquet", key=["a"])
     data = open_data(tmp_path)
-    with pytest.raises(DataError, match="q.parquet has no one column 're_caption', as .*p.parquet has"):
+    with pytest.raises(DataError, match="q.parquet does not have exactly one column 're_caption', as .*p.parquet has"):
         data.caption(1)
     write_parquet(tmp_path / "q.parquet", key=["a", "b"])
     with pytest.raises(DataError, match="q.parquet has changed"):
@@ -378,9 +378,9 @@ def test_bad_tables(tmp_path):
     with pytest.raises(DataError, match="row 1 has the key 'k', as .*row 0 has"):
         open_data(path).shard_keys(0)
     for text, words in (
-        ("caption\nx\n", "names no pictures: wanted is a column file_name, filepath, image or path; .*: caption"),
-        ("image\n", "holds not one sample"),
-        ("", "names no pictures"),
+        ("caption\nx\n", "names no images: wanted is a column file_name, filepath, image or path; .*: caption"),
+        ("image\n", "holds no sample"),
+        ("", "names no images"),
         ("image,b\n1\n", "line 2 has 1 fields"),
     ):
         (tmp_path / "c.csv").write_text(text)

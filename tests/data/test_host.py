@@ -71,7 +71,7 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path):
 
 def test_nothing_decodes(tmp_path):
     shards = make_set(tmp_path / "a", 6, broken=set(range(6)))
-    with pytest.raises(DataError, match="only 0 of 6 pictures decode"):
+    with pytest.raises(DataError, match="only 0 of 6 images decode"):
         take(HostPipeline(Collection([shards]), Loading(2, 8)), 1)
     with pytest.raises(DataError, match="no image decodes"):
         load_images(shards, 8)

@@ -148,14 +148,14 @@ def test_parquet_that_is_none(tmp_path):
     with pytest.raises(DataError, match="has changed while it was read"):
         source.read(0)
     write_parquet(path, re_caption=pa.array([], pa.string()))
-    with pytest.raises(DataError, match="holds not one sample"):
+    with pytest.raises(DataError, match="holds no sample"):
         open_source(path)
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "p.parquet", re_caption=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"needs pyarrow to be read; bring it with: pip install 'lift-fast\[parquet\]'"):
+    with pytest.raises(DataError, match=r"needs pyarrow to be read; install it with: pip install 'lift-fast\[parquet\]'"):
         Parquet(path)
 
 
@@ -202,7 +202,7 @@ def test_a_byte_order_mark_blank_lines_and_no_last_newline(tmp_path):
         ("c.csv", "caption\rone\r", "line 1 does not parse"),
         ("c.csv", "caption\n" + "x" * 200_000, "line 2 does not parse .*field limit"),
         ("c.csv", "", "has no column 'caption'"),
-        ("c.csv", "caption\n", "holds not one sample"),
+        ("c.csv", "caption\n", "holds no sample"),
         ("c.csv", "a,b\n1,2\n", "no column 'caption'; choose with --column among: a, b"),
         ("c.csv", "caption,caption\n1,2\n", "several columns 'caption'"),
         ("c.csv", "caption,key\n ,k\n", "line 2, key 'k' has no caption 'caption'"),

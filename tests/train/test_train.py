@@ -255,7 +255,7 @@ def test_settings_out_of_range(two_sets, tmp_path, changes):
 def test_pictures_that_are_missing_or_broken_are_told_before_anything_is_written(tmp_path):
     shards = make_set(tmp_path / "data", 12, broken=set(range(10)))
     config = TrainConfig("clip", (shards.folder,), tmp_path / "x", preset="small", context=12, steps=2, batch_size=4)
-    with pytest.raises(DataError, match="only 2 of 12 pictures decode"):
+    with pytest.raises(DataError, match="only 2 of 12 images decode"):
         quiet(config)
     with tarfile.open(tmp_path / "data/00000.tar", "a") as tar:
         info = tarfile.TarInfo("z.txt")
