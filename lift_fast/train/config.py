@@ -1,4 +1,4 @@
-"""Every setting of a training run; the command line is made from this class."""
+"""The settings of a training run. The options of `lift-fast train` are generated from this class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,65 +9,72 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults are the paper's (arXiv 2506.04209, section 4) but for sizes that fit one small machine."""
+    """Settings of a training run. The defaults are the paper's (arXiv:2506.04209, section 4), except that preset, steps
+    and batch_size fit one small machine."""
 
     model: Literal["lift", "clip"]
     data: tuple[Path, ...]
-    """Training sets, read as one: folders of tar shards, folders of pictures with parquet captions, CSV or JSONL."""
+    """Training sets, read as one: folders of tar shards, folders of images with parquet captions, CSV, TSV or JSONL."""
     out: Path
-    """Folder the run is written to; must not exist."""
+    """Folder to write the run to; it must not exist."""
     cache: tuple[Path, ...] = ()
-    """LIFT: one text cache for each data folder, in the same order."""
+    """LIFT: one text cache for each --data, in the same order."""
     pictures: tuple[Path, ...] = ()
-    """Where the picture files lie, one folder for each --data; needed where they are not beside their captions."""
+    """Folders of the image files, one for each --data; needed when they are not where the captions are."""
     preset: str = "tiny"
+    """Sizes of the towers: tiny (the demo's), vit-b16 (the paper's); an unknown name lists all."""
     text_dim: int | None = None
-    """LIFT: output width of the head. Default: the caches'."""
+    """LIFT: output width of the head. Default: the dim of the caches, which it must equal."""
     context: int = 77
     """CLIP: caption length in tokens."""
     field: str = "txt"
-    """CLIP: caption to train on: txt, an entry of the .json, or a column. LIFT: the cache has chosen."""
+    """CLIP: caption to train on: txt, an entry of the .json, or a column. For LIFT the cache decides."""
     loss: Literal["contrastive", "cosine"] = "contrastive"
+    """contrastive: CLIP's loss over all pairs of the batch. cosine (LIFT only): over the positives, without negatives."""
     steps: int = 200
     batch_size: int = 256
     lr: float = 1e-3
+    """Largest learning rate, reached after the warm-up."""
     weight_decay: float = 0.2
+    """Of AdamW, as are beta1, beta2 and eps; gains, biases and the logit scale are not decayed."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
     warmup: int = 20
-    """Steps of linear warm-up; then a cosine to zero."""
+    """Steps of linear warm-up of the learning rate, which then follows a cosine to zero."""
     clip_grad: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocasts; auto is bf16 where the processor multiplies it natively."""
+    """bf16: autocast to bfloat16. auto: bf16 if the processor multiplies it natively, else fp32."""
     checkpointing: Literal["none", "mlp", "branches", "block"] = "none"
-    """What the backward computes again rather than keeps: 9, 5, 2 or 1 widths of activations a token and layer."""
+    """Activation recomputation level: the levels store 9, 5, 2 and 1 times the width per token and layer."""
     fp8: bool = False
-    """The image tower's (CLIP: both towers') linear layers multiply in float8; on GPUs since Ada and Hopper."""
+    """Multiply in float8 in the linear layers of the image tower (CLIP: of both towers); GPUs since Ada and Hopper."""
     compile: bool = False
-    """The image side goes through torch.compile."""
+    """Compile the image tower with torch.compile."""
     graph: bool = False
-    """The whole step is captured as a CUDA graph and replayed."""
+    """Capture the whole step as a CUDA graph and replay it."""
     loader: Literal["auto", "host", "dali"] = "auto"
-    """What decodes the pictures, to the same samples and crops. auto: DALI for a GPU where installed, else the host."""
+    """What decodes the images, to the same samples and crops. auto: DALI on a GPU if it is installed, else the host."""
     min_crop_area: float = 0.9
-    """Random crops keep at least this part of a picture."""
+    """The smallest area of a random crop, as a fraction of the image."""
     flip: float = 0.0
-    """Probability of a mirrored picture."""
+    """Probability of mirroring an image."""
     colour: float = 0.0
-    """Brightness, contrast and saturation are each scaled by 1 - colour to 1 + colour."""
+    """Brightness, contrast and saturation are each scaled by a factor from 1 - colour to 1 + colour."""
     shuffle_buffer: int | None = None
-    """Shuffle the shards, and windows of so many samples: reads a shard at a time. Default: all samples of an epoch."""
+    """Shuffle shards, and samples within windows of this size, to read shard by shard. Default: shuffle all samples."""
     max_skipped: float = 0.1
-    """Share of bad samples above which training stops."""
+    """Fraction of bad samples above which training stops."""
     checked: bool = False
-    """lift-fast data check has decoded every picture: DALI need not have each one read strictly by the host first."""
+    """Every image has passed lift-fast data check, so the host need not check each one before DALI decodes it."""
     seed: int = 0
-    """Same seed, same machine: the same losses (on a GPU up to the order in which its atomics add)."""
+    """The same seed on the same machine gives the same losses (on a GPU up to the order in which atomics add)."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        """Raises ConfigError when a setting is out of range or does not go with the model."""
         if self.model == "lift" and len(self.cache) != len(self.data):
             raise ConfigError(
                 f"LIFT needs one --cache for each --data: got {len(self.cache)} for {len(self.data)}; "
@@ -79,10 +86,10 @@ class TrainConfig:
             raise ConfigError("CLIP trains its own text tower; leave out --cache")
         if self.model == "clip" and self.loss == "cosine":
             raise ConfigError(
-                "the cosine loss has no negatives: with a trained text tower it collapses; use contrastive"
+                "the cosine loss has no negatives, so it collapses with a trained text tower; use contrastive"
             )
-        least_of = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0, "seed": 0}
-        for name, least in least_of.items():
+        minimum = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0, "seed": 0}
+        for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.seed >= 1 << 63:

@@ -1,4 +1,4 @@
-"""One training step as one call: forward, loss, backward, clipping, AdamW. Nothing in it makes the host wait."""
+"""One training step as one call: forward, loss, backward, clipping, optimizer. The host never waits for the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,22 @@ from ..nn import Clip, Lift
 from ..ops.rows.quantized import QuantizedRows
 
 Text = Tensor | QuantizedRows
-WARM_UP = 3  # steps before a graph is captured: cuBLAS, Triton and the allocator settle
+WARM_UP = 3  # steps before a graph is captured, in which cuBLAS, Triton and the allocator initialise
 
 
 class Step:
-    """step(pixels, text, lr) -> float32 [3] on the device: the loss, the gradient's norm, logit_scale (the scale).
+    """step(pixels, text, lr) -> float32 [3] on the device: the loss, the gradient's norm before clipping, the scale
+    exp(logit_scale) after the step. No part of it synchronises the host with the device.
 
-    pixels: uint8 [batch, H, W, 3] or normalised floats [batch, 3, H, W]; text: the other side: cached rows for Lift,
-    tokens int64 [batch, context] for Clip; all on the device. loss_of(image, text, scale) -> scalar. precision:
-    autocast's dtype, or None. clip_grad: the largest norm of the gradient. compiled: the image tower goes through
-    torch.compile, whole. graphed: the step is captured as a CUDA graph, and replayed while shapes stay; the first
-    steps run as they are, and so does any of another shape. The optimizer must then be capturable, its lr a tensor.
+    pixels: uint8 [batch, H, W, 3], or floats [batch, 3, H, W] that are normalised already. text: cached rows for Lift,
+    tokens int64 [batch, context] for Clip. Both are on the model's device. lr: the learning rate of this step.
+
+    loss_of(image, text, scale) -> scalar: the loss of features [batch, dim], not normalised. precision: dtype of
+    autocast, or None for no autocast. clip_grad: largest norm of the gradient. compiled: the image tower goes through
+    torch.compile(fullgraph=True).
+
+    graphed: after WARM_UP eager steps the step is captured as a CUDA graph, which then serves every batch of the same
+    shapes and dtypes; others run eagerly. The optimizer must be capturable and its lr a tensor on the device.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Step:
         if compiled:
             self.encode = torch.compile(model.encode_image, fullgraph=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.warm = 0
+        self.eager_steps = 0
         self.graph: Any = None
 
     def __call__(self, pixels: Tensor, text: Text, lr: float) -> Tensor:
@@ -53,15 +58,16 @@ class Step:
         if not self.graphed:
             return self._run(pixels, text)
         if self.graph is not None and _shapes(pixels, text) == self.shapes:
-            for static, new in zip(_tensors(self.pixels, self.text), _tensors(pixels, text), strict=True):
-                static.copy_(new, non_blocking=True)
+            for captured, new in zip(_tensors(self.pixels, self.text), _tensors(pixels, text), strict=True):
+                captured.copy_(new, non_blocking=True)
             self.graph.replay()
             return self.stats.clone()
-        if self.graph is not None or self.warm < WARM_UP:
-            return self._aside(pixels, text)
+        if self.graph is not None or self.eager_steps < WARM_UP:
+            return self._on_side_stream(pixels, text)
         return self._capture(pixels, text)
 
     def _run(self, pixels: Tensor, text: Text) -> Tensor:
+        """The step itself; this is what a graph captures."""
         kind = pixels.device.type
         with torch.autocast(kind, dtype=self.precision or torch.bfloat16, enabled=self.precision is not None):
             image = self.encode(normalise(pixels) if pixels.dtype == torch.uint8 else pixels)
@@ -75,9 +81,9 @@ class Step:
         self.model.clamp_logit_scale()
         return torch.stack([loss.detach().float(), norm.float(), self.model.logit_scale.detach().exp().float()])
 
-    def _aside(self, pixels: Tensor, text: Text) -> Tensor:
-        """On a stream of its own, as capturing wants the steps before it."""
-        self.warm += 1
+    def _on_side_stream(self, pixels: Tensor, text: Text) -> Tensor:
+        """An eager step on a side stream: what torch requires of the steps before a capture."""
+        self.eager_steps += 1
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -86,13 +92,14 @@ class Step:
         return stats
 
     def _capture(self, pixels: Tensor, text: Text) -> Tensor:
+        """Captures the step on copies of its inputs, which later batches overwrite, and runs it."""
         self.shapes = _shapes(pixels, text)
         self.pixels = pixels.clone()
         self.text = text.clone() if isinstance(text, Tensor) else text[torch.arange(len(text), device=pixels.device)]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.stats = self._run(self.pixels, self.text)
-        self.graph.replay()  # capturing computed nothing
+        self.graph.replay()  # capturing only records
         return self.stats.clone()
 
 
