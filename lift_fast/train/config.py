@@ -30,7 +30,7 @@ class TrainConfig:
     field: str = "txt"
     """CLIP: caption to train on: txt, an entry of the .json, or a column. For LIFT the cache decides."""
     loss: Literal["contrastive", "cosine"] = "contrastive"
-    """contrastive: CLIP's loss over all pairs of the batch. cosine (LIFT only): over the positives, without negatives."""
+    """contrastive: CLIP's loss over all pairs of the batch. cosine (LIFT only): positives alone, without negatives."""
     steps: int = 200
     batch_size: int = 256
     lr: float = 1e-3
