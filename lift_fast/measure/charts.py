@@ -1,9 +1,8 @@
 """Charts as SVG text, for the report's page and for `python -m benchmarks plot`.
 
-Written by hand for a reason. matplotlib would add half a dozen packages to every install for lines and bars over
-round axes; its SVG changes with its version and with the fonts of the machine; and it styles each element itself,
-where here elements have classes that a style sheet gives colors to. Here the same numbers give the same bytes, and
-a chart refers to nothing outside.
+Kept by hand for a reason: matplotlib would add six packages to every install, its SVG changes with its version and
+with the machine's fonts, and it styles each element by itself. Here the same numbers give the same bytes, elements
+have classes that a style sheet gives colours to, and a chart refers to nothing outside itself.
 """
 
 import math
@@ -15,17 +14,18 @@ from .formatting import fixed
 
 
 class Svg(str):
-    """An element and all that it contains, as text."""
+    """An element with all its content, as text that is escaped already."""
 
-    def __html__(self) -> str:  # a template that escapes strings asks for this first, and inserts it as it is
+    def __html__(self) -> str:
+        """Lets a template insert the element as it is, where it would escape another string."""
         return self
 
 
 def element(tag: str, *content: str, **attributes: str | float) -> Svg:
-    """An element. Content that is no Svg is text: it is escaped, and so are the attributes.
+    """An element. Content that is not an Svg is text and is escaped, as attributes are.
 
-    Coordinates are rounded to a tenth of a pixel. Of an attribute's name a trailing "_" is dropped, and any other
-    stands for "-": class_="grid", text_anchor="end".
+    Numbers are rounded to a tenth. In an attribute's name a trailing "_" is dropped, and any other "_" becomes "-":
+    class_="grid", text_anchor="end".
     """
     words = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(value if isinstance(value, str) else _pixels(value))}"'
@@ -48,7 +48,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """One label for each tick, with as many decimals as tell neighbors apart."""
+    """One label for each tick, all with the decimals that their step needs."""
     step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return [fixed(value, digits) for value in values]
@@ -56,7 +56,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 @dataclass(frozen=True)
 class Frame:
-    """The area in pixels that the data of a chart is drawn in, and the numbers that it spans in both directions."""
+    """The area of a chart that holds the data, in pixels, and the range of the data along both axes."""
 
     left: float
     right: float
@@ -66,6 +66,7 @@ class Frame:
     y_range: tuple[float, float]
 
     def x(self, value: float) -> float:
+        """Pixel of a value; the middle where the range is empty."""
         low, high = self.x_range
         return self.left + (self.right - self.left) * ((value - low) / (high - low) if high > low else 0.5)
 
@@ -114,11 +115,11 @@ def line_chart(
         y_ticks.append(y_ticks[0] + 1)
     x_range = min(0.0, *xs), max(xs)
     frame = Frame(56, width - 14, 12, height - 44, x_range, (y_ticks[0], y_ticks[-1]))
-    middle, center = (frame.top + frame.bottom) / 2, (frame.left + frame.right) / 2
+    middle, centre = (frame.top + frame.bottom) / 2, (frame.left + frame.right) / 2
     parts = [
         *frame.grid(y_ticks),
         *_x_axis(frame, [x for x in x_ticks or ticks(*x_range) if x_range[0] <= x <= x_range[1]]),
-        element("text", x_name, class_="label", x=center, y=height - 6, text_anchor="middle"),
+        element("text", x_name, class_="label", x=centre, y=height - 6, text_anchor="middle"),
         element("text", y_name, class_="label", transform=f"translate(13 {middle}) rotate(-90)", text_anchor="middle"),
     ]
     for line in lines:
@@ -144,13 +145,13 @@ def _x_axis(frame: Frame, values: Sequence[float]) -> list[Svg]:
 
 
 def chart(name: str, width: float, height: float, parts: Sequence[Svg]) -> Svg:
-    """A whole chart, as wide as what it stands in. name: read out in its place by a screen reader."""
+    """The svg element of a chart. name: what a screen reader reads out in its place."""
     return element("svg", *parts, class_="chart", viewBox=f"0 0 {width} {height}", role="img", aria_label=name)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of paired_bars. series: a class of the style sheet; name and label are written at its end."""
+    """A bar of paired_bars. series: a class of the style sheet. name and label: written at the bar's end."""
 
     series: str
     name: str
@@ -159,9 +160,9 @@ class Bar:
 
 
 def paired_bars(name: str, groups: Sequence[tuple[str, Sequence[Bar], str]]) -> Svg:
-    """Groups of bars, each with its name on the left and a remark on the right.
+    """Horizontal bars in groups, each group to its own scale: its largest bar has the full length.
 
-    Each group is drawn to its own scale: its largest bar has the full length.
+    groups: the name that is written on the left, the bars, and a remark that is written on the right.
     """
     left = max(172, 8 + 7 * max((len(title) for title, *_ in groups), default=0))
     full, group_height, width = 712 - left, 66, 1000
@@ -182,14 +183,14 @@ def paired_bars(name: str, groups: Sequence[tuple[str, Sequence[Bar], str]]) -> 
     return chart(name, width, len(groups) * group_height, parts)
 
 
-# The scale of all dumbbells: shares from 0 to 1 over 360 pixels.
+# What all dumbbells share, so that they line up in a column.
 _SHARES = Frame(8, 352, 0, 26, (0.0, 1.0), (0.0, 1.0))
 
 
 def dumbbell(first: tuple[str, float | None], second: tuple[str, float | None]) -> Svg:
-    """Two shares, each with its series, as dots joined by a line; with a mark at chance, one in two.
+    """Two shares, each given with its series, as dots joined by a line; a mark at one half shows chance.
 
-    The first is drawn on top and smaller, so that equal shares look like a dot in a ring.
+    The first dot is smaller and lies on top, so that equal shares look like a dot in a ring.
     """
     frame = _SHARES
     y, half = (frame.top + frame.bottom) / 2, frame.x(0.5)
@@ -209,7 +210,7 @@ def dumbbell(first: tuple[str, float | None], second: tuple[str, float | None]) 
 
 
 def dumbbell_axis() -> Svg:
-    """The scale to stand above a column of dumbbells, in per cent."""
+    """The scale of a column of dumbbells, in per cent."""
     marks = ((0.0, "0", "start"), (0.5, "chance, 50", "middle"), (1.0, "100", "end"))
     labels = [
         element("text", label, class_="tick", x=_SHARES.x(share), y=12, text_anchor=anchor)

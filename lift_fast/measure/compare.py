@@ -1,4 +1,4 @@
-"""LIFT beside CLIP in FLOPs and memory, computed for any preset and batch on any machine."""
+"""FLOPs and memory of LIFT and CLIP compared, computed for any preset and batch on any machine."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from .flops import clip_flops, lift_flops, saved
 from .memory import peak_training_memory
 from .paper import SAVINGS, WHY
 
-# (checkpointing, batch) of the rows where no batch is asked for; the last is the paper's regime.
+# (checkpointing, batch) of the rows where no batch is given; the last is the paper's regime.
 REGIMES: tuple[tuple[Checkpointing, int], ...] = (("none", 256), ("none", 2048), ("block", 256), ("block", 2048))
 CONTEXTS = (16, 32, 64, 77, 128, 192, 256, 323)
 
@@ -17,21 +17,21 @@ CONTEXTS = (16, 32, 64, 77, 128, 192, 256, 323)
 def paper_scale(
     preset_name: str = "vit-b16", contexts: Sequence[int] = (77, 128), batch_size: int | None = None
 ) -> dict:
-    """The report's `paper_scale`: what LIFT saves at each of CLIP's `contexts`, beside the paper's figures.
+    """The report's `paper_scale`: what LIFT saves at each of CLIP's `contexts`, with the paper's figures.
 
-    FLOPs are a sample's forward with LIFT's head; memory is the peak of a bf16 training step, without and
-    with activation checkpointing, at batches of 256 and 2 048 or at `batch_size` alone. The entries `n77`, …
-    take memory from the paper's regime (checkpointing, the largest batch) and hold the paper's figures where
+    FLOPs are of one sample's forward, LIFT's head included. Memory is the peak in bytes of a bf16 training step,
+    without and with activation checkpointing, at batches of 256 and 2 048 or at `batch_size` alone. The entries
+    `n77`, … take memory from the paper's regime (checkpointing, the largest batch), and the paper's figures where
     it gives any (77 and 128 of vit-b16), else None.
 
-    Raises ConfigError for an unknown preset, and for no context or one below 1.
+    Raises ConfigError for an unknown preset, for empty `contexts`, and for a context below 1.
     """
     base = preset(preset_name)
     if not contexts or min(contexts) < 1:
         raise ConfigError(f"contexts must be caption lengths of at least 1 token, not {list(contexts)}")
     regimes = REGIMES if batch_size is None else (("none", batch_size), ("block", batch_size))
     lift = lift_flops(base)
-    # LIFT never sees a token, so its peak is one for all contexts.
+    # LIFT never sees a token, so its peak is the same for all contexts.
     lift_memory = {
         (checkpointing, size): peak_training_memory("lift", base, size, checkpointing=checkpointing)
         for checkpointing, size in regimes
@@ -74,9 +74,9 @@ def paper_scale(
 
 
 def cost_against_length(base: Preset, contexts: Sequence[int] = CONTEXTS, text_dim: int | None = None) -> list[dict]:
-    """The report's `cost_against_length`: training FLOPs a sample (forward + backward) by caption length.
+    """The report's `cost_against_length`: training FLOPs a sample (forward and backward) by caption length.
 
-    The milliseconds are None here: they are measured with a real cache and real captions.
+    The milliseconds are None: compare_runs (runs.py) measures them, with a real cache and real captions.
     """
     lift = lift_flops(base, text_dim, training=True).total
     return [
@@ -92,7 +92,7 @@ def cost_against_length(base: Preset, contexts: Sequence[int] = CONTEXTS, text_d
 
 
 def format_table(scale: dict) -> str:
-    """`paper_scale`'s figures as lines for a terminal."""
+    """The figures of `paper_scale` as a table for the terminal."""
     lines = [
         f"{scale['preset']}: forward FLOPs of a sample, and peak memory of a bf16 training step",
         "n      checkpointing batch      LIFT     CLIP  saved        LIFT       CLIP  saved",

@@ -7,7 +7,7 @@ DASH = "–"
 THIN = "\u202f"  # narrow no-break space: 12 000
 HARD = "\u00a0"  # no-break space: 22.3 %
 
-# By kind of quantity: the units, ascending, each with its size in the unit that values come in.
+# Kind of quantity -> its units from small to large, each with its size in the unit that values are given in.
 UNITS = {
     "flops": [(10.0**e, u) for e, u in ((0, "FLOP"), (3, "kFLOP"), (6, "MFLOP"), (9, "GFLOP"), (12, "TFLOP"))],
     "bytes": [(1024.0**e, u) for e, u in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))],
@@ -16,9 +16,9 @@ UNITS = {
 }
 
 
-def fixed(value: float, digits: int) -> str:
-    """`value` with `digits` decimals."""
-    return f"{value:,.{digits}f}".replace(",", THIN).replace("-", "−")
+def fixed(value: float, decimals: int) -> str:
+    """A number with as many decimals as given."""
+    return f"{value:,.{decimals}f}".replace(",", THIN).replace("-", "−")
 
 
 def integer(n: int | None) -> str:
@@ -30,7 +30,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value is None:
         return DASH
     exponent = math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", THIN)
+    return fixed(value, max(0, digits - 1 - exponent))
 
 
 def unit_for(largest: float, kind: str) -> tuple[float, str]:
@@ -49,7 +49,7 @@ def amount(value: float | None, kind: str) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share in per cent without the sign, for a table whose head carries it."""
+    """A share in per cent without the sign, which the table's head has."""
     return DASH if share is None else fixed(100 * share, digits)
 
 
@@ -69,5 +69,5 @@ def points(ours: float | None, theirs: float | None) -> str:
 
 
 def joined(parts: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Words as a list in a sentence: a, b and c."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,4 +1,4 @@
-"""Puts the numbers of two runs together: run.json, eval.json and compare.json -> the report's dict."""
+"""Merges the numbers of two runs, from run.json, eval.json and compare.json, into the report's dict."""
 
 from typing import Any
 
@@ -14,10 +14,12 @@ def gather(
     data: dict[str, dict[str, int]],
     command: str,
 ) -> dict[str, Any]:
-    """runs and evals: "lift" and "clip" -> the content of their run.json and eval.json; compared: compare.json;
-    data: set -> split -> samples. Returns what `measure.report` renders.
+    """Returns the dict that `measure.report` renders.
 
-    Raises ConfigError when the runs do not belong together, DataError when compare.json is not of two runs.
+    runs, evals: by "lift" and "clip", the content of run.json and of eval.json. compared: the content of
+    compare.json. data: set -> split -> number of samples. command: shown in the report as what made it.
+
+    Raises ConfigError when the runs cannot be compared, DataError when compare.json does not compare two runs.
     """
     check_pair(runs)
     if "runs" not in compared:
@@ -37,7 +39,7 @@ def gather(
         "paper_scale": compared["paper_scale"],
         "cost_against_length": compared["cost_against_length"],
         "paper_results": PAPER_RESULTS,
-        "pictures": _pictures(evals),
+        "pictures": _examples(evals),
         "data": data,
         "machine": runs["lift"]["machine"],
         "versions": runs["lift"]["versions"],
@@ -63,8 +65,8 @@ _FROM_RUN = (
 )
 
 
-def _pictures(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The example pictures with what each model ranks first."""
+def _examples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The example images, each with the caption that each model ranks first."""
     return [
         {
             **{key: lift[key] for key in ("set", "png_base64", "caption")},

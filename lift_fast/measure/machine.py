@@ -1,4 +1,4 @@
-"""What a figure was measured on: the machine, and the versions of everything that matters."""
+"""The machine that a figure was measured on, and the versions of the packages that it depends on."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """{"cpu", "cores" this process may use, "memory_gib", "gpu" (None without one), "os"}."""
+    """{"cpu", "cores" (that this process may use), "memory_gib", "gpu" (None without one), "os"}."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """{"python": …, "lift_fast": …} and the packages above that are installed."""
+    """Versions by name: "python", "lift_fast", and those of PACKAGES that are installed."""
     from .. import __version__
 
     found = {"python": platform.python_version(), "lift_fast": __version__}
@@ -68,7 +68,7 @@ def _cpu() -> str:
 
 
 def _memory_gib() -> float:
-    """Physical memory, or what the control group allows where that is less."""
+    """Physical memory in GiB, or the limit of the control group where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max") as file:

@@ -1,13 +1,12 @@
 """Peak memory of a training step, from fake tensors: exact for torch's tensors, at any batch, in a second.
 
 Counted: parameters, gradients, AdamW's two moments, the batch (float32 pixels; cached rows or tokens), every
-activation autograd keeps, and every tensor that lives for a moment in between. Not counted: scratch inside
-one op (the loss keeps scores as its budget allows, ops/pairs/policy.py), the allocator's rounding and fragmentation,
-and the CUDA context.
+activation that autograd keeps, and temporary tensors. Not counted: scratch inside one op (the loss keeps scores as
+its budget allows, ops/pairs/policy.py), the allocator's rounding and fragmentation, and the CUDA context.
 
-The fakes are CPU tensors. A GPU's are the same: under either's autocast the towers' residual stream is bfloat16, and
-ops/block.py decides what is kept. Attention is the CPU's backend, which like Triton's keeps no output; the backends of
-libraries keep one width a token more.
+The fake tensors are on the CPU. On a GPU they have the same sizes: autocast makes the towers' residual stream
+bfloat16 on both, and ops/block.py decides what is kept on both. Attention is the CPU backend, which like the Triton
+backend does not keep its output; the backends of other libraries keep it, one width a token more.
 """
 
 import weakref
@@ -29,9 +28,9 @@ Kind = Literal["lift", "clip"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive while it is active: `now` and `peak`.
+    """Counts the bytes of live storages while it is active: `now`, and the most at any time as `peak`.
 
-    Each storage counts once, however many views it has, from the op that returns it until it is collected.
+    A storage counts once, however many views it has, from the op that returns it until it is garbage-collected.
     """
 
     def __init__(self) -> None:
@@ -68,11 +67,11 @@ def peak_training_memory(
     checkpointing: Checkpointing = "none",
     precision: Literal["bf16", "fp32"] = "bf16",
 ) -> int:
-    """Bytes at the peak of a step that is not the first: forward, symmetric InfoNCE, backward, AdamW.
+    """Bytes at the peak of a step after the first: forward, symmetric InfoNCE, backward, AdamW.
 
     `preset` sets CLIP's caption length (`preset.with_context(n)`); LIFT's text is `batch_size` int8 rows of
     `text_dim` (the preset's where None), whatever the captions' length.
-    Raises ConfigError for a kind, batch or precision that there is not.
+    Raises ConfigError for an unknown kind or precision, and for a batch below 1.
     """
     if kind not in ("lift", "clip"):
         raise ConfigError(f"no model {kind!r}; there are: lift, clip")
@@ -85,7 +84,7 @@ def peak_training_memory(
         model = Lift(preset, text_dim) if kind == "lift" else Clip(preset)
         model.set_checkpointing(checkpointing)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # one op a step, no temporaries
-        # What a first step leaves behind, without its forward: AdamW makes its moments at its first step.
+        # AdamW allocates its moments in its first step, which needs no forward here.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What the paper publishes (arXiv 2506.04209), to be printed beside our figures and never as ours."""
+"""Figures that the paper publishes (arXiv 2506.04209), to be shown with ours and never as ours."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ RETRIEVAL_TASKS = {
 
 
 class Savings(NamedTuple):
-    """Fractions of CLIP's cost."""
+    """Fractions of CLIP's cost that LIFT saves."""
 
     flops: float
     memory: float

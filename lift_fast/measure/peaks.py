@@ -1,6 +1,6 @@
 """How fast a device multiplies matrices, by its datasheet and as measured, and the fraction of that a step reaches.
 
-MFU, model FLOPs utilization (Chowdhery et al., arXiv 2204.02311, appendix B), counts the FLOPs that the model needs
+MFU, model FLOPs utilisation (Chowdhery et al., arXiv 2204.02311, appendix B), counts the FLOPs that the model needs
 (flops.py), without those that recomputing activations adds.
 """
 

@@ -1,4 +1,4 @@
-"""Two trained runs side by side on this machine: FLOPs, memory, step time, and the time spent on text."""
+"""Compares two trained runs on this machine: FLOPs, memory, step time, and the time spent on text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ from .flops import clip_flops, lift_flops
 from .memory import peak_training_memory
 from .time import clip_text_ms, lift_text_ms, median_ms
 
-# What two runs must share for their figures to stand side by side.
+# Settings in which two runs must agree for their figures to be comparable.
 _SHARED = ("steps", "batch_size", "seed", "data")
 
 
 def check_pair(runs: Mapping[str, dict[str, Any]]) -> None:
-    """Raises ConfigError unless `runs` is a LIFT and a CLIP run that differ in their text side alone."""
+    """Raises ConfigError unless `runs` are a LIFT and a CLIP run that differ only on the text side."""
     for name, run in runs.items():
         if run["model"] != name:
             raise ConfigError(f"--{name} names a run of {run['model']}")
@@ -43,13 +43,15 @@ def compare_runs(
     captions: Mapping[int, Sequence[str]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """runs: "lift" and "clip" -> run.json; training: LIFT's own text side; caches and captions: CLIP's context ->
-    texts of about that length, to time the text side at.
+    """Returns compare.json's "runs", "savings" and "cost_against_length".
 
-    FLOPs and, without a GPU, peak memory are counted for the runs' own settings; step time is the runs' own
-    median; text time and the cost of embedding a caption once are measured here.
-    Returns {"runs", "savings", "cost_against_length"}.
-    Raises ConfigError when the runs do not belong together or CLIP's own context is not among the contexts.
+    runs: by "lift" and "clip", the content of run.json. training: the text side that LIFT was trained with. caches,
+    captions: by CLIP's context, a cache and captions of about that length, to time the text side with.
+
+    FLOPs, and peak memory of runs without a GPU, are counted for the runs' settings; step times are the medians that
+    the runs recorded; the time spent on text and the cost of embedding a caption once are measured here.
+
+    Raises ConfigError when the runs cannot be compared, or when `caches` lacks the context that CLIP was trained at.
     """
     check_pair(runs)
     lift, clip = runs["lift"], runs["clip"]
@@ -97,11 +99,11 @@ def compare_runs(
 def _clip_text_ms(
     clip: dict[str, Any], captions: Mapping[int, Sequence[str]], own: int, batch: int, device: torch.device
 ) -> dict[int, float]:
-    """CLIP's milliseconds on text at each context, and at the usual lengths below the longest."""
-    # Only the text tower is timed: the smallest image tower stands beside it.
+    """Milliseconds a step of CLIP spends on text, by context: those of `captions`, and of CONTEXTS the shorter ones."""
+    # Only the text tower is timed, so the image tower is the smallest.
     sizes = replace(preset(clip["preset"]), vit=PRESETS["tiny"].vit)
     towers = {}
-    for n in sorted({*captions, *(usual for usual in CONTEXTS if usual < max(captions))}):
+    for n in sorted({*captions, *(n for n in CONTEXTS if n < max(captions))}):
         tower = Clip(sizes.with_context(n)).to(device)
         tower.set_checkpointing(clip["config"]["checkpointing"])
         texts = captions.get(n, captions[own])
@@ -110,7 +112,7 @@ def _clip_text_ms(
 
 
 def _embed_ms(encoder: dict[str, Any], captions: Sequence[str], device: torch.device) -> float | None:
-    """Milliseconds to embed one caption with LIFT's encoder; None where that would run code from a hub."""
+    """Milliseconds to embed one caption with LIFT's encoder; None for trust_remote_code, which is not run here."""
     if encoder["trust_remote_code"]:
         return None
     encode = Encoder(EncoderSpec(**encoder), device=device).encode
@@ -118,7 +120,7 @@ def _embed_ms(encoder: dict[str, Any], captions: Sequence[str], device: torch.de
 
 
 def _counted_memory(run: dict[str, Any]) -> int:
-    """The peak of a run on the CPU, where nothing measures it."""
+    """Peak bytes of a run on the CPU, where the peak is not measured."""
     config = run["config"]
     return peak_training_memory(
         "lift" if run["model"] == "lift" else "clip",

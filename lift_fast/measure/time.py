@@ -1,4 +1,8 @@
-"""Milliseconds: medians of repeated calls, and of rivals called in turn; what a step spends on its text."""
+"""Milliseconds: medians of repeated calls, of alternatives in turn, and of the part of a step spent on text.
+
+Kept by hand for a reason: torch.utils.benchmark times one alternative after the other, so that a machine which slows
+down in between favours the first. Here they are interleaved, and a drift affects all of them alike.
+"""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +19,14 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call: the median, and the distance between the quartiles."""
+    """Milliseconds a call: the median, and the interquartile range."""
 
     median: float
     spread: float
 
 
 class Rows(Protocol):
-    """What `lift_text_ms` needs of a cache (`cache.Cache` has it)."""
+    """The part of cache.Cache that lift_text_ms uses."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +36,7 @@ class Rows(Protocol):
 def median_ms(
     fn: Callable[[], object], repeats: int = 20, warmup: int = 3, device: str | torch.device = "cpu"
 ) -> float:
-    """Median milliseconds of `fn()`; on a CUDA device until its kernels have finished."""
+    """Median milliseconds of `fn()`, on a CUDA device with a sync before and after."""
     return interleaved_ms({"": fn}, repeats, warmup, device)[""].median
 
 
@@ -42,9 +46,10 @@ def interleaved_ms(
     warmup: int = 3,
     device: str | torch.device = "cpu",
 ) -> dict[K, Timing]:
-    """Times each of `fns`, called in turn `repeats` times, so that the machine's drift meets all alike.
+    """Times each of `fns`, called in turn `repeats` times after `warmup` rounds that are not timed.
 
-    The order turns by one each round: none always runs behind the same neighbour's caches.
+    Each round starts with the next of them, so that none always runs right after the same one and finds its data in
+    the caches.
     """
     cuda = torch.device(device).type == "cuda"
     names = list(fns)
@@ -65,6 +70,7 @@ def interleaved_ms(
 
 
 def quartile_distance(times: list[float]) -> float:
+    """The interquartile range; 0 for fewer than two times."""
     if len(times) < 2:
         return 0.0
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -79,11 +85,11 @@ def lift_text_ms(
     repeats: int = 300,
     seed: int = 0,
 ) -> dict[K, Timing]:
-    """What a step of LIFT spends on text, for each cache: gather the batch's rows, move them, widen them.
+    """The time a step of LIFT spends on text, for each cache: gather the batch's rows, move them, widen them.
 
-    Every call takes other rows, drawn with replacement before the clock starts (in training they come with
-    the batch). `dtype` is what the loss computes in. The CPU's part runs on one thread: a call is so short
-    that on a busy machine two threads would time their waiting for each other.
+    Each call takes other rows, drawn with replacement before the clock starts (in training they come with the
+    batch). dtype: the one that the loss computes in. The CPU's part runs on one thread: a call is so short that on
+    a busy machine two threads would mostly wait for each other.
     """
     warmup = 20
     generator = torch.Generator().manual_seed(seed)
@@ -113,12 +119,14 @@ def clip_text_ms(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[K, Timing]:
-    """What a step of CLIP spends on text, for each model and its batch of captions: tokenise to the model's
+    """The time a step of CLIP spends on text, for each model and its batch of captions: tokenise to the model's
     context, text tower and projection forward, and backward from a fixed random gradient.
 
-    The models must be on `device`; their text gradients are cleared.
+    The models must be on `device`; the gradients of their text parameters are cleared.
     """
-    from ..text.tokenizer import ClipTokenizer  # here: the benchmarks of the ops run where it is not installed
+    from ..text.tokenizer import (
+        ClipTokenizer,
+    )  # not at the top: the ops' benchmarks run where the tokenizer is not installed
 
     warmup = 1
     kind = torch.device(device).type

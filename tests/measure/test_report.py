@@ -561,7 +561,7 @@ def test_a_spread_as_large_as_the_difference_does_not_hide_it(new_report):
 
 def test_the_page_says_what_text_time_and_parameters_leave_out(new_report):
     page = page_text(new_report)
-    assert "LIFT’s text time is gather and widen from the training caches." in page
+    assert "LIFT’s text time is gathering rows of the training caches and widening them." in page
     assert "leaves out reading captions from disk, and the optimizer’s work on the text tower" in page
     assert "LIFT’s frozen text encoder, a-frozen-encoder, is not counted." in page
     assert "<td>trained parameters</td>" in render_html(new_report)

@@ -29,9 +29,9 @@ class Measure:
     def ahead(self) -> str | None:
         """ "lift", "clip", "close", or None where one of the two is missing.
 
-        Shares are close within 1.96 standard errors of the difference of two independent counts; costs within
-        0.05 % of the larger, or within their spread. A guide, not a test: both models answer for the same images,
-        and each was trained with one seed.
+        Shares are close within 1.96 standard errors of the difference of two independent counts, costs within
+        0.05 % of the larger one or within their spread. This is a guide and no test: both models answer for the
+        same images, and each was trained with one seed.
         """
         if self.lift is None or self.clip is None:
             return None
@@ -54,7 +54,7 @@ class Measure:
 
 
 def costs(report: dict) -> list[Measure]:
-    """What training costs. The whole run's text is last, and left out where LIFT's embedding time is not known."""
+    """The costs of training. Last is text over the whole run, if the time that LIFT's embedding took is known."""
     rows = (
         ("training FLOPs a sample", "flops", "flops_per_sample", "flops"),
         (memory_name(report), "bytes", "peak_memory_bytes", "memory"),
@@ -135,7 +135,7 @@ def verdict(report: dict) -> dict[str, list[Measure]]:
 
 
 def summary(report: dict) -> str:
-    """One sentence of plain text: what was trained, on which machine, and who is ahead on what."""
+    """One sentence of plain text: what was trained, on which machine, and which model is ahead on what."""
     report = finite(report)
     return f"Trained on {_samples(report)}, on {_place(report)}: {_outcome(report)}."
 

@@ -1,4 +1,4 @@
-"""Where a report goes: two files in a folder, and a table in the terminal."""
+"""Writes the report: report.json and report.html into a folder, a table to the terminal."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from .comparison import PAID_ONCE, costs, embedding_s, qualities, summary
 from .fields import finite, get
 from .page import render_html
 
-# The table is ASCII wherever the report's own names are.
+# The table is ASCII but for names in the report.
 _ASCII = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "→": "->", "µ": "u", "’": "'"})
 
 

@@ -1,8 +1,9 @@
-"""The report as one HTML page: page.html.j2 filled with what the functions below select from the report's dict.
+"""The report as one HTML page: the template page.html.j2, filled from the report's dict.
 
 The page has no script and no outside reference: style, charts and images are inside. The template escapes every
-string, fails for a name that it is not given, and shows None as a dash. A part that is missing in the report is left
-out of the page.
+string, raises for a name that it is not given, and shows None as a dash. Parts that the report lacks are left out.
+
+Each function below prepares one part of the page: numbers and plain strings for the template, and charts.
 """
 
 import json
@@ -91,7 +92,7 @@ def _sides(report: dict) -> list[tuple[str, str, list[Measure]]]:
 
 def _training(report: dict) -> dict[str, Any]:
     lines = [line for model, _ in MODELS for line in _loss_lines(model, get(report, model, "loss") or [])]
-    lines.sort(key=lambda line: not line.faint)  # the means lie on top
+    lines.sort(key=lambda line: not line.faint)  # the means are drawn last, on top
     rows = [
         (name, *map(show, both(report, key)))
         for name, key, show in (
@@ -118,7 +119,7 @@ def _ms(report: dict, *keys: str) -> list[str]:
 
 
 def _loss_lines(model: str, losses: Sequence[float | None]) -> list[Line]:
-    """The losses, thinned to at most 500 points, and their running mean."""
+    """The losses and their running mean, each thinned to about 500 points."""
     known = [(float(step), loss) for step, loss in enumerate(losses, 1) if loss is not None]
     half = max(1, len(known) // 60)
     sums = [0.0]
@@ -154,8 +155,8 @@ def _costs(report: dict) -> dict[str, Any]:
 
 
 def _whole_run(report: dict) -> list[dict[str, Any]]:
-    """For each model, what text costs from the first caption to the last step; empty where LIFT's embedding is
-    not known."""
+    """For each model, the cost of text from the first caption to the last step; empty where the report lacks the
+    time that LIFT's embedding took."""
     if embedding_s(report) is None:
         return []
     total = costs(report)[-1]
@@ -251,17 +252,17 @@ def _paper_scale(report: dict) -> dict[str, Any]:
 
 
 def _published(report: dict) -> list[dict[str, Any]]:
-    """The paper's own results as tables; the best of the rows of one training set is marked."""
+    """Tables of the paper's own results; the best value among rows of the same training data is marked."""
     tables = []
     for key, title, columns in PUBLISHED:
         results = get(report, "paper_results", key) or []
         rows = []
         for result in results:
-            rivals = [rival for rival in results if rival.get("data") == result.get("data")]
+            peers = [peer for peer in results if peer.get("data") == result.get("data")]
             cells = []
             for column in columns:
                 value = result.get(column)
-                best = value is not None and all(value >= (rival.get(column) or 0) for rival in rivals)
+                best = value is not None and all(value >= (peer.get(column) or 0) for peer in peers)
                 cells.append((None if value is None else f"{value:.1f}", best))
             model = str(result.get("model"))
             rows.append(
