@@ -1,4 +1,4 @@
-"""FLOPs against hand formulas, memory against torch's MemTracker and by hand, timing against a fake clock."""
+"""FLOPs are tested against formulas by hand, memory against torch's MemTracker and by hand, timing on a fake clock."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,8 @@ def blocks_backward(tokens, width, layers):
 
 
 def recomputed(tokens, width, layers, checkpointing):
-    """Up to the last tensor that backward needs: never the last linear layer, nor the one before a kept sum."""
+    """FLOPs of recomputing up to the last tensor that backward needs: without the last linear layer, and without the
+    one before a sum that is kept."""
     squares = {"none": 0, "mlp": 4, "branches": 7, "block": 8}[checkpointing]
     attention = 4 * tokens**2 * width if checkpointing in ("branches", "block") else 0
     return layers * (2 * tokens * squares * width**2 + attention)
@@ -110,7 +111,7 @@ def test_count_linear_and_attention_on_real_and_fake_tensors():
 def test_measuring_leaves_the_random_state_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    p = replace(ODD, embed_dim=12)  # not counted before
+    p = replace(ODD, embed_dim=12)  # a preset whose count is not cached yet
     lift_flops(p, training=True), clip_flops(p, training=True)
     peak_training_memory("lift", p, 4), peak_training_memory("clip", p, 4)
     assert torch.equal(torch.get_rng_state(), before)
@@ -120,7 +121,7 @@ def test_measuring_leaves_the_random_state_alone():
 
 
 def two_steps(kind: str, p: Preset, batch: int, checkpointing: str, optimizer: dict):
-    """Two whole training steps; yields after each."""
+    """Runs two whole training steps and yields after each."""
     model = Lift(p) if kind == "lift" else Clip(p)
     model.set_checkpointing(checkpointing)
     adamw = torch.optim.AdamW(model.parameters(), **optimizer)
@@ -178,7 +179,7 @@ def test_a_batch_of_one_is_parameters_gradients_and_moments_at_least(kind, model
 
 
 def test_the_loss_grows_no_faster_than_the_batch():
-    """Dense float32 logits of the larger one alone would be 37 GiB."""
+    """The dense float32 logits of the larger batch alone would take 37 GiB."""
     few, many = (peak_training_memory("lift", ODD, batch) for batch in (10_000, 100_000))
     assert many <= 10 * few
 
@@ -196,7 +197,7 @@ def test_the_loss_grows_no_faster_than_the_batch():
 def test_peaks_of_plain_blocks_are_near_those_found_with_open_clips(
     kind, context, checkpointing, batch, gib, monkeypatch
 ):
-    """Those were taken with the float32 pixels left out, which are 0.14 GiB at 256 and 1.15 at 2 048."""
+    """The expected values leave out the float32 pixels, which take 0.14 GiB at a batch of 256 and 1.15 at 2 048."""
     monkeypatch.setattr(transformer, "block", plain_block)
     monkeypatch.setattr(transformer.LayerNorm, "forward", nn.LayerNorm.forward)
     pixels = batch * 3 * 224**2 * 4 / GIB
@@ -206,7 +207,7 @@ def test_peaks_of_plain_blocks_are_near_those_found_with_open_clips(
 
 
 def plain_block(x, branch, *weights, heads, causal, checkpointing, **_):
-    """What ops/block.py computes, by torch's functions under autocast; the sum first, then nothing to add."""
+    """The block of ops/block.py by torch's functions under autocast. Returns the sum, and no branch left to add."""
 
     def run(x):
         ln1_w, ln1_b, w_qkv, b_qkv, w_o, b_o, ln2_w, ln2_b, w1, b1, w2, b2 = weights
@@ -228,8 +229,8 @@ def test_a_sample_costs_what_the_tower_says_it_keeps(checkpointing):
     tower.transformer.checkpointing = checkpointing
     kept = tower.activation_bytes(512)
     embedded = 512 * tower.config.tokens * 768 * 2
-    # Beside what the blocks keep: pixels, tokens before and after the first layernorm, and what one block's backward
-    # holds for a moment, 11 to 20 widths a token.
+    # Further memory: pixels, tokens before and after the first layernorm, and temporary tensors of one block's
+    # backward, 11 to 20 widths a token.
     assert kept + 5 * embedded < many - few < kept + 27 * embedded
 
 
@@ -262,7 +263,7 @@ def test_memory_refuses(wrong, message):
 
 
 class Clock:
-    """perf_counter that stands still, and work that moves it."""
+    """A fake perf_counter that only work() advances."""
 
     def __init__(self):
         self.now = 0.0
@@ -294,7 +295,7 @@ def test_interleaved_is_round_robin_with_a_turning_order(monkeypatch):
 def test_drift_meets_all_alike(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    drift = (1e-3 * 1.01**i for i in counter())  # every call is slower than the one before, whoever makes it
+    drift = (1e-3 * 1.01**i for i in counter())  # every call is slower than the one before, whichever it is
     fns = {name: clock.work(name, drift) for name in "abc"}
     medians = [timing.median for timing in interleaved_ms(fns, repeats=60, warmup=0).values()]
     assert max(medians) / min(medians) < 1.03
@@ -309,18 +310,18 @@ def test_median_ms(monkeypatch):
 
 
 class MemoryCache:
-    """A cache's length and `rows`, in memory; notes the rows it was asked for."""
+    """A cache in memory, with length and `rows`, that records which rows were requested."""
 
     def __init__(self, rows, dim, seed):
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randint(-127, 128, (rows, dim), dtype=torch.int8, generator=generator)
-        self.all, self.asked = QuantizedRows(codes, torch.rand(rows) + 0.1, "int8", dim), []
+        self.all, self.requested = QuantizedRows(codes, torch.rand(rows) + 0.1, "int8", dim), []
 
     def __len__(self):
         return len(self.all)
 
     def rows(self, rows):
-        self.asked.append(rows.tolist())
+        self.requested.append(rows.tolist())
         return self.all[rows]
 
 
@@ -329,14 +330,14 @@ def test_lift_text_takes_fresh_rows_every_time():
     timings = lift_text_ms(caches, batch_size=65, repeats=30)
     assert set(timings) == {77, 128} and all(t.median > 0 for t in timings.values())
     for cache in caches.values():
-        assert len(cache.asked) >= 30 and all(len(rows) == 65 for rows in cache.asked)
-        assert len({tuple(rows) for rows in cache.asked}) == len(cache.asked)
+        assert len(cache.requested) >= 30 and all(len(rows) == 65 for rows in cache.requested)
+        assert len({tuple(rows) for rows in cache.requested}) == len(cache.requested)
 
 
 def test_lift_text_time_does_not_know_the_caption_length():
     caches = {77: MemoryCache(4000, 384, 0), 128: MemoryCache(4000, 384, 1)}
     threads = torch.get_num_threads()
-    # The least of three rounds: another process that tests beside this one disturbs some of them.
+    # The fastest of three rounds, because other processes on the machine disturb some of them.
     rounds = [[t.median for t in lift_text_ms(caches, batch_size=256).values()] for _ in range(3)]
     short, long = map(min, zip(*rounds, strict=True))
     assert torch.get_num_threads() == threads
@@ -347,7 +348,7 @@ def test_clip_text_time_grows_with_the_context():
     captions = ["a red cat sits on two small boxes", "das grüne Haus", ""] * 3
     models = {n: (Clip(TINY.with_context(n)), captions) for n in (16, 128)}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine two would time their waiting for each other
+    torch.set_num_threads(1)  # on a busy machine two would mostly wait for each other
     timings = clip_text_ms(models, repeats=3)
     torch.set_num_threads(threads)
     assert timings[128].median > 1.5 * timings[16].median
@@ -355,7 +356,7 @@ def test_clip_text_time_grows_with_the_context():
     assert clip_text_ms({"bf16": models[16]}, precision="bf16", repeats=2)["bf16"].median > 0
 
 
-# The paper's figures, and ours beside them.
+# The paper's figures, and ours compared with them.
 
 
 def test_paper_results_have_the_reports_shape():
@@ -394,7 +395,7 @@ def test_paper_scale(monkeypatch):
 
 def test_another_preset_at_an_odd_batch():
     scale = paper_scale("tiny", (77,), 37)
-    assert scale["n77"]["paper_flops_saved"] is None  # the paper trains no such model
+    assert scale["n77"]["paper_flops_saved"] is None  # the paper has no figures for this preset
     assert scale["n77"]["memory_saved"] == scale["rows"][1]["memory_saved"] > 0
     assert scale["rows"][0]["clip_memory_bytes"] == peak_training_memory("clip", TINY, 37)
     assert scale["rows"][1]["lift_memory_bytes"] == peak_training_memory("lift", TINY, 37, checkpointing="block")
@@ -424,5 +425,5 @@ def test_cost_against_length_is_flat_for_lift_and_grows_for_clip():
 
 
 def test_memory_needs_no_memory():
-    """A batch no machine holds."""
+    """A batch too large for any machine."""
     assert peak_training_memory("lift", TINY, 1_000_000, checkpointing="block") > 4e11

@@ -1,4 +1,4 @@
-"""The page and table of a report: whole, self-contained, escaped, honest about who won, atomic."""
+"""The page and table of a report: complete, self-contained, escaped, fair to both models, written atomically."""
 
 import base64
 import copy
@@ -66,7 +66,7 @@ def example_model(rng: random.Random, lift: bool) -> dict:
 
 
 def example_report(rng: random.Random) -> dict:
-    """A whole report with plausible random numbers."""
+    """A complete report with plausible random numbers."""
     lift, clip = example_model(rng, True), example_model(rng, False)
     paper = {
         "flops_saved": 0.147,
@@ -181,7 +181,7 @@ def example_report(rng: random.Random) -> dict:
 
 
 def with_new_keys(report: dict) -> dict:
-    """The report as newer runs write it: where memory is from, spreads, and what the embedding cost."""
+    """The report as newer runs write it: with the source of the memory figures, spreads, and the embedding's cost."""
     for i, m in enumerate((report["lift"], report["clip"])):
         m |= {"peak_memory_from": "fake tensors", "device": "cpu", "step_ms_spread": 12.5 + i}
     report["lift"] |= {"captions": 11_500, "embed_ms_per_caption": 4.0, "encoder": {"name": "a-frozen-encoder"}}
@@ -189,7 +189,7 @@ def with_new_keys(report: dict) -> dict:
 
 
 class Balance(HTMLParser):
-    """Collects every tag left open or closed twice, all text, and all attributes."""
+    """Collects all text, all attributes, and every tag that is left open or closed twice."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
@@ -350,7 +350,7 @@ def test_every_null_shows_a_dash(report):
     report["clip"]["loss"] = []
     for path in leaves(copy.deepcopy(report)):
         if path[-1] == "context" or (isinstance(path[-1], int) and "loss" not in path):
-            continue  # a row is there with its context, or not at all
+            continue  # every row has its context
         bad = copy.deepcopy(report)
         spot = bad
         for key in path[:-1]:
@@ -455,7 +455,7 @@ def test_a_long_run_makes_a_small_page(report):
     assert len(render_html(report)) < 200_000
 
 
-# ------------------------------------------------------------------ no more than was measured is claimed
+# No more is claimed than was measured.
 
 
 @pytest.mark.parametrize(
@@ -510,13 +510,13 @@ def test_text_over_the_whole_run_holds_the_embedding(new_report):
     assert re.search(r"^text over the whole run +24\.0 s \* +30\.0 s +20\.0 % less$", table, re.M)
     assert "8 000 captions x 2.50 ms = 20.0 s of embedding" in table
 
-    lift["embed_ms_per_caption"] = 5.0  # 44 s against 30: the text a step is still LIFT's, the whole run is not
+    lift["embed_ms_per_caption"] = 5.0  # 44 s against 30 s: LIFT is ahead on text a step, but not over the whole run
     assert [m.name for m in verdict(new_report)["clip"] if m.kind == "s"] == ["text over the whole run"]
     assert "text time a step" in [m.name for m in verdict(new_report)["lift"]]
     assert "text over the whole run" in summary(new_report).split("CLIP on")[1]
     assert "46.7 % more" in page_text(new_report)
 
-    clip["loss"] = [1.0] * 300  # the steps of each are its own
+    clip["loss"] = [1.0] * 300  # the number of steps may differ
     assert cost(new_report, "text over the whole run").clip == pytest.approx(90)
 
 
