@@ -1,4 +1,4 @@
-"""train/step.py: one training step, which never makes the host wait for the device."""
+"""train/step.py: one training step, in which the host never waits for the device."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def batch(kind, device, size=6, seed=0):
 
 @pytest.fixture
 def deterministic():
-    """cuDNN's gradient of the patch embedding's weight is not the same at every run unless it is asked to be."""
+    """cuDNN's gradient of the patch embedding's weight is deterministic only on request."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     yield
@@ -45,8 +45,8 @@ def deterministic():
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations for which the host of a GPU would wait: what it reads back, shapes that depend on values,
-    and tensors made of its own numbers, which are copied."""
+    """Lists the operations that would synchronise the host with a GPU: values read back, shapes that depend on values,
+    and tensors made from Python numbers, which are copied to the device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "item", "equal", "lift_fresh")
 
@@ -65,7 +65,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["lift", "clip"])
 def test_the_host_never_waits(kind, patch_dropout):
-    """All that PyTorch is asked for in two steps, the loss included, on fake tensors."""
+    """Every operation of two steps, the loss included, on fake tensors."""
     preset = replace(SMALL, vit=replace(SMALL.vit, patch_dropout=patch_dropout))
     with FakeTensorMode():
         _, step = make(kind, "cpu", precision=torch.bfloat16, preset=preset)
@@ -86,7 +86,7 @@ def test_the_test_sees_what_waits():
 @pytest.mark.parametrize("kind", ["lift", "clip"])
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_step_is_the_plain_one(kind, device, deterministic):
-    """The same as torch's own calls, one by one."""
+    """A step gives what torch's own calls give, one by one."""
     from lift_fast.data.pixels import normalise
 
     model, step = make(kind, device, clip_grad=0.3)
@@ -140,14 +140,14 @@ def test_a_captured_step_is_the_same_step(kind, deterministic):
     model, step = make(kind, "cuda", capturable=True)
     other, graphed = make(kind, "cuda", capturable=True, graphed=True)
     for turn in range(8):
-        # The sixth batch is of another size: it runs as it is, and the graph serves again after it.
+        # The sixth batch has another size: it runs eagerly, and the graph is replayed again after it.
         inputs = batch(kind, "cuda", seed=turn, size=5 if turn == 5 else 6)
         lr = 1e-3 / (turn + 1)
         torch.testing.assert_close(graphed(*inputs, lr), step(*inputs, lr), rtol=1e-4, atol=1e-5)
     assert graphed.graph is not None
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         if name.endswith("qkv.bias"):
-            # The keys' bias moves no softmax. Its gradient is rounding, of which Adam makes whole steps.
+            # The keys' bias does not change the softmax. Its gradient is rounding, which Adam makes full steps of.
             (p_q, p_k, p_v), (q_q, q_k, q_v) = p.chunk(3), q.chunk(3)
             torch.testing.assert_close(p_k, q_k, rtol=0, atol=2 * sum(1e-3 / (turn + 1) for turn in range(8)))
             p, q = torch.cat([p_q, p_v]), torch.cat([q_q, q_v])

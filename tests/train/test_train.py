@@ -1,10 +1,11 @@
-"""The trainer: same seed same losses, same pictures for both models, learning, and what it writes."""
+"""The trainer: the same seed gives the same losses, both models see the same images, they learn; what a run writes."""
 
 import errno
 import io
 import json
 import math
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lift_fast.cache import Cache, CacheWriter, Rotation, encode
 from lift_fast.data import dali
 from lift_fast.data.host import HostPipeline
 from lift_fast.data.samples import Collection
+from lift_fast.data.shards import Shards
 from lift_fast.devices import pick_device, use_bf16
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
 from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
@@ -60,13 +62,11 @@ def two_sets(tmp_path):
 
 
 def data_of(config):
-    from lift_fast.data.shards import Shards
-
     return Collection([Shards(folder) for folder in config.data])
 
 
 def again(config, out, **changes):
-    return type(config)(**{**config.__dict__, "out": out, **changes})
+    return replace(config, out=out, **changes)
 
 
 def quiet(config):
@@ -93,7 +93,7 @@ def test_rotated_training_and_plain_training_reach_the_same_loss(two_sets, tmp_p
         assert run["rotation"] == (None if rotation is None else {"kind": "hadamard", "seed": 3})
         losses[kind] = run["loss"]
     first, last = losses["f32"][0], sum(losses["f32"][-5:]) / 5
-    assert last < first - 0.5  # it learns: the comparison below says something
+    assert last < first - 0.5  # it learns, so that the comparison below means something
     assert sum(losses[codec][-5:]) / 5 == pytest.approx(last, abs=within * first)
 
 
@@ -107,7 +107,7 @@ def test_caches_of_other_rotations_are_not_mixed(two_sets, tmp_path):
 
 
 def test_options_of_the_image_tower(two_sets, tmp_path):
-    """What is computed again changes a loss by its rounding at most, and so does compiling; float8 by a little."""
+    """Recomputation and compiling change a loss by rounding at most; float8 changes it a little."""
     lift, _ = two_sets
     plain = quiet(lift)["loss"]
     for level in ("mlp", "branches", "block"):
@@ -117,7 +117,7 @@ def test_options_of_the_image_tower(two_sets, tmp_path):
     assert fp8 != plain and fp8 == pytest.approx(plain, rel=0.05)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
 def test_a_graph_needs_a_gpu(two_sets):
     with pytest.raises(ConfigError, match="CUDA graph and needs a CUDA device"):
         quiet(again(two_sets[0], two_sets[0].out, graph=True))
@@ -142,7 +142,7 @@ def test_both_models_see_the_same_pictures(two_sets, monkeypatch):
 
 @pytest.mark.skipif(not dali.installed(), reason="DALI is not installed")
 def test_either_loader_trains_alike(two_sets, tmp_path):
-    """On PNG, which the host draws for DALI: to the last digit."""
+    """On PNG, which the host renders for DALI too: to the last digit."""
     lift, _ = two_sets
     options = {"flip": 0.5, "colour": 0.3, "shuffle_buffer": 10}
     host, other = (quiet(again(lift, tmp_path / name, loader=name, **options)) for name in ("host", "dali"))
@@ -154,8 +154,6 @@ def test_either_loader_trains_alike(two_sets, tmp_path):
 
 def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
     lift, _ = two_sets
-    from lift_fast.data.shards import Shards
-
     data = Collection([Shards(folder) for folder in lift.data])
     vectors = torch.cat([make_cache(tmp_path / f"again{seed}", data.sets[seed - 1], seed=seed) for seed in (1, 2)])
     text = CachedText([Cache(folder) for folder in lift.cache], data)
@@ -166,7 +164,7 @@ def test_cached_text_is_the_sample_s_text(two_sets, tmp_path):
 
 @pytest.mark.parametrize("loss", ["contrastive", "cosine"])
 def test_it_learns(two_sets, tmp_path, loss):
-    """35 random pictures against 35 random vectors: a model that learns can remember them."""
+    """35 random images against 35 random vectors: a model that learns can memorise them."""
     lift, _ = two_sets
     run = quiet(again(lift, tmp_path / loss, steps=150, loss=loss, batch_size=16, lr=3e-3, weight_decay=0.0))
     if loss == "contrastive":
@@ -279,8 +277,6 @@ def test_a_full_disk_at_the_end_is_told(two_sets, monkeypatch):
 
 def test_caches_of_two_encoders_are_refused(two_sets, tmp_path):
     lift, _ = two_sets
-    from lift_fast.data.shards import Shards
-
     make_cache(tmp_path / "other", Shards(lift.data[1]), name="another")
     with pytest.raises(CacheMismatch, match="differ in encoder"):
         quiet(again(lift, tmp_path / "x", cache=(lift.cache[0], tmp_path / "other")))
