@@ -19,7 +19,7 @@ from lift_fast.nn import PRESETS, Vit, VitConfig
 from lift_fast.nn.transformer import Transformer
 from lift_fast.ops.attention.contract import backends_here
 from lift_fast.ops.attention.op import attention
-from lift_fast.ops.transformer import contract as blocks
+from lift_fast.ops.transformer import contract
 from lift_fast.ops.transformer.layernorm import layernorm
 from lift_fast.ops.transformer.linear import input_product, product, weight_product
 from lift_fast.ops.transformer.mlp import mlp
@@ -288,7 +288,8 @@ def _ours(where: str, names: Sequence[str], build: Callable[[str | None], nn.Mod
 
 def _layernorm(suite: Suite, where: str) -> None:
     width = max(WIDTHS)
-    names = [name for name in blocks.backends_here(where) if name != blocks.FUSED_GEMM]  # there, the same as "triton"
+    # Here "triton_gemm" is the same as "triton".
+    names = [name for name in contract.backends_here(where) if name != contract.FUSED_GEMM]
     modules = _ours(where, names, partial(_LayerNormPart, width))
     modules[TORCH] = partial(_TorchLayerNormPart, width)
     if where == "cuda":
@@ -313,7 +314,7 @@ def _linear(suite: Suite, where: str) -> None:
 
 def _mlps(suite: Suite, where: str) -> None:
     width = max(WIDTHS)
-    modules = _ours(where, blocks.backends_here(where), partial(_mlp, width))
+    modules = _ours(where, contract.backends_here(where), partial(_mlp, width))
     modules[TORCH] = partial(_torch_mlp, width)
     _part(suite, where, "mlp", modules, False, lambda x: {"tflop_per_s": 6 * 2 * x.numel() * 4 * width / 1e12})
 

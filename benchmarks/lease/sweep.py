@@ -170,9 +170,9 @@ def _orders(
     """Each backend that is here first, the others behind it as they are; torch's own is the last resort."""
     from lift_fast.ops.attention import contract as attentions
     from lift_fast.ops.pairs import contract as pairs
-    from lift_fast.ops.transformer import contract as blocks
+    from lift_fast.ops.transformer import contract as transformers
 
-    known = {"pairs": pairs.BACKENDS, "attention": attentions.BACKENDS, "transformer": blocks.BACKENDS}[family]
+    known = {"pairs": pairs.BACKENDS, "attention": attentions.BACKENDS, "transformer": transformers.BACKENDS}[family]
     entry = _entry(family, device, "backend", facts)
     if entry:
         present = entry["value"]

@@ -1,4 +1,4 @@
-"""ops/attention/op.py on every backend that is here, against its definition in float64."""
+"""Attention on every available backend, against its definition in float64."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lift_fast.ops.attention.op import attention, reference
 
 
 def backends(device, tokens, head_dim, dtype):
-    """Those that are here and take this."""
+    """The available backends that take these sizes and this dtype."""
     names = backends_here(device)
     return [name for name in names if load(name).refuses(tokens, head_dim, dtype) is None]
 
@@ -67,7 +67,7 @@ def test_a_scale_of_its_own_and_strided_inputs():
 
 
 def test_the_output_is_computed_again():
-    """What the projection's weight gradient needs, and the block does not keep."""
+    """`out`, which the projection's weight gradient needs and the block does not keep."""
     for dtype in DTYPES:
         qkv, d_out = torch.randn(2, 50, 3, 3, 16).to(dtype), torch.randn(2, 50, 3, 16).to(dtype)
         for name in backends("cpu", 50, 16, dtype):
@@ -96,7 +96,7 @@ def test_plain_torch_takes_a_few_pictures_at_a_time(monkeypatch):
     qkv, d_out = torch.randn(5, 9, 3, 2, 8), torch.randn(5, 9, 2, 8)
     whole = eager.forward(qkv, 0.3, False)
     gradients_of_all = eager.backward(AttentionGrad(d_out, qkv, None, whole[1], 0.3, False, True))
-    monkeypatch.setattr(eager, "SCORES", 2 * 4 * 2 * 9 * 9)  # two pictures
+    monkeypatch.setattr(eager, "SCORES", 2 * 4 * 2 * 9 * 9)  # two images
     few = eager.forward(qkv, 0.3, False)
     for got, want in zip(few, whole, strict=True):
         torch.testing.assert_close(got, want)

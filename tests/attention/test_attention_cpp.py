@@ -1,4 +1,4 @@
-"""csrc/attention on every instruction set of this CPU, against float64; the op's own tests do the rest."""
+"""csrc/attention on every instruction set of this CPU, against float64. test_attention.py tests the op itself."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lift_fast.ops.attention.op import reference
 ISAS = _C.pairs_isa_levels()
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F32: 3e-6, F16: 1e-3, BF16: 6e-3}
-# batch, tokens, heads, head_dim: every tail of 6 rows, 16 columns, 2 bf16, and of a block of queries
+# batch, tokens, heads, head_dim: every remainder of 6 rows, 16 columns, 2 bf16, and of a tile of queries
 CASES = [
     (1, 1, 1, 64),
     (3, 2, 3, 64),
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    """All calls of the backend on this instruction set, with more threads than there may be work for."""
+    """Runs the backend on this instruction set, with more threads than there may be work for."""
     for name in ("attention_forward", "attention_backward"):
         call = getattr(_C, name)
         monkeypatch.setattr(
@@ -41,7 +41,7 @@ def isa(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
-    """Whatever the backend allocates holds NaN, and so does the scratch that it takes from the pool."""
+    """Fills with NaN what the backend allocates, and the scratch memory that it takes from the pool."""
     scratch = [torch.frombuffer(_C.Scratch(bytes=1 << power), dtype=F32).fill_(torch.nan) for power in range(14, 24)]
     del scratch
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
@@ -73,7 +73,7 @@ def assert_near(got, wanted, tolerance):
 
 def check(qkv, d_out, scale, causal, tolerance):
     out, lse, d_qkv, largest = by_hand(qkv, d_out, scale, causal)
-    # A score is no better than the float32 that holds it, and a probability than its score.
+    # A score is as exact as the float32 that holds it, and a probability as its score.
     tolerance = tolerance + 2e-7 * largest
     got, got_lse = cpp.forward(qkv, scale, causal)
     assert got.dtype == qkv.dtype and got.is_contiguous() and got_lse.dtype == F32
@@ -83,7 +83,7 @@ def check(qkv, d_out, scale, causal, tolerance):
     assert d_got.dtype == again.dtype == qkv.dtype and d_got.shape == qkv.shape
     assert_near(again, out, tolerance)
     assert_near(d_got, d_qkv, tolerance)
-    for part in range(3):  # dq, dk and dv, but where there is nothing to choose from they are zero
+    for part in range(3):  # dq, dk and dv; with one token dq and dk are zero
         if qkv.shape[1] > 1 or part == 2:
             assert_near(d_got[:, :, part], d_qkv[:, :, part], tolerance)
     alone, none = cpp.backward(AttentionGrad(d_out, qkv, None, got_lse, scale, causal, False))
@@ -107,7 +107,7 @@ def test_scores_up_to_a_thousand_and_more(isa, dtype, scale, causal):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_huge_means_and_values(isa, dtype):
-    """All scores of a row near 1e3, or near -1e3; values a thousand times as large."""
+    """All scores of a row are near 1e3, or near -1e3; values are a thousand times as large as usual."""
     qkv, d_out = inputs(2, 53, 3, 64, dtype)
     qkv[:, :, 0] += torch.tensor([12.0, -12.0])[:, None, None, None].to(dtype)
     qkv[:, :, 1] += 10
@@ -116,7 +116,7 @@ def test_huge_means_and_values(isa, dtype):
 
 
 def test_probabilities_sum_to_one_however_large_the_scores(isa):
-    """lse near 1e3 is rounded by 3e-5, and what the backward takes from it must not be."""
+    """lse near 1e3 is rounded by 3e-5; the backward's probabilities must be more exact than that."""
     qkv, d_out = inputs(1, 90, 2, 64)
     qkv[:, :, :2] += 11
     qkv[:, :, 2] = 1
@@ -134,7 +134,7 @@ def test_tiny_gradients(isa, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_key_above_all_others(isa, dtype):
-    """Probabilities of 1 and 0: no gradient for queries and keys, and none that is NaN."""
+    """Probabilities are 1 and 0: gradients of queries and keys are zero, and not NaN."""
     qkv, d_out = inputs(1, 50, 1, 64, dtype)
     qkv[:, :, 0] = 10
     qkv[:, 7, 1] = 100
@@ -143,7 +143,7 @@ def test_one_key_above_all_others(isa, dtype):
     d_qkv, again = cpp.backward(AttentionGrad(d_out, qkv, None, lse, 1.0, False, True))
     assert torch.equal(again, out)
     assert_near(d_qkv[:, 7, 2], d_out.double().sum(1), TOLERANCE[dtype])
-    # d_out v^T, of size 64 or so, less itself: what is left is its rounding, times keys of 100.
+    # d_out v^T, of size 64 or so, minus itself leaves its rounding, times keys of 100.
     assert d_qkv[:, :, :2].isfinite().all() and d_qkv[:, :, :2].norm() <= 100 * TOLERANCE[dtype] * d_qkv[:, 7, 2].norm()
 
 
@@ -184,7 +184,7 @@ def test_the_same_bits_whatever_the_threads(batch, dtype, causal):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_nothing_else_is_written(isa, dtype):
-    """Outputs in the middle of more memory."""
+    """Outputs lie inside larger buffers."""
     batch, tokens, heads, dim = 2, 19, 3, 21
     qkv, d_out = inputs(batch, tokens, heads, dim, dtype)
     sizes = {"out": d_out.numel(), "lse": batch * heads * tokens, "d_qkv": qkv.numel()}

@@ -1,4 +1,4 @@
-"""Attention by libraries: torch's on the CPU for real; what every other one is given; all of them where a GPU is."""
+"""Attention by libraries: torch's own runs on the CPU; stand-ins check the arguments of the others; a GPU runs all."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def case(tokens: int, head_dim: int, dtype, batch=2, heads=3, device="cpu", scale=1.0):
-    """qkv and d_out; then out, lse and d_qkv by the definition, in float64."""
+    """qkv and d_out."""
     qkv = (scale * torch.randn(batch, tokens, 3, heads, head_dim)).to(device, dtype)
     return qkv, torch.randn(batch, tokens, heads, head_dim).to(device, dtype)
 
@@ -38,7 +38,7 @@ def definition(qkv, d_out, scale, causal):
 
 
 def check(module, qkv, d_out, scale, causal, tolerance):
-    """Forward, log-sum-exp and gradients are the definition's, in the contract's form."""
+    """Checks output, log-sum-exp and gradients against the definition, and their form against the contract."""
     out, lse = module.forward(qkv, scale, causal)
     want_out, want_lse, want = definition(qkv, d_out, scale, causal)
     assert out.shape == d_out.shape and out.is_contiguous() and out.dtype == qkv.dtype
@@ -82,7 +82,7 @@ def test_torchs_attention_on_the_cpu_at_extremes():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_by_a_library_is_differentiable(monkeypatch, causal):
-    """By way of autograd's function and the custom ops, which keep `out` for it."""
+    """Through the autograd function and the custom ops, which keep `out` for the library."""
     monkeypatch.setitem(contract.BACKENDS.by_device, "cpu", ("flash_cpu", "torch"))
     assert contract.keeps_out("flash_cpu") and "flash_cpu" in contract.backends_here("cpu")
     qkv, d_out = case(21, 16, torch.float32)
@@ -95,7 +95,7 @@ def test_attention_by_a_library_is_differentiable(monkeypatch, causal):
 
 
 class Recorded(TorchDispatchMode):
-    """The ops that ran, without those that only look at memory in another way."""
+    """Records the ops that run, except those that only make views."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["flash", "cudnn"])
 def test_what_torchs_kernels_for_gpus_are_given(name, causal):
-    """Their signatures, by torch's own shape functions; packed views go in, and one copy packs the gradients."""
+    """Signatures, by torch's own shape functions; inputs are views, and one copy packs the gradients."""
     module = backend(name)
     qkv = torch.empty(2, 49, 3, 5, 72, dtype=torch.bfloat16, device="meta")
     with Recorded() as ran:
@@ -132,7 +132,7 @@ def test_what_torchs_kernels_for_gpus_are_given(name, causal):
 
 
 class Library:
-    """Stands for a library's kernels on CPU tensors; remembers what it was given."""
+    """A stand-in for a library's kernels, on CPU tensors; records its arguments."""
 
     def __init__(self, qkv: torch.Tensor):
         self.qkv, self.calls = qkv, []
@@ -159,7 +159,7 @@ class Library:
 
 
 def flash_attn_2(kernels: Library):
-    """As flash_attn.flash_attn_interface of 2.7 and 2.8 (with what it makes of itself a custom op left out)."""
+    """As flash_attn.flash_attn_interface of 2.7 and 2.8 (without its registration as a custom op)."""
 
     def _flash_attn_forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -184,7 +184,7 @@ def flash_attn_2(kernels: Library):
 
 
 def flash_attn_3(kernels: Library):
-    """As hopper/flash_attn_interface.py of 2026, with less of what is left at its default."""
+    """As hopper/flash_attn_interface.py of 2026, with fewer of the arguments that are left at their default."""
 
     def _flash_attn_forward(
         q, k, v, k_new=None, qv=None, out_=None, softmax_scale=None, causal=False, window_size_left=-1,
@@ -207,7 +207,7 @@ def flash_attn_3(kernels: Library):
 
 
 def flash_attn_4(kernels: Library):
-    """As flash_attn.cute.interface of 4.0.0b36, with less of what is left at its default."""
+    """As flash_attn.cute.interface of 4.0.0b36, with fewer of the arguments that are left at their default."""
 
     def _flash_attn_fwd(q, k, v, qv=None, softmax_scale=None, causal=False, softcap=None, return_lse=False, out=None):
         assert return_lse
@@ -253,11 +253,11 @@ STAND_INS = {f.__name__: f for f in (flash_attn_2, flash_attn_3, flash_attn_4, x
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed({module: its contents}): what can be imported, beside a GPU that says it is a Hopper."""
+    """installed({module: its contents}): makes these modules importable, and torch report a Hopper GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for module in ("flash_attn", "flash_attn_interface", "flash_attn_3", "xformers"):
-        monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+        monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
 
     def install(modules: dict[str, dict]) -> None:
         library._find.cache_clear()
@@ -273,7 +273,7 @@ def installed(monkeypatch):
 
 @pytest.fixture
 def deterministic():
-    """Every new tensor holds NaN until it is written; and algorithms are deterministic."""
+    """New tensors hold NaN until they are written, and algorithms are deterministic."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -283,7 +283,7 @@ def deterministic():
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_what_libraries_are_given(name, dtype, causal, installed, deterministic):
-    """Views of qkv, scale and mask; where they write gradients, views of what is returned."""
+    """Views of qkv, scale and mask; and views of the result, where a library writes gradients."""
     module = backend(name)
     qkv, d_out = case(37, 24, dtype)
     kernels = Library(qkv)
@@ -306,7 +306,7 @@ def test_a_library_that_is_not_here(name, installed):
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_library_with_other_functions(name, installed, monkeypatch):
-    """Too old or too new: it says what is missed and how to get it, and is not called."""
+    """Too old or too new: why_not names the missing function and how to install the library."""
     monkeypatch.setattr(library.metadata, "version", lambda package: "1.2.3")
     for change in ("gone", "renamed", "more"):
         ((module, contents),) = STAND_INS[name](Library(torch.empty(0))).items()

@@ -70,7 +70,7 @@ def check(qkv, d_out, scale, causal, step):
     near(again, want_out, step)
     assert lse.dtype == torch.float32
     near(lse, want_lse, 1e-5, 1e-5 * want_lse.numel() ** 0.5)
-    # Where no score matters, as with one token, dq and dk are rounding about zero.
+    # Where scores have no effect, as with one token, dq and dk are rounding errors around zero.
     floor = 4 * step * qkv.float().std().item() * scale if qkv.shape[1] == 1 else 0.0
     for part in range(3):
         near(d_qkv[:, :, part], want[:, :, part], step, floor * d_out.double().norm() * (part < 2))
@@ -99,7 +99,7 @@ def test_the_form_for_mma(shape, monkeypatch):
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 20, 1, 64), (1, 70, 1, 48), (1, 113, 1, 128), (1, 250, 1, 64)])
 def test_either_form_takes_any_shape(shape, passes):
-    """Those of the tables have one form each; a sweep tries both."""
+    """Each tile of the tables has one form of the backward; a sweep tries both."""
     value = {"rows": 64, "warps": 4, "stages": 2, "most": 64, "passes": passes, "tall": True}
     with tuned.using("attention", "backward", value):
         for causal in (False, True):
@@ -120,7 +120,7 @@ def test_pieces_add_up():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", STEP)
 def test_scores_of_a_thousand(dtype, causal):
-    """Some rows have one key that takes all; others lie far below zero, where exp(−lse) of a masked key overflows."""
+    """Some rows have one dominant key; in others all scores are far below zero: exp(−lse) of a masked key overflows."""
     qkv, d_out = inputs((1, 70, 2, 64), dtype, size=11.0)
     qkv[:, ::3, 0], qkv[:, :, 1] = qkv[:, ::3, 0].abs(), qkv[:, :, 1].abs()
     qkv[:, 1::3, 0] = -qkv[:, 1::3, 0].abs()
@@ -145,7 +145,7 @@ def test_any_scale(scale):
 def test_out_is_the_same_again_and_can_be_left_out():
     qkv, d_out = inputs((2, 100, 2, 64), torch.bfloat16)
     out, lse, d_qkv, again = check(qkv, d_out, 0.125, False, STEP[torch.bfloat16])
-    # P is rounded before its product, divided by the sum here and not there.
+    # P is rounded before its product: after division by the sum in one, before it in the other.
     near(again, out.double(), 4e-3)
     alone, none = backend.backward(AttentionGrad(d_out, qkv, None, lse, 0.125, False, False))
     assert none is None and torch.equal(alone, d_qkv)
@@ -194,7 +194,7 @@ TRITON = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 def tile_of(which, tokens, head_dim, capability, causal=False):
-    """The tile that a table has; None if it has none."""
+    """The tile in a table; None if it has none."""
     from lift_fast.kernels import attention
 
     device = f"sm_{capability}"
@@ -246,7 +246,7 @@ def usage(triton_usage, monkeypatch, tmp_path):
 
 
 def sound(found, which, tokens, head_dim, capability, causal=False):
-    """No spills, what the hardware has, all products on its tensor cores; on Hopper two programs but in one pass."""
+    """No spills, within the hardware's limits, all products on tensor cores; on Hopper two programs, or one pass."""
     tile = tile_of(which, tokens, head_dim, capability, causal)
     ptx, sass = found.pop("asm")["ptx"], found.pop("sass")
     assert found["spills"] == 0 and found["registers"] > 16, found
@@ -254,22 +254,22 @@ def sound(found, which, tokens, head_dim, capability, causal=False):
     if capability == 90 and (which == "forward" or tile.passes == 2):
         assert 2 * found["registers"] * 32 * tile.warps <= 65536 and found["shared"] <= 113 << 10, found
     counts = {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma.")}
-    here = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma."}[capability]
-    assert counts.pop(here) and not any(counts.values()), counts
-    if capability == 90:  # ptxas waits after each one if it finds something between them; it says so in a warning only
+    wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma."}[capability]
+    assert counts.pop(wanted) and not any(counts.values()), counts
+    if capability == 90:  # ptxas waits after each wgmma if it finds other code between them, and only warns
         waits = len(re.findall(r"WARPGROUP\.DEPBAR", sass))
         assert waits <= dots(tile, which, tokens), (waits, sass.count("HGMMA"))
 
 
 def dots(tile, which, tokens):
-    """Products in a kernel's text, each of which may be waited for once."""
+    """The number of products in a kernel's code, each of which may be waited for once."""
     from lift_fast.kernels import attention
 
     pieces = len(attention.pieces_of(tokens, tile.least, tile.most))
     return 2 * pieces if which == "forward" else 9 * pieces if tile.passes == 2 else 5
 
 
-# (tokens, head_dim) of each padding, and of ViTs
+# (tokens, head_dim): one of each padding, and those of ViTs
 CORNERS = [(64, 64), (128, 64), (197, 64), (256, 64), (64, 128), (128, 128)]
 
 
@@ -308,7 +308,7 @@ def test_all_of_it_compiles_for_gpus_that_are_not_here(capability, causal, dtype
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_every_product_is_a_wgmma_on_hopper(which, usage):
-    """Instructions in the kernel's text: 64 rows at a time, 16 deep."""
+    """Counts instructions in the kernel's code, each 64 rows by a depth of 16."""
     found = usage(which, 197, 64, 90)
     scores, sums = 3 * 64 // 16, 208 // 16
     assert found["asm"]["ptx"].count("wgmma.mma_async") == {
@@ -344,7 +344,7 @@ def test_scores_of_a_thousand_on_a_gpu(dtype, on_gpu):
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_vit_on_a_gpu(causal, on_gpu):
-    """Against torch in float32, and the same bits every time."""
+    """Against torch in float32, with the same bits at every run."""
     qkv, d_out = inputs((256, 197, 12, 64), torch.bfloat16, "cuda")
     results = []
     for _ in range(2):

@@ -16,9 +16,9 @@ from lift_fast.ops.rows.contract import BACKENDS, RowGather
 from lift_fast.ops.rows.dequant import dequant, reference
 
 ROOT = Path(__file__).parents[2]
-STORED = [name for name in CODECS if name != "int8r"]  # which is stored, and widened, as int8 is
+STORED = [name for name in CODECS if name != "int8r"]  # int8r is stored and widened as int8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows that are whole units of every kernel, and rows that are not.
+# Rows that are multiples of every kernel's unit, and rows that are not.
 SHAPES = [(1, 1, 1), (5, 1, 7), (3, 31, 2), (7, 33, 9), (40, 384, 64), (17, 640, 33), (9, 4097, 5)]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.int8: torch.int8}
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -43,13 +43,13 @@ def some_rows(n, m, seed=0, device="cpu"):
 
 
 def outs(codec):
-    """(dtype, normalize): all that a codec can become."""
+    """Every (dtype, normalize) that a codec can be widened to."""
     integers = [(torch.int8, False)] if CODECS[codec].integer else []
     return [*((dtype, normalize) for dtype in DTYPES for normalize in (False, True)), *integers]
 
 
 def assert_same(out, expected):
-    """Equal bits, any NaN being as good as another."""
+    """Equal bits, except that all NaNs are equal."""
     assert out.dtype == expected.dtype and out.shape == expected.shape
     nan = expected.isnan()
     assert torch.equal(out.isnan(), nan)
@@ -58,7 +58,7 @@ def assert_same(out, expected):
 
 
 def assert_right(out, codes, scales, rows=None, codec="int8", normalize=False):
-    """The reference's bits; of the lengths that any order may sum, 1e-6 and one rounding."""
+    """The reference's bits; within 1e-6 and one rounding where lengths are sums in any order."""
     dim = out.shape[1]
     if not normalize or CODECS[codec].integer:
         wanted = reference(codes, scales, rows, out.dtype, codec=codec, dim=dim, normalize=normalize)
@@ -70,7 +70,7 @@ def assert_right(out, codes, scales, rows=None, codec="int8", normalize=False):
 
 
 def extreme_table(codec="int8", device="cpu"):
-    """Every byte against scales where rounding, overflow, subnormals, infinities and NaN happen; floats of any size."""
+    """Every byte with scales that cause rounding, overflow, subnormals, infinities and NaN; floats of any magnitude."""
     around = (torch.randint(0, 2**32, (320,), generator=torch.Generator().manual_seed(3)) - 2**31).to(torch.int32)
     around = around.view(torch.float32)
     kind = CODECS[codec]
@@ -84,7 +84,7 @@ def extreme_table(codec="int8", device="cpu"):
     special = [0.0, -0.0, 1.0, 1 / 127, tiny, 5e-42, 1e-38, 6e-8, 2.98e-8, 2**-14 / 127, 65504 / 127, 65520 / 127]
     special += [515.9, 516.2, 1e30, huge / 127, huge, float("inf"), float("-inf"), float("nan"), -3.5]
     scales = torch.cat([torch.tensor(special), around[:60]])
-    every = torch.arange(0, 256, 15 if kind.packed else 1)  # of packed codes every level, in every place of a byte
+    every = torch.arange(0, 256, 15 if kind.packed else 1)  # for packed codes, every level at every place in a byte
     codes = every.to(torch.uint8).view(kind.dtype).repeat(len(scales), 1)
     return codes.to(device), scales.to(device)
 
@@ -94,7 +94,7 @@ def dim_of(codes, codec):
 
 
 def poisoned(m, dim, dtype, margin=64):
-    """A view [m, dim] into a buffer of garbage, and a check that nothing around it was touched."""
+    """A view [m, dim] into a buffer of garbage, and a check that nothing around it was written."""
     garbage = torch.empty(m * dim + 2 * margin, dtype=dtype)
     garbage.view(BITS[dtype]).fill_(0x55AA & (0x7F if dtype == torch.int8 else 0x7FFF))
     before = garbage.clone()
@@ -318,7 +318,7 @@ def emulated(tmp_path_factory):
     """emulated(codes, scales, rows, out, codec, normalize): the CUDA kernels, compiled for the CPU as they are."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("no C++ compiler here")
+        pytest.skip("this machine has no C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
     for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
         (folder / name).write_text(f'#include "{ROOT / "tests" / "support" / "cuda_on_cpu.h"}"\n')
@@ -349,7 +349,7 @@ def emulated(tmp_path_factory):
     return launch_on_cpu
 
 
-# Of whole units, one and several batches of them, for one warp and for four; and not of whole units.
+# Multiples of a kernel's unit, one and several batches of them, for one warp and for four; and other sizes.
 EMULATED = [(1, 1, 1), (7, 33, 9), (5, 384, 7), (3, 4096, 2), (2, 9216, 2), (3, 1028, 2)]
 
 
@@ -368,7 +368,7 @@ def test_cuda_kernels_on_the_cpu_give_the_references_bits(codec, emulated):
 @pytest.mark.parametrize("codec", STORED)
 def test_cuda_kernels_on_the_cpu_take_strides_extremes_and_rows_outside(codec, emulated):
     codes, scales = table(9, 256 + 64, codec)
-    view = codes[::2, codes.shape[1] // 5 :]  # rows that lie apart, the first of them off the start
+    view = codes[::2, codes.shape[1] // 5 :]  # rows with gaps, not starting at the buffer's start
     some = None if scales is None else scales[::2]
     for dtype, normalize in outs(codec):
         out, untouched = poisoned(5, 256, dtype)
@@ -446,7 +446,7 @@ def test_triton_compiles_for_gpus_that_are_not_here(capability, codec, triton_us
     from lift_fast.kernels.dequant import dequant_kernel, packing, tile, warps
 
     kind = CODECS[codec]
-    cases = [(torch.float32, True, True)]  # what takes the most registers
+    cases = [(torch.float32, True, True)]  # takes the most registers
     if capability == 90:
         cases += [(torch.bfloat16, False, False), (torch.int8 if kind.packed else torch.bfloat16, False, True)]
     for dtype, normalize, aligned in cases:
@@ -467,7 +467,7 @@ def test_triton_compiles_for_gpus_that_are_not_here(capability, codec, triton_us
 def test_cuda_compiles_without_spills(tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
-        pytest.skip("no nvcc here")
+        pytest.skip("this machine has no nvcc")
     archs = ["80", "90a", "100"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     done = subprocess.run(
@@ -501,9 +501,9 @@ def test_cuda_compiles_without_spills(tmp_path):
         what = f"{names[which[1]]} to {which[2]} bytes normalize {which[3]}" if which else "any"
         print(f"sm_{arch:3} {name:8} {what:30} registers {registers:3}, shared memory {shared[1] if shared else 0}")
         assert (stack, stores, loads) == ("0", "0", "0"), (name, of, arch)
-        # 64 warps of 32 threads need 32; 40 leave 48 warps a multiprocessor, 72 with a row in registers leave 28.
+        # 64 warps per multiprocessor need at most 32 registers per thread; 40 allow 48, 72 (a row in registers) 28.
         assert int(registers) <= (72 if which and which[3] == "1" else 40), (name, of, arch)
-    # Six codecs to 4 and 2 bytes, with normalize and without; three to 1 byte; one for rows of any kind.
+    # Six codecs to 4 and 2 bytes, with and without normalize; three to 1 byte; one kernel for any strides.
     assert sorted(arch for _, _, arch, *_ in found) == sorted(archs * (6 * 4 + 3 + 1))
 
 

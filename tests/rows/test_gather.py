@@ -1,4 +1,4 @@
-"""csrc/rows/dequant.cpp, table.cpp and keys.cpp by themselves, against a plain decode."""
+"""The bindings of csrc/rows/dequant.cpp, table.cpp and keys.cpp, against a plain decoder."""
 
 import ctypes
 import hashlib
@@ -29,7 +29,7 @@ def columns(name, dim):
 
 
 def some_codes(name, n, dim, seed=0):
-    """uint8 [n, bytes of a row]; every bit pattern is a code."""
+    """Random uint8 [n, bytes of a row]; every bit pattern is a code."""
     return np.random.default_rng(seed + 7 * n + dim).integers(0, 256, (n, columns(name, dim)), np.uint8)
 
 
@@ -38,7 +38,7 @@ def some_scales(n, seed=0):
 
 
 def values(name, codes, dim):
-    """What each code stands for, float32 [n, dim]."""
+    """The value of each code, float32 [n, dim]."""
     codec, codes = CODECS[name], np.ascontiguousarray(codes)
     if not codec.packed:
         return torch.from_numpy(codes).view(codec.dtype).float().numpy()
@@ -47,7 +47,7 @@ def values(name, codes, dim):
 
 
 def expected(name, codes, scales, dim, kind, normalize=False):
-    """The raw bits that the rows should become."""
+    """The expected bits of the widened rows."""
     if kind == "codes":
         return codes
     value = values(name, codes, dim)
@@ -67,7 +67,7 @@ def expected(name, codes, scales, dim, kind, normalize=False):
 
 
 def assert_same(got, wanted, kind):
-    """Equal bits, a NaN being as good as another."""
+    """Equal bits, except that all NaNs are equal."""
     if kind in FLOATS:
         wanted = wanted.view(BITS[kind])
         got = got.reshape(-1).view(BITS[kind]).reshape(wanted.shape)
@@ -80,7 +80,7 @@ def assert_same(got, wanted, kind):
 
 
 class Guarded:
-    """`size` bytes with a page that nobody may touch right behind them (or right before them) and poison around."""
+    """`size` bytes followed (or preceded) by a page without access rights, with poison around them."""
 
     def __init__(self, size, before=False, offset=0):
         page, pages = mmap.PAGESIZE, -(-(size + offset) // mmap.PAGESIZE)
@@ -117,7 +117,7 @@ def out_bytes(name, kind, dim):
 
 
 def dequant(name, codes, scales, rows, out, n, m, dim, kind, *, stride=None, normalize=False, threads=1, isa=""):
-    """The binding, on addresses."""
+    """Calls the binding with addresses."""
     _C.dequant_cpu(
         codes=codes, scales=scales if CODECS[name].scaled else 0, rows=rows, out=out, n=n, m=m, dim=dim,
         codes_stride=columns(name, dim) if stride is None else stride, scales_stride=1, codec=CODECS[name].number,
@@ -126,7 +126,7 @@ def dequant(name, codes, scales, rows, out, n, m, dim, kind, *, stride=None, nor
 
 
 def widened(name, codes, scales, rows, dim, kind, **options):
-    """The binding, on arrays; rows None: all."""
+    """Calls the binding with arrays; rows None: all."""
     m = len(codes) if rows is None else len(rows)
     out = np.full((m, out_bytes(name, kind, dim)), 0xA5, np.uint8)
     at = 0 if rows is None else rows.ctypes.data
@@ -153,7 +153,7 @@ def test_rows_of_length_one(name, kind):
     for dim in DIMS:
         codes = some_codes(name, 11, dim)
         codes[3] = 0
-        scales = np.full(11, np.nan, np.float32)  # says nothing here
+        scales = np.full(11, np.nan, np.float32)  # has no effect
         first = widened(name, codes, scales, None, dim, kind, normalize=True, isa="scalar")
         for isa in _C.isa_levels()[1:]:
             out = widened(name, codes, scales, None, dim, kind, normalize=True, isa=isa)
@@ -234,7 +234,7 @@ def test_nothing_beside_a_row_is_read_or_written(name, isa):
 @pytest.mark.parametrize(("isa", "threads"), [*((isa, 2) for isa in _C.isa_levels()), ("", 1), ("", 7)])
 @pytest.mark.parametrize("name", NAMES)
 def test_many_rows_on_many_threads(name, isa, threads):
-    # Enough for threads, and for stores around the cache: 2 MB, on an address that suits them and on one that does not.
+    # Enough for threads and for non-temporal stores: 2 MB, at an aligned address and at an unaligned one.
     dim = 640
     codes, scales = some_codes(name, 300, dim), some_scales(300)
     for kind in [torch.bfloat16, "codes"] + [torch.int8] * (name in INTEGER):
@@ -291,7 +291,7 @@ def test_dequant_refuses():
 
 
 class Shards:
-    """A table in pieces of these sizes, each where it likes."""
+    """A table in pieces of these sizes, each in memory of its own."""
 
     def __init__(self, name, dim, sizes, seed=0):
         self.starts = np.cumsum([0, *sizes])
@@ -364,12 +364,12 @@ def test_shards_that_are_not_mapped():
     with pytest.raises(RuntimeError, match="shard 0 of the table is not mapped"):
         shards.table.gather(rows.ctypes.data, 4, out.ctypes.data, 0, 1, False, 1)
     assert (out == 0xA5).all()
-    shards.table.advise(rows.ctypes.data, 4)  # nothing to read yet
+    shards.table.advise(rows.ctypes.data, 4)  # nothing is mapped yet
     shards.map(0, 4)
     assert unmapped() == []
     assert_same(shards.gather(rows), expected("int8", shards.codes[rows], shards.scales[rows], 8, TYPES[1]), TYPES[1])
     shards.table.map(4, 0, 0)
-    shards.table.map(1, 0, 0)  # a shard without rows is never missed
+    shards.table.map(1, 0, 0)  # an empty piece need not be mapped
     assert unmapped() == [4]
     shards.map(3, 4)
     assert unmapped() == []

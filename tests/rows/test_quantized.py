@@ -1,4 +1,4 @@
-"""QuantizedRows of every codec: widening, slicing, and what a matrix product takes of them."""
+"""QuantizedRows of every codec: widening, slicing, and operands for matrix products."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""ops/block.py: the block as a whole, what it keeps, and how it goes through autocast, compilers and graphs."""
+"""ops/block.py: values and gradients, what it keeps for the backward, autocast, and torch.compile."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_the_definition_s(tokens, dtype, device):
         for g, o in zip(got, want, strict=True):
             near(g, o, dtype)
         for i, (g, o) in enumerate(zip(gradients(got, seeds, mine), wanted, strict=True)):
-            # The key's bias moves no softmax: its gradient is rounding.
+            # The keys' bias has no effect on the softmax: its gradient is rounding error.
             keys = slice(48, 96)
             if i == 5:
                 assert g[keys].norm() <= 1e-2 * o.norm()
@@ -72,7 +72,7 @@ def test_options_and_no_residual(option):
 
 
 def kept_by(run, weights):
-    """Bytes of the storages that autograd keeps, but for the weights' and their casts'."""
+    """Bytes of the storages that autograd keeps, without those of weights and their casts."""
     kept = {}
 
     def pack(t):

@@ -21,17 +21,17 @@ from lift_fast.ops.transformer.contract import (
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = [F32, BF16, F16]
-# Relative to the norm: of what is rounded to the dtype half a unit in the last place, for the least of shapes.
+# Relative to the norm: half a unit in the last place of what is rounded to the dtype, for the smallest shape.
 NEAR = {F32: 3e-6, BF16: 4e-3, F16: 5e-4}
-# Rows: one, fewer and more than are done at once, several blocks and a part of one. Width: every tail of 4, 8 and 16
-# lanes, four vectors at once and a rest of them.
+# Rows: one, fewer and more than are computed at once, several groups and part of one. Width: every remainder of 4, 8
+# and 16 lanes, and of four vectors.
 SHAPES = [(1, 1), (3, 1), (1, 3), (2, 17), (5, 192), (33, 257), (131, 768), (70, 1152), (301, 65), (1, 4099)]
 CALLS = ("layernorm_cpu", "layernorm_backward_cpu", "bias_act_cpu", "bias_act_backward_cpu")
 
 
 @pytest.fixture(params=_C.blocks_isa_levels())
 def isa(request, monkeypatch):
-    """All calls of the backend on this instruction set, with more threads than there may be work for."""
+    """Runs the backend on this instruction set, with more threads than there may be work for."""
     for name in CALLS:
         call = getattr(_C, name)
         monkeypatch.setattr(cpp._C, name, lambda call=call, **k: call(**{**k, "isa": request.param, "threads": 5}))
@@ -39,7 +39,7 @@ def isa(request, monkeypatch):
 
 
 class Guarded:
-    """Poisoned tensors between guards, and whether anything around them was written."""
+    """Allocates tensors of NaN between guards, and checks that nothing around them was written."""
 
     def __init__(self):
         self.all = []
@@ -57,7 +57,7 @@ class Guarded:
 
 
 @pytest.fixture
-def room():
+def guarded():
     return Guarded()
 
 
@@ -80,17 +80,17 @@ def exact_layernorm(stream, weight, bias, eps):
     return y, mean, rstd
 
 
-def layernorm(room, x, residual, weight, bias, eps=1e-6):
+def layernorm(guarded, x, residual, weight, bias, eps=1e-6):
     rows, width = x.shape
-    y, stream = room(rows, width, dtype=x.dtype), room(rows, width, dtype=x.dtype)
-    mean, rstd = room(rows), room(rows)
+    y, stream = guarded(rows, width, dtype=x.dtype), guarded(rows, width, dtype=x.dtype)
+    mean, rstd = guarded(rows), guarded(rows)
     cpp.layernorm(LayerNorm(x, residual, weight, bias, eps, y, None if residual is None else stream, mean, rstd))
-    assert room.untouched()
+    assert guarded.untouched()
     return y, stream, mean, rstd
 
 
-def check_layernorm(room, x, residual, weight, bias, eps=1e-6):
-    y, stream, mean, rstd = layernorm(room, x, residual, weight, bias, eps)
+def check_layernorm(guarded, x, residual, weight, bias, eps=1e-6):
+    y, stream, mean, rstd = layernorm(guarded, x, residual, weight, bias, eps)
     if residual is None:
         assert stream.isnan().all()
         stream = x
@@ -105,30 +105,30 @@ def check_layernorm(room, x, residual, weight, bias, eps=1e-6):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layernorm(isa, room, shape, dtype, with_residual):
+def test_layernorm(isa, guarded, shape, dtype, with_residual):
     x = tokens(*shape, dtype)
     residual = tokens(*shape, dtype) if with_residual else None
-    check_layernorm(room, x, residual, *parameters(shape[1]), eps=1e-5)
+    check_layernorm(guarded, x, residual, *parameters(shape[1]), eps=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread, mean", [(1.0, 1e4), (1.0, -1e4), (1e3, 0.0), (1e3, 1e4), (1e-3, 1.0), (1e-4, 0.0)])
-def test_layernorm_of_extreme_rows(isa, room, spread, mean, dtype):
-    check_layernorm(room, tokens(40, 771, dtype, spread, mean), None, *parameters(771))
+def test_layernorm_of_extreme_rows(isa, guarded, spread, mean, dtype):
+    check_layernorm(guarded, tokens(40, 771, dtype, spread, mean), None, *parameters(771))
 
 
-def test_layernorm_of_rows_of_one_value(isa, room):
+def test_layernorm_of_rows_of_one_value(isa, guarded):
     weight, bias = parameters(97)
     x = tokens(6, 1, F32, 1e3).expand(6, 97).contiguous()
-    y, *_, rstd = layernorm(room, x, None, weight, bias)
+    y, *_, rstd = layernorm(guarded, x, None, weight, bias)
     torch.testing.assert_close(y, bias.expand(6, 97), rtol=0, atol=1e-4)
     torch.testing.assert_close(rstd, torch.full((6,), 1e3), rtol=1e-3, atol=0)
 
 
-def test_a_nan_stays_in_its_row(isa, room):
+def test_a_nan_stays_in_its_row(isa, guarded):
     x = tokens(35, 100, BF16)
     x[33, 97] = torch.nan
-    y, _, mean, rstd = layernorm(room, x, None, *parameters(100))
+    y, _, mean, rstd = layernorm(guarded, x, None, *parameters(100))
     for out in (y[:, 0], y[:, 99], mean, rstd):
         assert out[33].isnan() and out.isnan().sum() == 1
 
@@ -153,12 +153,12 @@ def exact_backward(case, d_stream):
 @pytest.mark.parametrize("with_d_stream", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layernorm_backward(isa, room, shape, dtype, with_d_stream, again):
+def test_layernorm_backward(isa, guarded, shape, dtype, with_d_stream, again):
     case = backward_case(*shape, dtype)
     d_stream = tokens(*shape, dtype) if with_d_stream else None
-    dx, y = room(*shape, dtype=dtype), room(*shape, dtype=dtype)
+    dx, y = guarded(*shape, dtype=dtype), guarded(*shape, dtype=dtype)
     got = cpp.layernorm_backward(LayerNormGrad(*case, d_stream, dx, y if again else None))
-    assert room.untouched()
+    assert guarded.untouched()
     wanted = exact_backward(case, d_stream)
     assert y.isnan().all() or again
     for out, exact in zip((dx, y if again else wanted[1], *got), wanted, strict=True):
@@ -196,13 +196,13 @@ def exact_bias_act(da, h, bias, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bias_act(isa, room, shape, dtype, activation):
+def test_bias_act(isa, guarded, shape, dtype, activation):
     h, da, bias = tokens(*shape, dtype, 2), tokens(*shape, dtype), torch.randn(shape[1])
-    a, again, dh, alone = (room(*shape, dtype=dtype) for _ in range(4))
+    a, again, dh, alone = (guarded(*shape, dtype=dtype) for _ in range(4))
     cpp.bias_act(BiasAct(h, bias, activation, a))
     d_bias = cpp.bias_act_backward(BiasActGrad(da, h, bias, activation, dh, again))
     only = cpp.bias_act_backward(BiasActGrad(da, h, bias, activation, alone, None))
-    assert room.untouched()
+    assert guarded.untouched()
     assert torch.equal(a, again) and torch.equal(dh, alone) and torch.equal(d_bias, only)
     for out, exact in zip((a, dh, d_bias), exact_bias_act(da, h, bias, activation), strict=True):
         assert_near(out, exact, NEAR[out.dtype])
@@ -223,14 +223,14 @@ def test_outputs_may_be_inputs(isa, activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_everywhere(isa, activation):
-    """From subnormals to the largest float32, to 1.2e-7 of itself, or 3e-7 where it or its slope is smaller than 1."""
+    """From subnormals to the largest float32: within 1.2e-7 of the value, or 3e-7 where it or its slope is below 1."""
     sizes = torch.logspace(-44, 38.5, 3001, dtype=F64)
     z = torch.cat([torch.linspace(-110, 110, 20001, dtype=F64), torch.linspace(-7, 7, 50001, dtype=F64), sizes, -sizes])
     z = z.clamp(-3.4e38, 3.4e38).float()[None]
     a, dh = torch.full((2, *z.shape), torch.nan)
     cpp.bias_act_backward(BiasActGrad(torch.ones_like(z), z, torch.zeros(z.shape[1]), activation, dh, a))
     wide = z.double()
-    # The plain slope of the tanh form is inf - inf far out, in float64 too.
+    # Far from zero, the plain slope of the tanh form is inf - inf, in float64 too.
     slope = torch.where(wide.abs() > 1e3, (wide > 0).double(), eager.slope(wide, activation))
     exact = eager.activate(wide, activation)
     assert ((a - exact).abs() <= 1.2e-7 * exact.abs().clamp_min(2.5)).all()
@@ -242,7 +242,7 @@ def test_activations_everywhere(isa, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_ends_of_activations(isa, activation, dtype):
-    """z where the activation is z, 0 where it is 0: beyond the largest number too. A NaN is a NaN, alone."""
+    """z where the activation is z, 0 where it is 0, at infinity too. A NaN stays NaN and affects no other element."""
     ends = torch.tensor([torch.inf, -torch.inf, 100.0, -100.0, 0.0, torch.nan, 1.0], dtype=dtype)
     h = ends.repeat(3)[None].contiguous()
     a, dh = torch.full((2, *h.shape), torch.nan, dtype=dtype)
@@ -256,7 +256,7 @@ def test_the_ends_of_activations(isa, activation, dtype):
 
 
 def test_a_nan_of_any_kind_stays_one(isa):
-    """Rounding to bfloat16 must not carry a NaN's bits into the sign."""
+    """Rounding to bfloat16 must not carry from a NaN's bits into the sign."""
     bias = torch.full((33,), -1, dtype=torch.int32).view(F32)
     a = torch.zeros(2, 33, dtype=BF16)
     cpp.bias_act(BiasAct(tokens(2, 33, BF16), bias, "gelu", a))
@@ -264,7 +264,7 @@ def test_a_nan_of_any_kind_stays_one(isa):
 
 
 def everything(rows, width, dtype):
-    """One call of each function, all outputs."""
+    """All outputs of one call of each function."""
     torch.manual_seed(1)
     x, residual, (weight, bias) = tokens(rows, width, dtype), tokens(rows, width, dtype), parameters(width)
     y, stream, dx, a, dh = torch.empty(5, rows, width, dtype=dtype)
@@ -289,7 +289,7 @@ def test_the_same_bits_every_time_with_any_number_of_threads(dtype):
 
 
 def test_sums_over_many_rows(isa):
-    """200 000 terms of one sign, which one float32 sum would take to 1e-5 at best."""
+    """200 000 terms of one sign, for which a single float32 sum would be off by 1e-5 at best."""
     rows = 200_000
     dy, stream = torch.rand(rows, 5), torch.randn(rows, 5)
     mean, rstd, weight, bias = torch.zeros(rows), torch.ones(rows), torch.ones(5), torch.zeros(5)
@@ -330,7 +330,7 @@ import os, signal, time, torch
 from lift_fast.ops.transformer import cpp
 from lift_fast.ops.transformer.contract import LayerNorm
 torch.set_num_threads(2)
-torch.randn(300, 300) @ torch.randn(300, 300)  # torch's OpenMP team is there
+torch.randn(300, 300) @ torch.randn(300, 300)  # starts torch's OpenMP team
 def run():
     x, w, b = torch.randn(4000, 768), torch.ones(768), torch.zeros(768)
     y, mean, rstd = torch.full_like(x, torch.nan), torch.empty(4000), torch.empty(4000)
@@ -356,8 +356,8 @@ print("fine")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_has_threads_of_its_own():
-    """torch's OpenMP team stays with the parent: to wait for it would be to wait for ever."""
+    """torch's OpenMP team stays with the parent: a child that waits for it hangs."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "fine", done.stderr

@@ -1,7 +1,7 @@
 """The "cuda" backend of layernorm and of bias and activation, against plain torch in float64.
 
-Every test of values runs twice: on a GPU, and here with the kernels compiled for the CPU by tests/cuda_on_cpu.h,
-which runs them thread by thread as they are written.
+Every test of values runs twice: on a GPU, and on the CPU, for which tests/support/cuda_on_cpu.h compiles the kernels as
+they are written, to run thread by thread.
 """
 
 import re
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative norms of errors: of tokens, which are rounded once, and of float32 vectors.
 STEP = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 VECTOR = 2e-6
-# A warp, two, five and eight a row; rows that are not whole 16 bytes; more columns than eight warps hold.
+# One, two, five and eight warps per row; rows that are not a multiple of 16 bytes; more columns than eight warps hold.
 SHAPES = [(1, 1), (2, 3), (300, 17), (197, 192), (9, 257), (25, 768), (2, 1024), (9, 1152), (2, 3072), (2, 4304),
           (1, 8192), (2, 8200), (1, 8193)]  # fmt: skip
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -35,13 +35,13 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture
 def on(request, monkeypatch):
-    """on(device): the device, with the backend made to work there and what it allocates poisoned."""
+    """on(device): the device, with the backend patched to work there and its allocations filled with NaN."""
 
     def prepare(device: str) -> str:
         if device == "cpu":
             monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated"))
             monkeypatch.setattr(cuda, "launch_on", lambda tensor: {"device": 0, "stream": 0})
-            monkeypatch.setattr(cuda, "_multiprocessors", lambda tensor: 1)  # many rows a block
+            monkeypatch.setattr(cuda, "_multiprocessors", lambda tensor: 1)  # many rows per thread block
         elif cuda.why_not():
             pytest.skip(cuda.why_not())
         get = cuda._floats
@@ -57,8 +57,8 @@ class Memory:
     def __init__(self, device, shift=0):
         self.device, self.shift, self.buffers = device, shift, []
 
-    def room(self, *shape, dtype=torch.float32):
-        """Poisoned."""
+    def allocate(self, *shape, dtype=torch.float32):
+        """A tensor of NaN."""
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 64,), float("nan"), dtype=dtype, device=self.device)
         inside = slice(32 + self.shift, 32 + self.shift + count)
@@ -66,7 +66,7 @@ class Memory:
         return buffer[inside].view(shape)
 
     def put(self, tensor):
-        return self.room(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        return self.allocate(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def untouched(self):
         for buffer, inside in self.buffers:
@@ -76,7 +76,7 @@ class Memory:
 
 
 def close(found, expected, tolerance, floor=0.0):
-    """floor: what the error may be beside, where the expected values cancel."""
+    """floor: an absolute error that is allowed, where the expected values cancel."""
     found, expected = found.detach().cpu().double(), expected.double()
     error, size = (found - expected).norm(), expected.norm()
     assert error <= tolerance * size + floor + 1e-30, (float(error), float(size))
@@ -122,8 +122,8 @@ def test_layernorm(device, dtype, shape, on):
         x, residual = tokens(rows, width, dtype, 2.0, 0.5), tokens(rows, width, dtype) if with_residual else None
         weight, bias = vector(width, 1.0), vector(width)
         expected, s, mean, rstd = layernorm(x, residual, weight, bias)
-        y, stream = (memory.room(rows, width, dtype=dtype) for _ in range(2))
-        found_mean, found_rstd = memory.room(rows), memory.room(rows)
+        y, stream = (memory.allocate(rows, width, dtype=dtype) for _ in range(2))
+        found_mean, found_rstd = memory.allocate(rows), memory.allocate(rows)
         given = [None if tensor is None else memory.put(tensor) for tensor in (x, residual, weight, bias)]
         cuda.layernorm(LayerNorm(*given, 1e-5, y, stream if with_residual else None, found_mean, found_rstd))
         close(y, expected, STEP[dtype])
@@ -139,7 +139,7 @@ def test_layernorm(device, dtype, shape, on):
 def test_layernorm_backward(device, dtype, shape, on):
     device = on(device)
     rows, width = shape
-    # Shifted or not, and what dx is: a tensor of its own, dy, or d_s.
+    # Shifted or not, and whether dx is a tensor of its own, dy, or d_s.
     for shift, with_y, alias in (
         (0, True, None),
         (0, False, "dy"),
@@ -154,10 +154,10 @@ def test_layernorm_backward(device, dtype, shape, on):
         _, _, mean, rstd = layernorm(s, None, weight, bias)
         given = [dy, s, mean.float(), rstd.float(), weight, bias, d_s]
         expected, expected_y, *sums = layernorm_backward(*given)
-        # Of one or two columns, what is left of g is its rounding.
+        # With one or two columns, g cancels to its rounding error.
         floor = 2e-7 * float((rstd[:, None] * dy.double() * weight.double()).norm())
         there = [None if tensor is None else memory.put(tensor) for tensor in given]
-        y, own = (memory.room(rows, width, dtype=dtype) for _ in range(2))
+        y, own = (memory.allocate(rows, width, dtype=dtype) for _ in range(2))
         if alias is None:
             once = cuda.layernorm_backward(LayerNormGrad(*there, own, None))
             before = own.clone()
@@ -220,7 +220,7 @@ def test_bias_act(device, dtype, shape, on):
             h, bias = tokens(rows, width, dtype, 2.0), vector(width)
             expected = run_bias_act(h, bias, activation)
             there, bias = memory.put(h), memory.put(bias)
-            for a in (memory.room(rows, width, dtype=dtype), there):  # a may be h
+            for a in (memory.allocate(rows, width, dtype=dtype), there):  # a may be h
                 cuda.bias_act(BiasAct(there, bias, activation, a))
                 close(a, expected, STEP[dtype])
             memory.untouched()
@@ -240,7 +240,7 @@ def test_bias_act_backward(device, dtype, shape, on):
             expected = torch.empty(rows, width, dtype=torch.float64)
             sums = eager.bias_act_backward(BiasActGrad(*double(da, h, bias), activation, expected, None))
             there = [memory.put(tensor) for tensor in (da, h, bias)]
-            dh, a = there[:2] if aliases else [memory.room(rows, width, dtype=dtype) for _ in range(2)]
+            dh, a = there[:2] if aliases else [memory.allocate(rows, width, dtype=dtype) for _ in range(2)]
             found = cuda.bias_act_backward(BiasActGrad(*there, activation, dh, a if with_a else None))
             close(dh, expected, STEP[dtype])
             assert found.shape == (width,) and found.dtype == torch.float32
@@ -255,7 +255,7 @@ def test_bias_act_backward(device, dtype, shape, on):
 
 
 def exact(z, activation):
-    """act(z) where 1 + erf and 1 + tanh would cancel."""
+    """act(z) without the cancellation of 1 + erf and 1 + tanh."""
     if activation == "gelu":
         return 0.5 * z * torch.special.erfc(-z * eager.INV_SQRT_2)
     inner = eager.SQRT_2_OVER_PI * (z + eager.CUBE * z**3)
@@ -265,7 +265,7 @@ def exact(z, activation):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_far_from_zero(device, activation, on):
-    """Element by element, each to some of its own last places, as far as float32 has them."""
+    """Elementwise, to a few units in the last place."""
     device = on(device)
     z = torch.cat([torch.linspace(-12, 12, 4001), torch.randn(4000) * 1e3, torch.tensor([0.0, -0.0, 1e10, -1e10])])
     h, ones = z[None].to(device), torch.ones(1, len(z), device=device)
@@ -304,8 +304,8 @@ def test_aligned_rows_are_moved_16_bytes_at_a_time(dtype, on, emulated):
     device = on("cpu")
     for shift in (0, 1):
         memory = Memory(device, shift)
-        x, y = memory.put(tokens(4, 768, dtype)), memory.room(4, 768, dtype=dtype)
-        weight, mean, rstd = memory.put(vector(768)), memory.room(4), memory.room(4)
+        x, y = memory.put(tokens(4, 768, dtype)), memory.allocate(4, 768, dtype=dtype)
+        weight, mean, rstd = memory.put(vector(768)), memory.allocate(4), memory.allocate(4)
         cuda.layernorm(LayerNorm(x, None, weight, weight, 1e-5, y, None, mean, rstd))
         assert emulated.last_threads() == (256 if shift else 32)  # of a row
         cuda.bias_act(BiasAct(x, weight, "gelu", y))
@@ -320,22 +320,22 @@ def test_parts_of_rows(width, emulated):
             for rows in (1, 5, 300):
                 assert 1 <= parts(rows, width, type_, 132) <= rows
             assert parts(10**6, width, type_, 264) >= 1.9 * parts(10**6, width, type_, 132)
-        # Enough of them to fill a GPU, and as few as that.
+        # Enough to fill a GPU, and no more.
         assert 132 <= emulated.layernorm_parts(10**6, width, type_, 132) <= 4 * 132
     with pytest.raises(ValueError, match="type must be"):
         emulated.layernorm_parts(1, width, 3, 132)
 
 
 def test_cuda_compiles_without_spills():
-    """Read from the extension that is installed, which setup.py compiled for every GPU."""
+    """Read from the installed extension, which setup.py compiled for every GPU."""
     if not _C.build_info()["cuda"]:
         pytest.skip(_C.build_info()["reason"])
     nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump
     cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     done = subprocess.run([cuobjdump, "-res-usage", _C.__file__], capture_output=True, text=True, check=True)
-    # kernel -> (registers at most in float32 and in 16 bits, how many of them). The backward of layernorm keeps two
-    # blocks of 128 threads on a multiprocessor in float32 and three in 16 bits, that of bias and activation five, and
-    # its forward eight. Three dtypes; with and without 16-byte accesses; two kinds of activation.
+    # kernel -> (most registers in float32 and in 16 bits, number of instances). A multiprocessor runs two thread blocks
+    # of 128 threads of layernorm's backward in float32 and three in 16 bits, five of bias_act's backward and eight of
+    # its forward. Instances: three dtypes; with and without 16-byte accesses; two kinds of activation.
     allowed = {
         ("layernorm", "layernorm"): (104, 64, 3),
         ("layernorm", "layernorm_plain"): (64, 64, 3),
@@ -359,7 +359,7 @@ def test_cuda_compiles_without_spills():
             kind = ("float", "bfloat16", "half")[int(type_[1]) if type_ else 0]
             of = " ".join(re.findall(r"Gelu|Logistic|(?<=Li)\d", of))
             print(f"sm_{arch:3} {name:24} {kind:8} {of:10} registers {registers:3}, shared memory {shared}")
-            assert (stack, local) == ("0", "0"), (name, of, arch)  # where registers are spilled to
+            assert (stack, local) == ("0", "0"), (name, of, arch)  # no registers are spilled
             assert int(registers) <= allowed[source, name][kind != "float"], (name, of, arch)
             counts[arch][source, name] += 1
     assert all(there == {name: n for name, (_, _, n) in allowed.items()} for there in counts.values()), counts
@@ -417,7 +417,7 @@ def test_more_elements_than_31_bits_count(on):
     y, statistics = torch.empty_like(x), torch.empty(2, rows, device=device)
     cuda.layernorm(LayerNorm(x, None, weight.to(device), bias.to(device), 1e-5, y, None, *statistics))
     close(y[-3:], expected, STEP[torch.bfloat16]), close(statistics[0, -3:], mean, VECTOR)
-    # What is not 0 are the last rows' gradients.
+    # Only the last rows' gradients are not 0.
     dy = y.zero_()
     dy[-3:] = 1
     expected, _, *sums = layernorm_backward(dy[-3:], last, mean, rstd, weight, bias, None)

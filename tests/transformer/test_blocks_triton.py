@@ -11,11 +11,11 @@ from lift_fast.ops.transformer.contract import ACTIVATIONS, BiasAct, BiasActGrad
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
-FLOOR = 5e-7  # of an activation far below 0, where 1 + erf cancels and float16 is subnormal
+FLOOR = 5e-7  # for activations far below 0, where 1 + erf cancels and float16 is subnormal
 STEP = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # in relative norm
 SHAPES = [(1, 1), (3, 17), (50, 192), (197, 257), (3, 768), (50, 1152), (197, 1)]
 PRODUCTS = [(1, 1, 1), (3, 17, 17), (50, 192, 384), (197, 257, 17), (3, 768, 192), (1, 1152, 257), (130, 64, 112)]
-# Interpreted: large ones in one dtype each.
+# Large shapes have one dtype each, because the interpreter is slow.
 CASES = [(s, d) for at, s in enumerate(SHAPES) for d in DTYPES if s[0] * s[1] < 5000 or d is DTYPES[at % 3]]
 
 CAMPAIGN = pytest.mark.campaign
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 class Outputs:
-    """Contiguous tensors of NaN, or of what is in them before the call, each between NaN that must stay."""
+    """Allocates contiguous tensors of NaN, or with given contents, between NaN that must stay."""
 
     def __init__(self):
         self.outer = []
@@ -135,7 +135,7 @@ def check_linear(rows, width_in, width_out, dtype, activation, device="cpu", bia
     near(d_bias, want.sum(0), torch.float32, 1e-4, FLOOR)  # tensor cores do not round every sum to nearest
     assert dh.dtype == dtype and d_bias.dtype == torch.float32
     assert torch.equal(a_again, a)
-    if biased:  # the same bits by way of memory
+    if biased:  # the same bits from the kernel of the activation alone
         by_itself = torch.empty_like(h)
         backend.bias_act(BiasAct(h, bias, activation, by_itself))
         assert torch.equal(by_itself, a)
@@ -183,7 +183,7 @@ def test_layernorm_of_constant_rows_is_the_bias():
 
 
 def setting(capability, name, **facts):
-    """The value that a table has."""
+    """The value in a table."""
     facts = {"width": 768, "itemsize": 2, "dim": 768, "aligned": True} | facts
     return tuned.lookup("transformer", f"sm_{capability}", name, **facts)
 
@@ -280,8 +280,12 @@ def test_no_rows():
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024, "H": 1280, "SO400M": 1152}
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-REGISTERS = 65536  # of a multiprocessor
-SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor, of which a program has 1 KB more
+REGISTERS = 65536  # per multiprocessor
+SHARED = {
+    80: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}  # bytes per multiprocessor; a program takes 1 KB more than it uses
 
 
 @pytest.fixture
@@ -289,7 +293,7 @@ def usage(triton_usage, monkeypatch):
     """usage(kernel, capability, sizes, dtype, warps, stages, absent, aligned, registers): `triton_usage`, and "ptx".
 
     sizes: the constants, and integers that Triton makes constants because they are 1; absent: pointers that are None;
-    registers: what a thread gets.
+    registers: per thread.
     """
     triton = pytest.importorskip("triton")
     compile = triton.compile
@@ -321,7 +325,7 @@ def usage(triton_usage, monkeypatch):
 
         monkeypatch.setattr(triton, "compile", with_options)
         found = triton_usage(kernel, signature, constexprs, capability, even if aligned else [], warps)
-        # Shared memory beyond the static is in the launch, not in the binary.
+        # Dynamic shared memory is a launch parameter, and not in the binary.
         shared = max(found["shared"], compiled[0].metadata.shared)
         return found | {"shared": shared, "ptx": compiled[0].asm["ptx"]}
 
@@ -329,7 +333,7 @@ def usage(triton_usage, monkeypatch):
 
 
 def fits(found, capability, warps, programs=1):
-    """Nothing spills, and so many programs run at once on a multiprocessor."""
+    """Nothing spills, and `programs` run at once on a multiprocessor."""
     return (
         found["spills"] == 0
         and programs * found["registers"] * 32 * warps <= REGISTERS
@@ -341,7 +345,7 @@ def fits(found, capability, warps, programs=1):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=CAMPAIGN)])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_layernorm_compiles_for_gpus_that_are_not_here(capability, dtype, absent, usage):
-    """The widths of ViTs, and the widest, differ only in what they are padded to."""
+    """The widths of ViTs, and the widest; kernels differ only by the padded width."""
     from lift_fast.kernels import layernorm
 
     tiles = {
@@ -406,7 +410,7 @@ def test_products_compile_for_gpus_that_are_not_here(capability, activation, nam
         if capability == 90 and aligned:
             assert found["registers"] <= 128 and found["shared"] <= 113 << 10 and tile.warps == 8, found
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability] in ptx
-        if aligned:  # operands go to shared memory 16 bytes at once, and past the registers
+        if aligned:  # operands are copied to shared memory 16 bytes at once, without registers
             assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
 
 

@@ -1,4 +1,4 @@
-"""The products of linear layers in float8: the rounding that float8.py states, and what it does to training."""
+"""The products of linear layers in float8: the rounding that float8.py documents, and its effect on training."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ needs_float8 = pytest.mark.skipif(float8.why_not(CPU) is not None, reason="this 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The products here are too small for more."""
+    """Products in this file are too small for more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def rounded(x: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """The definition: x in float64 as float8 holds it, at the largest power of two that keeps its maximum."""
+    """The definition: float64 x rounded to float8, scaled by the largest power of two at which its maximum fits."""
     largest, scale = x.double().abs().max().item(), 1.0
     while largest * scale > torch.finfo(kind).max:
         scale /= 2
@@ -68,7 +68,7 @@ def test_products_are_near_the_plain_ones_at_any_scale(scale):
 
 @needs_float8
 def test_an_outlier_costs_the_others_little():
-    """e4m3 spans 2^-9 to 448: beside an element 1 000 times as large, the others keep most of their bits."""
+    """e4m3 spans 2^-9 to 448: next to an element 1 000 times as large, other elements keep most of their bits."""
     x, weight, *_ = operands(64, 64, 64)
     x[3, 5] = 1000 * x.abs().max()
     want = x.double() @ weight.double().T
@@ -126,7 +126,7 @@ def test_counts_as_many_flops_as_the_plain_products():
 
 @needs_float8
 def test_the_first_matrix_goes_by_rows_and_the_second_by_columns(monkeypatch):
-    """What cuBLASLt takes: the CPU's kernel takes more. And fast sums in the forward only."""
+    """Operands are as cuBLASLt needs them, though the CPU's kernel takes more; fast sums are in the forward only."""
     seen, multiply = [], torch._scaled_mm
 
     def scaled_mm(a, b, scale_a, scale_b, bias=None, **options):
@@ -147,7 +147,7 @@ def test_the_first_matrix_goes_by_rows_and_the_second_by_columns(monkeypatch):
 
 
 def test_runs_without_data():
-    """No value is read by the host; meta tensors have none."""
+    """The host reads no value: meta tensors have none."""
     x, weight, bias, g = operands(48, 64, 32, device="meta")
     assert float8.product(x, weight, bias).shape == (48, 32)
     assert float8.input_product(g, weight).shape == (48, 64)
@@ -194,12 +194,12 @@ def test_compiles_whole():
         vit.transformer.fp8 = fp8
         for got, want in zip(step(compiled, pixels), step(vit, pixels), strict=True):
             distances.append(error(got, want.double()))
-    assert max(distances) < 0.06  # autocast's casts are placed otherwise, and a step of float8 is 6 %
+    assert max(distances) < 0.06  # autocast casts at other places, and a step of float8 is 6 %
 
 
 @needs_float8
 def test_the_loss_falls_as_in_bfloat16():
-    """60 steps of a toy tower that tells 8 patterns apart in noise: on average the curves are less than 0.01 apart."""
+    """60 steps of a toy tower that classifies 8 patterns in noise: the curves differ by less than 0.01 on average."""
 
     def curve(fp8: bool) -> torch.Tensor:
         torch.manual_seed(0)

@@ -1,18 +1,14 @@
-"""ops/transformer/layernorm.py on every backend that is here, against its definition in float64."""
+"""layernorm on every available backend, against its definition in float64."""
 
 import pytest
 import torch
 from support.block_cases import DEVICES, DTYPES, gradients, leaves, near
 
 from lift_fast.errors import BackendError
-from lift_fast.ops.transformer import contract as blocks
+from lift_fast.ops.transformer.contract import backends_here
 from lift_fast.ops.transformer.layernorm import layernorm, reference
 
 SHAPES = [(1, 1), (3, 17), (2, 49, 64), (1, 197, 192), (5, 257), (2, 50, 768)]
-
-
-def here(device):
-    return blocks.backends_here(device)
 
 
 def case(shape, dtype, device, residual):
@@ -29,21 +25,21 @@ def case(shape, dtype, device, residual):
 def test_values_and_gradients_are_the_definition_s(shape, residual, dtype, device):
     x, r, w, b = case(shape, dtype, device, residual)
     wide = leaves(x, r, w, b, dtype=torch.float64)
-    # What is rounded on the way, s, is rounded in the definition too: the rest is compared with no excuse.
+    # s is rounded on the way, so it is rounded in the definition too, and the rest needs no extra tolerance.
     s = wide[0] if r is None else wide[0] + wide[1]
     rounded = s + (s.detach().to(dtype).double() - s.detach())
     want = reference(rounded, wide[2], wide[3])
     seeds = [torch.randn_like(want), torch.randn_like(want)]
     outs = [want, s] if residual else [want]
     wanted = gradients(outs, seeds[: len(outs)], wide)
-    for backend in here(device) if dtype != torch.float64 else [None]:
+    for backend in backends_here(device) if dtype != torch.float64 else [None]:
         mine = leaves(x, r, w, b)
         got = layernorm(mine[0], mine[2], mine[3], residual=mine[1], backend=backend)
         got = list(got) if residual else [got]
         assert all(t.dtype == dtype and t.is_contiguous() for t in got)
         for g, o in zip(got, outs, strict=True):
             near(g, o, dtype, floor=1e-6)
-        # The gradient of one element's normalisation is 0 but for rounding.
+        # The gradient of the normalisation of one element is 0, up to rounding.
         for g, o in zip(gradients(got, seeds[: len(got)], mine), wanted, strict=True):
             near(g, o, dtype, floor=1e-5 if shape[-1] == 1 else 0)
 
@@ -53,13 +49,13 @@ def test_extreme_scales(dtype):
     w, b = torch.ones(100), torch.zeros(100)
     for scale, shift in ((1e-6, 0), (1e6, 0), (1, 100)):
         x = (scale * torch.randn(7, 100) + shift).to(dtype)
-        for backend in here("cpu"):
+        for backend in backends_here("cpu"):
             near(layernorm(x, w, b, 1e-14, backend=backend), reference(x.double(), w, b, 1e-14), dtype)
 
 
 def test_strided_inputs_and_gradients():
     x, w, b = torch.randn(5, 33, 6).transpose(1, 2), torch.randn(33), torch.randn(33)
-    for backend in here("cpu"):
+    for backend in backends_here("cpu"):
         mine = leaves(w, b)
         got = layernorm(x, *mine, backend=backend)
         near(got, reference(x.double(), w.double(), b.double()))
@@ -71,7 +67,7 @@ def test_strided_inputs_and_gradients():
 
 def test_the_gradient_that_comes_in_is_left_alone():
     x, w, b = leaves(torch.randn(4, 8), torch.ones(8), torch.zeros(8))
-    for backend in here("cpu"):
+    for backend in backends_here("cpu"):
         seed = torch.randn(4, 8)
         before = seed.clone()
         layernorm(x, w, b, backend=backend).backward(seed)
@@ -80,7 +76,7 @@ def test_the_gradient_that_comes_in_is_left_alone():
 
 def test_no_rows_and_refusals():
     w, b = torch.ones(8), torch.zeros(8)
-    for backend in here("cpu"):
+    for backend in backends_here("cpu"):
         x, weight, bias = leaves(torch.empty(2, 0, 8), w, b)
         y = layernorm(x, weight, bias, backend=backend)
         assert y.shape == (2, 0, 8)

@@ -1,4 +1,4 @@
-"""ops/transformer/mlp.py on every backend that is here, against its definition in float64."""
+"""mlp on every available backend, against its definition in float64."""
 
 import pytest
 import torch
@@ -7,8 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lift_fast.errors import BackendError
-from lift_fast.ops.transformer import contract as blocks
-from lift_fast.ops.transformer.contract import ACTIVATIONS, BiasAct, BiasActGrad
+from lift_fast.ops.transformer.contract import ACTIVATIONS, FUSED_GEMM, BiasAct, BiasActGrad, backends_here, load
 from lift_fast.ops.transformer.eager import activate, slope
 from lift_fast.ops.transformer.mlp import mlp, reference
 
@@ -31,7 +30,7 @@ def test_values_and_gradients_are_the_definition_s(sizes, activation, dtype, dev
     want = reference(*wide, activation)
     seed = torch.randn_like(want)
     wanted = gradients([want], [seed], wide)
-    backends = blocks.backends_here(device) if dtype != torch.float64 else [None]
+    backends = backends_here(device) if dtype != torch.float64 else [None]
     for backend in backends:
         mine = leaves(*inputs)
         got = mlp(*mine, activation, backend=backend)
@@ -43,14 +42,14 @@ def test_values_and_gradients_are_the_definition_s(sizes, activation, dtype, dev
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_activation_everywhere(activation):
-    """Its value and slope from far left to far right, one by one, not in norm."""
+    """Value and slope elementwise, over the whole range."""
     z = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])])
     wide = z.double().requires_grad_()
     value = activate(wide, activation)
     (gradient,) = torch.autograd.grad(value.sum(), wide)
     torch.testing.assert_close(slope(wide.detach(), activation), gradient, rtol=1e-9, atol=1e-12)
-    for name in blocks.backends_here():
-        launch = blocks.load(name)
+    for name in backends_here():
+        launch = load(name)
         h, a, zero = z[:, None].contiguous(), torch.full((len(z), 1), torch.nan), torch.zeros(1)
         launch.bias_act(BiasAct(h, zero, activation, a))
         torch.testing.assert_close(a[:, 0].double(), value.detach(), rtol=2e-6, atol=1e-6)
@@ -60,8 +59,8 @@ def test_the_activation_everywhere(activation):
 
 
 def test_large_values_and_nan():
-    for name in blocks.backends_here():
-        launch = blocks.load(name)
+    for name in backends_here():
+        launch = load(name)
         for activation in ACTIVATIONS:
             h = torch.tensor([[float("nan"), 1e30]])
             a = torch.empty_like(h)
@@ -95,10 +94,10 @@ def test_autocast_flops_and_refusals():
     assert counter.get_total_flops() == 3 * 2 * 5 * 12 * (9 + 4)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         fakes = [torch.zeros(t.shape, dtype=torch.bfloat16, requires_grad=True) for t in inputs]
-        mlp(*fakes, backend=blocks.FUSED_GEMM).sum().backward()
+        mlp(*fakes, backend=FUSED_GEMM).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 5 * 12 * (9 + 4)
     with pytest.raises(BackendError, match="no transformer backend 'triton_gemm' for bfloat16 on cpu"):
-        mlp(*(t.bfloat16() for t in inputs), backend=blocks.FUSED_GEMM)
+        mlp(*(t.bfloat16() for t in inputs), backend=FUSED_GEMM)
     with pytest.raises(ValueError, match="no activation 'relu'"):
         mlp(*inputs, "relu")
     with pytest.raises(ValueError, match=r"\[hidden, width\]"):
