@@ -29,7 +29,7 @@ check: .venv/.check
 
 # The site, in site/; see mkdocs.yml. The variable silences mkdocs-material's notice about a successor of MkDocs.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo 'open site/index.html'
 
 bench: .venv/.test

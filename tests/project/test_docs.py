@@ -87,27 +87,41 @@ def test_the_examples_of_docs_losses_md_run():
     )
 
 
+def build(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """`mkdocs build`, with proxies that refuse every connection. Not --quiet, which hides warnings from `strict`."""
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="`make docs` installs it")
+    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+    command = [sys.executable, "-m", "mkdocs", "build", *map(str, arguments)]
+    environment = os.environ | nowhere | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 def test_the_site(tmp_path):
-    """It builds strictly, so that broken links and anchors fail, and its pages load nothing from elsewhere."""
-    pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs")
-    pytest.importorskip("material", reason="`make docs` installs mkdocs-material")
-    pytest.importorskip("mkdocstrings", reason="`make docs` installs mkdocstrings")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {
-        "NO_MKDOCS_2_WARNING": "1",
-        "http_proxy": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-    }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    """It builds strictly, has an entry for every public name, and its pages load nothing from elsewhere."""
+    site = tmp_path / "site"
+    done = build("--site-dir", site)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {
-        page.relative_to(tmp_path / "site").as_posix(): page.read_text() for page in (tmp_path / "site").rglob("*.html")
-    }
-    loaded = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)=["']?(?:https?:)?//[^"'\s>]+""")
-    elsewhere = {name: hit[0] for name, page in pages.items() if (hit := loaded.search(page))}
-    assert not elsewhere
+    pages = {page.relative_to(site).as_posix(): page.read_text() for page in site.rglob("*.html")}
+    loaded = re.compile(
+        r"""<(?:script|img|iframe)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b[^>]*\bhref=["']?(?:https?:)?//"""
+    )
+    assert not [name for name, page in pages.items() if loaded.search(page)]
     text = "".join(pages.values())
     for name in hooks.documented():
         for public, _ in hooks.public(name, hooks.resolved(name)):
             assert f'id="{public}"' in text or public.endswith(".forward"), f"no entry for {public}"
-    assert (tmp_path / "site" / "benchmarks" / "results" / "cpu" / "demo.json").exists()
+    assert (site / "benchmarks" / "results" / "cpu" / "demo.json").exists()
+
+
+def test_a_broken_link_fails_the_build(tmp_path):
+    """With the site's own settings, on a page of its own."""
+    (tmp_path / "docs").mkdir()
+    config = f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nplugins: []\nhooks: []\nnav: [index.md]\ntheme: null\n"
+    (tmp_path / "mkdocs.yml").write_text(config)
+    broken = ["[x](other.md)", "[x](#other)", "[x](index.md#another)", "![x](other.svg)"]
+    for links, code in ((["[x](#one)"], 0), (broken, 1)):
+        (tmp_path / "docs" / "index.md").write_text("\n\n".join(["# One", *links, ""]))
+        done = build("--config-file", tmp_path / "mkdocs.yml", "--site-dir", tmp_path / "site")
+        assert done.returncode == code, done.stdout + done.stderr
+    assert f"Aborted with {len(broken)} warnings" in done.stdout + done.stderr
