@@ -1,4 +1,4 @@
-"""Models: the ViT, LIFT's head, CLIP's text tower, and the two models made of them."""
+"""Models: the ViT, LIFT's head, CLIP's text tower, and the models Lift and Clip that are made of them."""
 
 from .config import PRESETS, Preset, TextConfig, VitConfig, preset
 from .head import Head

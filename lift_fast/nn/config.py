@@ -1,4 +1,4 @@
-"""Sizes of the towers, and the presets. One place for every default."""
+"""Configurations of the towers, with every default, and the presets."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,29 +11,40 @@ CLIP_VOCAB_SIZE = 49_408
 
 @dataclass(frozen=True)
 class VitConfig:
-    """Image tower (Dosovitskiy et al., arXiv 2010.11929). The defaults are LIFT's, that is open_clip's ViT-B/16 with
-    average pooling; nn/weights/ says what other projects' models are in these terms."""
+    """The image tower (Dosovitskiy et al., arXiv 2010.11929). The defaults are LIFT's: open_clip's ViT-B/16 with
+    average pooling. nn/weights/layouts.py has the values for other projects' models.
+
+    Raises ConfigError for sizes that do not divide and for values that are not valid.
+    """
 
     image_size: int = 224
+    """Height and width of an image, in pixels; a multiple of `patch_size`."""
     patch_size: int = 16
+    """Height and width of a patch, in pixels."""
     width: int = 768
+    """Length of a token's vector."""
     layers: int = 12
+    """Number of transformer blocks."""
     heads: int = 12
+    """Attention heads of a block; `width` is a multiple of it."""
     mlp_dim: int | None = None
-    """Width of the hidden layers; None: four times `width`."""
+    """Width of the MLPs' hidden layers; None: four times `width`."""
     class_token: bool = True
+    """Whether a learned token precedes the patches."""
     pool: Literal["avg", "cls"] = "avg"
-    """The mean of the patches' tokens, or the class token."""
+    """"avg": the features are the mean over the patches' tokens; "cls": the class token."""
     patch_bias: bool = False
     """Whether the patch embedding has a bias."""
     pre_norm: bool = True
     """Whether there is a layernorm before the first block."""
     norm_after_pool: bool = False
-    """Whether the last layernorm comes after pooling (it makes no difference to the class token)."""
+    """Whether the last layernorm comes after pooling (with pool="cls" both orders are equal)."""
     activation: Activation = "gelu"
+    """Of the MLPs: "gelu", "gelu_tanh" or "quick_gelu"."""
     norm_eps: float = 1e-5
+    """Epsilon of the layernorms."""
     patch_dropout: float = 0.0
-    """The part of the patches that training leaves out, at random (FLIP, arXiv 2212.00794)."""
+    """Fraction of the patches that training leaves out at random (FLIP, arXiv 2212.00794)."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -49,23 +60,26 @@ class VitConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the hidden layers."""
+        """Width of the MLPs' hidden layers."""
         return self.mlp_dim or 4 * self.width
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Patches along a side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """Of a picture, when no patch is dropped."""
+        """Tokens of an image without patch dropout, the class token included."""
         return self.grid**2 + self.class_token
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """CLIP's text tower (Radford et al., arXiv 2103.00020): causal, read at the end-of-text token."""
+    """CLIP's text tower (Radford et al., arXiv 2103.00020): causal; the features are read at the end-of-text token.
+
+    context: tokens of a caption. Raises ConfigError when width is not a multiple of heads.
+    """
 
     context: int = 77
     vocab_size: int = CLIP_VOCAB_SIZE
@@ -80,22 +94,23 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """What LIFT and CLIP share (the ViT), and what each has alone."""
+    """The sizes of a Lift and a Clip with the same ViT."""
 
     vit: VitConfig
-    text: TextConfig  # CLIP's
-    embed_dim: int  # CLIP's joint space
-    text_dim: int  # LIFT's, where no cache says otherwise
+    text: TextConfig  # of Clip
+    embed_dim: int  # of Clip's joint space
+    text_dim: int  # of Lift, unless a cache's vectors have another length
 
     def with_context(self, context: int) -> "Preset":
-        """The same preset with CLIP's text tower at another caption length, in tokens."""
+        """The same preset with another `text.context`: the length of a caption, in tokens."""
         return replace(self, text=replace(self.text, context=context))
 
 
 def _sized(
     patch: int, width: int, layers: int, heads: int, text: tuple[int, int, int], mlp_dim: int | None = None
 ) -> Preset:
-    """text: CLIP's text width (and joint space), layers and heads; LIFT's text is NV-Embed-v2's."""
+    """A preset for images of 224. text: width (also of the joint space), layers and heads of Clip's text tower; Lift's
+    text_dim is NV-Embed-v2's."""
     vit = VitConfig(224, patch, width, layers, heads, mlp_dim)
     text_width, text_layers, text_heads = text
     return Preset(vit, TextConfig(width=text_width, layers=text_layers, heads=text_heads), text_width, text_dim=4096)
@@ -104,7 +119,7 @@ def _sized(
 PRESETS = {
     # arXiv 2506.04209, section 4: ViT-B/16, text dim of NV-Embed-v2.
     "vit-b16": Preset(VitConfig(), TextConfig(), embed_dim=512, text_dim=4096),
-    # The ViT's usual sizes beside the text towers that open_clip pairs them with.
+    # The usual sizes of the ViT, with the text towers that open_clip pairs them with.
     "vit-ti16": _sized(16, 192, 12, 3, (192, 12, 3)),
     "vit-s16": _sized(16, 384, 12, 6, (384, 12, 6)),
     "vit-b32": _sized(32, 768, 12, 12, (512, 12, 8)),
@@ -123,7 +138,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name. Raises ConfigError with the names there are."""
+    """The preset of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""LIFT's head: image features into the fixed text encoder's space (arXiv 2506.04209, section 3)."""
+"""LIFT's head: maps image features to the frozen text encoder's space (arXiv 2506.04209, section 3)."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""The two models side by side: LIFT (ViT + head, fixed text) and CLIP (the same ViT, trained text)."""
+"""The two models: Lift (ViT and head, for texts from a cache) and Clip (the same ViT, and a trained text tower)."""
 
 import math
 
@@ -19,23 +19,25 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class _Scaled(nn.Module):
+    """The parts that Lift and Clip share: a trained logit scale, and settings that apply to every transformer."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))  # log of the scale
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))  # the logarithm of the scale
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keeps the scale within [1, 100] (arXiv 2103.00020, section 2.5); call it after every step."""
+        """Clamps the scale to [1, 100] (arXiv 2103.00020, section 2.5); to be called after every optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def set_checkpointing(self, level: Checkpointing) -> None:
-        """What the backward computes again rather than keeps: none, mlp, branches or block (ops/block.py)."""
+        """Sets the activation recomputation level of all blocks: none, mlp, branches or block (see ops/block.py)."""
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = level
 
     def set_fp8(self, enabled: bool) -> None:
-        """Whether the blocks' linear layers multiply in float8. Raises ConfigError where none can."""
+        """Sets whether the blocks' linear layers multiply in float8. Raises ConfigError on a device without float8."""
         if enabled and (reason := float8.why_not(self.logit_scale.device)):
             raise ConfigError(f"fp8: {reason}; leave it out")
         for module in self.modules():
@@ -44,7 +46,10 @@ class _Scaled(nn.Module):
 
 
 class Lift(_Scaled):
-    """Image tower and MLP head; the text side is a cache (arXiv 2506.04209)."""
+    """LIFT's image tower and MLP head (arXiv 2506.04209). Its texts come from a cache.
+
+    text_dim: length of the text vectors; None: the preset's.
+    """
 
     def __init__(self, preset: Preset, text_dim: int | None = None):
         super().__init__()
@@ -52,12 +57,12 @@ class Lift(_Scaled):
         self.head = Head(preset.vit.width, text_dim or preset.text_dim)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """pixels [batch, 3, H, W] -> [batch, text_dim], not normalised."""
+        """Normalised pixels [batch, 3, H, W] -> features [batch, text_dim], not normalised."""
         return self.head(self.visual(pixels))
 
 
 class Clip(_Scaled):
-    """The same image tower beside a trained text tower (arXiv 2103.00020)."""
+    """CLIP (arXiv 2103.00020): the same image tower, a trained text tower, and projections into a joint space."""
 
     def __init__(self, preset: Preset):
         super().__init__()
@@ -69,9 +74,9 @@ class Clip(_Scaled):
         nn.init.normal_(self.text_projection.weight, std=preset.text.width**-0.5)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """pixels [batch, 3, H, W] -> [batch, embed_dim], not normalised."""
+        """Normalised pixels [batch, 3, H, W] -> features [batch, embed_dim], not normalised."""
         return self.visual_projection(self.visual(pixels))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [batch, context] -> [batch, embed_dim], not normalised."""
+        """Token ids int64 [batch, context] -> features [batch, embed_dim], not normalised."""
         return self.text_projection(self.text(tokens))

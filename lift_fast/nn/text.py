@@ -1,4 +1,4 @@
-"""CLIP's text tower: what LIFT does without."""
+"""CLIP's text tower, which LIFT does not need."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from .transformer import LayerNorm, Transformer
 
 
 class TextTransformer(nn.Module):
-    """tokens int64 [batch, context], padded with 0 after the end-of-text token -> features [batch, width]."""
+    """Token ids int64 [batch, context], padded with 0 after the end-of-text token -> features [batch, width]."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -22,6 +22,6 @@ class TextTransformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token_embedding(tokens) + self.positional_embedding
         x = self.transformer(x)
-        # End-of-text is the largest id of CLIP's vocabulary, so argmax finds it.
+        # The end-of-text token has the largest id of CLIP's vocabulary, so argmax finds it.
         ends = x[torch.arange(x.shape[0], device=x.device), tokens.argmax(dim=1)]
         return self.ln_final(ends)

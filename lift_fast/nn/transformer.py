@@ -1,4 +1,4 @@
-"""The pre-norm transformer that the ViT and CLIP's text tower share."""
+"""The pre-norm transformer of the ViT and of CLIP's text tower."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from ..ops.transformer.layernorm import layernorm
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, by our layernorm: any backend, float32 statistics, out in its input's dtype also under autocast."""
+    """torch's LayerNorm, computed by lift-fast's op: statistics in float32; the result has the input's dtype, also
+    under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = layernorm(x, self.weight, self.bias, self.eps)
@@ -19,7 +20,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """The weights of x + Attention(LN(x)), then x + MLP(LN(x)), for ops/block.py; x is [batch, tokens, width]."""
+    """The weights of one block, x + Attention(LN(x)) followed by x + MLP(LN(x)); ops/block.py computes it."""
 
     def __init__(self, width: int, mlp_dim: int, norm_eps: float):
         super().__init__()
@@ -31,15 +32,16 @@ class Block(nn.Module):
         self.fc_2 = nn.Linear(mlp_dim, width)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """In the order that ops/block.py takes them."""
+        """The weights in the order of the arguments of ops/block.py."""
         return tuple(p for layer in self.children() for p in (layer.weight, layer.bias))  # type: ignore[misc]
 
 
 class Transformer(nn.Module):
-    """`layers` blocks. x [batch, tokens, width] -> the same, in the dtype the blocks multiply in.
+    """`layers` blocks: x [batch, tokens, width] -> [batch, tokens, width], in the dtype that the blocks compute in.
 
-    checkpointing: what the backward computes again, see ops/block.py. fp8: linear layers multiply in float8, see
-    float8.py. backend, attention_backend: None for the first of each that is here. All may be set at any time.
+    mlp_dim: width of the hidden layers; None: four times width. Attributes that may be set at any time: checkpointing,
+    the activation recomputation level (ops/block.py); fp8, whether linear layers multiply in float8
+    (ops/transformer/float8.py); backend (of layernorm and MLP) and attention_backend, None for the first available one.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Transformer(nn.Module):
         self.backend: str | None = None
         self.attention_backend: str | None = None
         blocks = [Block(width, self.mlp_dim, norm_eps) for _ in range(layers)]
-        # open_clip's initialisation: residual branches shrink with depth.
+        # open_clip's initialisation: smaller weights at the ends of the residual branches of deeper models.
         for layer in blocks:
             nn.init.normal_(layer.qkv.weight, std=width**-0.5)
             nn.init.normal_(layer.fc_1.weight, std=(2 * width) ** -0.5)
@@ -90,7 +92,7 @@ class Transformer(nn.Module):
         return x if branch is None else x + branch
 
     def activation_bytes(self, batch: int, tokens: int, dtype: torch.dtype, device: str = "cpu") -> int:
-        """Bytes that the blocks keep for the backward of [batch, tokens] tokens in dtype, weights aside."""
+        """Bytes that the blocks keep for the backward of [batch, tokens] tokens in dtype, without the weights."""
         head_dim = self.width // self.heads
         name, _ = choose(device, tokens, head_dim, dtype, self.attention_backend)
         sizes = batch * tokens, self.width, self.mlp_dim, self.heads, dtype.itemsize

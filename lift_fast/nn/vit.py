@@ -1,4 +1,4 @@
-"""The image tower: a ViT (Dosovitskiy et al., arXiv 2010.11929), by default as LIFT's authors run it."""
+"""The image tower: a ViT (Dosovitskiy et al., arXiv 2010.11929), by default in the variant of LIFT's authors."""
 
 from dataclasses import replace
 
@@ -12,10 +12,10 @@ from .transformer import LayerNorm, Transformer
 
 
 class Vit(nn.Module):
-    """pixels [batch, 3, H, W], normalised -> features [batch, width].
+    """Normalised pixels [batch, 3, H, W] -> features [batch, width].
 
-    H and W are multiples of patch_size. Where they are not image_size, the positions are interpolated, every time;
-    `Vit.resize` does so once.
+    H and W are multiples of patch_size. If they differ from image_size, the positions are interpolated in every call;
+    `resize` does it once. Raises ValueError for pixels of another shape.
     """
 
     def __init__(self, config: VitConfig):
@@ -41,12 +41,15 @@ class Vit(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.tokens(pixels)
-        if self.config.norm_after_pool or self.config.pool == "cls":  # the norm of one token needs no other
+        if self.config.norm_after_pool or self.config.pool == "cls":  # only the class token needs to be normalised
             return self.ln_post(self.pooled(x))
         return self.pooled(self.ln_post(x))
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """[batch, tokens, width]: what the last block leaves, the class token first where there is one."""
+        """The output of the last block, [batch, tokens, width], with the class token first if there is one.
+
+        Raises ValueError for pixels that are not [batch, 3, H, W] with multiples of patch_size.
+        """
         config, size = self.config, self.config.patch_size
         if pixels.dim() != 4 or pixels.shape[2] % size or pixels.shape[3] % size:
             raise ValueError(
@@ -70,20 +73,20 @@ class Vit(nn.Module):
         return self.transformer(self.ln_pre(x) if config.pre_norm else x)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """[batch, tokens, width] -> [batch, width]."""
+        """Pools tokens [batch, tokens, width] to [batch, width], as config.pool says."""
         if self.config.pool == "cls":
             return x[:, 0]
         return x[:, int(self.config.class_token) :].mean(dim=1)
 
     def resize(self, image_size: int) -> None:
-        """Makes this the tower of another image_size, its positions interpolated. Raises ConfigError."""
+        """Changes the tower's image_size and interpolates its positions. Raises ConfigError for an invalid size."""
         config = replace(self.config, image_size=image_size)
         grids = [(c.grid, c.grid) for c in (self.config, config)]
         self.positional_embedding = nn.Parameter(resized(self.positional_embedding.detach(), *grids))
         self.config = config
 
     def activation_bytes(self, batch: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> int:
-        """Bytes that the blocks keep for the backward of a batch in training, computed in dtype; weights aside."""
+        """Bytes that the blocks keep for the backward of a batch, computed in dtype, without the weights."""
         patches = self.config.grid**2
         if self.training and self.config.patch_dropout:
             patches = max(1, int(patches * (1 - self.config.patch_dropout)))
@@ -91,10 +94,10 @@ class Vit(nn.Module):
 
 
 def resized(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Positional embeddings [prefix + h·w, width] of a grid (h, w) for another grid, bicubically, antialiased.
+    """Interpolates positional embeddings [prefix + h·w, width] of a grid (h, w) to another grid: bicubic, antialiased.
 
-    As open_clip and timm resize them when they load; the prefix (the class token) stays as it is.
-    Raises ConfigError when the positions are not of that grid.
+    open_clip and timm do the same when they load weights. prefix is 0 or 1, a class token, which is unchanged.
+    Raises ConfigError when the number of positions is not that of the grid.
     """
     prefix = len(positions) - grid[0] * grid[1]
     if prefix not in (0, 1):

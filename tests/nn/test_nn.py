@@ -1,3 +1,5 @@
+"""The towers, the head and the two models: sizes, formulas, pooling, other image sizes, checkpointing."""
+
 import math
 from dataclasses import replace
 
@@ -34,7 +36,7 @@ def test_shapes(batch):
 
 
 def test_a_transformer_is_the_formula():
-    """Written down as open_clip and the paper have it: x + Attention(LN(x)), then x + MLP(LN(x))."""
+    """The formula of open_clip and of the paper: x + Attention(LN(x)), then x + MLP(LN(x))."""
     transformer = Transformer(32, 1, 4).double()
     for p in transformer.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -98,11 +100,11 @@ def test_patch_dropout_leaves_out_patches_in_training_only():
     whole = vit.eval()(pixels)
     few, all_tokens = seen
     assert few.shape == (3, 1 + 2, 32) and all_tokens.shape == (3, 10, 32)  # int(9 · 0.3) patches, and the class token
-    for picture, tokens in zip(few, all_tokens, strict=True):
-        torch.testing.assert_close(picture[0], tokens[0])
-        places = [int((tokens - token).norm(dim=1).argmin()) for token in picture[1:]]
-        assert len(set(places)) == 2 and 0 not in places
-        torch.testing.assert_close(picture[1:], tokens[places])
+    for kept, tokens in zip(few, all_tokens, strict=True):
+        torch.testing.assert_close(kept[0], tokens[0])
+        positions = [int((tokens - token).norm(dim=1).argmin()) for token in kept[1:]]
+        assert len(set(positions)) == 2 and 0 not in positions
+        torch.testing.assert_close(kept[1:], tokens[positions])
     torch.testing.assert_close(whole, vit(pixels))
     assert vit.activation_bytes(3) > vit.train().activation_bytes(3)
 
@@ -135,7 +137,7 @@ def test_pictures_of_another_size():
      ("vit-h14", 630.8), ("vit-so400m14", 412.4)],
 )  # fmt: skip
 def test_the_usual_sizes(name, millions):
-    """Parameters of the towers, in millions; So400M without its pooling head."""
+    """Parameters of the image towers, in millions; So400M without its pooling head."""
     with torch.device("meta"):
         vit = Vit(preset(name).vit)
     assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
@@ -146,9 +148,9 @@ def test_text_is_causal_and_read_at_end_of_text():
     text = TextTransformer(SMALL.text).double()
     tokens = torch.tensor([[50, 3, 4, 59, 0, 0, 0, 0, 0]])
     after = tokens.clone()
-    after[0, 4:] = torch.tensor([7, 8, 9, 10, 11])  # behind the end: must not matter
+    after[0, 4:] = torch.tensor([7, 8, 9, 10, 11])  # after end of text: must not matter
     before = tokens.clone()
-    before[0, 1] = 5  # before the end: must
+    before[0, 1] = 5  # before end of text: must matter
     torch.testing.assert_close(text(tokens), text(after))
     assert not torch.allclose(text(tokens), text(before))
 

@@ -1,5 +1,5 @@
-"""nn/weights: towers of Hugging Face from their own classes, those of open_clip, LIFT and timm from their key lists and
-formulas, both ways; files and state dicts that do not fit; docs/weights.md, run as it stands there."""
+"""nn/weights: loading and saving in every layout, against Hugging Face's classes, and against the key lists and
+formulas of open_clip, LIFT and timm; files and state dicts that must be refused; the examples of docs/weights.md."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ ACTIVATIONS = {
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Every parameter random: no bias of zero and no norm of one hides a slip."""
+    """Makes every parameter random: biases of zero or norm weights of one could hide a mistake."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.normal_(std=0.3)
@@ -91,7 +91,7 @@ HF_MODELS = {
 
 @torch.no_grad()
 def hf_features(model, pixels: Tensor) -> Tensor:
-    """Before any projection, pooler or classifier."""
+    """The features before any projection, pooler or classifier."""
     if model.config.model_type == "vit":
         return getattr(model, "vit", model)(pixels).last_hidden_state[:, 0]
     return getattr(model, "vision_model", model)(pixels).pooler_output
@@ -127,7 +127,7 @@ def test_hugging_face(kind):
     else:
         assert set(loaded.left_out) == OTHERS.get(kind, set())
 
-    # Back: bit for bit, and strictly into another such model, whose other parts stay.
+    # Back: bit for bit, and strictly into another model of the class, whose other parts are kept.
     extras = {"projection": loaded.projection, "logit_scale": loaded.logit_scale}
     blank = HF_MODELS[kind]().double()
     back = save(loaded.visual, loaded.layout, into=blank.state_dict(), **extras)
@@ -140,7 +140,7 @@ def test_hugging_face(kind):
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "CLIPModel"])
 @pytest.mark.parametrize("hidden_act", ["gelu", "quick_gelu", "gelu_pytorch_tanh"])
 def test_hugging_face_folders(kind, hidden_act, tmp_path):
-    """A folder as save_pretrained writes it: its configuration says heads, epsilon and activation."""
+    """A folder as save_pretrained writes it: its configuration has heads, epsilon and activation."""
     eps = 0.01
     model = HF_MODELS[kind](hidden_act=hidden_act, layer_norm_eps=eps, image_size=40)
     model.save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_hugging_face_folders(kind, hidden_act, tmp_path):
     assert not torch.allclose(load(tmp_path, norm_eps=1.0).visual(pixels), loaded.visual(pixels))
     assert load(tmp_path, activation="gelu").visual.config.activation == "gelu"
 
-    # Back, by the names that files have.
+    # Back, with the keys of files.
     extras = {"projection": loaded.projection, "logit_scale": loaded.logit_scale}
     file = load_file(tmp_path / "model.safetensors")
     back = save(loaded.visual, loaded.layout, into=file, **extras)
@@ -165,7 +165,7 @@ def test_hugging_face_folders(kind, hidden_act, tmp_path):
 
 
 def test_hugging_face_names_by_default():
-    """Without `into`: the names of files, which from_pretrained of every transformers takes."""
+    """Without `into`: the keys of files, which from_pretrained of every version of transformers accepts."""
     tower = load(HF_MODELS["ViTModel"]().state_dict(), heads=4).visual
     back = save(tower, "hf_vit")
     assert "encoder.layer.1.attention.attention.query.bias" in back and len(back) == 6 + 2 * 16
@@ -173,7 +173,7 @@ def test_hugging_face_names_by_default():
     tower = load(HF_MODELS["CLIPVisionModel"]().state_dict(), heads=4).visual
     back = save(tower, "hf_clip")
     assert "vision_model.encoder.layers.1.self_attn.k_proj.weight" in back and len(back) == 7 + 2 * 16
-    # As transformers to 4.30 wrote them.
+    # With a buffer that transformers wrote until 4.30.
     back["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
     loaded = load(back, heads=4)
     assert loaded.left_out == ("vision_model.embeddings.position_ids",)
@@ -182,7 +182,7 @@ def test_hugging_face_names_by_default():
 
 # open_clip and LIFT, against their key lists and formulas.
 
-WIDTH, LAYERS, MLP, PATCH, GRID = 128, 2, 200, 4, 3  # two heads of 64, as load assumes
+WIDTH, LAYERS, MLP, PATCH, GRID = 128, 2, 200, 4, 3  # two heads with a head_dim of 64, as load assumes
 CONFIG = VitConfig(PATCH * GRID, PATCH, WIDTH, LAYERS, heads=2, mlp_dim=MLP)
 
 
@@ -260,7 +260,7 @@ def open_clip_features(state, pixels, *, prefix="visual.", activation="gelu", po
 
 @pytest.mark.parametrize("text", [CLIP_TEXT, CUSTOM_TEXT], ids=["clip", "custom_text"])
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [
         {},
         {"activation": "quick_gelu"},
@@ -270,18 +270,18 @@ def open_clip_features(state, pixels, *, prefix="visual.", activation="gelu", po
     ],
     ids=str,
 )
-def test_open_clip(text, said):
+def test_open_clip(text, changes):
     shapes = open_clip_shapes() | {"visual.proj": (WIDTH, 20)}
     state = random_state(text | shapes | {"logit_scale": ()})
     pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)
-    loaded = load(state, dtype=torch.float64, **said)
+    loaded = load(state, dtype=torch.float64, **changes)
     rename = {"norm_after_pool": "ln_after", "norm_eps": "eps"}
-    theirs = open_clip_features(state, pixels, **{rename.get(key, key): value for key, value in said.items()})
+    theirs = open_clip_features(state, pixels, **{rename.get(key, key): value for key, value in changes.items()})
     same(loaded.visual(pixels), theirs, 1e-12)
     same(loaded.visual(pixels) @ loaded.projection.T, theirs @ state["visual.proj"], 1e-12)
-    same(load(state, **said).visual(pixels.float()).double(), theirs, 1e-5)
+    same(load(state, **changes).visual(pixels.float()).double(), theirs, 1e-5)
     assert loaded.layout == "open_clip" and loaded.left_out == tuple(text)
-    assert loaded.visual.config == replace(CONFIG, **({"pool": "cls"} | said))
+    assert loaded.visual.config == replace(CONFIG, **({"pool": "cls"} | changes))
 
     extras = {"projection": loaded.projection, "logit_scale": loaded.logit_scale}
     same_bits(save(loaded.visual, "open_clip", into=state, **extras), state)
@@ -311,7 +311,7 @@ def test_nonscalar_logit_scale():
 
 
 def test_openai_archive_keys():
-    """The state dict of OpenAI's archives has three numbers besides, and is of float16."""
+    """The state dicts in OpenAI's archives also have three numbers, and are float16."""
     sizes = {name: torch.tensor(12) for name in ("input_resolution", "context_length", "vocab_size")}
     state = random_state(CLIP_TEXT | open_clip_shapes() | {"visual.proj": (WIDTH, 20)}, torch.float16) | sizes
     loaded = load(state, activation="quick_gelu")
@@ -321,11 +321,11 @@ def test_openai_archive_keys():
 
 @pytest.mark.parametrize("logit_scale", [True, False])
 def test_lift(logit_scale):
-    """The authors' layout, whole: it is our Lift."""
+    """The authors' layout with all its parts, which are those of our Lift."""
     state = random_state(open_clip_shapes() | LIFT_HEAD | ({"logit_scale": ()} if logit_scale else {}))
     loaded = load(state, dtype=torch.float64)
     assert loaded.layout == "lift" and loaded.left_out == () and loaded.projection is None
-    assert loaded.visual.config == CONFIG  # Lift's own convention: the mean of the patches, after the norm
+    assert loaded.visual.config == CONFIG  # LIFT's convention: the mean over the patches, after the norm
     pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)
     theirs = open_clip_features(state, pixels, pool="avg")
     same(loaded.visual(pixels), theirs, 1e-12)
@@ -345,7 +345,7 @@ def test_lift(logit_scale):
 
 
 def test_lift_with_embed_dim():
-    """The authors' class takes a projection before the head too."""
+    """The authors' class can also have a projection before the head."""
     head = LIFT_HEAD | {"mlp_projector.projector.0.weight": (24, 20)}
     state = random_state(open_clip_shapes() | {"visual.proj": (WIDTH, 20)} | head)
     loaded = load(state, dtype=None)
@@ -441,8 +441,8 @@ TIMM_KINDS = {
 @pytest.mark.parametrize("kind", TIMM_KINDS)
 @pytest.mark.parametrize("head", [True, False])
 def test_timm(kind, head):
-    said, pool, eps = TIMM_KINDS[kind]
-    state = random_state(timm_shapes(**said) | (TIMM_HEAD if head else {}))
+    changes, pool, eps = TIMM_KINDS[kind]
+    state = random_state(timm_shapes(**changes) | (TIMM_HEAD if head else {}))
     pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64) / 50  # so small that epsilon is seen
     for key in ("pos_embed", "cls_token"):
         state |= {key: state[key] / 50} if key in state else {}
@@ -459,7 +459,7 @@ def test_timm(kind, head):
 
 
 def test_timm_convention_that_no_key_shows():
-    """A class token, the norm before the pooling, and the mean all the same: what LIFT's tower is in timm."""
+    """A class token, the norm before the pooling, and the mean over the patches: LIFT's tower in timm."""
     state = random_state(timm_shapes(pre_norm=True))
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     loaded = load(state, pool="avg", dtype=None)
@@ -469,7 +469,7 @@ def test_timm_convention_that_no_key_shows():
 
 
 def test_no_embed_class_after_training():
-    """The position that the class token got in training goes into the token: the same function."""
+    """The position that the class token got in training is added to the token, which gives the same function."""
     state = random_state(timm_shapes(no_embed_class=True))
     tower = load(state, dtype=None).visual
     with torch.no_grad():
@@ -487,7 +487,7 @@ def test_timm_inside_open_clip():
     same_bits(save(loaded.visual, "timm", into=state), state)
 
 
-# The real ones, where they are installed beside a torchvision that works.
+# The real models, if they are installed with a torchvision that works.
 
 
 def imported(name: str):
@@ -497,14 +497,16 @@ def imported(name: str):
         pytest.skip(f"{name}: {error!r}"[:200])
 
 
-@pytest.mark.parametrize("said", [{}, {"pool_type": "avg"}, {"pool_type": "avg", "final_ln_after_pool": True}], ids=str)
-def test_real_open_clip(said):
+@pytest.mark.parametrize(
+    "changes", [{}, {"pool_type": "avg"}, {"pool_type": "avg", "final_ln_after_pool": True}], ids=str
+)
+def test_real_open_clip(changes):
     module = imported("open_clip.transformer")
     sizes = {"image_size": 12, "patch_size": PATCH, "width": WIDTH, "layers": LAYERS, "heads": 2, "mlp_ratio": 1.5}
-    theirs = randomise(module.VisionTransformer(**sizes, output_dim=20, **said)).double()
+    theirs = randomise(module.VisionTransformer(**sizes, output_dim=20, **changes)).double()
     state = theirs.state_dict()
-    pool = {"tok": "cls"}.get(said.get("pool_type", "tok"), "avg")
-    loaded = load(state, pool=pool, norm_after_pool=bool(said.get("final_ln_after_pool")), dtype=None)
+    pool = {"tok": "cls"}.get(changes.get("pool_type", "tok"), "avg")
+    loaded = load(state, pool=pool, norm_after_pool=bool(changes.get("final_ln_after_pool")), dtype=None)
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     with torch.no_grad():
         same(loaded.visual(pixels) @ loaded.projection.T, theirs(pixels), 1e-12)
@@ -512,7 +514,7 @@ def test_real_open_clip(said):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [
         {},
         {"global_pool": "avg"},
@@ -522,10 +524,10 @@ def test_real_open_clip(said):
     ],
     ids=str,
 )
-def test_real_timm(said):
+def test_real_timm(changes):
     module = imported("timm.models.vision_transformer")
     sizes = {"img_size": 12, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": 2, "mlp_ratio": 1.5}
-    theirs = randomise(module.VisionTransformer(**sizes, **said)).double()
+    theirs = randomise(module.VisionTransformer(**sizes, **changes)).double()
     state = theirs.state_dict()
     loaded = load(state, norm_eps=1e-6, dtype=None)
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
@@ -587,12 +589,12 @@ def test_packed_swiglu():
 
 @pytest.mark.parametrize("layout", GOOD)
 def test_every_key_is_used_or_named(layout):
-    """Leave out any key, or add a dimension to it, and load says which."""
+    """load names any key that is missing or has another shape."""
     state = GOOD[layout]()
     left_out = set(load(state).left_out)
     optional = {"visual_projection.weight", "logit_scale"}
     for key in state:
-        if re.search(r"[a-z]\.1\.", key):  # one block will do
+        if re.search(r"[a-z]\.1\.", key):  # block 0 covers both
             continue
         without = {k: tensor for k, tensor in state.items() if k != key}
         if key in left_out | optional:
@@ -623,7 +625,7 @@ def test_blocks_are_counted_by_their_keys():
 def test_what_cannot_be_seen():
     state = random_state(timm_shapes())
     narrow = HF_MODELS["ViTModel"]().state_dict()
-    with pytest.raises(ConfigError, match="say heads="):
+    with pytest.raises(ConfigError, match="pass heads="):
         load(narrow)
     with pytest.raises(ConfigError, match="multiple of its 3 heads"):
         load(narrow, heads=3)
@@ -646,7 +648,7 @@ def test_what_cannot_be_seen():
 
 
 def test_layouts_that_are_not_there():
-    with pytest.raises(ConfigError, match="not an image tower of any layout"):
+    with pytest.raises(ConfigError, match="not an image tower of any known layout"):
         load({"conv1.bias": torch.ones(3)})
     with pytest.raises(ConfigError, match="none"):
         load({})
@@ -660,7 +662,7 @@ def test_layouts_that_are_not_there():
 
 @pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1152, 16), (64, 1), (768, 12)])
 def test_heads_of_published_widths(width, heads):
-    """ViT-H's heads are 80 wide, SO400M's 72; elsewhere 64."""
+    """The head_dim is 80 for ViT-H, 72 for SO400M, else 64."""
     tower = Vit(VitConfig(16, 16, width, 1, heads, mlp_dim=8))
     assert load(save(tower, "open_clip"), pool="avg").visual.config == tower.config
 
@@ -669,7 +671,7 @@ def test_heads_of_published_widths(width, heads):
 
 
 def test_config():
-    """A config says what shapes do not, and its sizes are held against them."""
+    """A config gives the fields that shapes do not show, and its sizes are compared with the shapes."""
     state = random_state(open_clip_shapes())
     config = replace(CONFIG, heads=4, activation="quick_gelu", norm_eps=0.1, patch_dropout=0.5)
     assert load(state, config=config).visual.config == config
@@ -707,7 +709,7 @@ def test_another_image_size():
 
 
 def test_hugging_face_interpolates_otherwise():
-    """Its interpolate_pos_encoding has no antialias, and so another bicubic kernel: near ours, and not the same."""
+    """Its interpolate_pos_encoding does not antialias, so that its bicubic kernel, and the result, differ from ours."""
     model = HF_MODELS["ViTModel without pooler"]()
     state = model.state_dict()
     positions = state["embeddings.position_embeddings"][0]
@@ -733,7 +735,7 @@ def test_nan_passes_unchanged():
 
 @pytest.mark.parametrize("layout", ["open_clip", "hf_clip"])
 def test_dtypes(layout):
-    """bfloat16 becomes float32, which training keeps, unless its own is asked for."""
+    """bfloat16 becomes float32, as training needs, unless dtype=None."""
     state = {key: tensor.bfloat16() for key, tensor in GOOD[layout]().items()}
     wide, own = load(state, layout), load(state, layout, dtype=None)
     assert {p.dtype for p in wide.visual.parameters()} == {torch.float32}
@@ -749,7 +751,7 @@ def test_dtypes(layout):
 
 @pytest.mark.parametrize("layout", GOOD)
 def test_nothing_is_shared(layout, tmp_path):
-    """Training the tower changes neither the state dict it came from nor the one that was saved."""
+    """Training the tower changes neither the state dict that was loaded nor the one that was saved."""
     state = {key: tensor.float() for key, tensor in GOOD[layout]().items()}
     before = {key: tensor.clone() for key, tensor in state.items()}
     loaded = load(state)
@@ -771,7 +773,7 @@ def test_gradients_reach_every_weight():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in visual.parameters())
 
 
-# Saving what does not fit.
+# Refused by `save`.
 
 
 def test_save_refuses_what_the_other_model_does_not_compute():
@@ -800,7 +802,7 @@ def test_save_refuses_what_has_no_place():
     with pytest.raises(ConfigError, match=r"\[dim, 128\], not \[128, 20\]"):
         save(cls, "open_clip", projection=torch.ones(WIDTH, 20))
     into = random_state(open_clip_shapes())
-    with pytest.raises(ConfigError, match="keys that `into` has not: visual.proj"):
+    with pytest.raises(ConfigError, match="keys that `into` does not have: visual.proj"):
         save(cls, "open_clip", projection=torch.ones(20, WIDTH), into=into)
     without = Vit(replace(CONFIG, pre_norm=False))
     with pytest.raises(
@@ -809,7 +811,7 @@ def test_save_refuses_what_has_no_place():
         save(without, "open_clip", into=into)
     with pytest.raises(ConfigError, match="keys that only `into` has: visual.ln_pre.weight, visual.ln_pre.bias"):
         save(without, "lift", into=into)
-    with pytest.raises(ConfigError, match="keys that `into` has not: .* and 8 more"):
+    with pytest.raises(ConfigError, match="keys that `into` does not have: .* and 8 more"):
         save(Vit(replace(CONFIG, layers=3)), "open_clip", into=into)
     with pytest.raises(ConfigError, match="other shapes than `into`'s: visual.transformer.resblocks.0.mlp.c_fc.weight"):
         save(Vit(replace(CONFIG, mlp_dim=8)), "open_clip", into=into)
@@ -819,7 +821,7 @@ def test_save_refuses_what_has_no_place():
 
 
 class Code:
-    """A pickle of it makes the file whose name it holds."""
+    """Unpickling it creates the file at `path`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -888,12 +890,12 @@ def test_open_clip_folder(tmp_path):
     vision |= {"head_width": 32, "pool_type": "avg", "final_ln_after_pool": True, "norm_kwargs": {"eps": 0.01}}
     config = {"model_cfg": {"embed_dim": 0, "quick_gelu": True, "vision_cfg": vision, "text_cfg": {}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    said = {"heads": 4, "pool": "avg", "norm_after_pool": True, "norm_eps": 0.01, "activation": "quick_gelu"}
-    assert load(tmp_path).visual.config == replace(CONFIG, **said)
+    changes = {"heads": 4, "pool": "avg", "norm_after_pool": True, "norm_eps": 0.01, "activation": "quick_gelu"}
+    assert load(tmp_path).visual.config == replace(CONFIG, **changes)
     config["model_cfg"] |= {"quick_gelu": False, "vision_cfg": {"width": WIDTH, "act_kwargs": {"approximate": "tanh"}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     assert load(tmp_path).visual.config == replace(CONFIG, pool="cls", activation="gelu_tanh")
-    # A file is no folder: the defaults, and what is said.
+    # For a file, the configuration in its folder is not read.
     assert load(tmp_path / "open_clip_model.safetensors").visual.config == replace(CONFIG, pool="cls")
 
 
@@ -937,7 +939,7 @@ def test_configurations_that_are_none(text, tmp_path):
 
 
 def test_docs(tmp_path, monkeypatch):
-    """Each block of docs/weights.md, in one go, beside the files that it names."""
+    """Runs all code blocks of docs/weights.md, in a folder with the files that they name."""
     text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     monkeypatch.chdir(tmp_path)

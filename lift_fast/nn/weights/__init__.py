@@ -1,6 +1,6 @@
-"""The image tower's weights in other projects' layouts: open_clip, LIFT's authors, timm, Hugging Face.
+"""Loads and saves the image tower's weights in the layouts of open_clip, LIFT's authors, timm and Hugging Face.
 
-layouts.py holds a table a layout; convert.py, which knows no project, loads and saves by them; files.py reads files.
+layouts.py has one table per layout; convert.py loads and saves by the tables; files.py reads files.
 """
 
 from .convert import Loaded, load, save

@@ -1,4 +1,4 @@
-"""State dicts in files, and what the configuration beside them says that tensors do not."""
+"""Reads state dicts from files, and fields of VitConfig from the configuration file in the same folder."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 
-# In a folder: the first that is there, and the configuration that goes with it.
+# The weights that are looked for in a folder, in this order, and the configuration file of each.
 _FOLDER = {
     "model.safetensors": "config.json",
     "pytorch_model.bin": "config.json",
@@ -32,11 +32,13 @@ _TIMM_POOLS = {"token": "cls", "avg": "avg"}
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file, or of a folder with one, on the CPU; nothing in it is run.
+    """Reads the state dict of a file, or of a folder with one, onto the CPU. Never runs code from the file.
 
-    .safetensors; .pt, .pth, .bin, .ckpt by torch's weights_only: a pickle of anything but tensors and plain values is
-    refused. A dict under "state_dict" or "model" is unwrapped, and "module." and "_orig_mod." (DistributedDataParallel,
-    torch.compile) dropped from the keys. Raises ConfigError.
+    Accepts .safetensors, and .pt, .pth, .bin and .ckpt with torch's weights_only, which refuses pickles of anything but
+    tensors and plain values. A dict under "state_dict" or "model" is unwrapped, and the prefixes "module." and
+    "_orig_mod." (of DistributedDataParallel and torch.compile) are removed from the keys.
+
+    Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,14 +50,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
         try:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not a whole safetensors file ({error})") from error
+            raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
     elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile pickle may raise anything
             raise ConfigError(
                 f"{path}: cut short, or a pickle of more than tensors and plain values, which could run code and was "
-                "refused. Where you trust it, load it yourself and save its state_dict as .safetensors "
+                "refused. If you trust it, load it yourself and save its state_dict as .safetensors "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             ) from error
     else:
@@ -72,8 +74,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def told(path: str | Path) -> dict[str, Any]:
-    """Fields of VitConfig that the configuration in a folder says; none for a file. Raises ConfigError."""
+def config_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of VitConfig that a folder's configuration file determines; empty for a file. Raises ConfigError."""
     path = Path(path)
     file = path / _pair(path)[1] if path.is_dir() else path
     if not path.is_dir() or not file.is_file():
@@ -81,21 +83,22 @@ def told(path: str | Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())
         if "model_cfg" in settings:
-            said = _open_clip(settings["model_cfg"])
+            found = _open_clip(settings["model_cfg"])
         elif "architecture" in settings:  # timm's
-            said = {"pool": _TIMM_POOLS[settings["global_pool"]]} if settings.get("global_pool") else {}
+            found = {"pool": _TIMM_POOLS[settings["global_pool"]]} if settings.get("global_pool") else {}
         else:
-            said = _hugging_face(path)
-        if not isinstance(said.get("heads", 1), int) or said.get("heads", 1) < 1:
-            raise ValueError(f"{said['heads']} heads")
-        if not isinstance(said.get("norm_eps", 0.0), (int, float)):
-            raise ValueError(f"a layernorm's epsilon of {said['norm_eps']!r}")
-    except Exception as error:  # whatever a file of another kind or another project makes of it
+            found = _hugging_face(path)
+        if not isinstance(found.get("heads", 1), int) or found.get("heads", 1) < 1:
+            raise ValueError(f"{found['heads']} heads")
+        if not isinstance(found.get("norm_eps", 0.0), (int, float)):
+            raise ValueError(f"a layernorm's epsilon of {found['norm_eps']!r}")
+    except Exception as error:  # a file of another kind or of another project may cause any
         raise ConfigError(f"{file}: not the configuration of a ViT that this tower computes ({error!r})") from error
-    return said
+    return found
 
 
 def _pair(folder: Path) -> tuple[str, str]:
+    """The names of a folder's weights file and of its configuration file. Raises ConfigError when it has no weights."""
     for pair in _FOLDER.items():
         if (folder / pair[0]).is_file():
             return pair
@@ -117,9 +120,9 @@ def _open_clip(model: Mapping) -> dict[str, Any]:
 
 
 def _hugging_face(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig  # here: it takes seconds to import
+    from transformers import AutoConfig  # not at the top: the import takes seconds
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)  # knows the defaults that files leave out
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)  # with the defaults that the file omits
     config = getattr(config, "vision_config", config)
     return {
         "heads": config.num_attention_heads,

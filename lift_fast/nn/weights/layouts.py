@@ -1,4 +1,7 @@
-"""Other projects' layouts as tables: where each module of our tower lies in their state dicts; what they compute."""
+"""The layouts of other projects as tables: the key of each of our modules in their state dicts, and their conventions.
+
+Tables of related layouts repeat entries on purpose, so that each can be read on its own against its project's keys.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,35 +12,41 @@ Layout = Literal["open_clip", "lift", "timm", "hf_vit", "hf_clip"]
 
 
 @dataclass(frozen=True)
-class Names:
-    """One layout's table. Modules stand without ".weight" and ".bias"; to one that ends in "_" these are a suffix."""
+class LayoutTable:
+    """The keys and conventions of one layout.
+
+    Keys of modules are given without ".weight" and ".bias"; to a key that ends in "_" "weight" or "bias" is appended.
+    """
 
     layout: Layout
     prefixes: Mapping[str, str]
-    """The tower's prefix in a whole model -> the keys there that are not the tower's (a regular expression, of names
-    without ".weight" and the like). The first is what `save` writes by default."""
+    """A prefix that the tower's keys may have -> a regular expression for the keys of the model's other parts (without
+    ".weight" and the like). `save` writes the first prefix by default."""
     outer: Mapping[str, str]
+    """Our module or parameter outside the blocks -> its key, relative to the prefix."""
     blocks: str
-    """What a block's keys begin with; {n}: its number."""
+    """The start of a block's keys, relative to the prefix; {n} stands for its number."""
     inner: Mapping[str, tuple[str, ...]]
-    """A block's modules, relative to `blocks`; several: their rows one below the other."""
+    """Our module in a block -> its key, relative to `blocks`; several keys: their tensors are concatenated by rows."""
     fixed: Mapping[str, Any]
-    """What VitConfig must say for the other project's model to compute the same."""
+    """Values that these fields of VitConfig must have for our tower to compute what the layout's models compute."""
     defaults: Mapping[str, Any]
-    """What its models usually are, where the state dict does not say."""
-    leading: Mapping[str, int] = field(default_factory=dict)
-    """Leading dimensions of size one that a parameter has there and not here."""
-    bare_positions: bool = False
-    """Whether positions may be the patches' alone although there is a class token."""
+    """Usual values of fields of VitConfig that the state dict does not show."""
+    leading_ones: Mapping[str, int] = field(default_factory=dict)
+    """Our parameter -> the number of leading dimensions of size 1 that only the layout's tensor has."""
+    patches_only: bool = False
+    """Whether the positions may have none for the class token of a tower that has one."""
     projection: str | None = None
-    """The joint space's matrix; {prefix}: the tower's."""
+    """Key of the matrix into the joint space; {prefix} stands for the tower's prefix."""
     transposed: bool = False
-    """Whether the projection is [width, dim], not a linear layer's [dim, width]."""
+    """Whether the projection is [width, dim], and not [dim, width] as in a linear layer."""
     head: Mapping[str, str] = field(default_factory=dict)
+    """Module of our Head -> its key."""
     logit_scale: str | None = None
+    """Key of the logit scale."""
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Where one of our parameters lies, relative to the prefix."""
+        """The keys of one of our parameters, relative to the prefix."""
         found = re.fullmatch(r"(?:transformer\.blocks\.(\d+)\.)?(\w+?)(?:\.(weight|bias))?", name)
         assert found, name
         number, module, leaf = found.groups()
@@ -47,29 +56,30 @@ class Names:
         return tuple(stem + (leaf if stem[-1] == "_" else f".{leaf}") if leaf else stem for stem in stems)
 
     def projection_key(self, prefix: str) -> str | None:
+        """The key of the projection for a prefix, None if the layout has no projection."""
         return self.projection and self.projection.format(prefix=prefix)
 
     def head_keys(self) -> dict[str, str]:
-        """Ours -> theirs, of the head's parameters."""
+        """Parameter of our Head -> its key."""
         leaves = ("weight", "bias")
         return {f"{module}.{leaf}": f"{stem}.{leaf}" for module, stem in self.head.items() for leaf in leaves}
 
-    def is_other(self, prefix: str, key: str) -> bool:
-        """Whether a key of a whole model is another part's than the tower's."""
+    def is_other_part(self, prefix: str, key: str) -> bool:
+        """Whether a key of a model's state dict belongs to another part than the tower with this prefix."""
         return re.fullmatch(rf"(?:{self.prefixes[prefix]})(?:\..*)?", key) is not None
 
     def marks(self) -> list[str]:
-        """Keys by which the table is recognised, relative to the prefix. The first must be there."""
-        said = {"patch_bias": "patch_embed.bias", "pre_norm": "ln_pre.weight"}
-        names = ["patch_embed.weight", *(name for key, name in said.items() if self.fixed.get(key))]
+        """Keys by which the layout is recognised, relative to the prefix. The first one is required."""
+        optional = {"patch_bias": "patch_embed.bias", "pre_norm": "ln_pre.weight"}
+        names = ["patch_embed.weight", *(name for key, name in optional.items() if self.fixed.get(key))]
         names += ["ln_post.weight", "transformer.blocks.0.ln_1.weight", "transformer.blocks.0.qkv.weight"]
         return [key for name in names for key in self.keys(name)]
 
 
 _TEXT = "text|text_decoder|transformer|token_embedding|positional_embedding|ln_final|text_projection|cls_emb|attn_mask"
-_TEXT += "|logit_bias|input_resolution|context_length|vocab_size"  # the last three: OpenAI's archives
+_TEXT += "|logit_bias|input_resolution|context_length|vocab_size"  # the last three: in OpenAI's archives
 
-_OPEN_CLIP = Names(
+_OPEN_CLIP = LayoutTable(
     layout="open_clip",
     prefixes={"visual.": _TEXT, "": ""},
     outer={
@@ -95,7 +105,7 @@ _OPEN_CLIP = Names(
     logit_scale="logit_scale",
 )
 
-# Of open_clip's models only CLIPA's are without ln_pre, and they average before the last norm.
+# Of open_clip's models only CLIPA's have no ln_pre; they average before the last norm.
 _OPEN_CLIP_WITHOUT_PRE = replace(
     _OPEN_CLIP,
     fixed={"class_token": True, "patch_bias": False, "pre_norm": False},
@@ -118,10 +128,10 @@ _TIMM_OUTER = {
     "ln_pre": "norm_pre",
 }
 
-# timm's VisionTransformer has a bias for the patches or a norm before the blocks (its CLIP towers, whose epsilon is
-# 1e-5), and its last norm bears another name after the pooling than before it.
+# timm's VisionTransformer has either a bias in the patch embedding, or a norm before the blocks (its CLIP towers, whose
+# epsilon is 1e-5). Its last norm is called fc_norm when it comes after pooling, else norm.
 _TIMM = [
-    Names(
+    LayoutTable(
         layout="timm",
         prefixes={"": "head|pre_logits", "visual.trunk.": _TEXT + r"|logit_scale|visual\.head"},
         outer={**_TIMM_OUTER, "ln_post": "fc_norm" if norm_after_pool else "norm"},
@@ -137,15 +147,15 @@ _TIMM = [
         fixed={"pre_norm": pre_norm, "patch_bias": not pre_norm, "norm_after_pool": norm_after_pool},
         defaults={"norm_eps": 1e-5 if pre_norm else 1e-6, "activation": "gelu"}
         | ({"pool": "avg"} if norm_after_pool else {}),
-        leading={"class_embedding": 2, "positional_embedding": 1},
-        bare_positions=True,
+        leading_ones={"class_embedding": 2, "positional_embedding": 1},
+        patches_only=True,
     )
     for norm_after_pool in (False, True)
     for pre_norm in (False, True)
 ]
 
-# The names that files have, from any transformers, and the models of transformers 4.
-_HF_VIT = Names(
+# The keys in files of any version of transformers, and in memory with transformers 4.
+_HF_VIT = LayoutTable(
     layout="hf_vit",
     prefixes={
         "": r"pooler|embeddings\.mask_token",
@@ -168,10 +178,10 @@ _HF_VIT = Names(
     },
     fixed={"class_token": True, "patch_bias": True, "pre_norm": False, "pool": "cls"},
     defaults={"norm_eps": 1e-12, "activation": "gelu"},
-    leading={"class_embedding": 2, "positional_embedding": 1},
+    leading_ones={"class_embedding": 2, "positional_embedding": 1},
 )
 
-# The names in memory since transformers 5; its save_pretrained writes those above.
+# The keys in memory since transformers 5, whose save_pretrained still writes those above.
 _HF_VIT_5 = replace(
     _HF_VIT,
     blocks="layers.{n}.",
@@ -185,7 +195,7 @@ _HF_VIT_5 = replace(
     },
 )
 
-_HF_CLIP = Names(
+_HF_CLIP = LayoutTable(
     layout="hf_clip",
     prefixes={
         # position_ids: a buffer until transformers 4.30.
@@ -214,11 +224,11 @@ _HF_CLIP = Names(
     logit_scale="logit_scale",
 )
 
-# Where marks speak for several equally, the first.
+# If several tables have the same number of marks among the keys, the first is chosen.
 TABLES = (_OPEN_CLIP_WITHOUT_PRE, _OPEN_CLIP, _LIFT, *_TIMM, _HF_VIT, _HF_VIT_5, _HF_CLIP)
 
-# What our tower does not compute, by the keys that show it.
-REFUSED = {
+# Regular expressions for the keys of parts that our tower does not compute.
+NOT_COMPUTED = {
     r"\.ls_?[12]\.gamma$|\.gamma_[12]$|layer_scale|\.lambda_?1$": "layer scale",
     r"\.[qk]_norm\.|\.ln_[qk]\.": "normalised queries and keys",
     r"(^|\.)attn_pool|(^|\.)head\.(probe|attention)": "attention pooling",
@@ -231,5 +241,6 @@ REFUSED = {
     r"\.attn\.(logit_scale|head_scale)$": "scaled heads or cosines in its attention",
 }
 
-# Published widths whose heads are not 64 wide: ViT-SO400M, H, g, gopt, G and e, by open_clip, timm and Hugging Face.
+# Widths of published models whose head_dim is not 64: ViT-SO400M, H, g, gopt, G and e, in open_clip, timm and Hugging
+# Face.
 HEADS = {width: 16 for width in (1152, 1280, 1408, 1536, 1664, 1792)}
