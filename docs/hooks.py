@@ -1,9 +1,9 @@
 """Hooks of the documentation site (mkdocs.yml): pages from outside docs/, and the check of docstrings.
 
-A name is public if a page under docs/api/ documents it (`::: NAME`), or if it belongs to a module or class that is
-documented there: the names of a module's `__all__`, or without one the functions and classes that it defines; the
-methods and properties of a class; of both, those without a leading underscore. `forward` of an nn.Module may leave
-its docstring to the class. The build fails when a public name has no docstring.
+A name is public if a page under docs/api/ documents it (`::: NAME`), or if it belongs to a module or class documented
+there: the functions and classes in a module's `__all__`, or without one those that it defines; the methods and
+properties of a class; of all these, the names without a leading underscore. The build fails if a public name has no
+docstring. `forward` of an nn.Module is exempt: the class may describe its call.
 """
 
 import ast
