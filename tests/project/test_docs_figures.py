@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import plot, tables
 
 # What a measurement looks like: a number with a unit of time, speed or memory, or "1.5×".
 MEASURED = re.compile(
@@ -43,3 +43,9 @@ def test_a_stale_figure_is_noticed():
     assert figure
     stale = page.read_text().replace(figure[0], f"1{figure[0]}")
     assert stale != page.read_text() and tables.current(stale) == page.read_text()
+
+
+def test_the_plot_is_that_of_the_results(tmp_path):
+    plot.draw([tables.RESULTS / "bench-contrastive.json"], tmp_path / "plot.svg")
+    drawn, kept = tmp_path / "plot.svg", tables.ROOT / "docs" / "contrastive.svg"
+    assert drawn.read_text() == kept.read_text(), "run: python -m benchmarks plot … --out docs/contrastive.svg"
