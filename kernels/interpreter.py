@@ -1,8 +1,8 @@
-"""Triton's CPU interpreter and bfloat16: what it gets wrong, mended in this one place.
+"""Workarounds for what Triton's CPU interpreter gets wrong with bfloat16.
 
-It cuts a float32 off where the compiler rounds it to nearest even, misreads subnormals on the way, turns an
-integer into a bit pattern of its own, and multiplies the raw 16-bit patterns in a dot. On a GPU the functions
-here are the plain operation.
+The interpreter truncates a float32 where the compiler rounds it to nearest even, misreads subnormals while doing so,
+converts integers to wrong bit patterns, and multiplies the raw 16-bit patterns in a dot. On a GPU the functions of this
+module are the plain operations.
 """
 
 import triton
@@ -35,7 +35,7 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(left, right, sums):
-    """sums + left @ right in float32, exact products: float32 operands are not cut to tf32."""
+    """sums + left @ right in float32, exact products: float32 operands are not rounded to tf32."""
     if INTERPRETING and left.dtype == tl.bfloat16:
         left = (left.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         right = (right.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)

@@ -1,7 +1,7 @@
 """What the ops of every family share: the compiled extension, whether backends are available, and their registry.
 
 A backend is a module of its family's package. It is imported when it is first needed, so that a missing library or
-compiler is an error only for whoever asks for that backend by name.
+extension is an error only if that backend is requested by name.
 """
 
 import importlib
@@ -24,6 +24,7 @@ B = TypeVar("B")  # the Protocol that a family's backend modules follow; it has 
 NOT_BUILT = "lift_fast._C is not built; run `pip install -e .` in the source tree"
 # The numbers of element types in csrc/ (`Element` and `Out`).
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+HALF = (torch.bfloat16, torch.float16)  # what tensor cores multiply in 16 bits
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for the Triton kernels
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import HALF
 from .contract import AttentionGrad
 
 
@@ -78,7 +79,7 @@ def no_gpu(least: tuple[int, int], most: int = 99) -> str | None:
 
 def not_taken(head_dim: int, dtype: torch.dtype, most: int) -> str | None:
     """Why kernels for half precision and a head_dim up to `most` do not take these; None if they do."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > most:
         return f"it takes a head_dim that is a multiple of 8 up to {most}, not {head_dim}"

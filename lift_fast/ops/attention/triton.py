@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
+from ..backends import HALF
 from ..backends import why_no_triton as why_not
 from .contract import AttentionGrad
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["KEEPS_OUT", "backward", "forward", "refuses", "why_not"]
 
 KEEPS_OUT = False
-HALF = (torch.bfloat16, torch.float16)
 
 
 def table(device: torch.device) -> str:

@@ -4,8 +4,8 @@
     bias_act     a = act(h + bias)                                                 ops/transformer/mlp.py
 
 Every row is a token: tensors of tokens are [rows, width], contiguous, in float32, bfloat16 or float16; weights, biases
-and statistics are float32. Everything is computed in float32. Only "torch" takes float64, in which all tensors then
-are. The backends of attention follow another contract: ops/attention/op.py.
+and statistics are float32. Everything is computed in float32. Only "torch" takes float64, for all tensors alike. The
+backends of attention follow another contract: ops/attention/contract.py.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ class LayerNorm(NamedTuple):
 
 
 class LayerNormGrad(NamedTuple):
-    """dx = d_stream + the gradient of s by way of y; y, unless None, is written again.
+    """dx = d_stream + the gradient of s through y; y, unless None, is computed again.
 
     dy, stream (s), d_stream, dx, y: [rows, width]; dx may be dy itself, or d_stream. d_weight = Σ_rows dy · x̂ and
     d_bias = Σ_rows dy, both [width], come from the same pass over stream and dy.
@@ -81,9 +81,9 @@ class BiasActGrad(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend's module must have. The last fields of each call are outputs, whose contents are overwritten.
+    """What a backend's module must have. Each method overwrites the outputs among its call's fields.
 
-    The host never waits for a GPU. Sums over rows are new tensors, and have the same bits at every run.
+    The host never waits for a GPU. Returned sums over rows are new tensors, with the same bits at every run.
     """
 
     def why_not(self) -> str | None:

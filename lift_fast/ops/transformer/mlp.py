@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from ..backends import HALF
 from .contract import ACTIVATIONS, FUSED_GEMM, Activation, BiasAct, BiasActGrad, choose
 from .eager import activate
 from .layernorm import wide
@@ -75,7 +76,7 @@ def down_backward(
 
 def _fused(x: Tensor, fp8: bool, backend: str | None) -> bool:
     """Whether the matrix products have the activation in their epilogue."""
-    return backend == FUSED_GEMM and not fp8 and x.dtype in (torch.bfloat16, torch.float16)
+    return backend == FUSED_GEMM and not fp8 and x.dtype in HALF
 
 
 class _Mlp(torch.autograd.Function):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import HALF
 from .contract import Activation
 from .triton import bias_act, bias_act_backward, layernorm, layernorm_backward, setting, why_not
 
 __all__ = [
-    "HALF",
     "bias_act",
     "bias_act_backward",
     "layernorm",
@@ -22,8 +22,6 @@ __all__ = [
     "linear_act_backward",
     "why_not",
 ]
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> tuple[Tensor, Tensor]:
