@@ -1,17 +1,17 @@
-"""The DALI pipeline: the host pipeline's samples, crops and colours, decoded by NVIDIA DALI, on a GPU if there is one.
+"""The DALI pipeline: the samples, crops and colours of the host pipeline, decoded by NVIDIA DALI on a GPU or the CPU.
 
-    threads:  bytes -> header -> view -> the JPEG itself, or a finished picture as PPM     for all that is not plain
-    DALI:     decode the box -> resize -> colour -> mirror, normalise, lay out             -> torch, without a copy
+    threads:  bytes -> header -> view -> a plain JPEG as it is, any other image rendered at its final size as PPM
+    DALI:     decode the box -> resize -> colours -> mirror, normalise, lay out -> torch, without a copy
 
-DALI is handed only what it reads as every decoder does: plain JPEGs without damage, and PPM. Everything else is drawn
-on the host, at its final size, and so is a batch that DALI refuses nevertheless; rows and views stay the same.
+DALI gets only what it reads like every other decoder: plain JPEGs without damage, and PPM. The host renders all other
+images, and those of a batch on which DALI fails nevertheless; rows and views stay the same.
 
-DALI decodes damaged JPEGs without a word (libjpeg's warnings go to stderr, half of a picture may be grey). So each
-JPEG is first read strictly on the host, at an eighth of its size: little more than its entropy code, which is where
-damage shows. That is done once a run for each sample, and not at all where Loading.checked says that it has been.
+DALI silently accepts damaged JPEGs: libjpeg's warnings go to stderr, and half of an image may be grey. So the host
+first decodes each JPEG strictly at an eighth of its size, which is little more than reading its entropy code, where
+damage shows. This is done once a run for each sample, and not at all with Loading.checked.
 
-Without a GPU, DALI only decodes, and the resize is the host's: DALI's antialiased bicubic takes longer on the CPU than
-all of the rest.
+Without a GPU DALI only decodes and the host resizes: DALI's antialiased bicubic resize takes longer on the CPU than
+everything else together.
 """
 
 import os
@@ -33,15 +33,15 @@ from .pixels import MEAN, STD, laid_out
 from .samples import BadSample, Collection, Samples
 from .transforms import centre_of, recoloured, render, render_centre, resize, view_of
 
-_RESIZES_ON_CPU = False  # slow; the tests run the GPU's graph on the CPU with it
-_EVALUATED_AT_ONCE = 64
-_AS_IT_IS = (1.0, 1.0, 1.0)
+_RESIZES_ON_CPU = False  # True is slow; tests set it to run the GPU's graph on the CPU
+_EVALUATION_BATCH = 64
+_NO_CHANGE = (1.0, 1.0, 1.0)  # factors of brightness, contrast, saturation
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What DALI makes of one picture: the box of it, resized to (height, width), of which the image_size square from
-    `corner` (top, left) is kept."""
+    """What DALI has to do with one image: decode `box`, resize it to `resized` (height, width), and keep the square of
+    image_size from `corner` (top, left). by_host: `encoded` is a PPM that the host has rendered."""
 
     encoded: np.ndarray
     box: Box
@@ -53,22 +53,24 @@ class _Job:
 
 
 class DaliPipeline(Pipeline):
-    """The batches of HostPipeline, row for row, with DALI decoding: on the CPU, or on GPU `device_id`.
+    """The batches of HostPipeline, row for row, decoded by DALI: on the CPU, or on GPU `device_id`.
 
-    Pixels differ from the host's by a rounding in the resize (docs/data.md has how far from Pillow's), by the decoder
-    on a GPU, and where the host decodes a large JPEG at a part of its size, which DALI does not. A batch lies
-    on the GPU that made it, ready for torch's current stream, and stays valid for as long as it is held.
+    Pixels differ from the host's by rounding in the resize (docs/data.md compares both with Pillow), by the decoder on
+    a GPU, and where the host decodes a large JPEG at a reduced size, which DALI does not. A batch lies on the GPU that
+    made it, ready for torch's current stream, and stays valid as long as it is referenced.
 
     Raises BackendError when DALI is not installed and, while iterating, when it does not run on that device or fails
-    on pictures that are only to be copied.
+    on images that the host has rendered.
     """
 
     def __init__(self, data: Collection, loading: Loading, device_id: int | None = None):
         _dali()
         super().__init__(data, loading)
         self.device_id = device_id
-        self._intact = np.zeros(-(-len(data) // 8), dtype=np.uint8)  # a bit a row: its JPEG was read strictly
-        self._refused: set[int] = set()
+        self._intact = np.zeros(
+            -(-len(data) // 8), dtype=np.uint8
+        )  # one bit for each row: its JPEG passed the strict decode
+        self._refused: set[int] = set()  # rows that the host renders because DALI failed on their batch
 
     def __iter__(self) -> Generator[Batch, None, None]:
         while True:
@@ -78,7 +80,7 @@ class DaliPipeline(Pipeline):
                 self._leave_to_host(failure)
 
     def _batches(self) -> Generator[Batch, None, None]:
-        """Batches from where the pipeline stands. Raises _Failure when DALI fails: those under way are lost."""
+        """Yields batches from the pipeline's position. Raises _Failure when DALI fails; batches in flight are lost."""
         source = self._assembled(self._job, self.loading.ahead)
         running: deque[tuple[Assembled[_Job], tuple]] = deque()
         dali = _Decoder(self.loading, self.device_id)
@@ -98,7 +100,7 @@ class DaliPipeline(Pipeline):
                 self._place = made.after
                 yield Batch(pixels, made.rows)
         except (GeneratorExit, _Failure):
-            # What was assembled and not handed out is assembled again, and its bad samples counted then.
+            # Batches in flight will be assembled again, and their bad samples counted then.
             self.skipped.looked_at, self.skipped.causes = counted
             raise
         finally:
@@ -117,39 +119,40 @@ class DaliPipeline(Pipeline):
         byte, bit = row >> 3, 1 << (row & 7)
         if not self.loading.checked and not self._intact[byte] & bit:
             _read_strictly(data, header)
-            self._intact[byte] |= bit  # two threads may lose one of two bits: it is read once more
+            self._intact[byte] |= bit  # a race may lose a bit: that JPEG is decoded once more
         return _Job(np.frombuffer(data, np.uint8), view.box, (size, size), flip=view.flip, colour=view.colour)
 
     def _leave_to_host(self, failure: "_Failure") -> None:
-        """From now on the host draws the first batch under way that has pictures of DALI's: the one that failed."""
+        """Has the host render the batch that failed from now on: the first in flight with images for DALI to decode."""
         for made in failure.running:
             rows = {row for row, job in zip(made.rows.tolist(), made.items, strict=True) if not job.by_host}
             if rows:
-                why = f"the host draws its {len(rows)} pictures from now on: {_reason(failure.error)}"
+                why = f"the host renders its {len(rows)} images from now on: {_reason(failure.error)}"
                 warnings.warn(f"DALI failed on a batch; {why}", stacklevel=3)
                 self._refused |= rows
                 return
-        raise BackendError(f"DALI fails on uncompressed pictures; use the host loader: {_reason(failure.error)}")
+        raise BackendError(f"DALI fails on uncompressed images; use the host loader: {_reason(failure.error)}")
 
 
 class _Failure(Exception):
-    """DALI raised `error` with these batches under way, the first of which it was to return."""
+    """DALI raised `error` while these batches were in flight; the first of them was due."""
 
     def __init__(self, running: list[Assembled[_Job]], error: Exception):
         self.running, self.error = running, error
 
 
 class _Decoder:
-    """One DALI pipeline: batches of jobs in, their pixels out in the same order, loading.ahead of them under way.
+    """One DALI pipeline: takes batches of jobs and returns their pixels in order, with loading.ahead batches in flight.
 
-    The first 1 + loading.ahead batches are put before the first is got, then one is put for each that is got.
-    corners: jobs keep a part of what they resize to, and say which.
+    Callers put 1 + loading.ahead batches before they get the first, then put one for each that they get. corners: jobs
+    set `corner`, since they keep only a part of the resized box.
     """
 
     def __init__(self, loading: Loading, device_id: int | None, corners: bool = False):
         self.loading, self.device_id, self.corners = loading, device_id, corners
         self.resizes = device_id is not None or _RESIZES_ON_CPU
-        # With what DALI reads where it lies: of those under way, and of the last one got, which a GPU may still read.
+        # Keeps the inputs, which DALI reads in place, of the batches in flight and of the last one returned: a GPU may
+        # still read that one.
         self._running: deque[tuple[list[_Job], dict[str, Any]]] = deque()
         self._last: dict[str, Any] = {}
         self._started = False
@@ -161,14 +164,14 @@ class _Decoder:
             raise BackendError(f"DALI does not run on {where}; use the host loader: {_reason(error)}") from error
 
     def put(self, jobs: list[_Job]) -> None:
-        """Starts a batch, of loading.batch_size jobs at most."""
+        """Starts a batch of at most loading.batch_size jobs."""
         inputs: dict[str, Any] = {
             "encoded": [job.encoded for job in jobs],
             "anchor": np.array([job.box[:2] for job in jobs], np.int32),
             "shape": np.array([job.box[2:] for job in jobs], np.int32),
         }
         if self.resizes:
-            colours = np.array([job.colour or _AS_IT_IS for job in jobs], np.float32)
+            colours = np.array([job.colour or _NO_CHANGE for job in jobs], np.float32)
             inputs |= {
                 "resized": np.array([job.resized for job in jobs], np.float32),
                 "corner": np.array([job.corner for job in jobs], np.int32),
@@ -178,37 +181,37 @@ class _Decoder:
         for name in self._inputs:
             self._pipe.feed_input(name, inputs[name])
         self._running.append((jobs, inputs))
-        # DALI's first run starts as many batches as it has places for.
+        # DALI's first run starts as many batches as its queue holds.
         if self._started or len(self._running) > self.loading.ahead:
             self._pipe.schedule_run()
             self._started = True
 
     def get(self) -> Tensor:
-        """The pixels of the batch that was put first, as Batch has them. Raises what DALI raises."""
+        """Returns the pixels of the oldest batch in flight, in the form of Batch.pixels. Raises DALI's errors."""
         if self.device_id is None:
-            (pictures,) = self._pipe.outputs()
+            (decoded,) = self._pipe.outputs()
         else:
-            # Bound to torch's stream: it waits for DALI, and the memory goes back to DALI in its order.
-            (pictures,) = self._pipe.outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
+            # Bound to torch's stream, which so waits for DALI, and in whose order DALI reuses the memory.
+            (decoded,) = self._pipe.outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
         jobs, self._last = self._running.popleft()
         if self._pool is None:
-            return torch.from_dlpack(pictures.as_tensor()).to(self.loading.dtype)
+            return torch.from_dlpack(decoded.as_tensor()).to(self.loading.dtype)
         size = self.loading.image_size
         pixels = np.empty((len(jobs), size, size, 3), np.uint8)
 
         def finish(i: int) -> None:
-            (top, left), picture = jobs[i].corner, resize(np.asarray(pictures[i]), *jobs[i].resized)
-            picture = picture[top : top + size, left : left + size]
+            (top, left), image = jobs[i].corner, resize(np.asarray(decoded[i]), *jobs[i].resized)
+            image = image[top : top + size, left : left + size]
             if jobs[i].flip:
-                picture = picture[:, ::-1]
+                image = image[:, ::-1]
             colour = jobs[i].colour
-            pixels[i] = recoloured(picture, *colour) if colour else picture
+            pixels[i] = recoloured(image, *colour) if colour else image
 
         list(self._pool.map(finish, range(len(jobs))))
         return laid_out(torch.from_numpy(pixels), self.loading.dtype, self.loading.layout)
 
     def close(self) -> None:
-        """Frees DALI's threads and memory; batches that were got stay."""
+        """Frees DALI's threads and memory; batches that were returned stay valid."""
         self._pipe = None
         self._running.clear()
         self._last = {}
@@ -216,6 +219,7 @@ class _Decoder:
             self._pool.shutdown()
 
     def _graph(self) -> Any:
+        """Builds the DALI pipeline, and notes the names of its inputs."""
         dali, loading = _dali(), self.loading
         fn, types = dali.fn, dali.types
         self._inputs: list[str] = []
@@ -231,7 +235,7 @@ class _Decoder:
             prefetch_queue_depth=1 + loading.ahead,
         )
         def graph() -> Any:
-            # As libjpeg-turbo enlarges colours; and no thread is tied to a core, which other ranks would be tied to.
+            # Chroma is upsampled as by libjpeg-turbo. Threads are not pinned: other ranks' would get the same cores.
             on_gpu = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
             where = {"device": "cpu"} if self.device_id is None else on_gpu
             pixels = fn.decoders.image_slice(
@@ -264,12 +268,12 @@ class _Decoder:
 
 
 def load_images(data: Samples, image_size: int, device_id: int | None = None) -> tuple[Tensor, list[int]]:
-    """host.load_images, decoded by DALI: uint8 [n, size, size, 3], on the CPU or the GPU, and their samples.
+    """As host.load_images, decoded by DALI: uint8 [n, size, size, 3] on the CPU or GPU `device_id`, and sample numbers.
 
-    What DALI refuses the host draws. Raises BackendError without DALI; DataError when no picture decodes.
+    The host renders the images on which DALI fails. Raises BackendError without DALI, DataError when no image decodes.
     """
     threads = len(os.sched_getaffinity(0))
-    loading = Loading(min(_EVALUATED_AT_ONCE, len(data)), image_size, threads=threads)
+    loading = Loading(min(_EVALUATION_BATCH, len(data)), image_size, threads=threads)
     parts: list[Tensor] = []
     samples: list[int] = []
 
@@ -283,15 +287,15 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             for start in range(0, len(data), loading.batch_size):
-                some = range(start, min(start + loading.batch_size, len(data)))
-                jobs = {i: job for i, job in zip(some, pool.map(centred, some), strict=True) if job is not None}
+                chunk = range(start, min(start + loading.batch_size, len(data)))
+                jobs = {i: job for i, job in zip(chunk, pool.map(centred, chunk), strict=True) if job is not None}
                 if not jobs:
                     continue
                 try:
                     dali.put(list(jobs.values()))
                     parts.append(dali.get())
                 except RuntimeError as error:
-                    warnings.warn(f"DALI failed on pictures, which the host draws: {_reason(error)}", stacklevel=2)
+                    warnings.warn(f"DALI failed on images, which the host renders: {_reason(error)}", stacklevel=2)
                     dali.close()
                     dali = _Decoder(loading, device_id, corners=True)
                     dali.put([_by_host(job, image_size) for job in jobs.values()])
@@ -300,11 +304,12 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
     finally:
         dali.close()
     if not samples:
-        raise DataError(f"{data.folder}: not one picture decodes")
+        raise DataError(f"{data.folder}: no image decodes")
     return torch.cat(parts), samples
 
 
 def _centred(data: bytes, size: int) -> _Job:
+    """The job that makes render_centre's pixels of an image. Raises BadSample."""
     header = read_header(data)
     if not header.plain:
         return _finished(render_centre(data, header, size))
@@ -313,47 +318,48 @@ def _centred(data: bytes, size: int) -> _Job:
 
 
 def _by_host(job: _Job, size: int) -> _Job:
+    """A job of _centred's rendered by the host."""
     data = job.encoded.tobytes()
     return job if job.by_host else _finished(render_centre(data, read_header(data), size))
 
 
 def _read_strictly(data: bytes, header: Header) -> None:
-    """Raises BadSample for a JPEG with a damaged part: decodes it at the smallest size."""
+    """Decodes a JPEG strictly, at the smallest size. Raises BadSample when a part of it is damaged."""
     decode_box(data, header, (0, 0, header.width, header.height), 1)
 
 
 def _finished(pixels: np.ndarray) -> _Job:
-    """A picture of the host's, uint8 [height, width, 3], that DALI has only to copy."""
+    """A job for an image that the host has rendered, uint8 [height, width, 3]: as PPM, which DALI only copies."""
     height, width = pixels.shape[:2]
     encoded = np.frombuffer(b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes(), np.uint8)
     return _Job(encoded, (0, 0, width, height), (height, width), by_host=True)
 
 
 def _reason(error: Exception) -> str:
-    """What DALI says happened, without its account of where."""
+    """DALI's error message without its stack of operators."""
     return str(error).rpartition("encountered:")[2].strip()
 
 
 def _dali() -> Any:
-    """The module nvidia.dali. Raises BackendError without it."""
+    """Imports nvidia.dali. Raises BackendError when it is not installed."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
         import nvidia.dali.types
     except ImportError as error:
         raise BackendError(
-            f"DALI is not here ({error}): pip install 'lift-fast[dali]', or use the host loader"
+            f"DALI is not installed ({error}): pip install 'lift-fast[dali]', or use the host loader"
         ) from error
     return nvidia.dali
 
 
 def wanted(loader: str, on_gpu: bool) -> bool:
-    """Whether a setting "auto", "host" or "dali" means DALI: auto does for a GPU, where DALI is installed."""
+    """Whether the loader "auto", "host" or "dali" means DALI: "auto" does for a GPU, where DALI is installed."""
     return loader == "dali" or (loader == "auto" and on_gpu and installed())
 
 
 def installed() -> bool:
-    """Whether DALI is here."""
+    """Whether DALI is installed."""
     try:
         _dali()
     except BackendError:

@@ -1,9 +1,12 @@
-"""Encoded pictures -> RGB pixels: what a file says of itself, then all of it or what a crop needs.
+"""Encoded images -> RGB pixels: the header first, then the whole image or as much of it as a crop needs.
 
-A header is read without decoding, so that whatever is too large, cut short or of a kind that is not read costs
-microseconds. JPEGs, whatever their colours, are decoded by libjpeg-turbo (simplejpeg) in its strict mode: a picture
-with a damaged part is refused, never half grey. Pillow decodes the rest, after the size is known, and is handed only
-the parts of a PNG that make its pixels.
+Headers are parsed without decoding, so that an image that is too large, cut short or in another format costs
+microseconds. libjpeg-turbo (simplejpeg) decodes all JPEGs in its strict mode: an image with a damaged part is refused,
+never half grey. Pillow decodes the other formats, after the size is known, and of a PNG only the chunks that make its
+pixels.
+
+The headers are parsed by hand because Pillow is laxer with damaged files: it accepts, for one, a PNG whose pixels have
+a wrong checksum or too few rows. It also does not say which JPEGs every decoder reads alike (Header.plain).
 """
 
 import io
@@ -19,23 +22,23 @@ from PIL import Image
 from .samples import BadSample
 
 MAX_PIXELS = 1 << 26
-MAX_SIDE = 65_535  # JPEG's; a longer and thinner picture costs what its rows do
-_MAX_SCANS = 500  # of a JPEG, as of libjpeg-turbo's own tools: each costs a pass over the picture
-_MAX_SCANNED = 1 << 30  # pixels of all these passes, about a second; _ANY_SCANS are read of the largest picture too
-_ANY_SCANS = 20
+MAX_SIDE = 65_535  # the limit of JPEG; a longer, thinner image costs as much as its rows
+_MAX_SCANS = 500  # of a JPEG, the limit of libjpeg-turbo's own tools: each scan is a pass over the image
+_MAX_SCANNED = 1 << 30  # pixels of all passes, about a second's work
+_ANY_SCANS = 20  # scans that are allowed for an image of any size
 _UPRIGHT = 1
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Sampling factors (of the first component, of the others) for which TurboJPEG has a name.
+# Sampling factors (of the first component, of the second and third) that TurboJPEG supports.
 _SAMPLINGS = {
     *((0x11, 0x11), (0x12, 0x11), (0x12, 0x12), (0x14, 0x11), (0x21, 0x11)),
     *((0x21, 0x21), (0x22, 0x11), (0x22, 0x12), (0x22, 0x21), (0x41, 0x11)),
 }
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_ADAM7 = (  # rows from and each, columns from and each
+_ADAM7 = (  # of each pass: first row, row step, first column, column step
     *((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4)),
     *((2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)),
 )
-_MOST_DEFLATED = 1032  # bytes that one byte of zlib's can stand for
+_MOST_DEFLATED = 1032  # the largest ratio of unpacked to packed bytes in a zlib stream
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _OTHER_KINDS = (  # (offset, signature, name)
     (0, b"II*\0", "TIFF"),
@@ -62,8 +65,11 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 
 @dataclass(frozen=True)
 class Header:
-    """format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright picture. plain: an upright JPEG in
-    YCbCr or grey, which every decoder reads alike. orientation: EXIF's, 1 to 8."""
+    """What an image's header says.
+
+    format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright image. plain: it is an upright JPEG in
+    YCbCr or grey, which every decoder reads alike. orientation: EXIF's, 1 to 8.
+    """
 
     format: str
     width: int
@@ -73,16 +79,16 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """What the bytes say they are, whatever a file name says; nothing is decoded.
+    """Parses the header of an image, whose format its bytes determine. Decodes nothing.
 
-    Raises BadSample: "empty"; "not a picture"; "unsupported", a kind of picture that is not read; "truncated", the
-    end is missing; "corrupt", it contradicts itself; "too large", more than MAX_PIXELS, or MAX_SIDE.
+    Raises BadSample: "empty"; "not a picture"; "unsupported" for a format that is not read; "truncated" when the end is
+    missing; "corrupt" for a contradiction; "too large" for more than MAX_PIXELS pixels, or a side above MAX_SIDE.
     """
     if not data:
         raise BadSample("empty", "0 bytes")
-    read = _reader(data)
+    parse = _parser_for(data)
     try:
-        header = read(data)
+        header = parse(data)
     except (IndexError, struct.error) as error:
         raise BadSample("truncated", f"ends after {len(data)} bytes, within its header") from error
     if header.width < 1 or header.height < 1:
@@ -96,15 +102,15 @@ def read_header(data: bytes) -> Header:
 
 
 def decode(data: bytes, header: Header) -> np.ndarray:
-    """The whole picture upright, uint8 [height, width, 3]; transparency on white, 16 bits scaled to 8.
+    """Decodes a whole image, upright: uint8 [height, width, 3]; transparency on white, 16 bits scaled to 8.
 
-    header: read_header(data). Raises BadSample: "truncated"; "corrupt"; "too large" for the memory that is left.
+    header: read_header(data). Raises BadSample: "truncated"; "corrupt"; "too large" for the available memory.
     """
     return _decode(data, header, 1)
 
 
 def scale_of(box: Box, size: int) -> int:
-    """The part of its size, 1/1, 1/2, 1/4 or 1/8, at which a box still has `size` pixels each way: the divisor."""
+    """The largest of 1, 2, 4 and 8 by which both sides of a box can be divided and still have `size` pixels."""
     factor = 1
     while factor < 8 and min(box[2:]) >= 2 * factor * size:
         factor *= 2
@@ -112,26 +118,30 @@ def scale_of(box: Box, size: int) -> int:
 
 
 def decode_box(data: bytes, header: Header, box: Box, size: int) -> tuple[np.ndarray, Box]:
-    """A picture from which `box` will be cut and resized to size x size, and the box in it.
+    """Decodes an image for a crop: `box` will be cut out and resized to size x size.
 
-    A JPEG is decoded at 1/scale_of(box, size) of its size: libjpeg then leaves out the frequencies that the resize
-    would take away. There the box is rounded to whole pixels.
+    A JPEG is decoded at 1/scale_of(box, size) of its size: libjpeg then skips the frequencies that the resize would
+    remove. The box is scaled along and rounded to whole pixels.
 
-    Returns uint8 [h, w, 3] and a box that is not empty and lies within it. Raises BadSample, as decode.
+    Returns the pixels, uint8 [h, w, 3], and the box in them, which is not empty and lies within. Raises BadSample as
+    decode does.
     """
     factor = scale_of(box, size) if header.format == "jpeg" else 1
-    picture = _decode(data, header, factor)
+    pixels = _decode(data, header, factor)
     if factor == 1:
-        return picture, box
+        return pixels, box
     upside_down, mirrored = _flips(header.orientation)
     left, width = _scaled(box[0], box[2], factor, header.width, mirrored)
     top, height = _scaled(box[1], box[3], factor, header.height, upside_down)
-    return picture, (left, top, width, height)
+    return pixels, (left, top, width, height)
 
 
 def _scaled(start: int, extent: int, factor: int, whole: int, flipped: bool) -> tuple[int, int]:
-    """Pixels `start` and on, `extent` many of `whole`, in a picture of 1/factor the size: (start, extent) there."""
-    if flipped:  # the last pixel, of which libjpeg has only a part, then comes first
+    """Scales the range of `extent` pixels from `start`, of `whole`, to an image of 1/factor the size.
+
+    Returns (start, extent) there. flipped: the axis was reversed after decoding.
+    """
+    if flipped:  # the pixel that covers fewer than `factor` original ones then comes first
         start += -whole % factor
     limit = -(-whole // factor)
     first = min(round(start / factor), limit - 1)
@@ -139,86 +149,88 @@ def _scaled(start: int, extent: int, factor: int, whole: int, flipped: bool) -> 
 
 
 def _flips(orientation: int) -> tuple[bool, bool]:
-    """What makes a picture upright, after rows and columns change places when the orientation is above 4: its rows
-    the other way round, its columns the other way round."""
+    """Whether to reverse the rows, and the columns, to make an image upright; above 4, after transposing it."""
     return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
 
 def _decode(data: bytes, header: Header, factor: int) -> np.ndarray:
+    """Decodes an image upright at 1/factor of its size; factors above 1 are for JPEG. Raises BadSample."""
     turned = header.orientation > 4
     sides = (header.width, header.height) if turned else (header.height, header.width)
     height, width = (-(-side // factor) for side in sides)
     try:
         if header.format == "jpeg":
-            picture = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, strict=True)
+            pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, strict=True)
         else:
-            picture = _by_pillow(data, header.format)
+            pixels = _by_pillow(data, header.format)
     except BadSample:
         raise
     except MemoryError as error:
         raise BadSample("too large", f"not enough memory for {width} x {height} pixels") from error
-    except Exception as error:  # decoders raise whatever they like for damaged data
+    except Exception as error:  # decoders raise many kinds of exceptions for damaged data
         reason = str(error) or type(error).__name__
         cut = "truncated" in reason or "Premature end of JPEG file" in reason
         raise BadSample("truncated" if cut else "corrupt", reason) from error
-    if picture.shape[:2] != (height, width):
-        found = f"{picture.shape[1]} x {picture.shape[0]}"
+    if pixels.shape[:2] != (height, width):
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
         raise BadSample("corrupt", f"its header says {width} x {height} pixels, and there are {found}")
     if header.orientation == _UPRIGHT:
-        return picture
+        return pixels
     if turned:
-        picture = picture.swapaxes(0, 1)
+        pixels = pixels.swapaxes(0, 1)
     rows, columns = (slice(None, None, -1 if flip else 1) for flip in _flips(header.orientation))
-    return picture[rows, columns]
+    return pixels[rows, columns]
 
 
 def _by_pillow(data: bytes, kind: str) -> np.ndarray:
+    """Decodes a PNG, WebP, GIF or BMP, as it is stored: uint8 [height, width, 3]."""
     with Image.open(io.BytesIO(_only_pixels(data) if kind == "png" else data), formats=(kind,)) as opened:
         opened.load()
-        picture: Image.Image = opened
+        image: Image.Image = opened
         if kind == "png":
-            # Rows that are not there stay 0. Unpacking all once more takes long, and few pictures end in such a row.
+            # Pillow leaves missing rows at 0. Unpacking the file again to count them is slow, so it is done only for
+            # an image that is interlaced or ends in a row of zeros.
             if data[28] or not np.asarray(opened.crop((0, opened.height - 1, *opened.size))).any():
                 _check_all_rows(data)
-            picture = _eight_bits(opened, data[24], data[25])
-        if picture.has_transparency_data:
-            over = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return np.array(picture.convert("RGB"))  # a view of Pillow's pixels cannot be written to, and torch warns
+            image = _eight_bits(opened, data[24], data[25])
+        if image.has_transparency_data:
+            over = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+        return np.array(image.convert("RGB"))  # a copy: a view of Pillow's pixels is read-only, and torch warns
 
 
-def _eight_bits(picture: Image.Image, depth: int, colour_type: int) -> Image.Image:
-    """16-bit grey as 8-bit grey, and the transparent colour (tRNS) in the range of the pixels: Pillow does neither."""
-    clear = picture.info.get("transparency")
-    if picture.mode == "I;16":
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+def _eight_bits(image: Image.Image, depth: int, colour_type: int) -> Image.Image:
+    """Converts 16-bit grey to 8 bits, and scales the transparent colour (tRNS) likewise: Pillow does neither."""
+    clear = image.info.get("transparency")
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if clear is not None and colour_type in (0, 2) and depth in (2, 4, 16):
 
         def scaled(level: int) -> int:
             return level >> 8 if depth == 16 else level * (255 // ((1 << depth) - 1))
 
-        picture.info["transparency"] = scaled(clear) if isinstance(clear, int) else tuple(map(scaled, clear))
-    return picture
+        image.info["transparency"] = scaled(clear) if isinstance(clear, int) else tuple(map(scaled, clear))
+    return image
 
 
 # ---- headers
 
 
-def _reader(data: bytes) -> Callable[[bytes], Header]:
-    """The reader of the kind that the first bytes belong to."""
+def _parser_for(data: bytes) -> Callable[[bytes], Header]:
+    """The header parser of the format that the first bytes indicate. Raises BadSample."""
     if data.startswith(b"\xff\xd8\xff"):
-        return _read_jpeg
+        return _parse_jpeg
     if data.startswith(_PNG):
-        return _read_png
+        return _parse_png
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _read_webp
+        return _parse_webp
     if data.startswith((b"GIF87a", b"GIF89a")):
-        return _read_gif
+        return _parse_gif
     if data.startswith(b"BM"):
-        return _read_bmp
+        return _parse_bmp
     for offset, signature, name in _OTHER_KINDS:
         if data.startswith(signature, offset):
-            raise BadSample("unsupported", f"a {name} picture; JPEG, PNG, WebP, GIF and BMP are read")
+            raise BadSample("unsupported", f"a {name} image; JPEG, PNG, WebP, GIF and BMP are read")
     if b"<svg" in data[:1024]:
         raise BadSample("unsupported", "an SVG drawing; JPEG, PNG, WebP, GIF and BMP are read")
     for signature in (b"\xff\xd8\xff", _PNG, b"GIF89a"):
@@ -227,7 +239,7 @@ def _reader(data: bytes) -> Callable[[bytes], Header]:
     raise BadSample("not a picture", f"begins with {data[:16]!r}")
 
 
-def _read_jpeg(data: bytes) -> Header:
+def _parse_jpeg(data: bytes) -> Header:
     at, frame, exif, adobe = 2, b"", b"", -1
     while True:
         if data[at] != 0xFF:
@@ -246,7 +258,7 @@ def _read_jpeg(data: bytes) -> Header:
             raise BadSample("corrupt", f"JPEG marker {marker:02x} at byte {at}")
         at += 2 + length
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            exif = exif or segment[6:]  # of several the first begins it, and others go on with what is too long for it
+            exif = exif or segment[6:]  # the first of several has the directory; the rest continue it
         elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
             adobe = segment[11]
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -265,7 +277,7 @@ def _read_jpeg(data: bytes) -> Header:
             factors = ", ".join(f"{part[1] >> 4}x{part[1] & 15}" for part in parts)
             raise BadSample("unsupported", f"a JPEG with sampling factors {factors}")
     if not height:
-        raise BadSample("unsupported", "a JPEG that tells its height after its pixels")
+        raise BadSample("unsupported", "a JPEG whose height follows its pixels (DNL)")
     if data.rfind(b"\xff\xd9", at) < 0:
         raise BadSample("truncated", f"no end of the JPEG within {len(data)} bytes")
     scans = data.count(b"\xff\xda", at) if progressive or data[at + 4] < count else 1
@@ -278,7 +290,7 @@ def _read_jpeg(data: bytes) -> Header:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start of its data, length) of each chunk of a PNG, IEND the last. Raises BadSample without one."""
+    """Yields (type, offset of the data, length) of each chunk of a PNG up to IEND. Raises BadSample without IEND."""
     at = len(_PNG)
     while True:
         if at + 12 > len(data):
@@ -292,7 +304,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + length
 
 
-def _read_png(data: bytes) -> Header:
+def _parse_png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     if data[12:16] != b"IHDR":
         raise BadSample("corrupt", "a PNG without a header")
@@ -304,8 +316,10 @@ def _read_png(data: bytes) -> Header:
 
 
 def _only_pixels(data: bytes) -> bytes:
-    """A PNG of nothing but what makes its pixels: no text or profile that unpacks to gigabytes, no further frames.
-    Pillow does not look at the checksums of pixels; this does."""
+    """Copies the chunks of a PNG that make its pixels, and validates their checksums, which Pillow does not.
+
+    Without the rest no text or colour profile can unpack to gigabytes, and there is one frame. Raises BadSample.
+    """
     parts = [_PNG]
     for kind, start, length in _chunks(data):
         if kind in _PIXEL_CHUNKS:
@@ -315,12 +329,12 @@ def _only_pixels(data: bytes) -> bytes:
             parts.append(data[start - 8 : end + 4])
     packed = sum(len(part) for part in parts)
     if _unpacked(data) > _MOST_DEFLATED * packed:
-        raise BadSample("corrupt", f"a PNG of too few pixels: {packed} bytes for {_unpacked(data)}")
+        raise BadSample("corrupt", f"a PNG with too little data: {packed} bytes for {_unpacked(data)} of pixels")
     return b"".join(parts)
 
 
 def _unpacked(data: bytes) -> int:
-    """Bytes of the rows of a PNG, by its header."""
+    """Size in bytes of the unpacked rows of a PNG, computed from its header."""
     width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">II5B", data, 16)
     bits, total = depth * _PNG_CHANNELS.get(colour_type, 0), 0
     for top, down, left, across in _ADAM7 if interlaced else ((0, 1, 0, 1),):
@@ -331,7 +345,7 @@ def _unpacked(data: bytes) -> int:
 
 
 def _check_all_rows(data: bytes) -> None:
-    """Raises BadSample for a PNG whose pixels end, as they should, before its last row: Pillow does not notice."""
+    """Raises BadSample for a PNG whose stream of pixels ends properly but before the last row: Pillow accepts it."""
     missing, stream = _unpacked(data), zlib.decompressobj()
     for kind, start, length in _chunks(data):
         packed = data[start : start + length] if kind == b"IDAT" else b""
@@ -342,7 +356,7 @@ def _check_all_rows(data: bytes) -> None:
         raise BadSample("corrupt", f"the pixels of the PNG end {missing} bytes too early")
 
 
-def _read_webp(data: bytes) -> Header:
+def _parse_webp(data: bytes) -> Header:
     whole = int.from_bytes(data[4:8], "little") + 8
     if whole > len(data):
         raise BadSample("truncated", f"{len(data)} bytes of a WebP of {whole}")
@@ -363,7 +377,7 @@ def _read_webp(data: bytes) -> Header:
         raise BadSample("corrupt", f"a WebP of {whole} bytes")
     width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
     orientation, at = _UPRIGHT, 30
-    while data[20] & 8 and at + 8 <= whole:  # it says that it has EXIF
+    while data[20] & 8 and at + 8 <= whole:  # the flag for EXIF
         length = int.from_bytes(data[at + 4 : at + 8], "little")
         if data[at : at + 4] == b"EXIF":
             orientation = _orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
@@ -372,7 +386,7 @@ def _read_webp(data: bytes) -> Header:
     return Header("webp", width, height, False, orientation)
 
 
-def _read_gif(data: bytes) -> Header:
+def _parse_gif(data: bytes) -> Header:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
     while data[at] == 0x21:  # extensions before the first frame
@@ -383,23 +397,23 @@ def _read_gif(data: bytes) -> Header:
     if data[at] != 0x2C:
         raise BadSample("corrupt", "a GIF without a frame")
     left, top, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
-    # A frame may be larger than the screen that it is shown on; Pillow then enlarges the screen.
+    # A frame may reach beyond the screen; Pillow then enlarges the screen.
     return Header("gif", max(width, left + frame_width), max(height, top + frame_height), False)
 
 
-def _read_bmp(data: bytes) -> Header:
+def _parse_bmp(data: bytes) -> Header:
     size = int.from_bytes(data[14:18], "little")
     if size == 12:
         width, height = struct.unpack_from("<HH", data, 18)
     elif 40 <= size <= 256:
         width, height = struct.unpack_from("<ii", data, 18)
     else:
-        raise BadSample("not a picture", f"begins as a BMP does, and has no header of {size} bytes")
+        raise BadSample("not a picture", f"begins like a BMP, but no BMP header has {size} bytes")
     return Header("bmp", width, abs(height), False)
 
 
 def _orientation(exif: bytes) -> int:
-    """The orientation that an EXIF block asks for, 1 to 8; upright when it says nothing that can be read."""
+    """The orientation in an EXIF block, 1 to 8; 1, upright, when the block has none or cannot be read."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return _UPRIGHT

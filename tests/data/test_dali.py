@@ -29,7 +29,7 @@ from lift_fast.data.samples import Collection
 from lift_fast.data.transforms import render_centre
 from lift_fast.errors import BackendError, DataError
 
-# Else a batch that fails for a fault of ours would pass: the host draws it.
+# Otherwise a batch that fails for a fault of ours would pass, rendered by the host.
 pytestmark = pytest.mark.filterwarnings("error:DALI failed")
 
 
@@ -340,7 +340,7 @@ def test_a_failure_in_between(graph, monkeypatch, ahead):
 
     monkeypatch.setattr(dali._Decoder, "get", fails_once)
     pipeline = DaliPipeline(data, loading)
-    with pytest.warns(UserWarning, match="the host draws its 4 pictures from now on: out of memory"):
+    with pytest.warns(UserWarning, match="the host renders its 4 images from now on: out of memory"):
         got = take(pipeline, 12)
     assert_same(got, wanted)
     assert pipeline._refused == set(wanted[3].rows.tolist())
@@ -447,7 +447,7 @@ def test_evaluation_goes_on_where_dali_fails(monkeypatch):
         return get(self)
 
     monkeypatch.setattr(dali._Decoder, "get", fails_once)
-    with pytest.warns(UserWarning, match="DALI failed on pictures, which the host draws: a fault"):
+    with pytest.warns(UserWarning, match="DALI failed on images, which the host renders: a fault"):
         pixels, samples = load_images(collection(pictures), 32)
     assert len(calls) == 3 and samples == list(range(70))
     assert (pixels.double() - wanted.double()).abs().mean() <= 0.5

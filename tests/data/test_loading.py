@@ -135,9 +135,7 @@ def test_too_many_bad_samples_stop_it():
 
 
 def test_not_one_batch():
-    with pytest.raises(
-        DataError, match=r"only 7 of 103 .* too few for a batch of 8 \(bad so far: 96 corrupt\)"
-    ):
+    with pytest.raises(DataError, match=r"only 7 of 103 .* too few for a batch of 8 \(bad so far: 96 corrupt\)"):
         take(Counting(Numbers(bad=range(96))), 1)
 
 

@@ -637,7 +637,7 @@ def test_a_png_of_too_few_rows(interlaced):
     with pytest.raises(BadSample, match="end .* bytes too early"):
         decode(data, read_header(data))
     data = raw_png(1024, 65_000, 8, 6, b"\0\1\2\3\4", interlaced=interlaced)
-    with pytest.raises(BadSample, match="too few pixels"):
+    with pytest.raises(BadSample, match="too little data"):
         decode(data, read_header(data))
 
 

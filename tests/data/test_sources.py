@@ -155,7 +155,9 @@ def test_parquet_that_is_none(tmp_path):
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "p.parquet", re_caption=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"needs pyarrow to be read; install it with: pip install 'lift-fast\[parquet\]'"):
+    with pytest.raises(
+        DataError, match=r"needs pyarrow to be read; install it with: pip install 'lift-fast\[parquet\]'"
+    ):
         Parquet(path)
 
 
