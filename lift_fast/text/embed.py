@@ -51,9 +51,11 @@ class TextEncoder(Protocol):
     spec: EncoderSpec
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """The length of a vector."""
 
-    def encode(self, captions: Sequence[str], batch_size: int, done: Callable[[int], object]) -> Tensor: ...
+    def encode(self, captions: Sequence[str], batch_size: int, done: Callable[[int], object]) -> Tensor:
+        """Returns the captions' vectors, float32 [len(captions), dim]; calls done with a count after each batch."""
 
 
 @dataclass(frozen=True)

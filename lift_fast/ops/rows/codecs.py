@@ -57,6 +57,7 @@ class Codec:
         return -(-dim * self.bits // 8) if self.packed else dim
 
     def row_bytes(self, dim: int) -> int:
+        """Bytes of a row of codes, without its scale."""
         return self.columns(dim) * self.dtype.itemsize
 
 
