@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import sys
-import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support.damage import flip_bit
+from support.threads import in_threads
 from support.tiny_caches import ENCODER, Data, contents, data_of, rotation_for, vectors_of, write, writer_for
 
 from lift_fast.cache import Cache, encode, key_hash
@@ -178,11 +179,7 @@ def test_many_threads_read_at_once(tmp_path):
             if not torch.equal(cache.rows(index).codes, expected.codes[index]):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, read)
     assert not wrong
 
 
@@ -273,9 +270,7 @@ def test_a_manifest_that_is_no_manifest(tmp_path, text):
 def test_a_flipped_bit_is_caught_by_verify(tmp_path):
     write(tmp_path / "c", [3, 40], 16)
     path = tmp_path / "c" / "text-00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
+    flip_bit(path, -5)
     with pytest.raises(CacheError, match="text-00001.safetensors is damaged: its checksum"):
         Cache(tmp_path / "c").verify()
 
@@ -359,9 +354,7 @@ def test_a_harmed_shard_is_mended_as_the_message_says(tmp_path, harm):
 def test_mending_one_shard_does_not_bless_another(tmp_path):
     write(tmp_path / "c", [3, 4], 16)
     other = tmp_path / "c" / "text-00001.safetensors"
-    data = bytearray(other.read_bytes())
-    data[-1] ^= 1
-    other.write_bytes(data)
+    flip_bit(other, -1)
     (tmp_path / "c" / "text-00000.safetensors").unlink()
     write(tmp_path / "c", [3, 4], 16)
     with pytest.raises(CacheError, match="text-00001.safetensors is damaged: its checksum"):

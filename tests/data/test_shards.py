@@ -6,10 +6,10 @@ import random
 import resource
 import signal
 import tarfile
-import threading
 
 import pytest
 from PIL import Image
+from support.threads import in_threads
 from support.tiny_sets import keys_of, make_set, png
 
 from lift_fast.data.index import build_index
@@ -231,11 +231,7 @@ def test_threads_read_while_files_are_closed(tmp_path):
             except OSError as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(8, work)
     assert not wrong and len(files._open) == 3
 
 

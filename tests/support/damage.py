@@ -1,0 +1,10 @@
+"""Damage to files."""
+
+from pathlib import Path
+
+
+def flip_bit(path: Path, at: int) -> None:
+    """Flips the lowest bit of the byte at this place, counted from the end where it is negative."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
