@@ -187,13 +187,13 @@ def dequant(
     """
     (m, dim), n = out.shape, len(codes)
     codes = codes.view(AS_BITS.get(codes.dtype, codes.dtype))
-    block_rows, block_cols = tile(dim, normalize)
+    tile_rows, tile_cols = tile(dim, normalize)
     sizes = dim, codes.shape[1], codes.stride(0)
     unit = 16 if all(size % 16 == 0 for size in sizes) else 1
-    grid = (triton.cdiv(m, block_rows), 1 if normalize else triton.cdiv(dim, block_cols))
+    grid = (triton.cdiv(m, tile_rows), 1 if normalize else triton.cdiv(dim, tile_cols))
     dequant_kernel[grid](
         codes, out if scales is None else scales, out if rows is None else rows, out, n, m,
         *(size // unit for size in sizes), 0 if scales is None else scales.stride(0), HAS_ROWS=rows is not None,
-        HAS_SCALES=scales is not None, NORMALIZE=normalize, UNIT=unit, ROWS=block_rows, COLS=block_cols,
-        **packing(levels), num_warps=warps(block_rows, block_cols),
+        HAS_SCALES=scales is not None, NORMALIZE=normalize, UNIT=unit, ROWS=tile_rows, COLS=tile_cols,
+        **packing(levels), num_warps=warps(tile_rows, tile_cols),
     )  # fmt: skip
