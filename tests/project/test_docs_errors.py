@@ -87,7 +87,7 @@ def test_every_listed_message_exists():
     assert not vague, f"these match almost anything: {vague}"
     stale = [
         f"{name}: {text}"
-        for name in CLASSES
+        for name in sorted(CLASSES)
         for text, pattern in listed()[name]
         if not any(kind == name and pattern.search(message) for kind, message, _ in raised())
     ]
