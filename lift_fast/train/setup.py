@@ -30,7 +30,7 @@ from .step import Step, Text
 class Training:
     """A run that is ready to train. Its state while it trains is that of model, optimizer and pipeline.
 
-    description: what run.json says of the model and its text; see run_folder. batches: the pipeline's, without end.
+    description: what run.json says of the model and its text; see run_folder. batches: the pipeline's, endless.
     """
 
     config: TrainConfig
@@ -54,8 +54,9 @@ class Training:
 def setup(config: TrainConfig) -> Training:
     """Opens the data and the text, seeds torch, builds the model, and decodes the first batch. Writes nothing.
 
-    Raises ConfigError for settings that do not fit each other or this machine, DataError and CacheError for data and
-    caches that cannot be read, CacheMismatch when they do not belong together, BackendError without the loader.
+    Raises ConfigError for settings that do not fit the data or this machine, and when config.out exists; DataError and
+    CacheError for data and caches that cannot be read; CacheMismatch for a cache of other data or another text_dim;
+    BackendError for loader dali when it is not installed.
     """
     device = pick_device(config.device)
     if config.graph and device.type != "cuda":
@@ -99,7 +100,7 @@ def open_text(config: TrainConfig, data: Collection) -> CachedText | TokenizedTe
 
 
 def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str, Any]:
-    """The first part of run.json: all that run_folder needs to build the model and its text encoder, and the config."""
+    """The first part of run.json: the config, and what run_folder needs to build the model and its text encoder."""
     description = {"model": config.model, "preset": config.preset, "config": asdict(config)}
     if isinstance(text, TokenizedText):
         return description | {"context": config.context}
@@ -145,13 +146,13 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
 
 
 def decode_first(pipeline: Pipeline) -> Generator[Batch, None, None]:
-    """The pipeline's batches, the first already decoded: images that cannot be used raise their error here."""
+    """The pipeline's batches, with the first already decoded, so that unusable images raise their error here."""
     batches = iter(pipeline)
     first = [next(batches)]
 
-    def all_of_them() -> Generator[Batch, None, None]:
+    def all_batches() -> Generator[Batch, None, None]:
         with closing(batches):
             yield first.pop()
             yield from batches
 
-    return all_of_them()
+    return all_batches()
