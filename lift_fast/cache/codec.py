@@ -12,7 +12,7 @@ from .rotation import Rotation
 def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> QuantizedRows:
     """Encodes vectors as codes and scales, on their device.
 
-    x: floating [n, dim], computed on in float32. rotation: required for the rotated codecs, None for the others.
+    x: floating [n, dim]; the computation is in float32. rotation: required for rotated codecs, None for the others.
 
     int8, int8r    scale = max|x| / 127, code = round(x / scale); an element's error is at most scale / 2
     fp8            scale = max|x| / 448, code = x / scale as e4m3; an element's error is at most 1/16 of it, or
@@ -21,8 +21,8 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
                    scale = |y|² / (levels[codes] · y), so that the row's dot product with its own vector is exact, and
                    with any other vector unbiased over rotations (RaBitQ, arXiv 2405.12497, theorem 3.2)
 
-    A row of zeros has scale 0. Raises CacheError for an unknown codec and for a row that is not finite, ValueError for
-    a rotation that is missing or not wanted.
+    A row of zeros has scale 0. Raises CacheError for an unknown codec, and for a row that is not finite or is too large
+    for the codec; ValueError for a rotation that is missing or superfluous.
     """
     kind = codec_named(codec)
     if kind.rotated != (rotation is not None):
@@ -31,7 +31,7 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
     largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(len(x))
     _refuse_infinite(largest)
     if not kind.scaled:
-        _refuse_infinite(largest.to(kind.dtype))  # bfloat16 ends before float32 does
+        _refuse_infinite(largest.to(kind.dtype))  # the largest float32 numbers overflow in bfloat16
         return QuantizedRows(x.to(kind.dtype), None, codec, x.shape[1])
     if rotation is not None:
         # Divided by its largest element first: sums of squares of tiny or huge numbers leave float32's range.
@@ -54,6 +54,7 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
 
 
 def _refuse_infinite(rows: Tensor) -> None:
+    """Raises CacheError, naming the first row whose number in `rows` [n] is not finite."""
     finite = rows.isfinite()
     if not finite.all():
         bad = int((~finite).nonzero()[0])

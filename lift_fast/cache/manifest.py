@@ -81,7 +81,7 @@ class Manifest:
         except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{path} cannot be read ({error}); {again}") from error
         if not isinstance(data, dict) or "format" not in data:
-            raise CacheError(f"{path} is not the manifest of a text cache")
+            raise CacheError(f"{path} is not the manifest of a text cache; name the folder of a text cache")
         if data["format"] != FORMAT:
             raise CacheError(
                 f"{path} has format version {data['format']!r} and this lift-fast reads {FORMAT}; "

@@ -86,8 +86,8 @@ class Cache:
         """Gathers rows as codes and scales, for training.
 
         rows: row numbers, int64 [m], in any order, repeats allowed. The result is a copy on the CPU, in pinned memory
-        if a GPU is available. Raises IndexError for a row number outside the cache, CacheError for a shard that is
-        missing or damaged.
+        if a GPU is available. Raises IndexError for a row number outside the cache, ValueError unless rows is [m],
+        CacheError for a shard that is missing or damaged.
         """
         index = self._index(rows)
         with self._mapping(index):
@@ -144,7 +144,7 @@ class Cache:
         return self._keys.find(key_hashes(keys))
 
     def check_dim(self, dim: int, what: str) -> None:
-        """Raises CacheMismatch unless the vectors have length dim. what: who needs them, for the message."""
+        """Raises CacheMismatch unless the vectors have length dim. what: names what needs them, for the message."""
         if dim != self.dim:
             raise CacheMismatch(
                 f"the vectors of {self.folder} have length {self.dim}, but {what} has {dim}; "
@@ -152,7 +152,10 @@ class Cache:
             )
 
     def check_keys(self, data: Keyed) -> None:
-        """Raises CacheMismatch, naming the first difference, unless row i was made from sample i of `data`, by keys."""
+        """Compares the key of every row with that of the same sample of `data`.
+
+        Raises CacheMismatch, naming the first difference; CacheError for a shard that is missing or damaged.
+        """
         field = "" if self.manifest.field == "txt" else f" --field {shlex.quote(self.manifest.field)}"
         remedy = (
             "re-embed it into another folder with: lift-fast embed "
@@ -234,7 +237,7 @@ class Cache:
 
 def _why_no_manifest(folder: Path) -> str:
     if not (folder / PARTIAL).exists():
-        return f"{folder} is not a text cache: it has no {MANIFEST}"
+        return f"{folder} is not a text cache: it has no {MANIFEST}; name the folder that lift-fast embed wrote"
     shards = Manifest.read(folder / PARTIAL).shards
     missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     return (

@@ -11,10 +11,10 @@ The map is orthogonal, so dot products and norms are preserved. An element of a 
 multiplication, in a fixed order, so every device and every batch size gives the same bits.
 
 Signs and permutations come from SplitMix64 (Steele, Lea and Flood 2014), so that any program can reproduce them. Let
-mix(i) be its i-th output for the seed, counted from 0, and n = dim. Round r uses mix(3·r·n + i) for the first signs
-(-1 where the number is odd), mix((3·r + 1)·n + i) for the permutation (the numbers' ascending order), and
-mix((3·r + 2)·n + i) for the second signs, i = 0 … n - 1. The second signs are needed: a Hadamard matrix maps its own
-rows to one-hot vectors, so that without new signs a dim such as 640 could keep a large coordinate.
+mix(i) be its i-th output for the seed, counted from 0, and n = dim. For i = 0 … n - 1 round r (0 or 1) uses
+mix(3·r·n + i) for the first signs (-1 where the number is odd), mix((3·r + 1)·n + i) for the permutation (the numbers'
+ascending order), and mix((3·r + 2)·n + i) for the second signs. The second signs are needed: a Hadamard matrix maps its
+own rows to one-hot vectors, so that without new signs a dim such as 640 could keep a large coordinate.
 """
 
 import math

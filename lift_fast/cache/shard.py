@@ -9,8 +9,8 @@
     codes       [rows, columns]             float32, bfloat16, int8, float8_e4m3, or uint8 for packed codecs
 
 The spaces align the codes to a page of 4096 bytes, so that a row of 4096 codes needs one page of the disk and one entry
-of the TLB instead of two. The manifest and a shard's number determine the header byte for byte. A file with any other
-header is refused without parsing it, so a damaged or hostile shape or offset is never used.
+of the TLB instead of two. The manifest and a shard's number determine the header byte for byte. A reader refuses a file
+with any other header without parsing it, so that a damaged or hostile shape or offset is never used.
 """
 
 import hashlib

@@ -60,7 +60,7 @@ def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, not {rows}")
     if not len(cache):
-        raise CacheError(f"{cache.folder} holds no rows")
+        raise CacheError(f"{cache.folder} holds no rows to sample")
     chosen = np.sort(np.random.default_rng(seed).choice(len(cache), min(rows, len(cache)), replace=False))
     vectors = cache.vectors(chosen)
     starts = np.cumsum([0, *(shard.rows for shard in cache.manifest.shards)])

@@ -108,9 +108,9 @@ class CacheWriter:
         self._check_captions(number, captions)
 
     def missing(self) -> list[int]:
-        """Returns the numbers of the shards still to be written. The first call creates the folder with partial.json.
+        """Returns the numbers of the shards still to be written. The first call gives a new folder its partial.json.
 
-        Raises CacheError when the folder cannot be written.
+        Raises CacheError when the folder cannot be written, CacheMismatch when it has become another cache's.
         """
         self._start()
         if self._finished:
@@ -175,8 +175,8 @@ class CacheWriter:
         self._clean_up()
 
     def size_on_disk(self, numbers: Sequence[int] | None = None) -> int:
-        """Size in bytes of the finished cache, with a digest of captions in every entry; or of the shards `numbers`
-        alone."""
+        """Size in bytes of the finished cache, or of the shards `numbers` alone. Assumes that every shard's entry will
+        have a digest of its captions."""
         chosen = range(len(self._manifest.shards)) if numbers is None else numbers
         filled = [
             replace(shard, sha256="0" * 64, captions=shard.captions or "0" * 32)

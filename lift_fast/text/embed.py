@@ -114,8 +114,8 @@ class Estimate:
     """The size of a cache, and how long embedding takes.
 
     rows, bytes: of the finished cache, exact. captions_per_s: captions per second of one process, measured on `sampled`
-    captions. seconds: number of ranks -> time. The time counts repeated captions as if they were encoded, because
-    finding them would need reading all captions.
+    captions. seconds: number of ranks -> seconds. It counts repeated captions as if they were encoded, because finding
+    them would need reading all captions.
     """
 
     rows: int

@@ -244,7 +244,10 @@ def _config(state: Mapping[str, Tensor], table: LayoutTable, prefix: str, conven
     patch, positions, fc_1 = (state[k] for k in needed)
     if patch.dim() != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3] or positions.dim() < 2:
         shapes = f"{needed[0]} {list(patch.shape)}, {needed[1]} {list(positions.shape)}"
-        raise ConfigError(f"not [width, 3, patch_size, patch_size] for square patches, and positions: {shapes}")
+        raise ConfigError(
+            "the patch embedding is not [width, 3, patch_size, patch_size] for square patches, or the positions have "
+            f"less than two dimensions: {shapes}"
+        )
     width, rows, mlp_dim = patch.shape[0], positions.shape[-2], fc_1.shape[0] if fc_1.dim() else 0
     fc_2 = state.get(key("transformer.blocks.0.fc_2.weight"))
     if fc_2 is not None and fc_2.dim() == 2 and fc_2.shape[1] * 2 == mlp_dim:
@@ -351,7 +354,7 @@ def _check_head(activation: str) -> None:
 def _checked_key(key: str | None, layout: Layout, what: str) -> str:
     """The key. Raises ConfigError when the layout has none for this part."""
     if key is None:
-        raise ConfigError(f"{layout} has no place for {what}")
+        raise ConfigError(f"{layout} has no place for {what}; leave it out")
     return key
 
 
