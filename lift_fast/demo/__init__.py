@@ -1,0 +1,1 @@
+"""The built-in data sets of `lift-fast data` and `lift-fast demo`."""

