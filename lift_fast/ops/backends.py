@@ -22,7 +22,7 @@ except ImportError:  # a source tree whose extension has not been compiled
 
 B = TypeVar("B")  # the Protocol that a family's backend modules follow; it has why_not() -> str | None
 NOT_BUILT = "lift_fast._C is not built; run `pip install -e .` in the source tree"
-# The numbers of element types in csrc/ (`Element` and `Out`).
+# The numbers of element types: `Element` in csrc/common/element.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 HALF = (torch.bfloat16, torch.float16)  # what tensor cores multiply in 16 bits
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for the Triton kernels

@@ -58,6 +58,7 @@ class Codec:
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of codes, without its scale."""
+        """Bytes of a row of codes, without its scale."""
         return self.columns(dim) * self.dtype.itemsize
 
 

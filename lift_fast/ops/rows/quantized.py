@@ -61,6 +61,7 @@ class QuantizedRows:
         return QuantizedRows(codes, torch.cat(scales) if scales else None, first.codec, first.dim)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "QuantizedRows":
+        """A copy on another device, as Tensor.to."""
         """The same rows on a device, as Tensor.to copies them."""
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 

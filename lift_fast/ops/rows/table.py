@@ -13,7 +13,7 @@ from ...errors import BackendError
 from ..backends import _C, DTYPES, NOT_BUILT, address
 from .codecs import CODECS
 
-_CODES = 4  # Out::codes of csrc/rows/dequant.h
+_CODES = 4  # Element::codes of csrc/common/element.h
 
 
 class Table:
