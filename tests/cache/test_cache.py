@@ -203,7 +203,7 @@ def test_many_shards_need_few_file_descriptors(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# what is wrong with it
+# errors
 
 
 def test_no_cache_no_manifest_unfinished(tmp_path):

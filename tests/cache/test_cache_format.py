@@ -185,7 +185,7 @@ def _other_number(m, rng):
 
 
 def _overflow(m, rng):
-    """Rows whose sum leaves 64 bits."""
+    """Numbers of rows whose sum overflows 64 bits."""
     m["shards"] = [dict(m["shards"][0], name=f"text-{k:05d}.safetensors", rows=2**48 - 1) for k in range(1 << 16)]
 
 
@@ -269,7 +269,7 @@ def bomb(c, rng):
     elif kind == 5:
         c.manifest = dict(manifest, field="x" * 3_000_000)
     elif kind == 6:
-        c.manifest = b'{"format":2,' + json.dumps(manifest)[1:-1].encode() + b',"format":3}'  # one key twice
+        c.manifest = b'{"format":2,' + json.dumps(manifest)[1:-1].encode() + b',"format":3}'  # a duplicate key
     elif kind == 7:
         c.manifest = rng.choice([b"", b"\0" * 100, b"\xff\xfe{\0}\0", b"null", b"{}", b'{"format":2}', b"2"])
     elif kind == 8:

@@ -89,7 +89,7 @@ def test_groups_cover_every_shard_once():
         found = groups(sizes)
         assert [number for group in found for number in group] == list(range(len(sizes)))
         assert all(1 <= len(group) <= 16 for group in found)
-        for group in found:  # closed as soon as it is large
+        for group in found:  # a group ends as soon as it is large enough
             assert sum(sizes[k] for k in list(group)[:-1]) < 1 << 17
     assert len(groups([10_000] * 64)) == 64 and len(groups([100] * 20)) == 2
     assert len(groups([10_000] * 100_000)) == 100_000 // 14 + 1
