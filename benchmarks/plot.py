@@ -1,8 +1,7 @@
 """Draws the results that `python -m benchmarks` wrote, as one self-contained SVG: a plot a suite, a panel a case.
 
 A panel has a group of bars for each number of rows, with a bar for each implementation. Bars show TFLOP/s, GB/s or
-milliseconds: the first of these that the suite's rows have. A dashed line shows the rate of torch.mm, to
-compare with.
+milliseconds: the first of these that the suite's rows have. A dashed line shows the rate of torch.mm for comparison.
 """
 
 import argparse

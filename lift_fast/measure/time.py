@@ -124,9 +124,8 @@ def clip_text_ms(
 
     The models must be on `device`; the gradients of their text parameters are cleared.
     """
-    from ..text.tokenizer import (
-        ClipTokenizer,
-    )  # not at the top: the ops' benchmarks run where the tokenizer is not installed
+    # Not at the top: the benchmarks of the ops run where the tokenizer is not installed.
+    from ..text.tokenizer import ClipTokenizer
 
     warmup = 1
     kind = torch.device(device).type
