@@ -99,7 +99,7 @@ def compare_runs(
 def _clip_text_ms(
     clip: dict[str, Any], captions: Mapping[int, Sequence[str]], own: int, batch: int, device: torch.device
 ) -> dict[int, float]:
-    """Milliseconds that a step of CLIP spends on text, by context: those of `captions`, and shorter ones of CONTEXTS."""
+    """Milliseconds a step of CLIP spends on text, by context: each of `captions`, and the shorter of CONTEXTS."""
     # Only the text tower is timed, so the image tower is the smallest.
     sizes = replace(preset(clip["preset"]), vit=PRESETS["tiny"].vit)
     towers = {}
