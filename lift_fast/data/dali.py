@@ -67,9 +67,8 @@ class DaliPipeline(Pipeline):
         _dali()
         super().__init__(data, loading)
         self.device_id = device_id
-        self._intact = np.zeros(
-            -(-len(data) // 8), dtype=np.uint8
-        )  # one bit for each row: its JPEG passed the strict decode
+        # A bit for each row: whether its JPEG has passed the strict decode.
+        self._intact = np.zeros(-(-len(data) // 8), dtype=np.uint8)
         self._refused: set[int] = set()  # rows that the host renders because DALI failed on their batch
 
     def __iter__(self) -> Generator[Batch, None, None]:
@@ -191,7 +190,7 @@ class _Decoder:
         if self.device_id is None:
             (decoded,) = self._pipe.outputs()
         else:
-            # Bound to torch's stream, which so waits for DALI, and in whose order DALI reuses the memory.
+            # Bound to torch's stream: the stream waits for DALI, and DALI reuses the memory in the stream's order.
             (decoded,) = self._pipe.outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
         jobs, self._last = self._running.popleft()
         if self._pool is None:

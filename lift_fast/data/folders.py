@@ -58,7 +58,7 @@ class ParquetImages:
         self._roots = [Path(os.path.abspath(self.images / stem)) for stem in stems]
         if not any(root.is_dir() for root in self._roots):
             raise DataError(
-                f"no images for the parquet files at {self.folder}: wanted is a folder {self.images / stems[0]} "
+                f"no images for the parquet files at {self.folder}: expected a folder {self.images / stems[0]} "
                 f"with the images of {self.names[0]}"
             )
         flat = [path for group in self._files for path in group]
@@ -98,7 +98,7 @@ class ParquetImages:
         return read_image(next((path for path in paths[:-1] if os.path.exists(path)), paths[-1]))
 
     def caption(self, i: int, field: str = "txt") -> str:
-        """The caption of sample i: the column `field`; "txt" where no column has that name: "re_caption".
+        """The caption of sample i: the column `field`; for "txt" it is "re_caption" where there is no column "txt".
 
         Raises DataError when it is missing or blank.
         """
@@ -194,7 +194,7 @@ class TableImages:
         column = next((name for name in FILE_COLUMNS if name in self.columns), None)
         if column is None:
             raise DataError(
-                f"{self.folder} names no images: wanted is a column {', '.join(FILE_COLUMNS[:-1])} or "
+                f"{self.folder} names no images: expected a column {', '.join(FILE_COLUMNS[:-1])} or "
                 f"{FILE_COLUMNS[-1]}; there are: {', '.join(self.columns)}"
             )
         for name in (column, "key"):
@@ -220,7 +220,7 @@ class TableImages:
         return read_image(inside(self.root, name))
 
     def caption(self, i: int, field: str = "txt") -> str:
-        """The caption of sample i: the column `field`; "txt" where no column has that name: "caption".
+        """The caption of sample i: the column `field`; for "txt" it is "caption" where there is no column "txt".
 
         Raises DataError when it is missing or blank.
         """

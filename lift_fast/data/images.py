@@ -2,8 +2,8 @@
 
 Headers are parsed without decoding, so that an image that is too large, cut short or in another format costs
 microseconds. libjpeg-turbo (simplejpeg) decodes all JPEGs in its strict mode: an image with a damaged part is refused,
-never half grey. Pillow decodes the other formats, after the size is known, and of a PNG only the chunks that make its
-pixels.
+never half grey. Pillow decodes the other formats, after the size is known, and gets only those chunks of a PNG that
+make its pixels.
 
 The headers are parsed by hand because Pillow is laxer with damaged files: it accepts, for one, a PNG whose pixels have
 a wrong checksum or too few rows. It also does not say which JPEGs every decoder reads alike (Header.plain).
@@ -23,7 +23,7 @@ from .samples import BadSample
 
 MAX_PIXELS = 1 << 26
 MAX_SIDE = 65_535  # the limit of JPEG; a longer, thinner image costs as much as its rows
-_MAX_SCANS = 500  # of a JPEG, the limit of libjpeg-turbo's own tools: each scan is a pass over the image
+_MAX_SCANS = 500  # of a JPEG, as in libjpeg-turbo's own tools: each scan is a pass over the image
 _MAX_SCANNED = 1 << 30  # pixels of all passes, about a second's work
 _ANY_SCANS = 20  # scans that are allowed for an image of any size
 _UPRIGHT = 1

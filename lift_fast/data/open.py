@@ -13,7 +13,7 @@ _METADATA = tuple(f"metadata{suffix}" for suffix in TABLES)  # Hugging Face's im
 _CAPTIONS = ("captions", "raw_captions", "caption_embeddings")  # LIFT's authors use the last two names, and "images"
 _IMAGES = "images"
 _LAYOUTS = (
-    f"wanted is a folder of .tar shards; a folder with {', '.join(_METADATA[:-1])} or {_METADATA[-1]}; a "
+    f"expected a folder of .tar shards; a folder with {', '.join(_METADATA[:-1])} or {_METADATA[-1]}; a "
     f"{', '.join(TABLES[:-1])} or {TABLES[-1]} file that names images ({', '.join(FILE_COLUMNS)}); or a folder of "
     f"parquet files, or one with such a folder ({', '.join(_CAPTIONS)}), and folders of images"
 )

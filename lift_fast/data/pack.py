@@ -54,8 +54,8 @@ def pack(
     listed in OUT/bad.jsonl, in the form of check(). KEY is safe_key() of the sample's key, with a number appended where
     its shard has that key already; a key that changed is kept in KEY.json as "source_key".
 
-    Returns {"samples", "shards", "resized", "bad", "causes", "first"}, the last three as check() does. Raises
-    ConfigError for a setting out of range, DataError when `out` exists or no sample is good.
+    Returns {"samples", "shards", "resized", "bad", "causes", "first"}, the last three as in the report of check().
+    Raises ConfigError for a setting out of range, DataError when `out` exists or no sample is good.
     """
     for name, value in ("samples per shard", samples_per_shard), ("size", size), ("quality", quality):
         if value is not None and value < 1:

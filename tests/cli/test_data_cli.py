@@ -33,7 +33,7 @@ def status(command: str) -> int | str | None:
     return stop.value.code
 
 
-def told(capfd, command: str) -> str:
+def error_of(capfd, command: str) -> str:
     """Runs a command that must fail with status 2 and one message; returns the message."""
     assert status(command) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lift-fast: error: ")]
@@ -50,8 +50,8 @@ def test_the_built_in_sets_keep_their_arguments(tmp_path, capfd):
     assert len(Shards(tmp_path / "s/train")) == 3 and len(Shards(tmp_path / "s/heldout")) == 2
     command = parse(shlex.split(f"data openmoji --out {tmp_path}/o --heldout 7 --px 9 --train 5")).command
     assert isinstance(command, DataOpenMoji) and (command.heldout, command.px, command.train) == (7, 9, 5)
-    assert "exists already" in told(capfd, f"scenes --out {tmp_path}/s")
-    assert "px must be at least 8" in told(capfd, f"openmoji --out {tmp_path}/o --px 7")
+    assert "exists already" in error_of(capfd, f"scenes --out {tmp_path}/s")
+    assert "px must be at least 8" in error_of(capfd, f"openmoji --out {tmp_path}/o --px 7")
     assert status("openmoji") == status("neither") == status("") == 2
 
 
@@ -63,7 +63,7 @@ def test_index(tmp_path, capfd):
     assert re.search(rf"10 samples in 3 shards, 3 read anew, in [\d.]+ s; the index has {size} bytes", out)
     other = make_set(tmp_path / "e", 2, seed=1)
     other.paths[0].rename(tmp_path / "d/00001.tar")
-    assert "out of date" in told(capfd, f"stats {tmp_path}/d")
+    assert "out of date" in error_of(capfd, f"stats {tmp_path}/d")
     run(f"index {tmp_path}/d --threads 1")
     assert "8 samples in 3 shards, 1 read anew" in capfd.readouterr().out
 
@@ -158,27 +158,27 @@ def test_bad_input_is_told(tmp_path, capfd):
     make_set(tmp_path / "d")
     nowhere = tmp_path / "nowhere"
     for command in (f"stats {nowhere}", f"check {nowhere}", f"pack {nowhere} {tmp_path}/out", f"index {nowhere}"):
-        assert "nowhere" in told(capfd, command)
+        assert "nowhere" in error_of(capfd, command)
     for command in ("index", "stats", "check", f"pack {tmp_path}/d"):
-        assert "threads must be at least 1" in told(capfd, f"{command} {tmp_path}/d --threads 0")
-    assert "sample must be at least 1" in told(capfd, f"stats {tmp_path}/d --sample 0")
-    assert "exists already" in told(capfd, f"pack {tmp_path}/d {tmp_path}/d")
-    assert "quality must be 100" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --quality 101")
-    assert "name of the captions" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --field")
-    assert "no caption 'x'" in told(capfd, f"pack {tmp_path}/d {tmp_path}/out --field x")
-    assert "No such file" in told(capfd, f"check {tmp_path}/d --bad {tmp_path}/no/folder.jsonl")
+        assert "threads must be at least 1" in error_of(capfd, f"{command} {tmp_path}/d --threads 0")
+    assert "sample must be at least 1" in error_of(capfd, f"stats {tmp_path}/d --sample 0")
+    assert "exists already" in error_of(capfd, f"pack {tmp_path}/d {tmp_path}/d")
+    assert "quality must be 100" in error_of(capfd, f"pack {tmp_path}/d {tmp_path}/out --quality 101")
+    assert "name of the captions" in error_of(capfd, f"pack {tmp_path}/d {tmp_path}/out --field")
+    assert "no caption 'x'" in error_of(capfd, f"pack {tmp_path}/d {tmp_path}/out --field x")
+    assert "No such file" in error_of(capfd, f"check {tmp_path}/d --bad {tmp_path}/no/folder.jsonl")
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.jpg").write_bytes(b"")
-    assert "metadata.csv" in told(capfd, f"check {tmp_path}/pictures")
-    assert "pictures" in told(capfd, f"stats {tmp_path}/d --pictures {tmp_path}/pictures")
+    assert "metadata.csv" in error_of(capfd, f"check {tmp_path}/pictures")
+    assert "pictures" in error_of(capfd, f"stats {tmp_path}/d --pictures {tmp_path}/pictures")
     assert names(tmp_path) == {"d", "pictures"}
     if os.geteuid():  # root writes everywhere
         (tmp_path / "pictures").chmod(0o500)
-        assert "denied" in told(capfd, f"pack {tmp_path}/d {tmp_path}/pictures/out")
+        assert "denied" in error_of(capfd, f"pack {tmp_path}/d {tmp_path}/pictures/out")
 
 
 def test_the_page_s_commands_run(tmp_path, monkeypatch, capfd):
-    """The commands of docs/data.md, one after the other, print what it says; but for bytes and speeds."""
+    """The commands of docs/data.md, one after the other, print what the page shows, except for bytes and speeds."""
     monkeypatch.chdir(tmp_path)
     lines = "".join(re.findall(r"^```console\n(.*?)^```", DOCS.read_text(), re.M | re.S)).splitlines()
     commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]

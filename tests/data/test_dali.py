@@ -1,4 +1,4 @@
-"""What is the DALI pipeline's own; test_pipelines.py holds it to what both pipelines must do.
+"""What only the DALI pipeline does; test_pipelines.py tests what both pipelines must do.
 
 A GPU's graph runs here on the CPU (`graph`): the same operators, given their inputs in the same way.
 """
@@ -155,7 +155,7 @@ def test_dtypes_and_layouts(graph, dtype, layout):
 
 
 def test_what_is_not_plain_is_the_hosts_picture(graph):
-    """PNGs, and JPEGs that are turned or CMYK, reach torch as the host drew them."""
+    """PNGs, and JPEGs that are turned or CMYK, reach torch as the host renders them."""
     rng = random.Random(1)
     kinds = (
         "png",
@@ -175,7 +175,7 @@ def test_what_is_not_plain_is_the_hosts_picture(graph):
 
 
 def test_rows_and_pixels_belong_together(graph):
-    """Three ranks, two epochs, batches ahead; a third of the pictures goes by the host."""
+    """Three ranks, two epochs, batches ahead; the host renders a third of the images."""
     pictures = numbered(120)
     for n in range(0, 120, 3):
         out = io.BytesIO()
@@ -215,7 +215,7 @@ def test_a_picture_and_pixels_of_one(graph):
         assert batch.pixels.shape == (1, 1, 1, 3) and batch.pixels.float().sub(100).abs().max() <= 2
 
 
-# ---- where it stands
+# ---- position
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -262,14 +262,14 @@ def mixed():
 def test_hostile_files_are_skipped_as_on_the_host(graph, mixed, ahead):
     loading = Loading(6, 16, ahead=ahead, max_skipped=0.9)
     ours, host = DaliPipeline(mixed, loading), HostPipeline(mixed, loading)
-    # The host decodes crops of large pictures at a part of their size.
+    # The host decodes crops of large images at a reduced size.
     assert_same(take(ours, 50), take(host, 50), most=8.0)
     assert ours.skipped.causes == host.skipped.causes and ours.skipped.looked_at == host.skipped.looked_at
     assert not ours._refused
 
 
 def test_damage_that_dali_does_not_report(graph):
-    """Zeros in the entropy code, the end cut off, bytes gone: DALI returns pictures, and none of them is used."""
+    """Zeros in the entropy code, the end cut off, bytes gone: DALI returns images, and none of them is used."""
     good = photographs(8)
     damaged = []
     for n, picture in enumerate(good):
@@ -415,7 +415,7 @@ def by_pillow(data, size):
 
 
 def test_evaluation_agrees_with_pillow(graph):
-    """The bar: a mean of 2 levels; pictures larger and smaller than what is evaluated, and more than one batch."""
+    """Target: a mean of 2 levels; images larger and smaller than the evaluated size, and more than one batch."""
     pictures = photographs(70, 60, 300)
     pixels, samples = load_images(collection(pictures), 112)
     assert samples == list(range(70))
@@ -483,7 +483,7 @@ def test_dali_turns_no_picture(orientation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_a_gpus_batches(ahead):
-    """Ready for torch's current stream, whichever it is, and held while others are made."""
+    """Ready for torch's current stream, whichever it is, and valid while further batches are made."""
     data, loading = collection(photographs(24)), Loading(8, 64, flip=0.5, colour=0.2, ahead=ahead)
     wanted = take(HostPipeline(data, loading), 9)
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -70,7 +70,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def table_set(folder: Path, rows: list[dict[str, str]], suffix: str = "csv") -> None:
-    """Pictures with a metadata file; a row's picture is made of its number, where it names one."""
+    """Images with a metadata file; the image that a row names is made from the row's number."""
     folder.mkdir()
     for i, row in enumerate(rows):
         path = folder / row["file_name"]
@@ -86,7 +86,7 @@ def table_set(folder: Path, rows: list[dict[str, str]], suffix: str = "csv") -> 
 
 
 def authors_set(folder: Path) -> None:
-    """LIFT's authors' layout: two parquet files of two captions, and a picture for each row."""
+    """LIFT's authors' layout: two parquet files of two captions, and an image for each row."""
     (folder / "captions").mkdir(parents=True)
     for number in range(2):
         name = f"train-{number:05d}-of-00002"
@@ -117,21 +117,21 @@ def test_stats_of_a_small_set(tmp_path):
     ]
     write_tar(tmp_path / "d/0.tar", files[0] + files[1])
     write_tar(tmp_path / "d/1.tar", files[2] + files[3] + files[4] + sample(5, b"no picture", "eeeee", {})[:2])
-    told = stats(open_data(tmp_path / "d"), None, progress=False)
-    assert json.loads(json.dumps(told)) == told
-    assert (told["samples"], told["sampled"], told["shards"]) == (6, 6, 2)
-    assert (told["smallest_shard"], told["largest_shard"]) == (2, 4)
-    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "d").glob("*.tar"))
-    assert told["picture_bytes"] == sum(map(len, (*pictures, turned, png, b"no picture")))
-    assert told["formats"] == {"jpeg": 4, "png": 1} and told["bad"] == {"not a picture": 1}
-    assert told["width"] == {"min": 100, "median": 300, "max": 1000}
-    assert told["height"] == {"min": 10, "median": 300, "max": 700}
-    assert told["below_224"] == pytest.approx(2 / 5)
-    assert set(told["captions"]) == {"txt", "long", "url"}  # "width" is no text
-    assert told["captions"]["txt"] == {"samples": 5, "median": 3, "p95": 5, "max": 5, "repeats": pytest.approx(0.2)}
-    assert told["captions"]["long"]["median"] == 10 and told["captions"]["long"]["samples"] == 4
-    assert told["captions"]["url"]["repeats"] == pytest.approx(0.8)
-    assert told["no_text"] == 0
+    figures = stats(open_data(tmp_path / "d"), None, progress=False)
+    assert json.loads(json.dumps(figures)) == figures
+    assert (figures["samples"], figures["sampled"], figures["shards"]) == (6, 6, 2)
+    assert (figures["smallest_shard"], figures["largest_shard"]) == (2, 4)
+    assert figures["bytes"] == sum(path.stat().st_size for path in (tmp_path / "d").glob("*.tar"))
+    assert figures["picture_bytes"] == sum(map(len, (*pictures, turned, png, b"no picture")))
+    assert figures["formats"] == {"jpeg": 4, "png": 1} and figures["bad"] == {"not a picture": 1}
+    assert figures["width"] == {"min": 100, "median": 300, "max": 1000}
+    assert figures["height"] == {"min": 10, "median": 300, "max": 700}
+    assert figures["below_224"] == pytest.approx(2 / 5)
+    assert set(figures["captions"]) == {"txt", "long", "url"}  # "width" is no text
+    assert figures["captions"]["txt"] == {"samples": 5, "median": 3, "p95": 5, "max": 5, "repeats": pytest.approx(0.2)}
+    assert figures["captions"]["long"]["median"] == 10 and figures["captions"]["long"]["samples"] == 4
+    assert figures["captions"]["url"]["repeats"] == pytest.approx(0.8)
+    assert figures["no_text"] == 0
 
 
 def test_stats_reads_a_random_sample_and_decodes_nothing(tmp_path, monkeypatch):
@@ -141,11 +141,11 @@ def test_stats_reads_a_random_sample_and_decodes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("lift_fast.data.images._decode", None)
     real = samples.image_bytes
     monkeypatch.setattr(samples, "image_bytes", lambda row: read.append(row) or real(row))
-    told = stats(samples, 100, threads=3, progress=False)
-    assert told["sampled"] == len(set(read)) == 100 and told["samples"] == 500
+    figures = stats(samples, 100, threads=3, progress=False)
+    assert figures["sampled"] == len(set(read)) == 100 and figures["samples"] == 500
     parts = Counter(row // 100 for row in read)
     assert set(parts) == set(range(5)) and max(parts.values()) < 50  # from all of it
-    assert told["captions"]["txt"]["samples"] == 100
+    assert figures["captions"]["txt"]["samples"] == 100
     assert stats(samples, 10**9, progress=False)["sampled"] == 500
     with pytest.raises(ConfigError, match="at least 1"):
         stats(samples, 0)
@@ -153,21 +153,21 @@ def test_stats_reads_a_random_sample_and_decodes_nothing(tmp_path, monkeypatch):
 
 def test_stats_count_bad_ones_as_training_does(tmp_path):
     cases = hostile_set(tmp_path / "d")
-    told = stats(open_data(tmp_path / "d"), progress=False)
+    figures = stats(open_data(tmp_path / "d"), progress=False)
     seen = Counter()
     for data, _ in cases.values():
         try:
             read_header(data)
         except BadSample as error:
             seen[error.cause] += 1
-    assert told["bad"] == dict(seen) and sum(told["formats"].values()) == len(cases) - seen.total()
+    assert figures["bad"] == dict(seen) and sum(figures["formats"].values()) == len(cases) - seen.total()
 
 
 def test_a_set_without_text_or_pictures(tmp_path):
     write_tar(tmp_path / "d/0.tar", [("a.json", b"{"), ("b.json", b"[]"), ("c.txt", b" \n")])
-    told = stats(open_data(tmp_path / "d"), progress=False)
-    assert told["bad"] == {"missing": 3} and told["no_text"] == 3 and told["captions"] == {}
-    assert told["width"] is told["below_224"] is None
+    figures = stats(open_data(tmp_path / "d"), progress=False)
+    assert figures["bad"] == {"missing": 3} and figures["no_text"] == 3 and figures["captions"] == {}
+    assert figures["width"] is figures["below_224"] is None
 
 
 def test_metadata_of_another_kind_in_every_sample(tmp_path):
@@ -178,14 +178,14 @@ def test_metadata_of_another_kind_in_every_sample(tmp_path):
 
 def test_stats_of_the_other_layouts(tmp_path):
     table_set(tmp_path / "t", [{"file_name": f"{i}.jpg", "caption": "c" * i, "key": f"k{i}"} for i in range(4)], "tsv")
-    told = stats(open_data(tmp_path / "t"), progress=False)
-    assert told["formats"] == {"jpeg": 4} and told["bytes"] is None
-    assert told["captions"]["caption"] == {"samples": 3, "median": 2, "p95": 3, "max": 3, "repeats": 0.0}
+    figures = stats(open_data(tmp_path / "t"), progress=False)
+    assert figures["formats"] == {"jpeg": 4} and figures["bytes"] is None
+    assert figures["captions"]["caption"] == {"samples": 3, "median": 2, "p95": 3, "max": 3, "repeats": 0.0}
     authors_set(tmp_path / "a")
-    told = stats(open_data(tmp_path / "a"), progress=False)
-    assert told["samples"] == 6 and told["shards"] == 2 and told["formats"] == {"jpeg": 6}
-    assert set(told["captions"]) == {"re_caption", "org_caption"}
-    assert told["captions"]["org_caption"] == {"samples": 4, "median": 5, "p95": 5, "max": 5, "repeats": 0.75}
+    figures = stats(open_data(tmp_path / "a"), progress=False)
+    assert figures["samples"] == 6 and figures["shards"] == 2 and figures["formats"] == {"jpeg": 6}
+    assert set(figures["captions"]) == {"re_caption", "org_caption"}
+    assert figures["captions"]["org_caption"] == {"samples": 4, "median": 5, "p95": 5, "max": 5, "repeats": 0.75}
 
 
 def test_repeats_are_estimated_in_bounded_memory(monkeypatch):
@@ -204,21 +204,21 @@ def test_repeats_are_estimated_in_bounded_memory(monkeypatch):
 def test_check_finds_every_bad_picture_by_its_cause(tmp_path, threads):
     cases = hostile_set(tmp_path / "d")
     with open(tmp_path / "bad.jsonl", "w") as file:
-        told = check(tmp_path / "d", bad=file, threads=threads, progress=False)
+        figures = check(tmp_path / "d", bad=file, threads=threads, progress=False)
     bad = {key: cause for key, (_, cause) in cases.items() if cause}
     lines = lines_of(tmp_path / "bad.jsonl")
     assert [(line["sample"].split("'")[1], line["cause"]) for line in lines] == list(bad.items())
     assert [line["row"] for line in lines] == [list(cases).index(key) for key in bad]
     assert all(line["reason"] and set(line) == {"sample", "row", "cause", "reason"} for line in lines)
-    assert told["samples"] == len(cases) and told["bad"] == len(bad) and told["first"] == lines[:5]
-    assert told["causes"] == dict(Counter(bad.values())) and told["images_per_s"] > 0
+    assert figures["samples"] == len(cases) and figures["bad"] == len(bad) and figures["first"] == lines[:5]
+    assert figures["causes"] == dict(Counter(bad.values())) and figures["images_per_s"] > 0
 
 
 def test_check_of_a_clean_set(tmp_path):
     make_set(tmp_path / "d")
-    told = check(tmp_path / "d", progress=False)
-    assert told["bad"] == 0 and told["causes"] == {} and told["first"] == []
-    assert (told["samples"], told["shards"], told["damaged_shards"]) == (10, 3, 0)
+    figures = check(tmp_path / "d", progress=False)
+    assert figures["bad"] == 0 and figures["causes"] == {} and figures["first"] == []
+    assert (figures["samples"], figures["shards"], figures["damaged_shards"]) == (10, 3, 0)
 
 
 def test_check_reads_the_captions_asked_for(tmp_path):
@@ -231,12 +231,12 @@ def test_check_reads_the_captions_asked_for(tmp_path):
             *[("c.jpg", b""), ("c.json", b"{")],
         ],
     )
-    told = check(tmp_path / "d", progress=False)
-    assert told["bad"] == 2 and told["causes"] == {"no caption": 2, "empty": 1}
-    assert told["first"][0]["sample"].endswith("sample 'b'") and "no caption 'txt'" in told["first"][0]["reason"]
-    told = check(tmp_path / "d", "long", progress=False)
-    assert told["bad"] == 1 and told["causes"] == {"no caption": 1, "empty": 1}
-    assert "does not parse" in told["first"][1]["reason"]
+    figures = check(tmp_path / "d", progress=False)
+    assert figures["bad"] == 2 and figures["causes"] == {"no caption": 2, "empty": 1}
+    assert figures["first"][0]["sample"].endswith("sample 'b'") and "no caption 'txt'" in figures["first"][0]["reason"]
+    figures = check(tmp_path / "d", "long", progress=False)
+    assert figures["bad"] == 1 and figures["causes"] == {"no caption": 1, "empty": 1}
+    assert "does not parse" in figures["first"][1]["reason"]
 
 
 def test_check_finds_names_that_occur_twice_in_a_tar(tmp_path):
@@ -244,9 +244,11 @@ def test_check_finds_names_that_occur_twice_in_a_tar(tmp_path):
     first = [("p/a.jpg", good), ("p/a.txt", b"x"), ("b.jpg", good), ("b.txt", b"x")]
     write_tar(tmp_path / "d/0.tar", [*first, ("p/a.jpg", good), ("c.jpg", good), ("c.txt", b"x")])
     write_tar(tmp_path / "d/1.tar", [("b.jpg", good), ("b.txt", b"x")])  # another shard's keys are its own
-    told = check(tmp_path / "d", progress=False)
-    assert told["samples"] == 4 and told["bad"] == 1 and told["causes"] == {"repeated key": 1}
-    assert told["first"][0]["sample"].endswith("sample 'p/a'") and "a.jpg occurs twice" in told["first"][0]["reason"]
+    figures = check(tmp_path / "d", progress=False)
+    assert figures["samples"] == 4 and figures["bad"] == 1 and figures["causes"] == {"repeated key": 1}
+    assert (
+        figures["first"][0]["sample"].endswith("sample 'p/a'") and "a.jpg occurs twice" in figures["first"][0]["reason"]
+    )
 
 
 def test_check_of_the_other_layouts(tmp_path):
@@ -254,14 +256,14 @@ def test_check_of_the_other_layouts(tmp_path):
     table_set(tmp_path / "t", rows)
     (tmp_path / "t/2.jpg").unlink()
     (tmp_path / "t/3.jpg").write_bytes(b"")
-    told = check(tmp_path / "t", progress=False)
-    assert told["causes"] == {"repeated key": 1, "missing": 1, "empty": 1} and told["bad"] == 2
-    assert [line["row"] for line in told["first"]] == [None, 2, 3]
-    assert "'k0'" in told["first"][0]["reason"]
+    figures = check(tmp_path / "t", progress=False)
+    assert figures["causes"] == {"repeated key": 1, "missing": 1, "empty": 1} and figures["bad"] == 2
+    assert [line["row"] for line in figures["first"]] == [None, 2, 3]
+    assert "'k0'" in figures["first"][0]["reason"]
     authors_set(tmp_path / "a")
-    told = check(tmp_path / "a", "org_caption", progress=False)
-    assert told["causes"] == {"no caption": 2} and told["samples"] == 6 and told["shards"] == 2
-    assert [line["row"] for line in told["first"]] == [2, 5]
+    figures = check(tmp_path / "a", "org_caption", progress=False)
+    assert figures["causes"] == {"no caption": 2} and figures["samples"] == 6 and figures["shards"] == 2
+    assert [line["row"] for line in figures["first"]] == [2, 5]
     for path in (tmp_path / "t", tmp_path / "a"):
         with pytest.raises(DataError, match="no column 'long'"):
             check(path, "long", progress=False)
@@ -277,9 +279,9 @@ def test_check_goes_on_past_damaged_tars(tmp_path, indexed):
         path.write_bytes(path.read_bytes()[part])
     (tmp_path / "d/00004.tar").write_bytes(random.Random(0).randbytes(5000))
     with open(tmp_path / "bad.jsonl", "w") as file:
-        told = check(tmp_path / "d", bad=file, progress=False)
-    assert told["damaged_shards"] == 3 and told["causes"] == {"damaged shard": 3, "not a picture": 1}
-    assert (told["samples"], told["shards"], told["bad"]) == (8, 2, 1)
+        figures = check(tmp_path / "d", bad=file, progress=False)
+    assert figures["damaged_shards"] == 3 and figures["causes"] == {"damaged shard": 3, "not a picture": 1}
+    assert (figures["samples"], figures["shards"], figures["bad"]) == (8, 2, 1)
     lines = lines_of(tmp_path / "bad.jsonl")
     assert [Path(line["sample"]).name for line in lines[:3]] == ["00001.tar", "00003.tar", "00004.tar"]
     assert [line["row"] for line in lines] == [None, None, None, 5]
@@ -290,14 +292,14 @@ def test_check_sees_damage_behind_a_fresh_index(tmp_path):
     make_set(tmp_path / "d", 8, per_shard=4)
     build_index(tmp_path / "d", 1, progress=False)
     tar = tmp_path / "d/00001.tar"
-    told, data = tar.stat(), bytearray(tar.read_bytes())
+    status, data = tar.stat(), bytearray(tar.read_bytes())
     data[1024:1536] = random.Random(0).randbytes(512)  # the header of the first caption
     tar.write_bytes(data)
-    os.utime(tar, ns=(told.st_atime_ns, told.st_mtime_ns))
-    told = check(tmp_path / "d", progress=False)
-    assert told["causes"] == {"damaged shard": 1} and told["samples"] == 8 and told["bad"] == 0
-    assert told["damaged_shards"] == 1
-    assert told["first"][0]["sample"] == str(tar) and "no header" in told["first"][0]["reason"]
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    figures = check(tmp_path / "d", progress=False)
+    assert figures["causes"] == {"damaged shard": 1} and figures["samples"] == 8 and figures["bad"] == 0
+    assert figures["damaged_shards"] == 1
+    assert figures["first"][0]["sample"] == str(tar) and "no header" in figures["first"][0]["reason"]
 
 
 def test_check_of_what_is_no_data_set(tmp_path):
@@ -307,14 +309,14 @@ def test_check_of_what_is_no_data_set(tmp_path):
     build_index(tmp_path / "d", 1, progress=False)
     make_set(tmp_path / "e", seed=1)
     (tmp_path / "e/00000.tar").rename(tmp_path / "d/00009.tar")
-    with pytest.raises(DataError, match="out of date"):  # not a damaged tar: nothing to go on past
+    with pytest.raises(DataError, match="out of date"):  # no damaged tar: the error is not skipped
         check(tmp_path / "d", progress=False)
 
 
 def test_names_that_are_no_unicode_can_be_printed(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"file_name": "\\ud800.jpg", "caption": "x"}\n')
-    told = check(tmp_path / "t.jsonl", progress=False)
-    assert told["bad"] == 1 and "\\ud800" in told["first"][0]["reason"].encode().decode()
+    figures = check(tmp_path / "t.jsonl", progress=False)
+    assert figures["bad"] == 1 and "\\ud800" in figures["first"][0]["reason"].encode().decode()
 
 
 def test_threads_end_with_a_failure(tmp_path, monkeypatch):
@@ -335,12 +337,12 @@ def test_threads_end_with_a_failure(tmp_path, monkeypatch):
 
 def test_pack_leaves_out_the_bad_and_copies_bytes(tmp_path):
     cases = hostile_set(tmp_path / "d")
-    told = pack(open_data(tmp_path / "d"), tmp_path / "out", samples_per_shard=30, progress=False)
+    figures = pack(open_data(tmp_path / "d"), tmp_path / "out", samples_per_shard=30, progress=False)
     good = {key: data for key, (data, cause) in cases.items() if cause is None}
-    assert told["samples"] == len(good) and told["bad"] == len(cases) - len(good)
-    assert told["shards"] == -(-len(good) // 30) == len(list((tmp_path / "out").glob("*.tar")))
+    assert figures["samples"] == len(good) and figures["bad"] == len(cases) - len(good)
+    assert figures["shards"] == -(-len(good) // 30) == len(list((tmp_path / "out").glob("*.tar")))
     lines = lines_of(tmp_path / "out/bad.jsonl")
-    assert Counter(line["cause"] for line in lines) == told["causes"]
+    assert Counter(line["cause"] for line in lines) == figures["causes"]
     packed = members_of(tmp_path / "out")
     assert [name for name, _ in packed if name.endswith(".txt")] == [f"{key}.txt" for key in good]
     for name, data in packed:
@@ -356,7 +358,7 @@ def test_pack_leaves_out_the_bad_and_copies_bytes(tmp_path):
                 np.testing.assert_array_equal(decode(data, read_header(data)), decode(good[key], header))
             else:
                 assert data == good[key]
-    # What was packed is clean, has a fresh index, and nothing else lies about.
+    # The packed set is clean, has a fresh index, and no other file is left.
     assert check(tmp_path / "out", progress=False)["causes"] == {}
     assert build_index(tmp_path / "out", 1, progress=False).read == 0
     assert {path.name for path in tmp_path.iterdir()} == {"d", "out"}
@@ -372,8 +374,8 @@ def test_pack_resizes_what_is_larger(tmp_path):
         "long": encoded(scene(random.Random(4), 65_535, 33), "PNG"),  # longer than a JPEG may be
     }
     write_tar(tmp_path / "d/0.tar", [e for k, v in pictures.items() for e in ((f"{k}.png", v), (f"{k}.txt", b"x"))])
-    told = pack(open_data(tmp_path / "d"), tmp_path / "out", size=32, quality=90, progress=False)
-    assert told["resized"] == 4 and told["bad"] == 0
+    figures = pack(open_data(tmp_path / "d"), tmp_path / "out", size=32, quality=90, progress=False)
+    assert figures["resized"] == 4 and figures["bad"] == 0
     packed = {name: data for name, data in members_of(tmp_path / "out") if name.endswith(("g", "p"))}
     sizes = {name: Image.open(io.BytesIO(data)).size for name, data in packed.items()}
     assert sizes == {
@@ -403,8 +405,8 @@ def test_pack_takes_the_first_caption_there_is(tmp_path):
             *[("c.jpg", good), ("c.json", b'{"n": 1}')],
         ],
     )
-    told = pack(open_data(tmp_path / "d"), tmp_path / "out", ["long", "txt"], progress=False)
-    assert told["samples"] == 2 and told["causes"] == {"no caption": 1}
+    figures = pack(open_data(tmp_path / "d"), tmp_path / "out", ["long", "txt"], progress=False)
+    assert figures["samples"] == 2 and figures["causes"] == {"no caption": 1}
     packed = dict(members_of(tmp_path / "out"))
     assert (packed["a.txt"], packed["b.txt"]) == (b"longer", b"short")
     assert json.loads(packed["a.json"]) == {"n": 2, "txt": "short"}  # nothing is lost
@@ -446,8 +448,8 @@ def test_pack_of_a_folder_of_pictures(tmp_path, suffix):
         for i, (name, key) in enumerate(zip(names, ["k", "k", "k.x", ""], strict=True))
     ]
     table_set(tmp_path / "d", rows, suffix)
-    told = pack(open_data(tmp_path / "d"), tmp_path / "out", progress=False)
-    assert told["samples"] == 4 and told["bad"] == 0
+    figures = pack(open_data(tmp_path / "d"), tmp_path / "out", progress=False)
+    assert figures["samples"] == 4 and figures["bad"] == 0
     packed = dict(members_of(tmp_path / "out"))
     keys = ["k", "k-2", safe_key("k.x"), "3"]  # without a key its row
     assert [name for name in packed if name.endswith(".jpg")] == [f"{key}.jpg" for key in keys]
@@ -460,15 +462,15 @@ def test_pack_of_a_folder_of_pictures(tmp_path, suffix):
 
 def test_pack_of_the_authors_layout(tmp_path):
     authors_set(tmp_path / "a")
-    told = pack(open_data(tmp_path / "a"), tmp_path / "out", progress=False)
-    assert told["samples"] == 6
+    figures = pack(open_data(tmp_path / "a"), tmp_path / "out", progress=False)
+    assert figures["samples"] == 6
     packed = dict(members_of(tmp_path / "out"))
     for i in range(6):
         key = f"{i:012d}"
         assert packed[f"{key}.jpg"] == jpeg(i) and packed[f"{key}.txt"].decode() == f"long {key}"
         assert json.loads(packed[f"{key}.json"]) == ({} if i % 3 == 2 else {"org_caption": "short"})
-    told = pack(open_data(tmp_path / "a"), tmp_path / "short", ["org_caption"], progress=False)
-    assert told["samples"] == 4 and told["causes"] == {"no caption": 2}
+    figures = pack(open_data(tmp_path / "a"), tmp_path / "short", ["org_caption"], progress=False)
+    assert figures["samples"] == 4 and figures["causes"] == {"no caption": 2}
     with pytest.raises(DataError, match="no column 'nothing'"):
         pack(open_data(tmp_path / "a"), tmp_path / "x", ["org_caption", "nothing"], progress=False)
 

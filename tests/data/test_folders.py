@@ -1,4 +1,4 @@
-"""Picture files beside parquet, CSV, TSV and JSONL tables, as a data set; and which kind lies at a path."""
+"""Image files with parquet, CSV, TSV and JSONL tables as a data set, and how open_data recognises each layout."""
 
 import csv
 import json
@@ -137,7 +137,7 @@ def test_pictures_beside_the_captions(tmp_path):
     write_pictures(tmp_path / "a")
     write_captions(tmp_path / "b")
     write_pictures(tmp_path / "b")  # as img2dataset leaves them
-    (tmp_path / "b" / STEMS[0] / "more.parquet").touch()  # nobody looks into the folders of pictures
+    (tmp_path / "b" / STEMS[0] / "more.parquet").touch()  # the folders of images are not listed
     for folder in ("a", "b"):
         check_pictures(open_data(tmp_path / folder))
 
@@ -231,7 +231,7 @@ def test_keys_of_other_types(tmp_path):
 
 def test_parquet_folders_that_are_not_whole(tmp_path):
     write_parquet(tmp_path / "p.parquet", re_caption=["a"])
-    with pytest.raises(DataError, match="wanted is a folder .*/p with the images of p.parquet"):
+    with pytest.raises(DataError, match="expected a folder .*/p with the images of p.parquet"):
         open_data(tmp_path)
     (tmp_path / "p").mkdir()
     with pytest.raises(DataError, match="p.parquet has no column 'key' .*: re_caption"):
@@ -267,12 +267,12 @@ def test_captions_that_are_kept_are_bounded(authors, monkeypatch):
 
 
 def test_a_parquet_file_that_is_lost_while_training_is_bad_samples(authors):
-    """Not the end of the run."""
+    """The run continues."""
     data = open_data(authors)
     (authors / "raw_captions" / f"{STEMS[1]}.parquet").unlink()
-    with pytest.raises(BadSample) as told:
+    with pytest.raises(BadSample) as caught:
         data.image_bytes(SIZES[0] + 3)
-    assert told.value.cause == "unreadable" and STEMS[1] in told.value.reason
+    assert caught.value.cause == "unreadable" and STEMS[1] in caught.value.reason
     assert data.where(SIZES[0] + 3).endswith(f"{STEMS[1]}.parquet: row 3")
     assert data.image_bytes(2) == picture(0, 2)
 
@@ -378,7 +378,7 @@ def test_bad_tables(tmp_path):
     with pytest.raises(DataError, match="row 1 has the key 'k', as .*row 0 has"):
         open_data(path).shard_keys(0)
     for text, words in (
-        ("caption\nx\n", "names no images: wanted is a column file_name, filepath, image or path; .*: caption"),
+        ("caption\nx\n", "names no images: expected a column file_name, filepath, image or path; .*: caption"),
         ("image\n", "holds no sample"),
         ("", "names no images"),
         ("image,b\n1\n", "line 2 has 1 fields"),
@@ -409,15 +409,15 @@ def test_tars_are_opened(tmp_path):
 
 
 def test_what_is_nothing_of_ours(tmp_path):
-    with pytest.raises(DataError, match="no data set at .*none; wanted is a folder of .tar shards; a folder with meta"):
+    with pytest.raises(DataError, match="no data set at .*none; expected a folder of .tar shards; a folder with meta"):
         open_data(tmp_path / "none")
-    with pytest.raises(DataError, match="it holds nothing; wanted is"):
+    with pytest.raises(DataError, match="it holds nothing; expected"):
         open_data(tmp_path)
     for number in range(7):
         (tmp_path / f"{number}.txt").touch()
-    with pytest.raises(DataError, match="it holds 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more; wanted is"):
+    with pytest.raises(DataError, match="it holds 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 2 more; expected"):
         open_data(tmp_path)
-    with pytest.raises(DataError, match="0.txt is no data set; wanted is"):
+    with pytest.raises(DataError, match="0.txt is no data set; expected"):
         open_data(tmp_path / "0.txt")
     for name in ("metadata.csv", "metadata.jsonl"):
         (tmp_path / name).touch()

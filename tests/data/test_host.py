@@ -1,4 +1,4 @@
-"""The host pipeline over real tars; test_pipelines.py has what it shares with DALI's."""
+"""The host pipeline over real tars; test_pipelines.py tests what it shares with the DALI pipeline."""
 
 import threading
 

@@ -1,5 +1,4 @@
-"""The index of a folder of tars: what the lean reader of headers finds is what tarfile finds; the file, its age, its
-damage."""
+"""The index of a folder of tars: tars.py finds the members that tarfile finds; the index file, its age and damage."""
 
 import io
 import os
@@ -53,7 +52,7 @@ def pad(data):
 END = bytes(1024)
 
 
-# the lean reader
+# tars.members
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -193,8 +192,8 @@ def test_the_last_of_two_equal_names_and_the_first_kind_of_picture(tmp_path):
 # the file
 
 
-def told(shards):
-    """Everything that a set says."""
+def everything(shards):
+    """All that a set returns."""
     samples = range(len(shards))
     return (
         shards.names,
@@ -210,11 +209,11 @@ def test_with_an_index_and_without(tmp_path, processes, monkeypatch):
     monkeypatch.setattr("lift_fast.data.index._PROCESSES_FROM", 2)
     shards = make_set(tmp_path / "set", 11, per_shard=4)
     tarfile.open(tmp_path / "set" / "00001a.tar", "w").close()  # no sample, but a shard
-    without = told(Shards(shards.folder))
+    without = everything(Shards(shards.folder))
     built = build_index(shards.folder, processes, progress=False)
     assert (built.shards, built.samples, built.read) == (4, 11, 4)
     assert built.bytes == (shards.folder / INDEX).stat().st_size
-    assert told(Shards(shards.folder)) == without and without[1] == [4, 4, 0, 3]
+    assert everything(Shards(shards.folder)) == without and without[1] == [4, 4, 0, 3]
     assert sorted(path.name for path in shards.folder.iterdir())[-1] == INDEX  # and no part of one
 
 
@@ -251,16 +250,16 @@ def test_an_index_that_is_out_of_date(tmp_path):
     stale("00001b.tar was added or changed")
     built = build_index(folder, 1, progress=False)
     assert (built.shards, built.samples, built.read) == (4, 16, 1)  # only the new one was read
-    assert told(Shards(folder))[1] == [4, 4, 4, 4]
+    assert everything(Shards(folder))[1] == [4, 4, 4, 4]
     last.unlink()
     stale("00002.tar is gone")
     assert build_index(folder, 1, progress=False).read == 0
     make_set(tmp_path / "other", 5, per_shard=5, seed=1)
     os.replace(tmp_path / "other" / "00000.tar", first)
     assert build_index(folder, 1, progress=False).read == 1
-    with_index = told(Shards(folder))
+    with_index = everything(Shards(folder))
     (folder / INDEX).unlink()
-    assert told(Shards(folder)) == with_index and with_index[1] == [5, 4, 4]
+    assert everything(Shards(folder)) == with_index and with_index[1] == [5, 4, 4]
 
 
 def test_a_segment_that_is_not_as_written_is_read_anew(tmp_path):
@@ -349,8 +348,8 @@ def test_numbers_that_lead_out_are_refused(tmp_path):
 )
 def test_a_directory_of_rubbish_with_a_good_checksum(tmp_path, directory):
     folder = make_set(tmp_path / "set", 4, per_shard=4).folder
-    told, magic = (folder / "00000.tar").stat(), b"LIFTIDX1"
-    directory = directory.replace(b"SIZE", b"%d" % told.st_size).replace(b"TIME", b"%d" % told.st_mtime_ns)
+    status, magic = (folder / "00000.tar").stat(), b"LIFTIDX1"
+    directory = directory.replace(b"SIZE", b"%d" % status.st_size).replace(b"TIME", b"%d" % status.st_mtime_ns)
     tail = struct.pack("<QQQ8s", 8, len(directory), zlib.crc32(directory), magic)
     (folder / INDEX).write_bytes(magic + directory + tail)
     with pytest.raises(DataError, match=f"{INDEX}.*run lift-fast data index again"):

@@ -1,4 +1,4 @@
-"""data/loading.py: batches, whom they skip, and where a pipeline stands, with a decoder that only counts."""
+"""data/loading.py: batches, skipped samples and the position of a pipeline, with a decoder that only counts."""
 
 import json
 import random

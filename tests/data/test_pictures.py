@@ -1,4 +1,4 @@
-"""Encoded pictures: what is read, what is refused and as what; crops, the resize, views, colours."""
+"""Encoded images: what is read, what is refused and with which cause; crops, the resize, views, colours."""
 
 import collections
 import io
@@ -246,7 +246,7 @@ def test_bytes_in_any_order_are_refused_as_bad_samples():
         try:
             header = read_header(damaged)
             if header.width * header.height > 1 << 20:
-                continue  # a size that the damage made up: right to decode, and slow
+                continue  # a size that the damage invented: decoding it is right, and slow
             assert decode(damaged, header).shape == (header.height, header.width, 3)
             decode_box(damaged, header, (0, 0, header.width, header.height), 4)
             found["decoded"] += 1
@@ -619,7 +619,7 @@ def test_normalise():
     torch.testing.assert_close(got.double(), want.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
 
 
-# ---- what a reader could overlook
+# ---- faults that a decoder could miss
 
 
 @pytest.mark.parametrize("more", [b"Exif\0\0" + b"abc" * 99, b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", exif(3)])

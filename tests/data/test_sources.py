@@ -1,4 +1,4 @@
-"""Where captions come from: every kind read as other tools wrote it, and bad data told with its place."""
+"""Sources of captions: each kind as other tools write it, and bad data reported with its place."""
 
 import csv
 import json

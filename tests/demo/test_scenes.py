@@ -1,4 +1,4 @@
-"""Scenes: every caption is true, every foil false, and nothing but the picture tells them apart."""
+"""Scenes: every caption is true, every foil false, and only the image distinguishes them."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def test_a_sample_is_a_function_of_seed_and_index():
 
 
 def test_samples_stay_what_they_are():
-    """Published results name a seed; a change of the generator must not pass unseen."""
+    """Published results name a seed; a change of the generator must be noticed."""
     sample = generate(0, 0)
     assert sample.short == "a small purple star below two small pink triangles and two small black diamonds"
     assert (
@@ -86,7 +86,7 @@ def test_the_evaluator_catches_wrong_claims():
     assert not holds(scenes.Absent("red", "ring"), scene) and not holds(scenes.Absent("pink", "star"), scene)
     assert not holds(scenes.OnlyColours(frozenset({"red"})), scene)
     assert not holds(scenes.Apart(), Scene((circle, replace(stars, at=((0.3, 0.5),)))))
-    # Diagonal, overlapping, or nearly touching: nothing can be said.
+    # Diagonal, overlapping, or nearly touching: no relation holds.
     for at in ((0.8, 0.8), (0.3, 0.5), (0.41, 0.5)):
         assert scenes.relation(circle, replace(stars, at=(at,))) is None
 
@@ -364,7 +364,7 @@ def test_write_and_read_back(tmp_path):
 
 def test_held_out_captions_are_new_and_unlike(tmp_path, monkeypatch):
     train = write(tmp_path / "train", 20, seed=5)
-    # The same indexes again: each is passed over, and the next ones are taken.
+    # The same indices again: each is skipped, and the next ones are used.
     assert write(tmp_path / "later", 5, seed=5, exclude_captions=train) == [
         generate(5, index).short for index in range(20, 25)
     ]
