@@ -4,7 +4,7 @@ s = x + residual,  x̂ = (s − mean) · rstd,  y = x̂ · weight + bias
 dx = d_stream + rstd · (g − mean(g) − x̂ · mean(g · x̂)),  g = dy · weight
 d_weight = Σ_rows dy · x̂,  d_bias = Σ_rows dy
 
-    forward, a program: ROWS whole rows, in registers         backward, programs that fit on the GPU: every n-th tile
+    forward, a program: ROWS whole rows, in registers         backward, n programs that run at once: every n-th tile
         s = x + residual, rounded, is stored                      x̂ and g from stream and dy; both means of g
         mean = Σ s / width                                        dx, and y again if it is wanted, are stored
         rstd = 1 / √(Σ (s − mean)² / width + eps)                 d_weight, d_bias += dy · x̂, dy, elementwise

@@ -12,7 +12,7 @@ gate: Φ(z); σ(2 √(2/π) (z + 0.044715 z³)), the tanh form; σ(1.702 z)
 The activation by itself is bound by memory: 4 bytes per element, or 6 to 8 backward, in 16 bits. A step of
 128 × 128 × 64 does 2.1 MFLOP on the 32 KB that it moves into shared memory: the tensor cores are the bound there, as
 long as the epilogue is hidden. The epilogue moves 4 bytes per element, 6 backward, or 64 and 96 KB per tile: at
-800 TFLOP/s and 3 TB/s this takes as long as 530 and 800 of the product's depth. So two programs share a
+800 TFLOP/s and 3 TB/s this takes as long as products over a depth of 530 and 800. So two programs share a
 multiprocessor, and the epilogue of one overlaps with the products of the other.
 
 All four kernels compute the same bits of a: z is computed from the rounded h, and every multiplication on the way to a
