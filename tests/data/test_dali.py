@@ -325,20 +325,26 @@ def test_a_batch_that_dali_refuses(graph, monkeypatch, threads_end, ahead):
     assert ours.state_dict() == host.state_dict()
 
 
-@pytest.mark.parametrize("ahead", [0, 3])
-def test_a_failure_in_between(graph, monkeypatch, ahead):
-    """DALI raises in the middle for no reason in the data: the batch is the host's, the sequence is the same."""
-    data, loading = collection(photographs(20)), Loading(4, 64, ahead=ahead)
-    wanted = take(HostPipeline(data, loading), 12)
+def dali_fails_once(monkeypatch, number, why):
+    """DALI's call number `number` for a batch raises. Returns the list of the calls, which grows as they are made."""
     get, calls = dali._Decoder.get, []
 
     def fails_once(self):
-        calls.append(0)
-        if len(calls) == 4:
-            raise RuntimeError("out of memory")
+        calls.append(self)
+        if len(calls) == number:
+            raise RuntimeError(why)
         return get(self)
 
     monkeypatch.setattr(dali._Decoder, "get", fails_once)
+    return calls
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_failure_in_between(graph, monkeypatch, ahead):
+    """DALI raises in the middle for no reason in the data: the host renders the batch, the sequence is the same."""
+    data, loading = collection(photographs(20)), Loading(4, 64, ahead=ahead)
+    wanted = take(HostPipeline(data, loading), 12)
+    dali_fails_once(monkeypatch, 4, "out of memory")
     pipeline = DaliPipeline(data, loading)
     with pytest.warns(UserWarning, match="the host renders its 4 images from now on: out of memory"):
         got = take(pipeline, 12)
@@ -438,15 +444,7 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
 def test_evaluation_goes_on_where_dali_fails(monkeypatch):
     pictures = photographs(70, 60, 300)
     wanted, _ = load_images(collection(pictures), 32)
-    get, calls = dali._Decoder.get, []
-
-    def fails_once(self):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("a fault")
-        return get(self)
-
-    monkeypatch.setattr(dali._Decoder, "get", fails_once)
+    calls = dali_fails_once(monkeypatch, 2, "a fault")
     with pytest.warns(UserWarning, match="DALI failed on images, which the host renders: a fault"):
         pixels, samples = load_images(collection(pictures), 32)
     assert len(calls) == 3 and samples == list(range(70))
