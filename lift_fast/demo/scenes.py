@@ -108,7 +108,7 @@ def relation(a: Entity, b: Entity) -> str | None:
 
 @dataclass(frozen=True)
 class Noun:
-    """ "two small red circles": a shape with its count, size and colour, each 0 or "" where the text leaves it out."""
+    """ "two small red circles": a shape, its exact count, size and colour; 0 or "" for what the text leaves out."""
 
     shape: str
     count: int = 0
