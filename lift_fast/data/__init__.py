@@ -1,0 +1,1 @@
+"""Data sets: reading, decoding and ordering their images and captions."""
