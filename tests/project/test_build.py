@@ -111,6 +111,7 @@ def test_a_wheel_without_cuda(tree, tmp_path):
         "lift-fast: lift_fast._C is built without CUDA, for the CPU only (LIFT_FAST_CUDA=0 asked for none)"
     ]
     site = unpacked(tree)
+    assert {"page.html.j2", "style.css"} <= {file.name for file in (site / "lift_fast/measure/report").iterdir()}
     # No top-level kernels, tests or benchmarks.
     assert {path.name for path in site.iterdir()} == {"lift_fast", f"lift_fast-{lift_fast.__version__}.dist-info"}
     *files, info = imported(site, tmp_path)
