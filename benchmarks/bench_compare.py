@@ -1,4 +1,4 @@
-"""LIFT beside CLIP: exact FLOPs and memory of ViT-B/16, and the time a step spends on text, really measured."""
+"""LIFT and CLIP compared: exact FLOPs and memory of ViT-B/16, and the measured time that a step spends on text."""
 
 import tempfile
 import time

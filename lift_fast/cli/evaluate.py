@@ -88,12 +88,12 @@ class Compare:
             write_json(self.json, {"paper_scale": scale, **measured, "machine": machine(), "versions": versions()})
 
     def measure(self, lift: Path, clip: Path, data: Path) -> dict[str, Any]:
-        """Returns FLOPs, memory, step time and text time of two trained runs (measure.runs.compare_runs)."""
+        """Returns FLOPs, memory, step time and text time of two trained runs (measure.compare_runs)."""
         from .. import run_folder
         from ..cache import Cache
         from ..data.open import open_data, open_sets
         from ..devices import pick_device
-        from ..measure.runs import check_pair, compare_runs
+        from ..measure.compare_runs import check_pair, compare_runs
         from ..text.cached import CachedText
 
         samples = open_data(data)

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from .paper import PAPER_RESULTS
-from .runs import check_pair
+from .compare_runs import check_pair
 
 
 def gather(
