@@ -1,7 +1,7 @@
-"""Symmetric InfoNCE, forward and backward: ours against open_clip's formula and whichever fused peers are installed.
+"""Symmetric InfoNCE, forward and backward: ours against open_clip's formula and the fused peers that are installed.
 
-TFLOP/s and the fraction of the GEMM rate (torch.mm of B x D x B, timed in turn with the rivals) are on the fewest
-FLOPs there can be: two GEMMs with frozen text, three with trainable. Peak extra memory is what a call allocates
+TFLOP/s and the fraction of the GEMM rate (torch.mm of B x D x B, interleaved with the rivals) count the fewest FLOPs
+possible: two GEMMs with frozen text, three with trainable. Peak extra memory is what a call allocates
 beyond its inputs, gradients included. Errors are against float64 on the same features.
 """
 
@@ -87,7 +87,7 @@ def _inf_cl() -> Loss:
 def _memeff() -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
-    # Its temperature is a number, without a gradient; `stable` would scale the features' gradients.
+    # Its temperature is a number and has no gradient; `stable` would scale the features' gradients.
     module = MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False)
     return lambda image, text, scale: module(image, text)
 
@@ -98,7 +98,7 @@ def _liger() -> Loss:
     module = LigerFusedLinearCrossEntropyLoss()
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """Its cross entropy of a linear layer, once each way: (weight, input, target)."""
+        """Its cross entropy of a linear layer, (weight, input, target), once in each direction."""
         labels = torch.arange(len(image), device=image.device)
         return (module(text, scale * image, labels) + module(image, scale * text, labels)) / 2
 
@@ -116,11 +116,11 @@ def truth(image: Tensor, text: Tensor, scale: float, sample: Tensor) -> Truth:
         col = torch.logaddexp(col, z.logsumexp(0))
     loss = ((row + col) / 2 - scale * (image * text).sum(1)).mean()
 
-    def grads(own: Tensor, others: Tensor, own_lse: Tensor, others_lse: Tensor) -> Tensor:
-        z = scale * own[sample] @ others.T
-        g = (z - own_lse[sample, None]).exp() + (z - others_lse).exp()
+    def grads(x: Tensor, other: Tensor, lse: Tensor, other_lse: Tensor) -> Tensor:
+        z = scale * x[sample] @ other.T
+        g = (z - lse[sample, None]).exp() + (z - other_lse).exp()
         g[torch.arange(len(sample), device=sample.device), sample] -= 2
-        return scale / (2 * n) * g @ others
+        return scale / (2 * n) * g @ other
 
     return Truth(loss, grads(image, text, row, col), grads(text, image, col, row))
 
@@ -165,13 +165,13 @@ def _on_cpu(suite: Suite) -> None:
 
 
 def _on_gpu(suite: Suite) -> None:
-    # The smaller dim of all sizes first: a quick run may end before the others.
+    # All sizes of the smaller dim first: a quick run may end before the larger one.
     for dim in GPU_DIMS:
         for rows_ in GPU_SIZES[::2] if suite.quick else GPU_SIZES:
             case = Case(rows_, dim, "bf16", False)
-            # Compiling takes seconds for each shape.
-            again = suite.quick and (rows_, dim) != (GPU_SIZES[0], GPU_DIMS[0])
-            rows = measure(suite, OP, case, without=frozenset({COMPILED} if again else ()))
+            # Compiling takes seconds per shape.
+            repeated = suite.quick and (rows_, dim) != (GPU_SIZES[0], GPU_DIMS[0])
+            rows = measure(suite, OP, case, without=frozenset({COMPILED} if repeated else ()))
             if not rows:
                 continue
             peers = [what for what, _ in rows if what not in (OURS, LEAN, GEMM)]
@@ -191,7 +191,7 @@ def _on_gpu(suite: Suite) -> None:
 
 
 def _the_rest(suite: Suite) -> None:
-    """Every case of the grid that has no row yet."""
+    """Measures every case of the grid that has no row yet."""
     done = {(row["rows"], row["dim"], row["dtype"], row["text"]) for row in suite.rows}
     for rows in SIZES:
         for dim in DIMS:
@@ -205,7 +205,7 @@ def _the_rest(suite: Suite) -> None:
 
 
 def _int8_error(suite: Suite) -> None:
-    """The images' gradient from int8 text against the one from the same rows widened to the images' float32."""
+    """Compares the images' gradient from int8 text with that from the same rows widened to float32."""
     for dim in (4096, 512):
         image, text = features(Case(SPEED_ROWS, dim, "fp32", False), device())
         codes = quantized(text)
@@ -215,7 +215,7 @@ def _int8_error(suite: Suite) -> None:
         suite.bar(name, error, 1e-3, at_most=True)
 
 
-# Of the rows of a case; None for what was not measured: out of time, or it failed.
+# Ratios from the rows of a case; None if one was not measured, for lack of time or after an error.
 def _faster(rows: Rows, what: str, than: str) -> float | None:
     found = {key: row["median_ms"] for (key, text), row in rows.items() if text != "int8"}
     return found[than] / found[what] if what in found and than in found else None

@@ -1,9 +1,9 @@
-"""Python's time before and between the launches of the losses, with everything left out that a GPU would do.
+"""Python's time before and between the kernel launches of the losses, without the work of the GPU.
 
-Launches are stubs and tensors tiny and on the CPU, but a call makes as many launches as at the size that is named: the
-tables' settings are scaled with the rows. What is timed is this process's CPU time, torch's part included, without
-Triton's own launcher: until the last launch, and of the whole call, with the backward. The bar is the former's share of
-the GPU's time as benchmarks/roofline.py estimates it, since no GPU has run it yet.
+Launches are stubs and tensors are tiny and on the CPU, but a call makes as many launches as at the named size: the
+tables' settings are scaled with the rows. Timed is this process's CPU time, torch's part included and Triton's launcher
+excluded: until the last launch, and for the whole call with the backward. The target bounds the former's share of the
+GPU time that benchmarks/roofline.py estimates, since it has not been run on a GPU yet.
 """
 
 import functools
@@ -32,7 +32,7 @@ from . import roofline
 from .harness import Suite
 
 SIZES = [(16384, 768), (16384, 4096), (65536, 768), (65536, 4096)]
-BAND = {"cuda": 16, "triton": 256}  # rows of a band of the tiny matrices, the least that the backend cuts
+BAND = {"cuda": 16, "triton": 256}  # rows of a band of the tiny matrices, the smallest that the backend allows
 DIM = 16
 SHARE = 0.15
 
@@ -47,22 +47,22 @@ class Clock:
         self.at = time.process_time()
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        """In place of a Triton kernel."""
+        """Replaces a Triton kernel."""
         return self.launch
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """In place of cuBLAS."""
+        """Replaces cuBLAS."""
         self.launch()
         return out
 
     def __getattr__(self, name: str) -> Callable[..., int | None]:
-        """In place of lift_fast._C: scratch sizes are a constant."""
+        """Replaces lift_fast._C; scratch sizes are a constant."""
         return (lambda *sizes: 1024) if name.endswith(("scratch", "parts")) else self.launch
 
 
 @contextmanager
 def stubs(backend: str) -> Iterator[Clock]:
-    """An H100 that does nothing, on tensors of the CPU."""
+    """Pretends an H100 whose kernels do nothing, for tensors on the CPU."""
     clock = Clock()
     with ExitStack() as stack:
 
@@ -88,7 +88,7 @@ def stubs(backend: str) -> Iterator[Clock]:
 
 
 def microseconds(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str, float]:
-    """CPU time of one call until its last launch, its quartile distance, and of the whole call: medians."""
+    """CPU time of one call until its last launch (median and interquartile range), and of the whole call (median)."""
     before, whole = [], []
     for number in range(repeats + 20):
         begun = time.process_time()
@@ -102,7 +102,7 @@ def microseconds(call: Callable[[], object], clock: Clock, repeats: int) -> dict
 
 
 def loss(op: Callable[..., Tensor], rows: int, dim: int, backend: str, repeats: int) -> dict[str, float]:
-    """Of the loss of rows x rows fixed texts with its backward, with the launches of that size."""
+    """Times a loss of rows x rows with fixed texts and its backward, with the launches of that size."""
     plan = policy.plan(rows, rows, dim, 2, backend, None, op is contrastive, "sm_90", lambda: 40 * 10**9)
     bands = -(-2 * rows * rows // tuned.lookup("pairs", "sm_90", "band", trained=False)["bytes"])
     tall = BAND[backend] * bands

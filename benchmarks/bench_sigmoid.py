@@ -15,7 +15,7 @@ from .start import small
 SIZES = small((1024, 4096, 16384, 65536), (256, 512, 1024, 1024))
 DIMS = 512, 768, 4096
 QUICK_ROWS, QUICK_DIMS = 4096, (512, 4096)
-PARAMETERS = 10.0, -10.0  # logit_scale and logit_bias, where SigLIP begins
+PARAMETERS = 10.0, -10.0  # SigLIP's initial logit_scale and logit_bias
 
 
 def open_clip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ def truth(image: Tensor, text: Tensor, scale: float, bias: float, sample: Tensor
     for part in torch.arange(n, device=image.device).split(1024):
         loss -= F.logsigmoid(signs(part) * (scale * image[part] @ text.T + bias)).sum() / n
 
-    def grads(own: Tensor, others: Tensor) -> Tensor:
+    def grads(x: Tensor, other: Tensor) -> Tensor:
         y = signs(sample)
-        g = -y * torch.sigmoid(-y * (scale * own[sample] @ others.T + bias))
-        return scale / n * g @ others
+        g = -y * torch.sigmoid(-y * (scale * x[sample] @ other.T + bias))
+        return scale / n * g @ other
 
     return Truth(loss, grads(image, text), grads(text, image))
 
@@ -79,7 +79,7 @@ def run(suite: Suite) -> None:
         if not on_cpu:  # siglip-kernel's own case first
             cases.insert(0, Case(SIZES[3], 768, "bf16", True))
         for number, case in enumerate([*cases, Case(rows, QUICK_DIMS[0], "bf16", True)]):
-            without = frozenset({COMPILED} if number else ())  # compiling takes seconds for each shape
+            without = frozenset({COMPILED} if number else ())  # compiling takes seconds per shape
             measure(suite, OP, case, only, memory=not on_cpu, without=without)
         return
     for n in SIZES:

@@ -1,9 +1,9 @@
-"""What the benchmarks of the losses over all pairs share: inputs, rivals in turn, memory, errors; one row a rival.
+"""Shared by the benchmarks of the pair losses: inputs, interleaved timing, peak memory and errors; a row per rival.
 
-Every rival gets the same contiguous features and the same threads, is called once before it is timed, and computes
-its loss and the gradients for the images, the text where it is trained, logit_scale and logit_bias.
+Every rival, ours among them, gets the same contiguous features and the same threads, is called once before it is timed,
+and computes its loss and the gradients for the images, the text if it is trained, logit_scale and logit_bias.
 
-`python -m benchmarks.pairs JSON` is one memory probe: the peak of a rival in a fresh process, on the CPU.
+`python -m benchmarks.pairs JSON` probes memory: it prints the peak of one rival in a fresh process, on the CPU.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ from .harness import Suite
 from .launches import launches, registers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOGIT_SCALE = 1 / 0.07  # where CLIP begins
+LOGIT_SCALE = 1 / 0.07  # CLIP's initial value
 OURS, LEAN, GEMM = "lift_fast", "lift_fast lean", "torch.mm"
 COMPILED = "open_clip compiled"
 SAMPLE = 256  # rows whose gradients are compared with float64
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """The fewest: the scores, the images' gradient, and the text's where it is trained."""
+        """The fewest possible: the scores, the images' gradient, and the text's if it is trained."""
         return (3 if self.trainable else 2) * self.gemm_flops
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """In float64: the loss, and the gradients of the sampled rows."""
+    """The loss and the gradients of the sampled rows, in float64."""
 
     loss: Tensor
     image: Tensor
@@ -74,7 +74,7 @@ class Truth(NamedTuple):
 
 
 class Op(NamedTuple):
-    """A loss, its rivals on a device (ours among them), and its definition in float64."""
+    """A loss: its implementations on a device (ours and the rivals), and its definition in float64."""
 
     suite: str
     parameters: tuple[float, ...]  # logit_scale[, logit_bias]
@@ -87,12 +87,12 @@ def device() -> str:
 
 
 def fits(rows: int) -> bool:
-    """Whether half a dozen float32 matrices of rows x rows, which dense rivals keep, fit the memory of the CPU."""
+    """Whether six float32 matrices of rows x rows, which dense rivals need, fit into the CPU's memory."""
     return 6 * 4 * rows**2 < machine()["memory_gib"] * 2**30
 
 
 def features(case: Case, device: str) -> tuple[Tensor, Tensor]:
-    """Unit rows in the case's dtype; a pair's cosine is about 1/2, other rows' are those of random directions."""
+    """Unit rows in the case's dtype; the cosine of a positive is about 1/2, of a negative that of random directions."""
     generator = torch.Generator(device).manual_seed(case.rows + case.dim)
     shape = case.rows, case.dim
     text = F.normalize(torch.randn(shape, generator=generator, device=device), dim=1)
@@ -103,13 +103,13 @@ def features(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 def compiled(loss: Loss) -> Loss:
-    """torch.compile's, made when it is first called: importing the compiler takes seconds."""
-    made: list[Loss] = []
+    """The loss under torch.compile, from the first call on: importing the compiler takes seconds."""
+    cached: list[Loss] = []
 
     def call(*arguments: Any) -> Tensor:
-        if not made:
-            made.append(torch.compile(loss, dynamic=False))
-        return made[0](*arguments)
+        if not cached:
+            cached.append(torch.compile(loss, dynamic=False))
+        return cached[0](*arguments)
 
     return call
 
@@ -137,9 +137,9 @@ def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[
 
 @contextmanager
 def unasked() -> Iterator[list[torch.Size]]:
-    """A list of the shapes of gradients that autograd's Python functions return inside though their inputs need none.
+    """Lists the shapes of gradients that Python autograd functions return, inside, for inputs that need none.
 
-    Numbers do not count, nor what a function computes and does not return.
+    0-d gradients do not count, nor what a function computes and does not return.
     """
     kind = torch.autograd.function.BackwardCFunction
     found: list[torch.Size] = []
@@ -171,18 +171,17 @@ def measure(
     least_repeats: int | None = None,
     without: frozenset[str] = frozenset(),
 ) -> dict[Key, dict[str, Any]]:
-    """Adds a row for each rival, or each of `only`, but for those `without`, and torch.mm of the same shape; returns
-    them by rival and text.
+    """Adds a row for each rival in `only` (None: all) and not in `without`, and for torch.mm of the same shape.
 
-    With frozen text ours also has a row for int8 text, unless that is not wanted. A rival that fails (a shape it does
-    not take, no memory for it) is noted, and has no row.
+    Returns the rows by rival and text. With frozen text and `int8` ours also has a row for int8 text. A rival that
+    fails (an unsupported shape, out of memory) is noted and has no row.
     """
     where = device()
     if suite.over():
         suite.note(f"out of time: not measured: {case}")
         return {}
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # each shape is compiled for itself
+        torch._dynamo.reset()  # each shape is compiled separately
     image, text = features(case, where)
     scalars = parameters(op, where)
     texts: dict[str, Tensor | QuantizedRows] = {case.text: text}
@@ -197,7 +196,7 @@ def measure(
     found: dict[Key, dict[str, float]] = {}
     seconds: dict[Key, float] = {}  # of the last call before the timing
     kernels: dict[Key, dict[str, dict[str, int]]] = {}
-    extra: set[Key] = set()  # those that computed gradients nobody asked for
+    extra: set[Key] = set()  # those that computed gradients that were not needed
     truths: dict[str, Truth] = {}
     sample = torch.arange(0, case.rows, -(-case.rows // SAMPLE), device=where)
     for (what, kind), call in list(steps.items()):
@@ -220,12 +219,12 @@ def measure(
                     truths[kind] = _truth(op, image, texts[kind], sample)
                 figures |= _errors(result, truths[kind], sample, case.trainable)
             del result
-            if where == "cuda":  # called again, now that its kernels are compiled
+            if where == "cuda":  # a second call, since the first compiles kernels
                 figures["extra_mib"], seconds[what, kind] = _cuda_peak(call)
             elif memory:
                 figures["extra_mib"] = cpu_peak(op, case, what, kind)
             found[what, kind] = figures
-        except Exception as error:  # theirs, of any kind; the others go on
+        except Exception as error:  # a rival's error, of any kind; the remaining rivals are measured
             suite.note(f"{what}, {kind} text: {case}: {_in_a_line(error)}")
             del steps[what, kind]
             seconds.pop((what, kind), None)
@@ -236,7 +235,7 @@ def measure(
     calls: dict[Key, Callable[[], object]] = dict(steps)
     product_key = GEMM, case.text
     left, right = image.detach(), text.detach().T
-    # On the CPU into memory that is there already; a GPU's allocator hands its blocks on at no cost, to rivals too.
+    # Into allocated memory on the CPU; on a GPU torch's caching allocator makes the allocation free, for rivals too.
     product = torch.empty((case.rows, case.rows), dtype=image.dtype) if where == "cpu" else None
     calls[product_key] = lambda: torch.mm(left, right, out=product)
     try:
@@ -283,9 +282,9 @@ def _timed(
     where: str,
     least: int,
 ) -> tuple[dict[Key, Timing], dict[Key, int]]:
-    """Each call's timing in turn with the others, and how often: as often as fits the time for a case.
+    """Interleaved timings of all calls, and their repeats: as many as fit into the time for a case.
 
-    What is so slow that it would use up the others' time has the time of its last call before this.
+    A call so slow that it would use up that time alone is not repeated: its last call's time is taken.
     """
     spend, slow = (10.0, 120.0) if where == "cpu" else (2.0, 1.0)
     spend *= 1 if suite.quick else 4
@@ -300,12 +299,12 @@ def _timed(
 
 
 def _settings(image: Tensor, case: Case) -> dict[str, Any]:
-    """Which backend is first for these features, and how it cuts their scores."""
+    """The backend chosen for these features, and its settings for the score matrix."""
     backend, _, device = choose(image)
     found: dict[str, Any] = {"by": backend}
     facts = {"dim": case.dim, "itemsize": image.element_size(), "backend": backend, "trained": case.trainable}
     for setting in ("block", "band", "keep"):
-        with suppress(LookupError):  # not of this backend
+        with suppress(LookupError):  # this backend does not have it
             found[setting] = tuned.lookup("pairs", device, setting, **facts)
     return found
 
@@ -318,7 +317,7 @@ def _truth(op: Op, image: Tensor, text: Tensor | QuantizedRows, sample: Tensor) 
 def _errors(
     result: tuple[Tensor, tuple[Tensor | None, ...]], truth: Truth, sample: Tensor, trainable: bool
 ) -> dict[str, float]:
-    """The loss's absolute error, and the gradients' relative error in the norm, the worse of images' and text's."""
+    """The loss's absolute error, and the larger of the image and text gradients' relative errors in norm."""
     loss, grads = result
     pairs = list(zip(grads, truth[1:], strict=False))[: 2 if trainable else 1]
     worst = max(relative_error(grad[sample], right) for grad, right in pairs if grad is not None)
@@ -335,7 +334,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _cuda_peak(call: Step) -> tuple[float, float]:
-    """MiB above what was allocated before, and seconds, of one call."""
+    """Peak MiB beyond what was allocated before one call, and its seconds."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -347,15 +346,15 @@ def _cuda_peak(call: Step) -> tuple[float, float]:
 
 
 def cpu_peak(op: Op, case: Case, what: str, kind: str) -> float:
-    """MiB by which one call of a rival grows the resident set of a fresh process at its peak, gradients included.
+    """Peak growth of the resident set of a fresh process by one call of a rival, in MiB, gradients included.
 
-    Raises RuntimeError with its last line when that process fails.
+    Raises RuntimeError with the last line of the process's stderr if it fails.
     """
     request = {"suite": op.suite, "case": case, "what": what, "kind": kind, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "benchmarks.pairs", json.dumps(request)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the memory probe failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        raise RuntimeError(f"the memory probe failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return float(done.stdout.split()[-1])
 
 
@@ -369,18 +368,18 @@ def _probe(request: dict[str, Any]) -> float:
         return step(loss, image, quantized(text) if request["kind"] == "int8" else text, parameters(op, "cpu"))
 
     case = Case(*request["case"])
-    # Thread pools and libraries are there before the count begins; and code compiled for the very shape.
+    # Starts thread pools and loads libraries before the measurement; torch.compile needs the very shape.
     call(case if request["what"] == COMPILED else case._replace(rows=64))()
     measured = call(case)
-    ctypes.CDLL(None).malloc_trim(0)  # what the inputs' making left free
+    ctypes.CDLL(None).malloc_trim(0)  # returns memory that making the inputs left free
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again from here (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     measured()
     return (_status("VmHWM") - before) / 2**10
 
 
 def _status(name: str) -> int:
-    """KiB, of /proc/self/status."""
+    """A value of /proc/self/status, in KiB."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found, name
     return int(found.group(1))

@@ -1,8 +1,8 @@
-"""python -m benchmarks.roofline [--write]: the limits of each kernel on an H100, what was counted, and an estimate.
+"""python -m benchmarks.roofline [--write]: limits, counts and an estimated time of each GPU kernel on an H100.
 
-Nothing here was measured on our kernels. Limits come from ceilings that others measured (`H100`), instructions a score
-from the compiled code (tests hold them), and an estimate adds up what does not overlap. --write makes docs/roofline.md,
-where a column is empty until a GPU fills it.
+No figure was measured on our kernels. Limits come from published or earlier measurements of the hardware (`H100`),
+instructions per score from the compiled code (tests check them), and an estimate adds up what does not overlap. --write
+writes docs/roofline.md, whose last column is empty until a GPU has measured it.
 """
 
 import argparse
@@ -20,8 +20,8 @@ DOCS = ROOT / "docs" / "roofline.md"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates in 1/s: bfloat16 FLOPs of a large product; bytes of memory and of the L2 cache, read + written; and
-    instructions of a lane, over 4 schedulers of 32 lanes on each multiprocessor."""
+    """Rates per second: bfloat16 FLOPs of a large product; bytes of memory and of the L2 cache, read + written; and
+    instructions of single lanes, with 4 schedulers of 32 lanes on each multiprocessor."""
 
     flops: float
     memory: float
@@ -29,13 +29,13 @@ class Gpu:
     instructions: float
 
 
-# H100 SXM: an 8 192³ product and a device-to-device copy as measured before by others; 132 multiprocessors at 1.755
-# GHz; the rate of the L2 is what is published of reads from it.
+# H100 SXM: an 8 192³ product and a device-to-device copy, from others' measurements; 132 multiprocessors at 1.755 GHz;
+# the L2 rate is the published one for reads.
 H100 = Gpu(798e12, 3.0e12, 5.5e12, 132 * 4 * 32 * 1.755e9)
 
 
 def instructions(file: str) -> list[float]:
-    """Instructions a score of a CUDA epilogue on sm_90a: its file's head has what test_pairs_sass.py counts."""
+    """Instructions per score of a CUDA epilogue on sm_90a, from its file's header, which test_pairs_sass.py checks."""
     head = (ROOT / "csrc" / "pairs" / file).read_text().split("#include")[0].replace("\n//", "")
     found = re.search(r"Instructions a score: ([\d.]+)(?: and ([\d.]+))?", head)
     assert found, file
@@ -48,7 +48,7 @@ STATISTICS, GRADIENT = instructions("contrastive.cu")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds. by_products, by_memory: what no kernel undercuts; seconds: what the form that is here may take."""
+    """Times in seconds. by_products, by_memory: lower bounds of any kernel; seconds: the estimate for our form."""
 
     case: str
     form: str
@@ -68,17 +68,17 @@ def _estimate(
 
 
 def contrastive(rows: int, dim: int, trained: bool = False) -> Estimate:
-    """Forward and backward in bfloat16 as the table for sm_90 has them, with 80 GB free."""
+    """Forward and backward in bfloat16 with the settings of sm_90's table and 80 GB of free memory."""
     scores, product, needed = rows * rows, 2.0 * rows * rows * dim, 2 + trained
     backend = tuned.lookup("pairs", "sm_90", "backend", dim=dim, itemsize=2)[0]
     kept = policy.plan(rows, rows, dim, 2, backend, None, True, "sm_90", lambda: 80 * 10**9).kept / rows
 
     def fused(gpu: Gpu) -> float:
-        """Epilogues hide behind the products of the other program on a multiprocessor; G goes through memory."""
+        """Epilogues are hidden by the products of the other program on a multiprocessor; G goes through memory."""
         return (needed + 1) * product / gpu.flops + 2 * scores / gpu.memory
 
     def apart(gpu: Gpu) -> float:
-        """Products that are kept are written while the next are formed; the kernels between overlap with nothing."""
+        """Kept products are written while the next are formed; the kernels in between overlap with nothing."""
         statistics = max(STATISTICS * scores / gpu.instructions, 4 * scores / gpu.l2)
         gradient = max(GRADIENT * scores / gpu.instructions, (4 * kept + 2) * scores / gpu.memory)
         return (needed + 1 - kept) * product / gpu.flops + statistics + gradient
@@ -102,7 +102,7 @@ def sigmoid(rows: int, dim: int) -> Estimate:
 
 
 def epilogues() -> list[Estimate]:
-    """The CUDA kernels between the products, on one block of scores that lies in the L2."""
+    """The CUDA kernels between the products, on one block of scores in the L2 cache."""
     high, wide = tuned.lookup("pairs", "sm_90", "block", dim=4096)
     found = []
     for name, instructions, written in (
@@ -111,7 +111,7 @@ def epilogues() -> list[Estimate]:
         ("sigmoid", SIGMOID, 2),
     ):
         scores = high * wide
-        counted = f"CUDA, {instructions:g} instructions a score"
+        counted = f"CUDA, {instructions:g} instructions per score"
 
         def taken(gpu: Gpu, instructions=instructions, written=written, scores=scores) -> float:
             return scores * max(instructions / gpu.instructions, 4 / gpu.l2, written / gpu.memory)
@@ -121,7 +121,7 @@ def epilogues() -> list[Estimate]:
 
 
 def elementwise(tokens: int = 256 * 197, width: int = 768) -> list[Estimate]:
-    """What a block of ViT-B/16 at batch 256 does between its products, in bfloat16; every byte once."""
+    """The operations of a ViT-B/16 block between its products, batch 256, bfloat16; every byte moves once."""
     here = f"{tokens:,} x {width:,}"
     hidden = f"{tokens:,} x {4 * width:,}"
     return [
@@ -133,11 +133,11 @@ def elementwise(tokens: int = 256 * 197, width: int = 768) -> list[Estimate]:
 
 
 def attention(tokens: int = 197, heads: int = 12, head_dim: int = 64, batch: int = 256) -> list[Estimate]:
-    """Triton's kernels, bfloat16; the FLOPs that are needed are of the tokens, those that are done of padded tiles."""
+    """The Triton kernels, bfloat16. Needed FLOPs count tokens; the FLOPs done count padded tiles."""
     each, case = batch * heads, f"{tokens} x {heads} x {head_dim}, batch {batch}"
     size, product = 2.0 * each * tokens * head_dim, 2.0 * each * tokens**2 * head_dim
     rows, other = -(-tokens // 64) * 64, -(-tokens // 16) * 16
-    done = 2.0 * each * rows * other * head_dim  # of one product as the tiles have it
+    done = 2.0 * each * rows * other * head_dim  # of one product of padded tiles
     return [
         _estimate(f"attention forward, {case}", "Triton", 2 * product, 4 * size),
         _estimate(f"attention backward with out again, {case}", "Triton, two passes", 6 * product, 8 * size,
@@ -146,7 +146,7 @@ def attention(tokens: int = 197, heads: int = 12, head_dim: int = 64, batch: int
 
 
 def gathers(rows: int = 4096, dim: int = 4096) -> list[Estimate]:
-    """Cached rows to bfloat16: codes in, two bytes out."""
+    """Cached rows decoded to bfloat16: codes in, two bytes out."""
     return [
         _estimate(f"{codec} to bf16, {rows:,} rows of {dim:,}", "memory", 0, rows * dim * (bits / 8 + 2))
         for codec, bits in (("int8", 8), ("int4r", 4), ("int2r", 2), ("bf16", 16))
@@ -165,14 +165,14 @@ def losses() -> list[Estimate]:
 
 INTRODUCTION = """# Limits, counts and estimates of the GPU kernels
 
-Written by `python -m benchmarks.roofline --write`; a test holds this page to it. **Nothing here was measured on a
-GPU.** Limits are for an H100 SXM: {flops:.0f} TFLOP/s in bfloat16 and {memory:.1f} TB/s of memory, read and written, as
-measured before by others; {l2:.1f} TB/s of L2 cache as published; 132 multiprocessors of 4 × 32 lanes at 1.755 GHz. "By
-products" and "by memory" are the FLOPs that no method can do without and the bytes of inputs and outputs, over these
-rates. The estimate adds up what the form that the tables choose ([tuned.md](tuned.md)) cannot overlap; for "fused" it
-takes Triton's products to be as fast as cuBLAS's and every epilogue to be hidden, which a GPU may refute. Instructions
-a score are counted in the compiled code by test_pairs_sass.py. Times are milliseconds of forward and backward for
-the losses, of one launch for the kernels.
+Written by `python -m benchmarks.roofline --write`; a test compares the two. **No figure on this page was measured on a
+GPU.** Limits are for an H100 SXM: {flops:.0f} TFLOP/s in bfloat16 and {memory:.1f} TB/s of memory, read and written,
+from others' measurements; {l2:.1f} TB/s of L2 cache as published; 132 multiprocessors of 4 × 32 lanes at 1.755 GHz. "By
+products" and "by memory" are the FLOPs that no method avoids and the bytes of inputs and outputs, divided by these
+rates. The estimate adds up what cannot overlap in the form that the tables choose ([tuned.md](tuned.md)); for "fused"
+it assumes that Triton's products are as fast as cuBLAS's and that every epilogue is hidden, which a GPU may refute.
+Instructions per score are counted in the compiled code by test_pairs_sass.py. Times are milliseconds: of forward and
+backward for the losses, of one launch for the kernels.
 """
 
 
@@ -187,7 +187,7 @@ def page() -> str:
     ]
     for title, estimates in parts:
         lines.append(f"## {title}\n")
-        lines.append("| case | form | GFLOP | MB | by products | by memory | estimate | an H100 says |")
+        lines.append("| case | form | GFLOP | MB | by products | by memory | estimate | measured |")
         lines.append("|-|-|-|-|-|-|-|-|")
         lines += [
             f"| {one.case} | {one.form} | {one.flops / 1e9:,.0f} | {one.bytes / 1e6:,.0f} | {_ms(one.by_products)} "

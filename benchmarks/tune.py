@@ -1,8 +1,8 @@
-"""python -m benchmarks tune: the tables of lift_fast/ops/tuned from measurements, and docs/tuned.md from the tables.
+"""python -m benchmarks tune: updates the tables of lift_fast/ops/tuned from measurements, and docs/tuned.md from them.
 
---from results.jsonl: a candidate that was faster than the present value by more than the spread becomes an entry in
-front of its device's table, with the commit, the device and the file it was read from; keep that file at that place.
---docs: every setting, its value and where it comes from; what was measured on no machine says so.
+--from results.jsonl: each candidate that was faster than the present value by more than the spread becomes the first
+entry of its device's table, with the commit, the device and the path of the file; keep the file at that path.
+--docs: lists every setting with its value and source; settings without a measurement are marked.
 """
 
 import argparse
@@ -23,10 +23,10 @@ Entry = dict[str, Any]
 
 HEAD = """# Tuned settings
 
-Written by `python -m benchmarks tune --docs` from the tables in `lift_fast/ops/tuned/`. An op takes the first row that
-holds for what it is given, then those of the device that its table extends. {reasoned} of these {all} entries are
-arithmetic or estimates, **measured on no machine**. `make gpu` measures candidates, and `python -m benchmarks tune
---from` puts those that are faster in front.
+Written by `python -m benchmarks tune --docs` from the tables in `lift_fast/ops/tuned/`. An op takes the first row whose
+condition holds for its arguments, then those of the device that its table extends. {reasoned} of these {all} entries
+are arithmetic or estimates, **not measured on any machine**. `make gpu` measures candidates, and `python -m benchmarks
+tune --from` puts faster ones first.
 """
 
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def better(found: Sequence[Line]) -> Iterator[Better]:
-    """By setting and what it was measured in, in order. A sweep without the present value says nothing."""
+    """Yields the fastest value of each setting and case. A sweep without the present value is skipped."""
     sweeps: dict[str, list[Line]] = {}
     for line in found:
         if line["phase"] == "tune" and "median_ms" in line:
@@ -83,7 +83,7 @@ def better(found: Sequence[Line]) -> Iterator[Better]:
 
 
 def write(found: Sequence[Better], results: str, folder: Path = TABLES) -> None:
-    """Entries in front of those of their device; one that has the same setting and `when` gives way."""
+    """Writes each value as the first entry of its table; it replaces an entry with the same setting and `when`."""
     for one in found:
         file = folder / f"{one.family}.{one.device}.json"
         table = json.loads(file.read_text()) if file.is_file() else {"extends": _below(folder, one), "entries": []}
@@ -96,7 +96,7 @@ def write(found: Sequence[Better], results: str, folder: Path = TABLES) -> None:
 
 
 def in_json(table: Mapping[str, Any]) -> str:
-    """An entry a line."""
+    """JSON with one entry per line."""
     entries = ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in table["entries"])
     return f'{{\n "extends": {json.dumps(table["extends"])},\n "entries": [\n{entries}\n ]\n}}\n'
 
@@ -121,7 +121,7 @@ def docs(folder: Path = TABLES) -> str:
 
 def _row(entry: Entry) -> str:
     source = entry["source"]
-    where = "on no machine"
+    where = "no"
     if source != "reasoned":
         where = f"{source['device']}, {source['commit']}" + (f": `{source['results']}`" if source["results"] else "")
     cells = entry["setting"], _words(entry["when"]) or "all", f"`{_words(entry['value'])}`", where, entry["why"]
@@ -150,13 +150,13 @@ def _order(device: str) -> tuple[int, str]:
 
 
 def _below(folder: Path, one: Better) -> str | None:
-    """The table that a device without one has had."""
+    """The table that a device without its own used until now."""
     known = [file.name.split(".")[1] for file in folder.glob(f"{one.family}.sm_*.json")]
     return max((name for name in known if _order(name) < _order(one.device)), key=_order, default=None)
 
 
 def _named(file: Path) -> str:
-    """As it is called in the tree."""
+    """The file's path relative to the repository, if it lies inside."""
     try:
         return str(file.resolve().relative_to(ROOT))
     except ValueError:

@@ -1,29 +1,29 @@
-"""What the kernels over pairs share: a tile of the score matrix, and the merging of what its tiles found.
+"""Shared tile helpers of the pair losses' kernels, and the reductions of partial results over tiles.
 
-The products p = x @ t.T of one block, float32, come by tiles: computed here from the features (`products`), or read
-from memory where cuBLAS left them (`stored`). scale · a_i · q_j · p = u are the scores without logit_bias.
+The products p = x @ t.T of a ScoreTile, float32, are formed from the features (`products`), or read from
+memory where cuBLAS stored them (`stored`). u = scale · a_i · q_j · p are the scores without logit_bias.
 
-    prepare: what a tile needs to know of its rows and columns, once for all tiles     -> row_terms, col_terms
+    terms: what depends on a row or a column alone, once for all tiles                 -> row_terms, col_terms
     program: a tile of ROWS × COLS, in an order that keeps both sides' features in the L2 (`tile_at`)
         p = 0
         for k in steps of DEPTH:
             p += x[i, k : +DEPTH] @ t[j, k : +DEPTH].T     int8 codes are widened in registers, exactly
-        a quarter of the columns at a time (`quarters`): the scores, and what is made of them  -> parts, out
-    merge: the parts of all tiles, in their order                                      -> the caller's sums
+        for each quarter of the columns (`quarters`): scores, partial sums, gradient   -> parts, out
+    merge: adds the parts of all tiles, in the order of the tiles                      -> the caller's sums
 
 A step of 128 × 128 × 64 in bfloat16 does 2.1 MFLOP on the 32 KB that it moves into shared memory: the tensor cores are
-the bound, as long as the epilogue hides. A multiprocessor takes 48 issue slots of each scheduler for the products of
-32 scores at a dim of 768, and some 20 (gradient) to 40 (statistics) for their epilogue, so two programs share it, and
-one's epilogue runs beside the other's products: 128 registers a thread, half the shared memory.
+the bound, as long as the epilogue is hidden. A multiprocessor takes 48 issue slots of each scheduler for the products
+of 32 scores at a dim of 768, and some 20 (gradient) to 40 (statistics) for their epilogue. So two programs share it,
+and one's epilogue overlaps with the other's products: 128 registers a thread, half the shared memory.
 
-The texts of a tile are taken in an order (`fanned`) in which a thread, whose tensor core results are pairs of columns
-8 apart, holds 8 neighbours: 16 bytes at once in bfloat16.
+A thread's tensor core results are pairs of columns, 8 apart. The texts of a tile are therefore loaded in an order
+(`fanned`) in which these are 8 neighbouring columns: 16 bytes at once in bfloat16.
 
-Rows and columns beyond the edge load the last one instead of being masked; terms, parts and gradients have room for
-whole tiles, so only what the caller gave is guarded.
+Rows and columns beyond the edge load the last one instead of being masked. Terms, parts and gradients are allocated
+for whole tiles, so only the caller's tensors need masks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,14 +33,14 @@ from torch import Tensor
 from .interpreter import dot, widen
 
 LOG2E = tl.constexpr(1.4426950408889634)
-NONE = tl.constexpr(-1e36)  # the score of what is not to be counted: 256 of them add up to a finite number
-LEAST = tl.constexpr(1e-20)  # of |logit_scale|: u / scale must stay a number
-PAD = 256  # terms, parts and gradients have room for rows and columns up to a multiple of it; every tile divides it
-TERMS = 512  # rows or columns that a program prepares
+NONE = tl.constexpr(-1e36)  # the score of an excluded pair: 256 of them add up to a finite number
+LEAST = tl.constexpr(1e-20)  # lower bound of |logit_scale|: u / scale must be finite
+PAD = 256  # rows and columns of terms, parts and gradients are padded to a multiple of it; every tile divides it
+TERMS = 512  # rows or columns per program of terms_kernel
 
 
 class TileConfig(NamedTuple):
-    """ROWS × COLS of the scores a program, DEPTH of the features a step; registers: the most a thread may have."""
+    """A program's tile of scores, the dim of a step, and how it is compiled; registers: limit per thread, or None."""
 
     rows: int
     cols: int
@@ -49,19 +49,36 @@ class TileConfig(NamedTuple):
     stages: int
     registers: int | None = None
 
+    def stored(self) -> dict[str, Any]:
+        """Launch options of a kernel that reads products from memory."""
+        return {"ROWS": self.rows, "COLS": self.cols, "num_warps": self.warps}
+
+    def fused(self) -> dict[str, Any]:
+        """Launch options of a kernel that forms the products."""
+        return {
+            "ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth,
+            "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers,
+        }  # fmt: skip
+
 
 def aligned(features: Tensor) -> bool:
-    """Whether rows start on 16 bytes and their length and distance divide by 16, as copies to shared memory want."""
+    """Whether rows start on 16 bytes and their length and stride divide by 16, as copies to shared memory require."""
     return features.data_ptr() % 16 == 0 and features.stride(0) % 16 == 0 and features.shape[1] % 16 == 0
 
 
 def spaced(matrix: Tensor) -> bool:
-    """Whether rows start on 16 bytes and their distance divides by 16, whatever their length."""
+    """Whether rows start on 16 bytes and their stride divides by 16, whatever their length."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0
 
 
 def padded(n: int) -> int:
+    """n rounded up to whole tiles of any size."""
     return -(-n // PAD) * PAD
+
+
+def tiles(rows: int, cols: int, config: TileConfig) -> int:
+    """Tiles that cover rows × cols."""
+    return -(-rows // config.rows) * -(-cols // config.cols)
 
 
 @triton.jit
@@ -76,14 +93,14 @@ def tile_at(number, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: t
 
 @triton.jit
 def crossed(row_tile, col_tile, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Whether a row of this tile has its positive column, offset + row, in it."""
+    """Whether the tile contains the positive, column offset + row, of any of its rows."""
     ahead = col_tile * COLS - row_tile * ROWS - offset
     return (ahead > -COLS) & (ahead < ROWS)
 
 
 @triton.jit
 def multiple(n, ALIGNED: tl.constexpr):
-    """n, which the compiler then knows to divide by 16: sizes and distances are no part of a compiled kernel."""
+    """n, as a multiple of 16 if ALIGNED: kernels are compiled once for all sizes, so the compiler cannot know it."""
     if ALIGNED:
         n = n // 16 * 16
     return n
@@ -94,7 +111,7 @@ def products(
     x, t, i, j, rows, cols, dim, x_stride, t_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
-    """x[i] @ t[j].T in float32."""
+    """x[i] @ t[j].T [ROWS, COLS] in float32, of x [rows, dim] and t [cols, dim]."""
     dim, x_stride, t_stride = multiple(dim, ALIGNED), multiple(x_stride, ALIGNED), multiple(t_stride, ALIGNED)
     k = tl.arange(0, DEPTH)
     left = x + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -125,20 +142,21 @@ def quarters(p, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def stored(p, i, j, rows, cols, stride):
-    """p[i, j]."""
+    """p[i, j] of p [rows, cols], rows `stride` apart; 0 beyond the edge."""
     mask = (i < rows)[:, None] & (j < cols)[None, :]
     return tl.load(p + i.to(tl.int64)[:, None] * stride + j[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store(out, tile, i, j, rows, cols, stride):
+    """out[i, j] = tile for out [rows, cols], rows `stride` apart; nothing is written beyond the edge."""
     mask = (i < rows)[:, None] & (j < cols)[None, :]
     tl.store(out + i.to(tl.int64)[:, None] * stride + j[None, :], tile, mask=mask)
 
 
 @triton.jit
 def fanned(first, COLS: tl.constexpr):
-    """The columns from first on in the order in which a tile takes them, if its quarters are of 32: see `unfanned`."""
+    """first..first + COLS - 1, in the order in which a tile loads its columns if its quarters are 32 wide."""
     n = tl.arange(0, COLS)
     if COLS % 128 == 0:
         n = n // 32 * 32 + n % 8 // 2 * 8 + n % 32 // 8 * 2 + n % 2
@@ -147,26 +165,15 @@ def fanned(first, COLS: tl.constexpr):
 
 @triton.jit
 def unfanned(p, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Products of fanned columns, in the order of the columns. No data moves: a thread's registers get other names."""
+    """Products of fanned columns, back in column order. No data moves: a thread's registers are only renamed."""
     if COLS % 128 == 0:
         p = tl.reshape(tl.permute(tl.reshape(p, (ROWS, COLS // 32, 4, 4, 2)), (0, 1, 3, 2, 4)), (ROWS, COLS))
     return p
 
 
 @triton.jit
-def tile_products(
-    x, t, row_tile, col_tile, first, rows, cols, dim, x_stride, t_stride,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """The products of a tile of rows first..rows-1."""
-    i, j = first + row_tile * ROWS + tl.arange(0, ROWS), fanned(col_tile * COLS, COLS)
-    p = products(x, t, i, j, rows, cols, dim, x_stride, t_stride, ROWS, COLS, DEPTH, ALIGNED)
-    return unfanned(p, ROWS, COLS)
-
-
-@triton.jit
 def at_edge(row_tile, col_tile, rows, cols, offset, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Whether a tile has positive pairs or lies across the end of the rows or columns."""
+    """Whether a tile contains positives or crosses the end of the rows or columns."""
     return (
         crossed(row_tile, col_tile, offset, ROWS, COLS)
         | (row_tile * ROWS + ROWS > rows)
@@ -176,7 +183,7 @@ def at_edge(row_tile, col_tile, rows, cols, offset, ROWS: tl.constexpr, COLS: tl
 
 @triton.jit
 def softmax_terms(state, stride, weight, bias, at, n):
-    """m − bias and log2(weight / l) of state [2, n]; beyond n, and for a weight of 0, nothing is read: (inf, 0)."""
+    """m − bias and log2(weight / l) from state [2, n]; (inf, 0), without reading, beyond n and for a weight of 0."""
     read = (at < n) & (weight != 0.0)
     m = tl.load(state + at, mask=read, other=float("inf"))
     share = weight / tl.load(state + stride + at, mask=read, other=1.0)
@@ -188,10 +195,18 @@ def softmax_terms(state, stride, weight, bias, at, n):
     do_not_specialize_on_alignment=["a", "q", "scale", "bias", "factor", "row", "col"],
 )
 def terms_kernel(
-    a, q, scale, bias, factor, row, col, row_weight, col_weight, row_terms, col_terms,
+    a,  # [rows] or None: row scales
+    q,  # [cols] or None: column scales
+    scale, bias,  # []
+    factor,  # [] or None
+    row,  # [2, rows] or None: (m, l), row_stride apart
+    col,  # [2, cols] or None: (m, l), col_stride apart
+    row_weight, col_weight,
+    row_terms,  # [4, tall]
+    col_terms,  # [3, wide], followed by the factor
     rows, cols, row_stride, col_stride, tall, wide, NARROW: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """See `Terms`. The first programs make the rows', the others the columns'."""
+    """Computes `Terms`. The first programs compute the rows', the others the columns'."""
     s, b = tl.load(scale), tl.load(bias)
     s = tl.where(tl.abs(s) < LEAST, LEAST, s)
     at = tl.program_id(0) * N + tl.arange(0, N)
@@ -221,8 +236,8 @@ def terms_kernel(
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative, by a polynomial: log(1 + e) itself would lose the small e that make
-    up the loss of far pairs."""
+    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative, by a polynomial: 1 + e would round off a small e, and the loss of
+    negatives far below 0 consists of those."""
     y = tl.fma(e, 0.00523267664, -0.0295051681)
     y = tl.fma(e, y, 0.0782258369)
     y = tl.fma(e, y, -0.13663236)
@@ -235,7 +250,7 @@ def log1p(e):
 
 @triton.jit
 def store_partials(parts, first, second, third, tile, stride, at):
-    """Into parts[tile, :, at] of [tiles, 3, stride]."""
+    """Stores three vectors in parts[tile, :, at]; parts: [tiles, 3, stride]."""
     to = parts + (tile * 3).to(tl.int64) * stride + at
     tl.store(to, first)
     tl.store(to + stride, second)
@@ -255,7 +270,7 @@ def merged_softmax(parts, out, at, n, tiles, stride, out_stride, scale, bias, TI
         part = parts + tile.to(tl.int64)[:, None] * 3 * stride + at[None, :]
         part_m = tl.load(part, mask=mask, other=NONE)
         part_l = tl.load(part + stride, mask=mask, other=0.0)
-        # A tile without a score that counts is left out, but not one whose scores are NaN.
+        # A tile of excluded pairs only is skipped, but not one whose scores are NaN.
         mask = mask & ((part_m != NONE) | (part_l != part_l))
         part_m, part_l = tl.where(mask, part_m + bias, float("-inf")), tl.where(mask, part_l, 0.0)
         highest = tl.maximum(m, tl.max(part_m, 0))
@@ -276,10 +291,14 @@ def merged_softmax(parts, out, at, n, tiles, stride, out_stride, scale, bias, TI
     do_not_specialize_on_alignment=["row", "col", "scale", "bias"],
 )  # fmt: skip
 def merge_softmax_kernel(
-    row_parts, col_parts, row, col, scale, bias, rows, cols, row_tiles, col_tiles, tall, wide, row_stride, col_stride,
-    TILES: tl.constexpr, N: tl.constexpr,
+    row_parts,  # [row_tiles, 3, tall]
+    col_parts,  # [col_tiles, 3, wide]
+    row,  # [3, rows], row_stride apart
+    col,  # [3, cols], col_stride apart
+    scale, bias,  # []
+    rows, cols, row_tiles, col_tiles, tall, wide, row_stride, col_stride, TILES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Both sides at once: the first programs merge row_parts [row_tiles, 3, tall], the others col_parts."""
+    """Both sides at once: the first programs merge row_parts into row, the others col_parts into col."""
     s, b = tl.load(scale), tl.load(bias)
     s = tl.where(tl.abs(s) < LEAST, LEAST, s)
     program, before = tl.program_id(0), tl.cdiv(rows, N)
@@ -291,8 +310,12 @@ def merge_softmax_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles", "n", "stride"], do_not_specialize_on_alignment=["first", "second", "third"])
-def merge_sums_kernel(parts, first, second, third, tiles, n, stride, TILES: tl.constexpr, N: tl.constexpr):
-    """Adds the tiles of parts [tiles, 3, stride] to three vectors [n], in the order of the tiles."""
+def merge_sums_kernel(
+    parts,  # [tiles, 3, stride]
+    first, second, third,  # [n]
+    tiles, n, stride, TILES: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Adds parts, summed over the tiles in their order, to three vectors."""
     at = tl.program_id(0) * N + tl.arange(0, N)
     inside = at < n
     one = tl.load(first + at, mask=inside, other=0.0)
@@ -311,10 +334,10 @@ def merge_sums_kernel(parts, first, second, third, tiles, n, stride, TILES: tl.c
 
 
 class Terms(NamedTuple):
-    """What the tiles of a block need to know, from `terms`.
+    """What depends on a row or a column alone; every tile reads it.
 
     rows [4, tall]: a · scale, a, m − bias, log2(weight / l); cols [3, wide]: q, m − bias, log2(weight / l); padded.
-    factor [1]: what left · g · right is multiplied by, left = a · scale and right = q; in float16 g itself.
+    factor [1]: the factor of left · g · right, where left = a · scale and right = q; in float16 the factor of g.
     """
 
     rows: Tensor
@@ -327,36 +350,36 @@ def terms(
     row: Tensor | None = None, col: Tensor | None = None, row_weight: float = 0.0, col_weight: float = 0.0,
     narrow: bool = False,
 ) -> Terms:  # fmt: skip
-    """Terms of a block. a [rows], q [cols]: float32, or None: all one; scale, bias: float32, 0-d.
+    """The terms of a ScoreTile. a [rows], q [cols]: float32, or None: all one; scale, bias: float32, 0-d.
 
     factor: float32, 0-d: the gradient is factor · a · q · g, in float16 (narrow) factor · g. row [2, rows],
-    col [2, cols]: (m, l) over all pairs, not read where their weight is 0. What is None is not wanted.
+    col [2, cols]: (m, l) over all pairs, not read where their weight is 0. None: terms that are not needed.
     """
     tall, wide = padded(rows), padded(cols)
-    room = torch.empty(4 * tall + 3 * wide + 1, dtype=torch.float32, device=scale.device)
+    memory = torch.empty(4 * tall + 3 * wide + 1, dtype=torch.float32, device=scale.device)
     cut, end = 4 * tall, 4 * tall + 3 * wide
-    made = Terms(room[:cut].view(4, tall), room[cut:end].view(3, wide), room[end:])
+    computed = Terms(memory[:cut].view(4, tall), memory[cut:end].view(3, wide), memory[end:])
     terms_kernel[(-(-tall // TERMS) + -(-wide // TERMS),)](
-        a, q, scale, bias, factor, row, col, row_weight, col_weight, made.rows, made.cols,
+        a, q, scale, bias, factor, row, col, row_weight, col_weight, computed.rows, computed.cols,
         rows, cols, 0 if row is None else row.stride(0), 0 if col is None else col.stride(0), tall, wide,
         NARROW=narrow, N=TERMS,
     )  # fmt: skip
-    return made
+    return computed
 
 
 def partials(rows: int, cols: int, config: TileConfig, both: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Room for three numbers of each row from every tile across it, and with both of each column likewise."""
+    """Allocates parts of the rows [column tiles, 3, tall] and, if both, of the columns [row tiles, 3, wide]."""
     tall, wide = padded(rows), padded(cols)
     across, down = -(-cols // config.cols), -(-rows // config.rows) if both else 0
-    room = torch.empty(3 * (across * tall + down * wide), dtype=torch.float32, device=like.device)
+    memory = torch.empty(3 * (across * tall + down * wide), dtype=torch.float32, device=like.device)
     cut = 3 * across * tall
-    return room[:cut].view(across, 3, tall), room[cut:].view(down, 3, wide) if both else None
+    return memory[:cut].view(across, 3, tall), memory[cut:].view(down, 3, wide) if both else None
 
 
 def merge_softmax(
     row_parts: Tensor, col_parts: Tensor, row: Tensor, col: Tensor, scale: Tensor, bias: Tensor, merge: tuple[int, int]
 ) -> None:
-    """What the tiles found, into the running (m, l, w): row [3, rows], col [3, cols]. merge: tiles × rows at once."""
+    """Merges parts into the running (m, l, w), row [3, rows] and col [3, cols]. merge: tiles × rows at a time."""
     (tiles, n), rows, cols = merge, row.shape[1], col.shape[1]
     merge_softmax_kernel[(-(-rows // n) + -(-cols // n),)](
         row_parts, col_parts, row, col, scale, bias, rows, cols, len(row_parts), len(col_parts),
@@ -365,7 +388,7 @@ def merge_softmax(
 
 
 def merge_sums(parts: Tensor, first: Tensor, second: Tensor, third: Tensor, merge: tuple[int, int]) -> None:
-    """The sums over tiles of parts [tiles, 3, n], added to three vectors [n]."""
+    """Adds parts [tiles, 3, n], summed over the tiles, to three vectors [n]. merge: tiles × rows at a time."""
     tiles, n = merge
     merge_sums_kernel[(-(-len(first) // n),)](
         parts, first, second, third, len(parts), len(first), parts.stride(1), TILES=tiles, N=n

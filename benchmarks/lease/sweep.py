@@ -110,7 +110,7 @@ BANDS = tuple({"bytes": size * MIB} for size in (256, 512, 1024, 2048))
 KEEPS = None, {"share_of_free": 0.5}
 
 
-# ROWS, COLS, DEPTH, warps, stages, registers: kernels/pairs.py's Tile.
+# ROWS, COLS, DEPTH, warps, stages, registers: kernels/pairs.py's TileConfig.
 PAIR_TILES = (
     [128, 128, 64, 8, 4, 128],
     [128, 128, 64, 8, 2, 128],

@@ -1,4 +1,4 @@
-"""csrc/pairs/pairs.cpp on every instruction set of this CPU, against dense float64; the op's own tests do the rest."""
+"""csrc/pairs/pairs.cpp on every instruction set of this CPU, against dense float64; the ops' tests cover the rest."""
 
 import math
 
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    """All calls of the backend on this instruction set, with more threads than there may be work for."""
+    """Runs all calls of the backend on this instruction set, with more threads than some cases have work for."""
     for name in ("pairs_stats", "pairs_softmax_gradient", "pairs_sigmoid"):
         call = getattr(_C, name)
         monkeypatch.setattr(
@@ -39,8 +39,8 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def block_of(rows, cols, dim, image, text, scale, bias, offset, scaled):
-    """A block with rows apart from each other, and its dense float64 c, z and own pairs."""
+def scores_of(rows, cols, dim, image, text, scale, bias, offset, scaled):
+    """A ScoreTile with gaps between its rows, and its dense float64 c, z and positives."""
 
     def features(n, dtype):
         if dtype == I8:
@@ -50,14 +50,14 @@ def block_of(rows, cols, dim, image, text, scale, bias, offset, scaled):
     x, t = features(rows, image), features(cols, text)
     a = torch.rand(rows) + 0.5 if scaled else None
     q = (torch.rand(cols) + 0.5) / (127 * dim**0.5 if text == I8 else 1) if scaled or text == I8 else None
-    block = ScoreTile(x, t, a, q, torch.tensor(scale), torch.tensor(bias), offset)
+    scores = ScoreTile(x, t, a, q, torch.tensor(scale), torch.tensor(bias), offset)
     c = x.double() @ t.double().T
     c = c * (1 if a is None else a.double()[:, None]) * (1 if q is None else q.double())
-    own = torch.zeros(rows, cols, dtype=torch.float64)
+    positive = torch.zeros(rows, cols, dtype=torch.float64)
     for i in range(rows):
         if 0 <= i + offset < cols:
-            own[i, i + offset] = 1
-    return block, c, scale * c + bias, own
+            positive[i, i + offset] = 1
+    return scores, c, scale * c + bias, positive
 
 
 def guarded(rows, cols, dtype=F32):
@@ -80,11 +80,11 @@ def state_of(z, dim):
     return torch.stack([m, (z - m.unsqueeze(dim)).exp().sum(dim)])
 
 
-def features_gradients(block, g):
-    x, t = block.x.double(), block.t.double()
-    a = torch.ones(len(x), 1).double() if block.a is None else block.a.double()[:, None]
-    q = torch.ones(len(t), 1).double() if block.q is None else block.q.double()[:, None]
-    scale = block.scale.double()
+def features_gradients(scores, g):
+    x, t = scores.x.double(), scores.t.double()
+    a = torch.ones(len(x), 1).double() if scores.a is None else scores.a.double()[:, None]
+    q = torch.ones(len(t), 1).double() if scores.q is None else scores.q.double()[:, None]
+    scale = scores.scale.double()
     return scale * a * ((g * q.T) @ t), scale * q * ((g * a).T @ x)
 
 
@@ -94,12 +94,12 @@ def assert_near(got, wanted, tolerance):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_stats(isa, case):
-    block, c, z, own = block_of(*case)
+    scores, c, z, positive = scores_of(*case)
     rows, cols = c.shape
     row, col, mine = started(rows), started(cols + 3)[:, :cols], torch.full((rows,), 5.0)
     keep, untouched = guarded(rows, cols)
-    cpp_pairs.stats(block, row, col, mine, keep)
-    others = z.masked_fill(own.bool(), -torch.inf)
+    cpp_pairs.stats(scores, row, col, mine, keep)
+    others = z.masked_fill(positive.bool(), -torch.inf)
     for state, dim in ((row.double(), 1), (col.double(), 0)):
         lse = others.logsumexp(dim)
         some = lse.isfinite()
@@ -108,13 +108,13 @@ def test_stats(isa, case):
         expected = (others - lse.unsqueeze(dim)).exp().mul(c).sum(dim)
         torch.testing.assert_close((state[2] / state[1])[some], expected[some], rtol=1e-4, atol=1e-5)
     assert untouched()
-    assert_near(keep, block.x.double() @ block.t.double().T, 1e-6)
-    has = own.any(dim=1)
-    torch.testing.assert_close(mine[has].double(), (c * own).sum(dim=1)[has], rtol=1e-5, atol=1e-6)
+    assert_near(keep, scores.x.double() @ scores.t.double().T, 1e-6)
+    has = positive.any(dim=1)
+    torch.testing.assert_close(mine[has].double(), (c * positive).sum(dim=1)[has], rtol=1e-5, atol=1e-6)
     assert (mine[~has] == 5).all()
-    # The same again: every sum doubles, every mean stays.
+    # Merged once more: every sum doubles, every mean stays.
     before = row.clone(), col.clone()
-    cpp_pairs.stats(block, row, col, mine, None)
+    cpp_pairs.stats(scores, row, col, mine, None)
     for state, old in zip((row, col), before, strict=True):
         torch.testing.assert_close(state[0] + state[1].log(), old[0] + (2 * old[1]).log(), rtol=1e-6, atol=1e-5)
 
@@ -122,49 +122,53 @@ def test_stats(isa, case):
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 2.0)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grads(isa, case, weights):
-    block, c, z, own = block_of(*case)
+    scores, c, z, positive = scores_of(*case)
     rows, cols = c.shape
-    own_g = torch.randn(rows)
+    positive_g = torch.randn(rows)
     row, col = state_of(z, 1), state_of(z, 0)
     g = weights[0] * (z - row[0][:, None]).exp() / row[1][:, None] + weights[1] * (z - col[0]).exp() / col[1]
-    g = torch.where(own.bool(), own_g.double()[:, None], g)
-    d_image, d_text = features_gradients(block, 0.7 * g)
+    g = torch.where(positive.bool(), positive_g.double()[:, None], g)
+    d_image, d_text = features_gradients(scores, 0.7 * g)
     states = [row.float(), col.float()]
     for weight, state in zip(weights, states, strict=True):
         if not weight:
-            state.fill_(torch.nan)  # not to be looked at
+            state.fill_(torch.nan)  # not to be read
     kept, _ = guarded(rows, cols)
-    kept.copy_(block.x.double() @ block.t.double().T)
-    narrow = block.x.dtype != F32
+    kept.copy_(scores.x.double() @ scores.t.double().T)
+    narrow = scores.x.dtype != F32
     tolerance = 5e-3 if narrow else 5e-5
-    for scores in (kept, None):
-        for dtype in {F32, block.x.dtype}:
-            out = torch.full((rows, block.x.shape[1]), torch.nan, dtype=dtype)
-            cpp_pairs.grads(block, SoftmaxGradient(*states, *weights, own_g), 0.7, scores, FeatureGradients(out, None))
+    for stored in (kept, None):
+        for dtype in {F32, scores.x.dtype}:
+            out = torch.full((rows, scores.x.shape[1]), torch.nan, dtype=dtype)
+            cpp_pairs.grads(
+                scores, SoftmaxGradient(*states, *weights, positive_g), 0.7, stored, FeatureGradients(out, None)
+            )
             assert_near(out, d_image, tolerance)
-        if block.t.dtype != I8:
-            text = torch.ones(cols, block.x.shape[1])
-            cpp_pairs.grads(block, SoftmaxGradient(*states, *weights, own_g), 0.7, scores, FeatureGradients(None, text))
+        if scores.t.dtype != I8:
+            text = torch.ones(cols, scores.x.shape[1])
+            cpp_pairs.grads(
+                scores, SoftmaxGradient(*states, *weights, positive_g), 0.7, stored, FeatureGradients(None, text)
+            )
             assert_near(text - 1, d_text, tolerance + 1e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sigmoid(isa, case, monkeypatch):
-    block, c, z, own = block_of(*case)
+    scores, c, z, positive = scores_of(*case)
     rows, cols = c.shape
-    y = 2 * own - 1
+    y = 2 * positive - 1
     g = -y * torch.sigmoid(-y * z)
-    d_image, d_text = features_gradients(block, 0.7 * g)
-    tolerance = 5e-3 if block.x.dtype != F32 else 5e-5
-    trained = block.t.dtype != I8
-    for kept_rows in (rows, 7):  # all scores kept for the texts' gradient, or chunk by chunk
+    d_image, d_text = features_gradients(scores, 0.7 * g)
+    tolerance = 5e-3 if scores.x.dtype != F32 else 5e-5
+    trained = scores.t.dtype != I8
+    for kept_rows in (rows, 7):  # scores are kept for the texts' gradient as a whole, or chunk by chunk
         monkeypatch.setattr(cpp_pairs, "KEEP_BYTES", 0)
         monkeypatch.setattr(cpp_pairs, "KEEP_ROWS", kept_rows)
         loss, d_scale, d_bias = torch.ones(3, rows)
-        out = torch.full((rows, block.x.shape[1]), torch.nan)
-        text = torch.ones(cols, block.x.shape[1])
+        out = torch.full((rows, scores.x.shape[1]), torch.nan)
+        text = torch.ones(cols, scores.x.shape[1])
         cpp_pairs.sigmoid(
-            block, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(out, text if trained else None)
+            scores, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(out, text if trained else None)
         )
         assert_near(loss - 1, F.softplus(-y * z).sum(1), 1e-6)
         assert_near(d_scale - 1, 0.7 * (g * c).sum(1), 1e-5)
@@ -173,40 +177,40 @@ def test_sigmoid(isa, case, monkeypatch):
         if trained:
             assert_near(text - 1, d_text, tolerance + 1e-6)
     loss = torch.zeros(rows)
-    cpp_pairs.sigmoid(block, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(None, None))
+    cpp_pairs.sigmoid(scores, 0.7, SigmoidSums(loss, d_scale, d_bias), FeatureGradients(None, None))
     assert_near(loss, F.softplus(-y * z).sum(1), 1e-6)
 
 
 @pytest.mark.parametrize("scale", [3.0, 300.0])
 def test_rows_and_columns_of_very_different_size(isa, scale):
-    """Tiles whose largest entries lie too far apart for one reference: two exponentials an element."""
+    """Tiles whose maxima are too far apart for a common reference, so that an element takes two exponentials."""
     rows, cols, dim = 100, 600, 16
     x, t = torch.randn(rows, dim), torch.randn(cols, dim)
     x[::7] *= 0.01
     t[::5] *= 30
     x[3] = 0
     t[4] = 0
-    block = ScoreTile(x, t, None, None, torch.tensor(scale), torch.tensor(0.0), 0)
+    scores = ScoreTile(x, t, None, None, torch.tensor(scale), torch.tensor(0.0), 0)
     z = scale * (x.double() @ t.double().T)
     row, col = started(rows), started(cols)
-    cpp_pairs.stats(block, row, col, torch.empty(rows), None)
-    own = torch.eye(rows, cols, dtype=torch.bool)
-    others = z.masked_fill(own, -torch.inf)
+    cpp_pairs.stats(scores, row, col, torch.empty(rows), None)
+    positive = torch.eye(rows, cols, dtype=torch.bool)
+    others = z.masked_fill(positive, -torch.inf)
     row_lse, col_lse = (state[0] + state[1].log() for state in (row, col))
     for got, wanted in ((row_lse, others.logsumexp(1)), (col_lse, others.logsumexp(0))):
         assert ((got - wanted).abs() <= 1e-6 * z.abs().max()).all()
-    out, own_g = torch.empty(rows, dim), torch.randn(rows)
+    out, positive_g = torch.empty(rows, dim), torch.randn(rows)
     states = state_of(z, 1), state_of(z, 0)
     cpp_pairs.grads(
-        block,
-        SoftmaxGradient(*(state.float() for state in states), 1.0, 1.0, own_g),
+        scores,
+        SoftmaxGradient(*(state.float() for state in states), 1.0, 1.0, positive_g),
         1.0,
         None,
         FeatureGradients(out, None),
     )
     assert out.isfinite().all()
     g = (z - states[0][0][:, None]).exp() / states[0][1][:, None] + (z - states[1][0]).exp() / states[1][1]
-    g = torch.where(own, own_g.double()[:, None], g)
+    g = torch.where(positive, positive_g.double()[:, None], g)
     # Probabilities of logits this large are no better than the float32 that holds the logits.
     assert_near(out, scale * (g @ t.double()), 2e-7 * z.abs().max().item() + 1e-5)
 
@@ -214,20 +218,20 @@ def test_rows_and_columns_of_very_different_size(isa, scale):
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_nan_goes_through(isa, dtype, side):
-    block, c, *_ = block_of(50, 70, 9, dtype, dtype, 10.0, 0.0, 0, False)
-    (block.x if side == "image" else block.t)[11, 3] = torch.nan
+    scores, c, *_ = scores_of(50, 70, 9, dtype, dtype, 10.0, 0.0, 0, False)
+    (scores.x if side == "image" else scores.t)[11, 3] = torch.nan
     row, col = started(50), started(70)
-    cpp_pairs.stats(block, row, col, torch.empty(50), None)
-    # Row 11, or column 11, is NaN, and with it every column, or row, but perhaps the one that owns the pair there.
+    cpp_pairs.stats(scores, row, col, torch.empty(50), None)
+    # Row 11 (or column 11) is NaN, and so is every column (or row) except perhaps that of its positive.
     one, others = (row[1], col[1]) if side == "image" else (col[1], row[1])
     assert one[11].isnan() and others.isnan().sum() >= len(others) - 1
     loss = torch.zeros(3, 50)
-    cpp_pairs.sigmoid(block, 1.0, SigmoidSums(*loss), FeatureGradients(None, None))
+    cpp_pairs.sigmoid(scores, 1.0, SigmoidSums(*loss), FeatureGradients(None, None))
     assert loss[0].isnan().any()
 
 
 def test_the_number_of_threads_does_not_change_an_images_gradient():
-    block, c, z, own = block_of(500, 500, 40, F32, F32, 14.3, 0.0, 0, False)
+    scores, c, z, positive = scores_of(500, 500, 40, F32, F32, 14.3, 0.0, 0, False)
     states = state_of(z, 1).float(), state_of(z, 0).float()
     outs = []
     threads = torch.get_num_threads()
@@ -236,7 +240,7 @@ def test_the_number_of_threads_does_not_change_an_images_gradient():
             torch.set_num_threads(n)
             out = torch.empty(500, 40)
             cpp_pairs.grads(
-                block, SoftmaxGradient(*states, 1.0, 1.0, torch.zeros(500)), 1.0, None, FeatureGradients(out, None)
+                scores, SoftmaxGradient(*states, 1.0, 1.0, torch.zeros(500)), 1.0, None, FeatureGradients(out, None)
             )
             outs.append(out)
     finally:
@@ -245,11 +249,11 @@ def test_the_number_of_threads_does_not_change_an_images_gradient():
 
 
 def test_the_same_bits_every_time():
-    """Whichever thread is the faster: a run that is resumed must be the run that went on."""
+    """Whichever thread is faster: a resumed run must equal an uninterrupted one."""
     torch.manual_seed(0)
     text, values = F.normalize(torch.randn(1200, 16), dim=1), torch.randn(1200, 16)
     scale, threads, seen = torch.tensor(14.3, requires_grad=True), torch.get_num_threads(), set()
-    torch.set_num_threads(5)  # more than there are cores, often: they come in any order
+    torch.set_num_threads(5)  # usually more than there are cores, so that they finish in any order
     try:
         for turn in range(60):
             image = values.clone().requires_grad_()
@@ -274,10 +278,10 @@ def test_scratch_is_used_again_and_released():
 
 
 def test_an_unknown_instruction_set_is_an_error():
-    block, *_ = block_of(*CASES[0])
+    scores, *_ = scores_of(*CASES[0])
     with pytest.raises(ValueError, match="no 'mmx'"):
         _C.pairs_stats(
-            cpp_pairs._pairs(block),
+            cpp_pairs._pairs(scores),
             row=0,
             row_stride=0,
             col=0,

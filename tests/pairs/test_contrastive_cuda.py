@@ -1,7 +1,7 @@
 """The "cuda" backend of the pair losses against the dense definition in float64.
 
-Every test of values runs twice: on a GPU, and here with the kernels compiled for the CPU by tests/cuda_on_cpu.h,
-which runs them thread by thread as they are written.
+Every test of values runs twice: on a GPU, and with the kernels compiled for the CPU by tests/cuda_on_cpu.h, which
+runs them thread by thread as they are written.
 """
 
 import contextlib
@@ -27,12 +27,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    # Thread blocks of many rows are had with fewer of them than would fill a GPU.
+    # So that thread blocks get several rows each although there are too few to fill a GPU.
     return emulate(
         tmp_path_factory.mktemp("emulated"),
         ["contrastive", "positives", "sigmoid", "score_tiles", "dequant"],
         ["pairs"],
-        "pairs",
         more='module.def("gemm", [] { return reinterpret_cast<std::uintptr_t>(&emulated::gemm_ex); });',
         edit=lambda text: text.replace("kMinBlocks = 512", "kMinBlocks = 3"),
     )
@@ -40,9 +39,9 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture(params=[None, [24, 72]], ids=["whole", "in blocks"])
 def on(request, monkeypatch):
-    """on(device): the device, with the backend made to work there and its scratch memory poisoned.
+    """on(device): makes the backend work on a device, poisons its scratch memory and returns the device.
 
-    Twice: with the table's blocks, larger than any matrix here, and with small ones and bands of 24 rows.
+    Twice: with the table's blocks, larger than any matrix of these tests, and with small blocks and bands of 24 rows.
     """
 
     def prepare(device: str) -> str:
@@ -65,12 +64,12 @@ def on(request, monkeypatch):
 
 
 def make(shape, dtype, device, offset=0, scaled="aq", codes=False, scale=14.3, bias=-3.0, seed=0):
-    """A block of normalised features; rows of x and t lie further apart than they are long."""
+    """A ScoreTile of normalized features, with gaps between the rows of x and t."""
     rows, cols, dim = shape
     generator = torch.Generator().manual_seed(seed + 7 * rows + cols)
     image = torch.randn(rows, dim + 8, generator=generator)[:, :dim]
     text = torch.randn(cols, dim + 8, generator=generator)[:, :dim]
-    for i in range(rows):  # own pairs are alike
+    for i in range(rows):  # positives are similar
         if 0 <= i + offset < cols:
             text[i + offset] += image[i]
     a, q = 1 / image.norm(dim=1), 1 / text.norm(dim=1)
@@ -98,23 +97,23 @@ def padded(matrix):
     return wide[:, : matrix.shape[1]]
 
 
-def dense(block):
-    """c, z and the mask of own pairs, in float64 on the CPU."""
-    c = block.x.cpu().double() @ block.t.cpu().double().T
-    if block.a is not None:
-        c = c * block.a.cpu().double()[:, None]
-    if block.q is not None:
-        c = c * block.q.cpu().double()
-    own = torch.arange(c.shape[0])[:, None] + block.offset == torch.arange(c.shape[1])
-    return c, c * block.scale.cpu().double() + block.bias.cpu().double(), own
+def dense(scores):
+    """c, z and the mask of positives, in float64 on the CPU."""
+    c = scores.x.cpu().double() @ scores.t.cpu().double().T
+    if scores.a is not None:
+        c = c * scores.a.cpu().double()[:, None]
+    if scores.q is not None:
+        c = c * scores.q.cpu().double()
+    positive = torch.arange(c.shape[0])[:, None] + scores.offset == torch.arange(c.shape[1])
+    return c, c * scores.scale.cpu().double() + scores.bias.cpu().double(), positive
 
 
-def features(block, g, alpha):
+def features(scores, g, alpha):
     """The features' gradients of g, in float64 on the CPU."""
-    a = torch.ones(len(block.x)).double() if block.a is None else block.a.cpu().double()
-    q = torch.ones(len(block.t)).double() if block.q is None else block.q.cpu().double()
-    k = alpha * block.scale.cpu().double() * a[:, None] * g * q
-    return k @ block.t.cpu().double(), k.T @ block.x.cpu().double()
+    a = torch.ones(len(scores.x)).double() if scores.a is None else scores.a.cpu().double()
+    q = torch.ones(len(scores.t)).double() if scores.q is None else scores.q.cpu().double()
+    k = alpha * scores.scale.cpu().double() * a[:, None] * g * q
+    return k @ scores.t.cpu().double(), k.T @ scores.x.cpu().double()
 
 
 def close(found, expected, tolerance):
@@ -129,7 +128,7 @@ def level(expected):
 
 
 def guarded(rows, cols, dtype, device, gap=0):
-    """A poisoned [rows, cols] inside a larger buffer, rows cols + gap apart, and a check that nothing else changed."""
+    """A poisoned [rows, cols] with rows cols + gap apart in a larger buffer, and a check that the rest is untouched."""
     buffer = torch.full((rows + 2, cols + gap), float("nan"), dtype=dtype, device=device)
     outside = torch.ones(buffer.shape, dtype=torch.bool)
     outside[1:-1, :cols] = False
@@ -141,27 +140,27 @@ def guarded(rows, cols, dtype, device, gap=0):
 
 
 def states(rows, cols, device):
-    """Row and column states at their start, as views whose three rows lie apart, and own pairs yet unknown."""
+    """Initial row and column statistics, as views with gaps between their three rows, and unwritten positives."""
     row, col = (torch.full((3, n + 5), 7.0, device=device)[:, 2 : n + 2] for n in (rows, cols))
     for state in (row, col):
         state[0], state[1:] = -torch.inf, 0
     return row, col, torch.full((rows,), 5.0, device=device)
 
 
-def pieces(block):
-    """The block cut in four (fewer where it is one row or column), with their slices."""
-    rows, cols = len(block.x), len(block.t)
+def pieces(scores):
+    """The tile in four pieces (fewer if it has one row or column), with their slices."""
+    rows, cols = len(scores.x), len(scores.t)
     for i in (slice(0, rows // 3), slice(rows // 3, rows)):
         for j in (slice(0, cols // 2), slice(cols // 2, cols)):
             if i.stop > i.start and j.stop > j.start:
-                a = None if block.a is None else block.a[i]
-                q = None if block.q is None else block.q[j]
-                offset = block.offset + i.start - j.start
-                yield i, j, ScoreTile(block.x[i], block.t[j], a, q, block.scale, block.bias, offset)
+                a = None if scores.a is None else scores.a[i]
+                q = None if scores.q is None else scores.q[j]
+                offset = scores.offset + i.start - j.start
+                yield i, j, ScoreTile(scores.x[i], scores.t[j], a, q, scores.scale, scores.bias, offset)
 
 
 def softmax(z, device, part=0.9):
-    """(m, l) of rows and columns of which z is a part, as views whose two rows lie apart."""
+    """(m, l) of the rows and columns of which z is a part, as views with a gap between their two rows."""
     for dim in (1, 0):
         m = z.amax(dim)
         state = torch.full((2, len(m) + 5), torch.nan, dtype=torch.float64)
@@ -169,7 +168,7 @@ def softmax(z, device, part=0.9):
         yield state.float().to(device)[:, 2:-3]
 
 
-def gradient(z, own, row, col, row_weight, col_weight, own_g):
+def gradient(z, positive, row, col, row_weight, col_weight, positive_g):
     """g, in float64 on the CPU."""
     (m_row, l_row), (m_col, l_col) = row.cpu().double(), col.cpu().double()
     g = torch.zeros_like(z)
@@ -177,14 +176,14 @@ def gradient(z, own, row, col, row_weight, col_weight, own_g):
         g += row_weight * (z - m_row[:, None]).exp() / l_row[:, None]
     if col_weight:
         g += col_weight * (z - m_col).exp() / l_col
-    return torch.where(own, own_g.cpu().double()[:, None], g)
+    return torch.where(positive, positive_g.cpu().double()[:, None], g)
 
 
-def check_states(row, col, own, block):
-    c, z, mask = dense(block)
+def check_states(row, col, positive, scores):
+    c, z, mask = dense(scores)
     others = z.masked_fill(mask, -torch.inf)
     for state, dim in ((row, 1), (col, 0)):
-        lonely = others.amax(dim) == -torch.inf  # nothing but its own pair
+        lonely = others.amax(dim) == -torch.inf  # no negatives
         assert (state[0, lonely] == -torch.inf).all() and (state[1:, lonely] == 0).all()
         m, total, w = state.cpu().double()[:, ~lonely]
         lse = others.logsumexp(dim)
@@ -195,11 +194,11 @@ def check_states(row, col, own, block):
         # Weights of a softmax, each to the rounding of a float32 z.
         assert ((w / total - weighted).abs() <= 2e-5).all()
     here = mask.any(dim=1)
-    close(own.cpu()[here], c[mask], 1e-5)
-    assert (own.cpu()[~here] == 5.0).all()
+    close(positive.cpu()[here], c[mask], 1e-5)
+    assert (positive.cpu()[~here] == 5.0).all()
 
 
-# Which side has scales, and whether the text is int8; every other one meets the first and third, or second and fourth.
+# Which side has scales, and whether the text is int8; cases alternate between WANTED[0::2] and WANTED[1::2].
 CASES = [("", False), ("a", False), ("q", False), ("aq", False), ("", True), ("a", True), ("aq", False)]
 WANTED = [(True, True), (False, True), (True, False), (False, False)]  # the images' gradient, the texts'
 
@@ -211,22 +210,22 @@ def test_statistics_whole_and_in_pieces(device, shape, on):
     rows, cols, _ = shape
     for number, offset in enumerate([0, 3, -2, cols, -rows, 2**40]):
         scaled, codes = CASES[(number + rows) % len(CASES)]
-        block = make(shape, DTYPES[number % 3], device, offset if offset != 2**40 else 0, scaled, codes)
-        block = ScoreTile(block.x, block.t, block.a, block.q, block.scale, block.bias, offset)
-        row, col, own = states(rows, cols, device)
-        cuda_pairs.stats(block, row, col, own, None)
-        check_states(row, col, own, block)
+        scores = make(shape, DTYPES[number % 3], device, offset if offset != 2**40 else 0, scaled, codes)
+        scores = ScoreTile(scores.x, scores.t, scores.a, scores.q, scores.scale, scores.bias, offset)
+        row, col, positive = states(rows, cols, device)
+        cuda_pairs.stats(scores, row, col, positive, None)
+        check_states(row, col, positive, scores)
         for state in (row, col):
             edges = state._base.cpu()
             assert (edges[:, :2] == 7).all() and (edges[:, -3:] == 7).all()
         if number == 0:  # the same bits at every run
             again = states(rows, cols, device)
-            cuda_pairs.stats(block, *again, None)
-            assert all(torch.equal(x, y) for x, y in zip((row, col, own), again, strict=True))
-        row, col, own = states(rows, cols, device)
-        for i, j, piece in pieces(block):
-            cuda_pairs.stats(piece, row[:, i], col[:, j], own[i], None)
-        check_states(row, col, own, block)
+            cuda_pairs.stats(scores, *again, None)
+            assert all(torch.equal(x, y) for x, y in zip((row, col, positive), again, strict=True))
+        row, col, positive = states(rows, cols, device)
+        for i, j, piece in pieces(scores):
+            cuda_pairs.stats(piece, row[:, i], col[:, j], positive[i], None)
+        check_states(row, col, positive, scores)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -237,28 +236,30 @@ def test_gradients_kept_and_recomputed(device, shape, dtype, on):
     rows, cols, dim = shape
     for number, (scaled, codes) in enumerate(CASES):
         offset = [0, 2, -1][number % 3]
-        block = make(shape, dtype, device, offset, scaled, codes)
-        _, z, own = dense(block)
+        scores = make(shape, dtype, device, offset, scaled, codes)
+        _, z, positive = dense(scores)
         weights, alpha = (0.5 / rows, 0.3 / cols), 0.7
         row, col = softmax(z, device)
-        own_g = -torch.rand(rows, generator=torch.Generator().manual_seed(number)) / rows
-        own_g[~own.any(dim=1)] = torch.nan  # not of this block
-        own_g = own_g.to(device)
-        expected = features(block, gradient(z, own, row, col, *weights, own_g), alpha)
+        positive_g = -torch.rand(rows, generator=torch.Generator().manual_seed(number)) / rows
+        positive_g[~positive.any(dim=1)] = torch.nan  # not in this tile
+        positive_g = positive_g.to(device)
+        expected = features(scores, gradient(z, positive, row, col, *weights, positive_g), alpha)
 
         keep, keep_untouched = guarded(rows, cols, torch.float32, device, gap=number % 4)
-        cuda_pairs.stats(block, *states(rows, cols, device), keep)
+        cuda_pairs.stats(scores, *states(rows, cols, device), keep)
         kept_before = keep.clone()
-        close(keep, block.x.cpu().double() @ block.t.cpu().double().T, 1e-6)
+        close(keep, scores.x.cpu().double() @ scores.t.cpu().double().T, 1e-6)
         for kept, out_dtype in ((None, dtype), (keep, torch.float32)):
             for want_image, want_text in WANTED[number % 2 :: 2]:
                 image, image_untouched = guarded(rows, dim, out_dtype, device)
                 text, text_untouched = guarded(cols, dim, torch.float32, device)
-                before = level(expected[1])  # what is added to: of a size at which the sum keeps what is added
+                before = level(
+                    expected[1]
+                )  # the initial value, small enough that the sum keeps the digits of what is added
                 text.fill_(before)
                 wanted = image if want_image else None, text if want_text else None
                 cuda_pairs.grads(
-                    block, SoftmaxGradient(row, col, *weights, own_g), alpha, kept, FeatureGradients(*wanted)
+                    scores, SoftmaxGradient(row, col, *weights, positive_g), alpha, kept, FeatureGradients(*wanted)
                 )
                 if want_image:  # rounded once more unless it is float32
                     close(image, expected[0], STEP[dtype] * (1 if out_dtype == torch.float32 else 2))
@@ -278,9 +279,9 @@ def test_gradients_kept_and_recomputed(device, shape, dtype, on):
 def test_a_side_of_weight_zero_is_not_read(device, dtype, on):
     device = on(device)
     rows, cols, dim = shape = 19, 131, 10
-    block = make(shape, dtype, device, 1)
-    _, z, own = dense(block)
-    own_g = torch.full((rows,), -0.3, device=device)
+    scores = make(shape, dtype, device, 1)
+    _, z, positive = dense(scores)
+    positive_g = torch.full((rows,), -0.3, device=device)
     for weights in ((0.4, 0.0), (0.0, 0.4), (0.0, 0.0)):
         row, col = softmax(z, device)
         for state, weight in zip((row, col), weights, strict=True):
@@ -288,8 +289,10 @@ def test_a_side_of_weight_zero_is_not_read(device, dtype, on):
                 if not weight:
                     state[:, i::5] = torch.tensor(wrong, device=device)[:, None]
         image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
-        cuda_pairs.grads(block, SoftmaxGradient(row, col, *weights, own_g), 1.0, None, FeatureGradients(image, text))
-        expected = features(block, gradient(z, own, row, col, *weights, own_g), 1.0)
+        cuda_pairs.grads(
+            scores, SoftmaxGradient(row, col, *weights, positive_g), 1.0, None, FeatureGradients(image, text)
+        )
+        expected = features(scores, gradient(z, positive, row, col, *weights, positive_g), 1.0)
         close(image, expected[0], STEP[dtype])
         close(text, expected[1], STEP[dtype])
 
@@ -300,36 +303,36 @@ def test_a_side_of_weight_zero_is_not_read(device, dtype, on):
 def test_own_pairs_of_any_size_stay_apart(device, dtype, n, on):
     device = on(device)
     x = 200 * torch.eye(n, dtype=dtype, device=device)
-    own_g = -torch.rand(n, generator=torch.Generator().manual_seed(n)).to(device)
-    for huge in (1e38, -1e38):  # own pairs' z is infinite, others' is the bias
-        block = ScoreTile(x, x, None, None, torch.tensor(huge, device=device), torch.tensor(-3.0, device=device), 0)
-        row, col, own = states(n, n, device)
-        cuda_pairs.stats(block, row, col, own, None)
+    positive_g = -torch.rand(n, generator=torch.Generator().manual_seed(n)).to(device)
+    for huge in (1e38, -1e38):  # the positives' z is infinite, the negatives' is the bias
+        scores = ScoreTile(x, x, None, None, torch.tensor(huge, device=device), torch.tensor(-3.0, device=device), 0)
+        row, col, positive = states(n, n, device)
+        cuda_pairs.stats(scores, row, col, positive, None)
         for state in (row, col):
             assert (state[0] == (-3.0 if n > 1 else -torch.inf)).all()
             assert (state[1] == n - 1).all() and (state[2] == 0).all()
-        assert (own == 4e4).all()
+        assert (positive == 4e4).all()
         states_ = torch.tensor([[-3.0], [n]], device=device).repeat(1, n)
         image, text = torch.empty(n, n, device=device), torch.zeros(n, n, device=device)
         cuda_pairs.grads(
-            block,
-            SoftmaxGradient(states_, states_, 0.5 / n, 0.5 / n, own_g),
+            scores,
+            SoftmaxGradient(states_, states_, 0.5 / n, 0.5 / n, positive_g),
             1e-36,
             None,
             FeatureGradients(image, text),
         )
         g = torch.full((n, n), 1 / n**2).double()
-        g.diagonal().copy_(own_g)
-        for found, expected in zip((image, text), features(block, g, 1e-36), strict=True):
+        g.diagonal().copy_(positive_g)
+        for found, expected in zip((image, text), features(scores, g, 1e-36), strict=True):
             close(found, expected, STEP[dtype])
-    # The same of products that are infinite or NaN.
+    # The same with infinite or NaN products.
     a, middle = torch.full((n,), 1e30, device=device), torch.arange(n, device=device) == n // 2
     for broken in (middle & False, middle):
         image = x.masked_fill(broken[:, None], torch.nan)
-        block = ScoreTile(image, x, a, a, torch.tensor(2.0, device=device), torch.tensor(1.0, device=device), 0)
-        row, col, own = states(n, n, device)
-        cuda_pairs.stats(block, row, col, own, None)
-        assert own[broken].isnan().all() and (own[~broken] == torch.inf).all()
+        scores = ScoreTile(image, x, a, a, torch.tensor(2.0, device=device), torch.tensor(1.0, device=device), 0)
+        row, col, positive = states(n, n, device)
+        cuda_pairs.stats(scores, row, col, positive, None)
+        assert positive[broken].isnan().all() and (positive[~broken] == torch.inf).all()
         for state, bad in ((row, broken), (col, broken.any() & ~middle)):
             bad = bad & (n > 1)
             assert state[1, bad].isnan().all() and (state[1, ~bad] == n - 1).all() and (state[2, ~bad] == 0).all()
@@ -349,11 +352,11 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
     rows, cols, dim = shape
     for number, (scaled, codes) in enumerate(CASES):
         offset = [0, 2, -1, cols][number % 4]
-        block = make(shape, dtype, device, offset, scaled, codes, scale=10.0, bias=-5.0)
-        c, z, own = dense(block)
-        y = own.double() * 2 - 1
+        scores = make(shape, dtype, device, offset, scaled, codes, scale=10.0, bias=-5.0)
+        c, z, positive = dense(scores)
+        y = positive.double() * 2 - 1
         alpha, g = 0.3, -y * torch.sigmoid(-y * z)
-        expected = features(block, g, alpha)
+        expected = features(scores, g, alpha)
         for want_image, want_text in WANTED[number % 2 :: 2]:
             sums = [torch.full((rows + 4,), 0.5, device=device) for _ in range(3)]
             image, image_untouched = guarded(rows, dim, dtype if want_text else torch.float32, device)
@@ -361,7 +364,7 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
             before = level(expected[1])
             text.fill_(before)
             cuda_pairs.sigmoid(
-                block,
+                scores,
                 alpha,
                 SigmoidSums(*(x[2:-2] for x in sums)),
                 FeatureGradients(image if want_image else None, text if want_text else None),
@@ -382,45 +385,45 @@ def test_sigmoid_in_one_pass(device, shape, dtype, on):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [40, -30, 150, -90, 520])
 def test_own_pairs_among_interior_tiles(device, dtype, offset, on):
-    """Own pairs in the middle of a strip, before and after tiles that have none, and beside a ragged edge; the second
+    """Positives in the middle of a strip, before and after tiles without any, and next to a ragged edge; the second
     block of columns starts where rows are not aligned."""
     device = on(device)
     rows, cols, dim = shape = 137, 700, 6
     for width in (cols, 323):
         with tuned.using("pairs", "block", [rows, width]), tuned.using("pairs", "band", {"bytes": 1 << 30}):
-            block = make(shape, dtype, device, offset, "aq")
-            _, z, own = dense(block)
-            state_row, state_col, own_c = states(rows, cols, device)
+            scores = make(shape, dtype, device, offset, "aq")
+            _, z, positive = dense(scores)
+            state_row, state_col, positive_c = states(rows, cols, device)
             keep, keep_untouched = guarded(rows, cols, torch.float32, device)
-            cuda_pairs.stats(block, state_row, state_col, own_c, keep)
+            cuda_pairs.stats(scores, state_row, state_col, positive_c, keep)
             keep_untouched()
-            check_states(state_row, state_col, own_c, block)
+            check_states(state_row, state_col, positive_c, scores)
 
             row, col = softmax(z, device)
-            own_g = torch.full((rows,), -0.01, device=device)
-            expected = features(block, gradient(z, own, row, col, 0.01, 0.02, own_g), 0.7)
+            positive_g = torch.full((rows,), -0.01, device=device)
+            expected = features(scores, gradient(z, positive, row, col, 0.01, 0.02, positive_g), 0.7)
             for kept in (None, keep):
                 image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
                 cuda_pairs.grads(
-                    block, SoftmaxGradient(row, col, 0.01, 0.02, own_g), 0.7, kept, FeatureGradients(image, text)
+                    scores, SoftmaxGradient(row, col, 0.01, 0.02, positive_g), 0.7, kept, FeatureGradients(image, text)
                 )
                 close(image, expected[0], STEP[dtype])
                 close(text, expected[1], STEP[dtype])
 
-            block = make(shape, dtype, device, offset, "aq", scale=20.0, bias=-6.0)
-            c, z, own = dense(block)
-            y = own.double() * 2 - 1
+            scores = make(shape, dtype, device, offset, "aq", scale=20.0, bias=-6.0)
+            c, z, positive = dense(scores)
+            y = positive.double() * 2 - 1
             g = -y * torch.sigmoid(-y * z)
             for wanted in (True, False):
                 sums = [torch.zeros(rows, device=device) for _ in range(3)]
                 image, text = torch.empty(rows, dim, device=device), torch.zeros(cols, dim, device=device)
                 cuda_pairs.sigmoid(
-                    block, 1.0, SigmoidSums(*sums), FeatureGradients(*((image, text) if wanted else (None, None)))
+                    scores, 1.0, SigmoidSums(*sums), FeatureGradients(*((image, text) if wanted else (None, None)))
                 )
                 for found, terms in zip(sums, (torch.nn.functional.softplus(-y * z), g * c, g), strict=True):
                     assert ((found.cpu() - terms.sum(1)).abs() <= 2e-6 * terms.abs().sum(1)).all()
                 if wanted:
-                    expected = features(block, g, 1.0)
+                    expected = features(scores, g, 1.0)
                     close(image, expected[0], STEP[dtype])
                     close(text, expected[1], STEP[dtype])
 
@@ -428,7 +431,7 @@ def test_own_pairs_among_interior_tiles(device, dtype, offset, on):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("u", [-80.0, -16.0, -1e-3, 0.0, 1e-3, 16.0, 80.0, 3e4])
 def test_losses_of_every_size_in_a_product(device, u, on):
-    """32 factors 1 + exp(-|u|) are multiplied before their logarithm is taken: all of one size, or one of its own."""
+    """The logarithm is taken of a product of 32 factors 1 + exp(-|u|): all of one size, or one of another."""
     device = on(device)
     rows, cols = 8, 160
     for others in (u, -40.0, 0.0):
@@ -450,23 +453,23 @@ def test_losses_of_every_size_in_a_product(device, u, on):
 def test_more_parts_than_threads_that_merge_them(device, shape, on):
     device = on(device)
     rows, cols, _ = shape
-    block = make(shape, torch.float32, device, scale=5.0, bias=-2.0)
-    row, col, own = states(rows, cols, device)
-    cuda_pairs.stats(block, row, col, own, None)
-    check_states(row, col, own, block)
-    _, z, mask = dense(block)
+    scores = make(shape, torch.float32, device, scale=5.0, bias=-2.0)
+    row, col, positive = states(rows, cols, device)
+    cuda_pairs.stats(scores, row, col, positive, None)
+    check_states(row, col, positive, scores)
+    _, z, mask = dense(scores)
     sums = [torch.zeros(rows, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
+    cuda_pairs.sigmoid(scores, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     close(sums[0], torch.nn.functional.softplus(torch.where(mask, -z, z)).sum(1), 3e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_far_negatives_all_count(device, on):
     device = on(device)
-    block = make((2, 3000, 4), torch.float32, device, offset=-9, scale=1.0, bias=-17.0)
-    _, z, _ = dense(block)
+    scores = make((2, 3000, 4), torch.float32, device, offset=-9, scale=1.0, bias=-17.0)
+    _, z, _ = dense(scores)
     sums = [torch.zeros(2, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
+    cuda_pairs.sigmoid(scores, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     close(sums[0], torch.nn.functional.softplus(z).sum(1), 3e-6)
     close(sums[2], torch.sigmoid(z).sum(1), 3e-6)
 
@@ -475,40 +478,40 @@ def test_far_negatives_all_count(device, on):
 @pytest.mark.parametrize("scale", [1.0, 100.0, -100.0])
 def test_sharp_softmax(device, scale, on):
     device = on(device)
-    block = make((70, 300, 24), torch.float32, device, scale=scale, bias=0.0)
-    row, col, own = states(70, 300, device)
-    cuda_pairs.stats(block, row, col, own, None)
-    check_states(row, col, own, block)
+    scores = make((70, 300, 24), torch.float32, device, scale=scale, bias=0.0)
+    row, col, positive = states(70, 300, device)
+    cuda_pairs.stats(scores, row, col, positive, None)
+    check_states(row, col, positive, scores)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", ["x", "t"])
 def test_nan_shows(device, side, on):
     device = on(device)
-    block = make((20, 150, 6), torch.float32, device)
-    getattr(block, side)[13, 2] = float("nan")
-    row, col, own = states(20, 150, device)
-    for _, j, piece in pieces(block):  # and survives every merge
+    scores = make((20, 150, 6), torch.float32, device)
+    getattr(scores, side)[13, 2] = float("nan")
+    row, col, positive = states(20, 150, device)
+    for _, j, piece in pieces(scores):  # NaN survives every merge
         i = slice(0, 6) if len(piece.x) == 6 else slice(6, 20)
-        cuda_pairs.stats(piece, row[:, i], col[:, j], own[i], None)
+        cuda_pairs.stats(piece, row[:, i], col[:, j], positive[i], None)
     wrong, right = (row, col) if side == "x" else (col, row)
     assert wrong[1, 13].isnan() and wrong[1].isnan().sum() == 1
-    assert right[1].isnan().sum() == right.shape[1] - 1 and not right[1, 13].isnan()  # all but the own pair's
-    assert own[13].isnan() and own.isnan().sum() == 1
+    assert right[1].isnan().sum() == right.shape[1] - 1 and not right[1, 13].isnan()  # all but the positive's
+    assert positive[13].isnan() and positive.isnan().sum() == 1
     image, text = torch.empty(20, 6, device=device), torch.zeros(150, 6, device=device)
     ones = torch.ones(2, 150, device=device)
     cuda_pairs.grads(
-        block, SoftmaxGradient(ones[:, :20], ones, 1.0, 1.0, 0 * own), 1.0, None, FeatureGradients(image, text)
+        scores, SoftmaxGradient(ones[:, :20], ones, 1.0, 1.0, 0 * positive), 1.0, None, FeatureGradients(image, text)
     )
     assert image[13].isnan().all() and text[13].isnan().all()
     sums = [torch.zeros(20, device=device) for _ in range(3)]
-    cuda_pairs.sigmoid(block, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
+    cuda_pairs.sigmoid(scores, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     assert all(x[13].isnan() for x in sums)
-    row, col, own = states(20, 150, device)
+    row, col, positive = states(20, 150, device)
     nan = float("nan")
     row[1, 4], col[1, 5] = nan, nan
     clean = make((20, 150, 6), torch.float32, device)
-    cuda_pairs.stats(clean, row, col, own, None)
+    cuda_pairs.stats(clean, row, col, positive, None)
     assert row[1].isnan().sum() == 1 and col[1].isnan().sum() == 1
 
 
@@ -518,16 +521,16 @@ def test_products_that_overflow(device, on):
     x = torch.tensor([[1e30], [1.0], [-1e30]], device=device)
     t = torch.tensor([[-1e30], [0.5], [1.0], [-1e30], [2.0]], device=device)
     one, zero = torch.tensor(1e-30, device=device), torch.tensor(0.0, device=device)
-    row, col, own = states(3, 5, device)
-    cuda_pairs.stats(ScoreTile(x, t, None, None, one, zero, 0), row, col, own, None)
+    row, col, positive = states(3, 5, device)
+    cuda_pairs.stats(ScoreTile(x, t, None, None, one, zero, 0), row, col, positive, None)
     # Row 0: -inf twice, which weighs nothing. Row 2: +inf, whose softmax is undefined.
     z = torch.tensor([0.5, 1.0, 2.0]).double()
     close(row[0, 0] + row[1, 0].log(), z.logsumexp(0), 1e-6)
     assert row[1, 2].isnan() and not row[1, 1].isnan()
-    assert own[0] == -torch.inf
+    assert positive[0] == -torch.inf
     # A column of nothing but -inf.
-    row, col, own = states(1, 2, device)
-    cuda_pairs.stats(ScoreTile(x[:1], t[[0, 0]], None, None, one, zero, 0), row, col, own, None)
+    row, col, positive = states(1, 2, device)
+    cuda_pairs.stats(ScoreTile(x[:1], t[[0, 0]], None, None, one, zero, 0), row, col, positive, None)
     assert (col[0] == -torch.inf).all() and (col[1] == 0).all() and row[1, 0] == 0
 
 
@@ -535,19 +538,19 @@ def test_products_that_overflow(device, on):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_zeros_have_finite_gradients(device, dtype, on):
     device = on(device)
-    block = make((12, 40, 16), dtype, device)
-    for features_, scales in ((block.x, block.a), (block.t, block.q)):
+    scores = make((12, 40, 16), dtype, device)
+    for features_, scales in ((scores.x, scores.a), (scores.t, scores.q)):
         features_[3] = 0
         scales[3] = 1e12
-    _, z, own = dense(block)
+    _, z, positive = dense(scores)
     seen = states(12, 40, device)
-    cuda_pairs.stats(block, *seen, None)
-    check_states(*seen, block)
+    cuda_pairs.stats(scores, *seen, None)
+    check_states(*seen, scores)
     row, col = softmax(z, device)
-    own_g = torch.full((12,), -0.1, device=device)
+    positive_g = torch.full((12,), -0.1, device=device)
     image, text = torch.empty(12, 16, device=device), torch.zeros(40, 16, device=device)
-    cuda_pairs.grads(block, SoftmaxGradient(row, col, 0.1, 0.1, own_g), 1.0, None, FeatureGradients(image, text))
-    expected = features(block, gradient(z, own, row, col, 0.1, 0.1, own_g), 1.0)
+    cuda_pairs.grads(scores, SoftmaxGradient(row, col, 0.1, 0.1, positive_g), 1.0, None, FeatureGradients(image, text))
+    expected = features(scores, gradient(z, positive, row, col, 0.1, 0.1, positive_g), 1.0)
     for found, true in zip((image, text), expected, strict=True):
         others = torch.arange(len(found)) != 3
         assert found.isfinite().all()
@@ -625,10 +628,10 @@ def test_tf32_does_not_reach_the_scores(on):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        block = make((200, 300, 256), torch.float32, device, scale=100.0)
-        row, col, own = states(200, 300, device)
-        cuda_pairs.stats(block, row, col, own, None)
-        check_states(row, col, own, block)
+        scores = make((200, 300, 256), torch.float32, device, scale=100.0)
+        row, col, positive = states(200, 300, device)
+        cuda_pairs.stats(scores, row, col, positive, None)
+        check_states(row, col, positive, scores)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -639,13 +642,13 @@ def test_more_scores_than_31_bits_count(on):
     n = 47000
     if torch.cuda.mem_get_info()[0] < 12 * n * n:
         pytest.skip("too little memory")
-    block = make((8, n, 2), torch.float32, device, offset=40, scaled="")
-    block = ScoreTile(block.x.repeat(n // 8, 1), block.t, None, None, block.scale, block.bias, 40)
-    row, col, own = states(n // 8 * 8, n, device)
-    cuda_pairs.stats(block, row, col, own, None)
-    z = block.x[:8].cpu().double() @ block.t.cpu().double().T * block.scale.item() + block.bias.item()
+    scores = make((8, n, 2), torch.float32, device, offset=40, scaled="")
+    scores = ScoreTile(scores.x.repeat(n // 8, 1), scores.t, None, None, scores.scale, scores.bias, 40)
+    row, col, positive = states(n // 8 * 8, n, device)
+    cuda_pairs.stats(scores, row, col, positive, None)
+    z = scores.x[:8].cpu().double() @ scores.t.cpu().double().T * scores.scale.item() + scores.bias.item()
     mask = torch.arange(8)[:, None] + 40 == torch.arange(n)
-    lse = z.logsumexp(1)  # rows repeat, and the last ones have no own pair
+    lse = z.logsumexp(1)  # rows repeat, and the last ones have no positive
     close(row[0, -8:] + row[1, -8:].log(), lse, 1e-6)
     close(row[0, :8] + row[1, :8].log(), z.masked_fill(mask, -torch.inf).logsumexp(1), 1e-6)
     sums = z.exp().sum(0) * (n // 8)
@@ -654,9 +657,13 @@ def test_more_scores_than_31_bits_count(on):
     close(col[0] + col[1].log(), sums.log(), 1e-6)
     image = torch.empty(n // 8 * 8, 2, device=device)
     full = torch.stack([lse, torch.ones(8).double()]).float().repeat(1, n // 8).to(device)
-    own_g = torch.full((n // 8 * 8,), -0.5, device=device)
-    cuda_pairs.grads(block, SoftmaxGradient(full, col[:2], 1.0, 0.0, own_g), 1.0, None, FeatureGradients(image, None))
+    positive_g = torch.full((n // 8 * 8,), -0.5, device=device)
+    cuda_pairs.grads(
+        scores, SoftmaxGradient(full, col[:2], 1.0, 0.0, positive_g), 1.0, None, FeatureGradients(image, None)
+    )
     g = (z - lse[:, None]).exp().masked_fill(mask, -0.5)
     close(
-        image[:8], features(ScoreTile(block.x[:8], block.t, None, None, block.scale, block.bias, 40), g, 1.0)[0], 2e-5
+        image[:8],
+        features(ScoreTile(scores.x[:8], scores.t, None, None, scores.scale, scores.bias, 40), g, 1.0)[0],
+        2e-5,
     )

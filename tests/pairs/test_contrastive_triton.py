@@ -25,7 +25,7 @@ CASES = [
     for form in FORMS
     for dtype in DTYPES
     for int8 in (False, True)
-    if form != "persistent" or not (int8 or dtype == torch.float32)  # which are not for it: they would run as "fused"
+    if form != "persistent" or not (int8 or dtype == torch.float32)  # these would run as "fused"
 ]
 
 CAMPAIGN = pytest.mark.campaign
@@ -44,15 +44,15 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Its name. In the persistent form `block` makes features that tensor descriptors can load."""
+    """Its name. In the persistent form `score_tile` makes features that tensor descriptors can load."""
     if persistent := request.param == "persistent":
-        make = block
-        monkeypatch.setattr(sys.modules[__name__], "block", lambda *args, **more: described(make(*args, **more)))
+        make = score_tile
+        monkeypatch.setattr(sys.modules[__name__], "score_tile", lambda *args, **more: described(make(*args, **more)))
     with settings(fused_up_to=FORMS[request.param], form="persistent" if persistent else "plain"):
         yield request.param
 
 
-def block(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=0, device="cpu", scale=14.3):
+def score_tile(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=0, device="cpu", scale=14.3):
     generator = torch.Generator().manual_seed(rows + 7 * cols + dim)
     x, t = (torch.randn(n, dim, generator=generator) / dim**0.5 for n in (rows, cols))
     a, q = (torch.rand(n, generator=generator) + 0.5 for n in (rows, cols))
@@ -64,7 +64,7 @@ def block(rows, cols, dim, dtype=torch.float32, int8=False, scaled=True, offset=
 
 
 def described(b):
-    """b, its 16-bit features in rows that are a multiple of 32 bytes apart, with NaN around them."""
+    """b with its 16-bit features in rows a multiple of 32 bytes apart and NaN around them."""
     half = {name: one for name, one in (("x", b.x), ("t", b.t)) if one.element_size() == 2}
     return replace(b, **{name: guarded(one, *one.shape, dtype=one.dtype)[0].copy_(one) for name, one in half.items()})
 
@@ -73,10 +73,10 @@ def described(b):
 class Dense:
     """The definition, in float64."""
 
-    block: ScoreTile
+    scores: ScoreTile
 
     def __post_init__(self):
-        b = self.block
+        b = self.scores
         one = torch.ones((), device=b.x.device)
         self.a = (one if b.a is None else b.a).double().expand(len(b.x))
         self.q = (one if b.q is None else b.q).double().expand(len(b.t))
@@ -84,33 +84,33 @@ class Dense:
         self.c = self.a[:, None] * self.q * self.p
         self.z = b.scale.double() * self.c + b.bias.double()
         columns = torch.arange(len(b.t), device=b.x.device)
-        self.own = columns == torch.arange(len(b.x), device=b.x.device)[:, None] + b.offset
-        self.others = self.z.masked_fill(self.own, -torch.inf)
+        self.positive = columns == torch.arange(len(b.x), device=b.x.device)[:, None] + b.offset
+        self.others = self.z.masked_fill(self.positive, -torch.inf)
 
     def features(self, g, alpha):
         """d_image, d_text"""
-        g = alpha * self.block.scale.double() * self.a[:, None] * self.q * g
-        return g @ self.block.t.double(), g.T @ self.block.x.double()
+        g = alpha * self.scores.scale.double() * self.a[:, None] * self.q * g
+        return g @ self.scores.t.double(), g.T @ self.scores.x.double()
 
     def whole(self, axis):
-        """float32 (m, l) along an axis over all pairs, own ones included, the two far apart."""
+        """float32 (m, l) along an axis over all pairs, positives included, with a gap between the two."""
         m = self.z.amax(axis)
         l = (self.z - m.float().unsqueeze(axis)).exp().sum(axis)  # noqa: E741
         state, _ = guarded(m, 2, len(m))
         return state.copy_(torch.stack([m, l]))
 
-    def contrastive(self, row_weight, col_weight, own_g):
+    def contrastive(self, row_weight, col_weight, positive_g):
         g = row_weight * self.z.softmax(1) + col_weight * self.z.softmax(0)
-        return torch.where(self.own, own_g.double()[:, None], g)
+        return torch.where(self.positive, positive_g.double()[:, None], g)
 
     def sigmoid(self):
         """loss by row, g"""
-        y = self.own * 2.0 - 1
+        y = self.positive * 2.0 - 1
         return -F.logsigmoid(y * self.z).sum(1), -y * torch.sigmoid(-y * self.z)
 
 
 def guarded(like, *shape, dtype=torch.float32, fill=float("nan")):
-    """A tensor within NaN rows (and the columns after it, where it has two dimensions), and a check on those."""
+    """A tensor surrounded by NaN rows (and followed by NaN columns, if it has two dimensions), and a check on those."""
     inside = (slice(1, 1 + shape[0]), slice(0, shape[1])) if len(shape) == 2 else slice(1, 1 + shape[0])
     width = [-(-n // 16) * 16 + 16 for n in shape[1:]]  # rows as far apart as aligned ones
     outer = torch.full([shape[0] + 2, *width], float("nan"), dtype=dtype, device=like.device)
@@ -132,7 +132,7 @@ def near(got, want, step):
 
 
 def near_states(state, others, c, axis):
-    """(m, l, w) of pairs that are not own ones; of none: as they were."""
+    """(m, l, w) of the negatives; where there are none: as they were."""
     some = (others > -torch.inf).any(axis)
     m, l, w = state.double()  # noqa: E741
     assert (m[~some] == -torch.inf).all() and (l[~some] == 0).all() and (w[~some] == 0).all()
@@ -148,48 +148,47 @@ def cuts(n, parts):
 
 
 def check(b, parts=1, keep=False, narrow=False):
-    """The three functions of the backend on a block, in parts × parts blocks; narrow: d_image in x's dtype."""
+    """The backend's stats, grads and sigmoid on a tile cut in parts × parts; narrow: d_image in x's dtype."""
     want, (rows, dim), cols = Dense(b), b.x.shape, len(b.t)
     step, like = STEP[b.x.dtype], b.x
     row, row_untouched = state(rows, like)
     col, col_untouched = state(cols, like)
-    own, own_untouched = guarded(like, rows, fill=7.0)
+    positive, positive_untouched = guarded(like, rows, fill=7.0)
     kept, kept_untouched = guarded(like, rows, cols) if keep else (None, lambda: True)
-    blocks = []
+    tiles = []
     for low, high in cuts(rows, parts):
         for first, last in cuts(cols, parts):
             q = None if b.q is None else b.q[first:last]
             part = replace(b.rows(low, high), t=b.t[first:last], q=q)
             part = replace(part, offset=part.offset - first)
             here = None if kept is None else kept[low:high, first:last]
-            blocks.append((part, slice(low, high), slice(first, last), here))
-    for part, i, j, here in blocks:
-        triton_pairs.stats(part, row[:, i], col[:, j], own[i], here)
-    assert row_untouched() and col_untouched() and own_untouched() and kept_untouched()
+            tiles.append((part, slice(low, high), slice(first, last), here))
+    for part, i, j, here in tiles:
+        triton_pairs.stats(part, row[:, i], col[:, j], positive[i], here)
+    assert row_untouched() and col_untouched() and positive_untouched() and kept_untouched()
     near_states(row, want.others, want.c, 1)
     near_states(col, want.others, want.c, 0)
-    near(own, torch.where(want.own.any(1), (want.own * want.c).sum(1), 7.0), 1e-5)
+    near(positive, torch.where(want.positive.any(1), (want.positive * want.c).sum(1), 7.0), 1e-5)
     if kept is not None:
         near(kept, want.p, 1e-6)
 
-    row, col, own_g = want.whole(1), want.whole(0), torch.linspace(-0.2, 0.1, rows, device=like.device)
+    row, col, positive_g = want.whole(1), want.whole(0), torch.linspace(-0.2, 0.1, rows, device=like.device)
     dtype = b.x.dtype if narrow else torch.float32
     d_image, d_text = torch.zeros(rows, dim, device=like.device).double(), torch.ones(cols, dim, device=like.device)
-    for part, i, j, here in blocks:
+    for part, i, j, here in tiles:
         one, one_untouched = guarded(like, len(part.x), dim, dtype=dtype)
         one, before = one if narrow else one.clone(), None if here is None else here.clone()
-        triton_pairs.grads(
-            part, SoftmaxGradient(row[:, i], col[:, j], 0.3, 0.2, own_g[i]), 0.5, here, FeatureGradients(one, d_text[j])
-        )
+        g = SoftmaxGradient(row[:, i], col[:, j], 0.3, 0.2, positive_g[i])
+        triton_pairs.grads(part, g, 0.5, here, FeatureGradients(one, d_text[j]))
         assert one_untouched() and (before is None or torch.equal(here, before))
         d_image[i] += one.double()
-    want_image, want_text = want.features(want.contrastive(0.3, 0.2, own_g), 0.5)
+    want_image, want_text = want.features(want.contrastive(0.3, 0.2, positive_g), 0.5)
     near(d_image, want_image, step)
     near(d_text - 1, want_text, step)
 
     sums, sums_untouched = guarded(like, 3, rows, fill=1.0)
     d_image.zero_(), d_text.fill_(1)
-    for part, i, j, _ in blocks:
+    for part, i, j, _ in tiles:
         one = torch.full((len(part.x), dim), float("nan"), dtype=dtype, device=like.device)
         triton_pairs.sigmoid(part, 0.5, SigmoidSums(*sums[:, i]), FeatureGradients(one, d_text[j]))
         d_image[i] += one.double()
@@ -205,13 +204,13 @@ def check(b, parts=1, keep=False, narrow=False):
 
 def check_nan(device):
     for side in "xt":
-        b = block(70, 130, 40, device=device)
+        b = score_tile(70, 130, 40, device=device)
         getattr(b, side)[3, 5] = torch.nan
-        row, col, own = state(70, b.x)[0], state(130, b.x)[0], torch.empty(70, device=device)
-        triton_pairs.stats(b, row, col, own, None)
+        row, col, positive = state(70, b.x)[0], state(130, b.x)[0], torch.empty(70, device=device)
+        triton_pairs.stats(b, row, col, positive, None)
         mine, others = (row, col) if side == "x" else (col, row)
-        assert others[1].isnan().sum() == others.shape[1] - 1 and not others[1, 3].isnan()  # 3: its own pair
-        assert own.isnan().nonzero().tolist() == [[3]]
+        assert others[1].isnan().sum() == others.shape[1] - 1 and not others[1, 3].isnan()  # 3: its positive
+        assert positive.isnan().nonzero().tolist() == [[3]]
         assert mine[1, 3].isnan() and mine[1].isnan().sum() == 1
         loss, rest = torch.zeros(70, device=device), torch.zeros(2, 70, device=device)
         triton_pairs.sigmoid(b, 1.0, SigmoidSums(loss, *rest), FeatureGradients(None, None))
@@ -226,12 +225,13 @@ def test_triton_in_its_interpreter(run_interpreted):
 @pytest.mark.parametrize(("form", "dtype", "int8"), CASES, indirect=["form"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_backend(shape, form, dtype, int8):
-    check(block(*shape, dtype, int8, scaled=shape != SHAPES[-1], offset=shape[0] % 3 - 1), keep=shape != SHAPES[-1])
+    last = shape == SHAPES[-1]
+    check(score_tile(*shape, dtype, int8, scaled=not last, offset=shape[0] % 3 - 1), keep=not last)
 
 
 @pytest.mark.interpret
 def test_what_is_asked_for_is_what_runs(monkeypatch):
-    """Programs that stay, but not for int8 codes, float32, rows that start anywhere or scores that are kept."""
+    """Persistent programs, but not for int8 codes, float32, rows without alignment or scores that are kept."""
     from lift_fast.kernels import persistent
 
     ran = []
@@ -239,13 +239,13 @@ def test_what_is_asked_for_is_what_runs(monkeypatch):
         launch = getattr(persistent, name)
         monkeypatch.setattr(persistent, name, lambda *args, launch=launch: ran.append(len(args[0])) or launch(*args))
     with settings(form="persistent", fused_up_to=1 << 30):
-        check(described(block(20, 30, 9, torch.float16)))
-        check(block(21, 30, 24, torch.bfloat16))
+        check(described(score_tile(20, 30, 9, torch.float16)))
+        check(score_tile(21, 30, 24, torch.bfloat16))
         assert ran == [20, 20, 21, 21]
-        check(block(22, 30, 9, torch.bfloat16))
-        check(described(block(23, 30, 16, torch.bfloat16, int8=True)))
-        check(block(24, 30, 16))
-        check(block(25, 30, 16, torch.bfloat16), keep=True)
+        check(score_tile(22, 30, 9, torch.bfloat16))
+        check(described(score_tile(23, 30, 16, torch.bfloat16, int8=True)))
+        check(score_tile(24, 30, 16))
+        check(score_tile(25, 30, 16, torch.bfloat16), keep=True)
         assert ran == [20, 20, 21, 21]
 
 
@@ -282,13 +282,13 @@ def test_own_pairs_on_a_gpu():
 @pytest.mark.interpret
 @pytest.mark.parametrize("offset", [-30, -19, -1, 3, 39, 40, 5000])
 def test_own_pairs_anywhere(offset, form):
-    check(block(20, 40, 5, torch.bfloat16, offset=offset))
+    check(score_tile(20, 40, 5, torch.bfloat16, offset=offset))
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_are_merged(dtype, form):
-    check(block(34, 21, 20, dtype, offset=-7), parts=2, keep=True, narrow=True)
+    check(score_tile(34, 21, 20, dtype, offset=-7), parts=2, keep=True, narrow=True)
 
 
 SMALL = {"tile": [4, 16, 8, 4, 1], "stored": [4, 16, 0, 4, 1], "merge": [2, 8]}
@@ -296,18 +296,18 @@ SMALL = {"tile": [4, 16, 8, 4, 1], "stored": [4, 16, 0, 4, 1], "merge": [2, 8]}
 
 @pytest.mark.interpret
 def test_every_tile_of_a_kernel_is_right(form):
-    """Small tiles, so that there are many: groups of row tiles, the last ones cut off on both sides."""
-    tile = {"tile": [4, 32, 8, 4, 1]} if form == "persistent" else {}  # a box of a gradient is of 16 bytes at least
+    """Small tiles, so that there are many: several groups of row tiles, and tiles across the edge on both sides."""
+    tile = {"tile": [4, 32, 8, 4, 1]} if form == "persistent" else {}  # a gradient's box has at least 16 bytes
     with settings(**(SMALL | tile)):
-        check(block(37, 21, 9, torch.bfloat16, offset=-5), keep=True)
-        check(block(18, 33, 8, torch.bfloat16, int8=True, offset=-3))
-        check(block(43, 150, 19, torch.float16, offset=40))
+        check(score_tile(37, 21, 9, torch.bfloat16, offset=-5), keep=True)
+        check(score_tile(18, 33, 8, torch.bfloat16, int8=True, offset=-3))
+        check(score_tile(43, 150, 19, torch.float16, offset=40))
 
 
 @pytest.mark.interpret
 def test_tiles_that_take_their_columns_in_another_order():
     with settings(**(SMALL | {"tile": [8, 128, 8, 4, 1], "fused_up_to": 9})):
-        check(block(19, 150, 9, torch.bfloat16, offset=100), keep=True)
+        check(score_tile(19, 150, 9, torch.bfloat16, offset=100), keep=True)
 
 
 @pytest.mark.interpret
@@ -321,15 +321,15 @@ def test_bands_and_blocks_are_cut_anywhere(dtype, keep, form, monkeypatch):
     cut = {"block": [16, 32], "band": {"bytes": 5000}, "parts": {"bytes": 1000}}
     tiles = {"tile": [32, 32, 16, 4, 1], "stored": [16, 32, 0, 4, 1]}
     with settings(**(tiles | cut)):
-        check(block(77, 90, 9, dtype, int8=keep, offset=3), keep=keep, narrow=True)
+        check(score_tile(77, 90, 9, dtype, int8=keep, offset=3), keep=keep, narrow=True)
 
 
 @pytest.mark.interpret
 def test_only_one_gradient_or_none(form):
-    b = block(33, 20, 12, torch.bfloat16)
-    want, own_g = Dense(b), torch.linspace(-0.2, 0.1, 33)
-    softmax = want.whole(1), want.whole(0), 0.3, 0.2, own_g
-    d_image, d_text = want.features(want.contrastive(0.3, 0.2, own_g), 2.0)
+    b = score_tile(33, 20, 12, torch.bfloat16)
+    want, positive_g = Dense(b), torch.linspace(-0.2, 0.1, 33)
+    softmax = want.whole(1), want.whole(0), 0.3, 0.2, positive_g
+    d_image, d_text = want.features(want.contrastive(0.3, 0.2, positive_g), 2.0)
     got = torch.full((33, 12), torch.nan), torch.zeros(20, 12)
     triton_pairs.grads(b, SoftmaxGradient(*softmax), 2.0, None, FeatureGradients(got[0], None))
     triton_pairs.grads(b, SoftmaxGradient(*softmax), 2.0, None, FeatureGradients(None, got[1]))
@@ -345,18 +345,18 @@ def test_only_one_gradient_or_none(form):
 
 @pytest.mark.interpret
 def test_a_weight_of_zero_hides_its_side(form):
-    b = replace(block(33, 20, 12, offset=-3), bias=torch.tensor(100.0))  # exp(z − 0) overflows
-    want, own_g = Dense(b), torch.linspace(-0.2, 0.1, 33)
+    b = replace(score_tile(33, 20, 12, offset=-3), bias=torch.tensor(100.0))  # exp(z − 0) overflows
+    want, positive_g = Dense(b), torch.linspace(-0.2, 0.1, 33)
     sides = want.whole(1), want.whole(0)
     for weights in [(0.3, 0.0), (0.0, 0.3), (0.0, 0.0)]:
         for hidden in (torch.nan, torch.inf, -torch.inf):
             row, col = (side if weight else side * 0 + hidden for side, weight in zip(sides, weights, strict=True))
             d_image, d_text = torch.full((33, 12), torch.nan), torch.zeros(20, 12)
             triton_pairs.grads(
-                b, SoftmaxGradient(row, col, *weights, own_g), 1.0, None, FeatureGradients(d_image, d_text)
+                b, SoftmaxGradient(row, col, *weights, positive_g), 1.0, None, FeatureGradients(d_image, d_text)
             )
             for got, right in zip(
-                (d_image, d_text), want.features(want.contrastive(*weights, own_g), 1.0), strict=True
+                (d_image, d_text), want.features(want.contrastive(*weights, positive_g), 1.0), strict=True
             ):
                 near(got, right, STEP[torch.float32])
 
@@ -365,44 +365,48 @@ def test_a_weight_of_zero_hides_its_side(form):
 @pytest.mark.parametrize("offset", [-3, 36])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_own_pair_that_overflows_stays_out_of_the_others(dtype, offset, form):
-    """Row 3's product is inf − inf; it lies in the first column, or in the last before the edge."""
-    b = block(20, 40, 8, dtype, scaled=False, offset=offset)
+    """The product of row 3's positive is inf − inf; it lies in the first column, or in the last before the edge."""
+    b = score_tile(20, 40, 8, dtype, scaled=False, offset=offset)
     b.x[:, :2], b.t[:, :2] = 0, 0
     b.x[3, :2] = b.t[3 + offset, :2] = 3e30
     b.t[3 + offset, 1] *= -1
-    row, col, own = state(20, b.x)[0], state(40, b.x)[0], torch.zeros(20)
-    triton_pairs.stats(b, row, col, own, None)
-    assert not own[3].isfinite() and own.isfinite().sum() == 19
+    row, col, positive = state(20, b.x)[0], state(40, b.x)[0], torch.zeros(20)
+    triton_pairs.stats(b, row, col, positive, None)
+    assert not positive[3].isfinite() and positive.isfinite().sum() == 19
     want = Dense(replace(b, x=b.x.index_fill(0, torch.tensor(3), 0)))
     without = torch.arange(20) != 3
     near_states(row[:, without], want.others[without], want.c[without], 1)
     assert row.isfinite().all() and col.isfinite().all() and (col[1] > 0).all()
 
-    own_g, d_image, d_text = torch.full((20,), 1e-3), torch.full((20, 8), torch.nan), torch.zeros(40, 8)
+    positive_g, d_image, d_text = torch.full((20,), 1e-3), torch.full((20, 8), torch.nan), torch.zeros(40, 8)
     whole = torch.stack([row[0], row[1]]), torch.stack([col[0], col[1]])
-    triton_pairs.grads(b, SoftmaxGradient(*whole, 0.3, 0.2, own_g), 1.0, None, FeatureGradients(d_image, d_text))
+    triton_pairs.grads(b, SoftmaxGradient(*whole, 0.3, 0.2, positive_g), 1.0, None, FeatureGradients(d_image, d_text))
     assert d_image.isfinite().all() and d_text.isfinite().all()
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_converged_pairs_keep_the_digits_of_their_gradient(dtype, form):
-    """p is nearer to 1 than float32 can tell."""
-    b = replace(block(24, 24, 32, dtype, scaled=False), scale=torch.tensor(30.0), bias=torch.tensor(-5.0))
+    """p is closer to 1 than float32 resolves."""
+    b = replace(score_tile(24, 24, 32, dtype, scaled=False), scale=torch.tensor(30.0), bias=torch.tensor(-5.0))
     b.x[:], b.t[:] = torch.eye(24, 32), torch.eye(24, 32) + 1e-3
     want = Dense(b)
-    row, col, own = state(24, b.x)[0], state(24, b.x)[0], torch.empty(24)
-    triton_pairs.stats(b, row, col, own, None)
-    z = own.double() * b.scale.double() + b.bias.double()
+    row, col, positive = state(24, b.x)[0], state(24, b.x)[0], torch.empty(24)
+    triton_pairs.stats(b, row, col, positive, None)
+    z = positive.double() * b.scale.double() + b.bias.double()
     off = sum((side[0].double() - z).exp() * side[1].double() for side in (row, col))
-    own_g = (-0.5 * off).float()
+    positive_g = (-0.5 * off).float()
     d_image, d_text = torch.full((24, 32), torch.nan), torch.zeros(24, 32)
     triton_pairs.grads(
-        b, SoftmaxGradient(want.whole(1), want.whole(0), 0.5, 0.5, own_g), 1.0, None, FeatureGradients(d_image, d_text)
+        b,
+        SoftmaxGradient(want.whole(1), want.whole(0), 0.5, 0.5, positive_g),
+        1.0,
+        None,
+        FeatureGradients(d_image, d_text),
     )
     g = 0.5 * (want.z.softmax(1) + want.z.softmax(0))
-    g = g.masked_fill(want.own, 0)
-    g -= torch.diag(0.5 * sum(want.z.softmax(axis).masked_fill(want.own, 0).sum(axis) for axis in (1, 0)))
+    g = g.masked_fill(want.positive, 0)
+    g -= torch.diag(0.5 * sum(want.z.softmax(axis).masked_fill(want.positive, 0).sum(axis) for axis in (1, 0)))
     for got, right in zip((d_image, d_text), want.features(g, 1.0), strict=True):
         assert 0 < right.norm() < 1e-9 and (got.double() - right).norm() <= STEP[dtype] * right.norm()
 
@@ -410,14 +414,14 @@ def test_converged_pairs_keep_the_digits_of_their_gradient(dtype, form):
 @pytest.mark.interpret
 def test_a_sum_is_not_lost_beside_a_large_maximum(form):
     """All scores are 1e12 or so, where float32 counts in steps of 65 536: m + log l would be m."""
-    b = replace(block(24, 40, 8, scaled=False, offset=100), scale=torch.tensor(1e13))
+    b = replace(score_tile(24, 40, 8, scaled=False, offset=100), scale=torch.tensor(1e13))
     b.x[:], b.t[:] = b.x[0].abs(), b.x[0].abs()
-    row, col, own = state(24, b.x)[0], state(40, b.x)[0], torch.zeros(24)
-    triton_pairs.stats(b, row, col, own, None)
+    row, col, positive = state(24, b.x)[0], state(40, b.x)[0], torch.zeros(24)
+    triton_pairs.stats(b, row, col, positive, None)
     assert (row[0] > 1e12).all() and (row[1] == 40).all() and (col[1] == 24).all()
     d_image, d_text = torch.empty(24, 8), torch.zeros(40, 8)
     triton_pairs.grads(
-        b, SoftmaxGradient(row[:2], col[:2], 0.3, 0.2, own), 1.0, None, FeatureGradients(d_image, d_text)
+        b, SoftmaxGradient(row[:2], col[:2], 0.3, 0.2, positive), 1.0, None, FeatureGradients(d_image, d_text)
     )
     g = torch.full((24, 40), 0.3 / 40 + 0.2 / 24, dtype=torch.float64)
     for got, right in zip((d_image, d_text), Dense(b).features(g, 1.0), strict=True):
@@ -443,7 +447,7 @@ def test_codes_that_cublas_multiplies_are_widened_once(fused_up_to_31):
     for dtype in DTYPES:
         t = torch.zeros(9, 48, dtype=dtype)
         assert triton_pairs.operand(t, torch.bfloat16) is t
-    b = block(20, 40, 48, torch.bfloat16, int8=True)
+    b = score_tile(20, 40, 48, torch.bfloat16, int8=True)
     check(replace(b, t=triton_pairs.operand(b.t, b.x.dtype)), keep=True)
 
 
@@ -465,13 +469,13 @@ def test_float32_is_exact(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(triton_pairs, "exact_float32", exact)
-    b = block(20, 40, 8)
-    row, col, own = state(20, b.x)[0], state(40, b.x)[0], torch.empty(20)
+    b = score_tile(20, 40, 8)
+    row, col, positive = state(20, b.x)[0], state(40, b.x)[0], torch.empty(20)
     d_image, d_text = torch.empty(20, 8), torch.zeros(40, 8)
     with Watch():
-        triton_pairs.stats(b, row, col, own, None)
+        triton_pairs.stats(b, row, col, positive, None)
         triton_pairs.grads(
-            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, own), 1.0, None, FeatureGradients(d_image, d_text)
+            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, positive), 1.0, None, FeatureGradients(d_image, d_text)
         )
         triton_pairs.sigmoid(b, 1.0, SigmoidSums(*torch.zeros(3, 20)), FeatureGradients(d_image, d_text))
     assert products == [True] * 7
@@ -480,7 +484,7 @@ def test_float32_is_exact(monkeypatch):
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3)])
 def test_nothing_to_do(shape):
-    b = block(*shape)
+    b = score_tile(*shape)
     rows, cols, dim = shape
     row, col = state(rows, b.x)[0], state(cols, b.x)[0]
     triton_pairs.stats(b, row, col, torch.empty(rows), None)
@@ -506,7 +510,7 @@ def test_nan_is_never_a_finite_number(form):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_features_and_scales(dtype, form):
     """Zero rows, duplicates, entries of 1e4 under their norms, scale 100."""
-    b = block(40, 50, 12, dtype, scale=100.0)
+    b = score_tile(40, 50, 12, dtype, scale=100.0)
     b.x[3], b.t[4], b.t[8] = 0, 0, b.t[7]
     b.x[10:20] *= 2e4
     b.t[10:20] *= 2e4
@@ -518,7 +522,7 @@ def test_extreme_features_and_scales(dtype, form):
 @pytest.mark.interpret
 def test_far_pairs_keep_their_loss():
     """log(1 + e) in float32 would round e = exp(−17) to 0."""
-    b = replace(block(30, 40, 8), bias=torch.tensor(-17.0), offset=100, scale=torch.tensor(1e-3))
+    b = replace(score_tile(30, 40, 8), bias=torch.tensor(-17.0), offset=100, scale=torch.tensor(1e-3))
     sums = torch.zeros(3, 30)
     triton_pairs.sigmoid(b, 1.0, SigmoidSums(*sums), FeatureGradients(None, None))
     loss, g = Dense(b).sigmoid()
@@ -535,7 +539,7 @@ WHAT = {"stats": "scores_stats", "keep": "scores_stats", "grad": "scores_grad", 
 def usage(triton_usage, monkeypatch):
     """usage(kernel, capability, tile, pointers, absent, aligned): `triton_usage`, and "asm".
 
-    absent: pointers that are None. Types and alignment are what a launch finds.
+    absent: pointers that are None. Types and alignment are those of a real launch.
     """
     triton = pytest.importorskip("triton")
     compile = triton.compile
@@ -570,7 +574,7 @@ def usage(triton_usage, monkeypatch):
 
         monkeypatch.setattr(triton, "compile", with_options)
         found = triton_usage(kernel, signature, constexprs, capability, even, tile.warps)
-        # Shared memory beyond the static is in the launch, not in the binary.
+        # Dynamic shared memory is part of the launch, not of the binary.
         return found | {"shared": max(found["shared"], compiled[0].metadata.shared), "asm": compiled[0].asm}
 
     return use
@@ -601,7 +605,7 @@ def test_kernels_that_form_scores_compile_for_gpus_that_are_not_here(capability,
         if name != "int8":
             on_tensor_cores = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
             assert on_tensor_cores in asm["ptx"]
-        if capability == 90:  # two programs share a multiprocessor, and the gradient leaves 16 bytes at once
+        if capability == 90:  # two programs share a multiprocessor, and the gradient is stored 16 bytes at once
             assert tile.warps == 8 and found["registers"] <= 128 and found["shared"] <= 113 << 10, (kind, absent, found)
             if kind == "grad" or (kind == "sigmoid" and not absent):
                 assert "st.global.v4.b32" in asm["ptx"]
@@ -615,10 +619,10 @@ def test_kernels_whose_programs_stay_compile_for_a_gpu_that_is_not_here(name, us
         tile = tile_of(90, "tile", kind=kind, aligned=True)
         found = usage(kernel, 90, tile, dict.fromkeys(("x", "t", "out"), HALF[name]))
         ptx = found.pop("asm")["ptx"]
-        # Two programs share a multiprocessor, as in the other form.
+        # Two programs share a multiprocessor, as in contrastive.py.
         assert tile.warps == 8 and found["registers"] <= 128 and found["shared"] <= 113 << 10, (kind, found)
         assert found["spills"] == 0, (kind, found)
-        # Features come, and gradients leave, by tensor descriptors only, and those through 16 bytes of a thread.
+        # Features are loaded, and gradients stored, by tensor descriptors only; a thread writes 16 bytes at once.
         assert "wgmma.mma_async" in ptx
         assert "cp.async.bulk.tensor.2d.shared" in ptx and "cp.async.ca" not in ptx and "cp.async.cg" not in ptx
         assert ("cp.async.bulk.tensor.2d.global.shared" in ptx) == ("stmatrix" in ptx) == (kind == "grad")
@@ -653,7 +657,7 @@ def test_kernels_over_scores_compile_for_gpus_that_are_not_here(capability, alig
         found = usage(kernel, capability, tile, {"out": out}, absent, aligned)
         found.pop("asm")
         assert found["spills"] == 0, (kernel.fn.__name__, found)
-        if aligned:  # as scores are unless a caller keeps them otherwise: two programs of 256 threads at least
+        if aligned:  # the usual case; at least two programs of 256 threads
             assert found["registers"] <= 128, (kernel.fn.__name__, found)
 
 
@@ -680,10 +684,10 @@ def test_a_kernel_is_compiled_once_for_all_sizes():
 def test_the_backend_on_a_gpu(shape, form, dtype, int8):
     if triton_pairs.why_not():
         pytest.skip(triton_pairs.why_not())
-    check(block(*shape, dtype, int8, device="cuda"), keep=True)
-    check(block(*shape, dtype, int8, scaled=False, offset=-3, device="cuda"), narrow=True)
+    check(score_tile(*shape, dtype, int8, device="cuda"), keep=True)
+    check(score_tile(*shape, dtype, int8, scaled=False, offset=-3, device="cuda"), narrow=True)
     if min(shape) > 2:
-        check(block(*shape, dtype, int8, device="cuda", scale=100.0), parts=2, keep=True)
+        check(score_tile(*shape, dtype, int8, device="cuda", scale=100.0), parts=2, keep=True)
 
 
 @pytest.mark.gpu
@@ -693,7 +697,7 @@ def test_programs_that_stay_on_a_gpu(dtype):
     if triton_pairs.why_not():
         pytest.skip(triton_pairs.why_not())
     with settings(form="persistent", fused_up_to=1 << 30):
-        check(block(2900, 3100, 80, dtype, offset=150, device="cuda"))
+        check(score_tile(2900, 3100, 80, dtype, offset=150, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -706,32 +710,32 @@ def test_tf32_does_not_reach_float32():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        check(block(200, 300, 256, device="cuda", scale=100.0), keep=True)
+        check(score_tile(200, 300, 256, device="cuda", scale=100.0), keep=True)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.gpu
 def test_the_host_does_not_wait_for_a_gpu(form):
-    b = block(300, 400, 64, torch.bfloat16, device="cuda")
-    row, col, own = state(300, b.x)[0], state(400, b.x)[0], torch.empty(300, device="cuda")
+    b = score_tile(300, 400, 64, torch.bfloat16, device="cuda")
+    row, col, positive = state(300, b.x)[0], state(400, b.x)[0], torch.empty(300, device="cuda")
     d_image, d_text = torch.empty(300, 64, device="cuda"), torch.zeros(400, 64, device="cuda")
     triton_pairs._addmm_widens()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton_pairs.stats(b, row, col, own, None)
+        triton_pairs.stats(b, row, col, positive, None)
         triton_pairs.grads(
-            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, own), 1.0, None, FeatureGradients(d_image, d_text)
+            b, SoftmaxGradient(row[:2], col[:2], 0.5, 0.5, positive), 1.0, None, FeatureGradients(d_image, d_text)
         )
-        triton_pairs.sigmoid(b, 0.5, SigmoidSums(own, row[0], row[1]), FeatureGradients(d_image, d_text))
+        triton_pairs.sigmoid(b, 0.5, SigmoidSums(positive, row[0], row[1]), FeatureGradients(d_image, d_text))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 def test_the_same_bits_every_time(form):
-    b = block(520, 1100, 256, torch.bfloat16, device="cuda")
+    b = score_tile(520, 1100, 256, torch.bfloat16, device="cuda")
     states = []
     for _ in range(2):
         row, col = state(520, b.x)[0], state(1100, b.x)[0]

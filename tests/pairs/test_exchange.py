@@ -1,6 +1,6 @@
-"""The losses over several processes (gloo): every option against open_clip's formula, and one process; what travels.
+"""The losses over several processes (gloo): every option against open_clip's formula and one process; bytes sent.
 
-The processes of a world run all cases once; each test looks at what they left.
+The processes of a world run all cases once and save their results, which the tests then read.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def data(dtype, dim=DIM):
     generator = torch.Generator().manual_seed(dim)
     image, text = (torch.randn(ROWS, dim, generator=generator) for _ in range(2))
     text += image
-    image[3], text[5] = image[7], 0  # a duplicate, and nothing at all
+    image[3], text[5] = image[7], 0  # a duplicate, and a row of zeros
     return image.to(dtype), text.to(dtype)
 
 
@@ -64,7 +64,7 @@ def run_case(op, kind, dtype, rank, world, **options):
 
 
 class Traffic:
-    """Bytes that this rank sends, by each collective's usual algorithm; what exchange.py calls is counted."""
+    """Counts the bytes that this rank sends in the collectives of exchange.py, by each one's usual algorithm."""
 
     def __init__(self, monkeypatch):
         self.bytes = 0
@@ -115,7 +115,7 @@ def run_ddp(rank, world, pieces):
     if world > 1:
         model = DistributedDataParallel(model)
     loss_of = ClipLoss(True, True, rank=rank, world_size=world, normalize=True)
-    for _ in range(2):  # DDP finds out in the second step when a parameter was left out of the first
+    for _ in range(2):  # DDP reports in the second step a parameter that got no gradient in the first
         model.zero_grad()
         if pieces == 1:
             features, scale = model(image)
@@ -172,9 +172,9 @@ def run_compiled(rank, world):
 
 
 def work(rank, folder):
-    """A rank of every world that has it: one start of Python serves them all."""
+    """Runs this rank in every world that has it, so that Python starts once for all of them."""
     torch.set_num_threads(1)
-    for world in sorted(WORLDS, reverse=True):  # no rank waits for a world that it is not in
+    for world in sorted(WORLDS, reverse=True):  # no rank waits for a world it does not belong to
         if rank < world:
             work_in(world, rank, folder)
 
@@ -206,7 +206,7 @@ def work_in(world, rank, folder):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """World -> what each of its ranks found."""
+    """World -> the results of each of its ranks."""
     folder = tmp_path_factory.mktemp("worlds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "OMP_NUM_THREADS", "1")
@@ -219,7 +219,7 @@ def worlds(tmp_path_factory):
 
 @pytest.fixture(params=WORLDS)
 def ranks(request, worlds):
-    """What each rank of a world found."""
+    """The results of each rank of a world."""
     return worlds[request.param]
 
 
@@ -238,7 +238,7 @@ def leaves(kind, world, dtype=torch.float64):
 
 
 def open_clip_loss(rank, images, texts, scale, bias, local, gathered):
-    """open_clip's ClipLoss on one rank; what it gathers from others has a gradient if `gathered`."""
+    """open_clip's ClipLoss on one rank; gathered features of other ranks have a gradient if `gathered`."""
     world = len(images)
     images, texts = ([F.normalize(part, dim=1) for part in parts] for parts in (images, texts))
     x, t = images[rank], texts[rank]
@@ -255,7 +255,7 @@ def open_clip_loss(rank, images, texts, scale, bias, local, gathered):
 
 
 def siglip_loss(rank, images, texts, scale, bias):
-    """open_clip's SigLipLoss on one rank; texts of others have a gradient."""
+    """open_clip's SigLipLoss on one rank; texts of other ranks have a gradient."""
     images, texts = ([F.normalize(part, dim=1) for part in parts] for parts in (images, texts))
     labels = torch.cat([2.0 * torch.eye(len(t)) * (r == rank) - 1 for r, t in enumerate(texts)], dim=1)
     z = scale * images[rank] @ torch.cat(texts).T + bias
@@ -273,7 +273,7 @@ def check_against(ranks, found, loss_of, kind, dtype, bound):
         assert (d_text is None) != (kind in ("trained", "ring"))
         pairs = [(d_image, images[rank].grad), (d_scale, scales[rank].grad), (d_bias, biases[rank].grad)]
         if d_text is not None:
-            # A row of zeros has a gradient of 1e12; it is compared apart from the others.
+            # A row of zeros has a gradient of 1e12; it is compared separately.
             want = texts[rank].grad
             zero = want.norm(dim=1) > 1e6
             pairs += [(d_text[~zero], want[~zero]), (d_text[zero], want[zero])]
@@ -299,7 +299,7 @@ def test_sigmoid_is_open_clips(ranks, kind, dtype, bound):
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize(("local", "gathered"), [option for option in OPTIONS if option != (True, False)])
 def test_many_processes_equal_one(ranks, kind, local, gathered):
-    """In float32. With local_loss alone the gradients belong to no loss that one process could take."""
+    """In float32. With local_loss alone the gradients are not those of any loss of one process."""
     world = len(ranks)
     image, text = data(torch.float32)
     image = image.requires_grad_()
@@ -332,7 +332,7 @@ def test_bytes_that_travel(ranks, kind, most):
     world = len(ranks)
     theirs = 2 * 2 * (world - 1) * (ROWS // world) * WIDE * 4
     limit = most * theirs
-    if kind == "ring":  # its last turn goes home
+    if kind == "ring":  # after the last turn the gradients return to their owner
         limit *= world / (world - 1)
     for rank in ranks:
         assert 0 < rank["traffic", kind] <= limit
@@ -359,13 +359,13 @@ def test_modules_find_the_default_group(ranks):
 def test_every_rank_refuses(ranks):
     world = len(ranks)
     for rank in ranks:
-        said = rank["refusals"]
-        assert "the same number of rows" in said["uneven"] and "the same number of rows" in said["uneven sigmoid"]
-        assert "the same number of rows" in said["no rows on one"]
-        assert "of the same kind" in said["one trained"] and "of the same kind" in said["two dtypes"]
-        assert "cannot have a gradient" in said["trained whole"]
-        assert said["neither"] == f"{world} ranks of 3 images need 3 or {3 * world} texts on each, not 2"
-        assert f"rank {world} of {world} was passed" in said["rank"]
+        errors = rank["refusals"]
+        assert "the same number of rows" in errors["uneven"] and "the same number of rows" in errors["uneven sigmoid"]
+        assert "the same number of rows" in errors["no rows on one"]
+        assert "of the same kind" in errors["one trained"] and "of the same kind" in errors["two dtypes"]
+        assert "cannot have a gradient" in errors["trained whole"]
+        assert errors["neither"] == f"{world} ranks of 3 images need 3 or {3 * world} texts on each, not 2"
+        assert f"rank {world} of {world} was passed" in errors["rank"]
 
 
 def test_compiled_with_a_group(ranks):

@@ -191,7 +191,7 @@ def test_chunks_change_nothing(loss, dtype, normalize, device, backend):
     whole = run(65, None)
     for step, budget in ((65, 0), (1, None), (7, 0), (7, 4 * 65 * 30), (64, 4 * 65 * 64)):
         for x, y in zip(run(step, budget), whole, strict=True):
-            # Not one rounding of bfloat16 differs in more than a few places.
+            # bfloat16 gradients differ by a rounding in a few places at most.
             assert (x - y).float().norm() <= (2e-6 if x.dtype == torch.float32 else 1e-3) * y.float().norm()
 
 
@@ -343,19 +343,21 @@ def test_plan_covers_the_rows_within_the_budget(device, rows, cols):
                 assert plan.chunks[-1][1] == rows
                 assert all(start < stop for start, stop in plan.chunks)
                 assert not any(start < plan.kept < stop for start, stop in plan.chunks)
-                own = max(256 << 20, rows * cols * itemsize) if device == "cpu" else free / 2
-                assert 4 * plan.kept * cols <= (own if budget is None else budget)
+                default = max(256 << 20, rows * cols * itemsize) if device == "cpu" else free / 2
+                assert 4 * plan.kept * cols <= (default if budget is None else budget)
                 assert budget != 10**12 or plan.kept == min(rows, 10**12 // (4 * cols))
                 few = policy.plan(rows, cols, 16, itemsize, name, None, True, device, lambda: free)
-                assert (few.kept == 0) == (name != "torch" or device != "cpu")  # forming a short product costs nothing
+                assert (few.kept == 0) == (name != "torch" or device != "cpu")  # dim 16 is cheap to recompute
                 if name == "torch":
                     assert max(stop - start for start, stop in plan.chunks) <= max(16, (16 << 20) // (4 * cols))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_on_a_gpu_what_memory_allows_is_kept_where_that_saves_time(backend):
-    """80 GB, frozen text: no more than 2.05 products of all rows, columns and dim are formed, or 3.05 where scores are
-    recomputed; a chunk is all rows, but for gradients that go through a normalisation."""
+    """80 GB, frozen text: at most 2.05 products of rows x cols x dim are formed, or 3.05 if scores are recomputed.
+
+    There is one chunk of rows, or two if the scores of the first are kept.
+    """
     for rows, dim, products in [(65536, 4096, 2.05), (65536, 768, 3.05), (16384, 4096, 2.05), (16384, 768, 3.05)]:
         plan = policy.plan(rows, rows, dim, 2, backend, None, True, "sm_90", lambda: 80 * 10**9)
         assert 2 + (rows - plan.kept) / rows <= products

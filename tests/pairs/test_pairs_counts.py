@@ -1,6 +1,6 @@
-"""What the "cuda" backend of the pair losses would do at full size, counted: products, bytes of features, launches.
+"""Counts what the "cuda" backend of the pair losses does at full size: products, and the bytes of features they read.
 
-The real driver (score_tiles.cu) runs, with kernels that do nothing and a cublasGemmEx that notes its arguments.
+The real driver (score_tiles.cu) runs, with kernels that do nothing and a cublasGemmEx that records its arguments.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ FREE = 80 * 10**9
 
 
 class Counter:
-    """The (rows, columns, summed) of every product, as our matrices have them."""
+    """Records (rows, columns, summed dimension) of every product, in row-major terms."""
 
     def __init__(self):
         self.products: list[tuple[int, int, int]] = []
@@ -39,7 +39,7 @@ class Counter:
         return ctypes.cast(self.function, ctypes.c_void_p).value
 
     def matrices(self, rows, dim):
-        """Products in units of rows x rows x dim."""
+        """All products together, in units of rows x rows x dim."""
         return sum(n * m * k for n, m, k in self.products) / (rows * rows * dim)
 
 
@@ -49,7 +49,6 @@ def without_kernels(tmp_path_factory):
         tmp_path_factory.mktemp("without_kernels"),
         ["contrastive", "positives", "sigmoid", "score_tiles", "dequant"],
         ["pairs"],
-        "pairs",
         edit=lambda text: text.replace("emulated::launch(", "emulated::skip("),
         called="counted",
     )
@@ -57,7 +56,7 @@ def without_kernels(tmp_path_factory):
 
 @pytest.fixture
 def counter(monkeypatch, without_kernels):
-    """An H100 of which 80 GB are free."""
+    """A pretended H100 with 80 GB of free memory."""
     counter = Counter()
     monkeypatch.setattr(cuda_pairs, "_C", without_kernels)
     monkeypatch.setattr(cuda_pairs, "launch_on", lambda tensor: {"device": 0, "stream": 0})
@@ -70,7 +69,7 @@ def counter(monkeypatch, without_kernels):
 
 
 def run(op, rows, dim, trained=False, **options):
-    """Memory that nothing touches costs nothing."""
+    """Without kernels nothing touches the features, so that torch.empty costs no memory."""
     image, text = (torch.empty(rows, dim, dtype=torch.bfloat16) for _ in range(2))
     op(image.requires_grad_(), text.requires_grad_(trained), 14.3, backend="cuda", **options)
 
@@ -78,7 +77,7 @@ def run(op, rows, dim, trained=False, **options):
 @pytest.mark.parametrize("rows", [16384, 65536])
 @pytest.mark.parametrize("dim", [768, 4096])
 def test_products_of_fixed_text(rows, dim, counter):
-    """One for the scores and one for the gradient; one more where they are recomputed, which the table says for 768."""
+    """One for the scores and one for the gradient; one more if scores are recomputed, as the table says for 768."""
     run(contrastive, rows, dim)
     assert counter.matrices(rows, dim) == pytest.approx(2 if dim == 4096 else 3)
     counter.products.clear()
@@ -100,7 +99,7 @@ def test_trained_text_adds_one_product(counter):
 @pytest.mark.parametrize("rows", [16384, 65536, 50000])
 @pytest.mark.parametrize("dim", [768, 4096])
 def test_features_are_read_once_a_block(rows, dim, counter):
-    """Forming the scores reads both sides of every block; a strip of 128 rows would read 11 times as much."""
+    """Forming the scores reads both sides of every block; strips of 128 rows would read 11 times as much."""
     high, wide = tuned.lookup("pairs", "sm_90", "block", dim=dim)
     run(contrastive, rows, dim)
     passes = 1 if dim == 4096 else 2  # kept, or recomputed

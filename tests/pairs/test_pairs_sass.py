@@ -1,10 +1,10 @@
 """What nvcc makes of the pair losses' kernels for sm_90a, read from the binary: no GPU is needed.
 
-Instructions a score are those of the interior loop, the one that a warp goes through for tiles which have all their
-rows and columns and no own pair. It is found in the control flow: the only loop with loads of 16 bytes, eight of them,
-four scores each. Every instruction of the loop counts, whether or not all lanes come by it: loads, shuffles and index
-arithmetic, and blocks that the compiler has moved out of line but that lead back into the loop. What else there is,
-tiles with own pairs or a ragged edge, lies outside.
+Instructions per score are those of the interior loop, which a warp runs for tiles that have all their rows and columns
+and no positive. It is found in the control flow: the only loop with loads of 16 bytes, eight of them, four scores each.
+Every instruction of the loop counts, whether or not all lanes execute it: loads, shuffles and index arithmetic, and
+basic blocks that the compiler has moved out of line but that lead back into the loop. Code outside the loop, for tiles
+with positives or a ragged edge, does not count.
 """
 
 import re
@@ -43,7 +43,7 @@ class Code:
             self.next.append(([i + 1] if goes_on and i + 1 < len(self.instructions) else []) + there)
 
     def loops(self) -> list[list[int]]:
-        """The natural loops: for a branch to what cannot be avoided on the way to it, all that lies between."""
+        """The natural loops: for each branch to an instruction that dominates it, the instructions in between."""
         before: list[list[int]] = [[] for _ in self.instructions]
         for i, following in enumerate(self.next):
             for j in following:
@@ -79,7 +79,7 @@ def of(op: str, instructions: list[str]) -> list[str]:
 def disassembler() -> str:
     if found := shutil.which("nvdisasm"):
         return found
-    nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has one
+    nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel contains one
     return str(Path(nvidia.__file__).parent / "bin" / "nvdisasm")
 
 
@@ -140,7 +140,7 @@ def test_loops_are_found_with_what_lies_out_of_line():
         /*0090*/                   BRA `(.L_x_5);
 """
     )
-    # A loop with three instructions out of line, the way back from there, and the endless loop at the end.
+    # A loop with three instructions out of line, their way back, and the endless loop at the end.
     assert [1, 2, 3, 4, 6, 7, 8] in code.loops() and [9] in code.loops()
     assert len(code.interior()) == 7 and len(of("LDG", code.interior())) == 1
     assert code.next[4] == [5, 1] and code.next[5] == [] and code.next[6] == [7, 9] and code.next[8] == [3]
@@ -161,7 +161,7 @@ def test_instructions_a_score(kernels, name, dtype):
     print(f"{name:8} {dtype:8} {per_score:.1f} instructions a score, {registers} registers")
     assert per_score <= MOST[name]
     assert registers <= REGISTERS[name] and not spilled and not of("(LDL|STL)", code.instructions)
-    # What the header says: other versions of nvcc may differ a little.
+    # As stated in the file's header; other versions of nvcc may differ a little.
     assert abs(per_score - stated(name, dtype)) <= 1
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the losses over pairs share: features, the losses by hand in float64, and what is near enough."""
+"""Shared by the tests of the pair losses: features, the losses by hand in float64, and tolerances."""
 
 from functools import lru_cache
 
@@ -21,11 +21,11 @@ PLACES = [
     *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
 ]
 GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
-PART = 200  # rows and columns of which the largest cases compare gradients
+PART = 200  # first rows and columns whose gradients are compared
 
 
 def many_rows(*marks):
-    """(device, backend, rows, dim): on a CPU the fastest backend, and its largest case under these marks."""
+    """(device, backend, rows, dim) of LARGE; on a CPU the default backend only, its largest case with marks."""
     cpu = [pytest.param("cpu", None, *shape, marks=marks if shape == LARGE[-1] else ()) for shape in LARGE]
     gpu = [pytest.param("cuda", name, *shape, marks=pytest.mark.gpu) for name in GPU_BACKENDS for shape in LARGE]
     return cpu + gpu
@@ -76,8 +76,7 @@ def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
 
 
 def leaves(image, text, scale, bias, device=None):
-    """Tensors with a gradient each, on `device` if one is named; scale and bias float32, or float64 with the
-    features."""
+    """Leaf tensors that require gradients, on `device` if given; scale and bias float32, or float64 if features are."""
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
     scale, bias = (torch.tensor(value, dtype=wide, device=image.device) for value in (scale, bias))
     return [x.detach().to(device or x.device).clone().requires_grad_() for x in (image, text, scale, bias)]
@@ -88,8 +87,9 @@ def check_loss(got, want):
 
 
 def check_gradient(got, want, dtype=torch.float32):
-    """In relative norm. The floor: a scale's or bias's gradient is a sum of up to rows² entries of order one that may
-    cancel (1e-7 of one), as may all of a gradient that is zero (1e-6); any other has none but float32's least.
+    """In relative norm, plus a floor: 1e-6 for a gradient that is zero, else 1e-12; and 1e-7 for a scale or bias.
+
+    Their gradients are sums of up to rows² terms of order one, which may cancel.
     """
     floor = 1e-7 if want.dim() == 0 else 1e-6 if want.norm() < 1e-12 else 1e-12
     assert (got.to(want.device).double() - want).norm() <= GRADIENT[dtype] * want.norm() + floor
@@ -111,7 +111,7 @@ def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True,
 
 
 def check_no_waiting(op, backend):
-    """The host of a GPU does not wait for it, forward or backward."""
+    """Neither forward nor backward synchronizes the host with the GPU."""
     skip_without(backend)
     inputs = leaves(*features(300, 768, torch.bfloat16, "cuda"), 14.3, -0.7)
     op(*inputs, normalize=True, backend=backend).backward()
@@ -124,7 +124,7 @@ def check_no_waiting(op, backend):
 
 
 class Spy:
-    """Notes the arguments of a backend's calls, by name, and passes them on."""
+    """Records the arguments of a backend's calls, by name, and passes them on."""
 
     def __init__(self, monkeypatch, backend):
         self.calls = []
@@ -151,10 +151,7 @@ class Spy:
 
 
 def check_positives(backend, n, device):
-    """A backend's `positives` against the same in float64.
-
-    Probabilities near 0 and 1, states far below l = 1, no negatives at all, and NaN.
-    """
+    """A backend's `positives` against float64: probabilities near 0 and 1, l far below 1, no negatives, and NaN."""
     generator = torch.Generator().manual_seed(n)
     positive = torch.rand(n, generator=generator) * 2 - 1
     for spread in (1.0, 30.0):
@@ -171,7 +168,7 @@ def check_positives(backend, n, device):
         given = row, col, positive.to(device), scale.to(device), bias.to(device)
         found = backend.positives(*given, 0.25).cpu()
         assert found.shape == want.shape == (9, n)
-        # z and m are float32 numbers of up to 100 or so, of which a probability is the exponential.
+        # A probability is the exponential of z − m, float32 numbers of up to about 100.
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
     positive[n // 2] = torch.nan
     found = backend.positives(row, col, positive.to(device), *given[3:], 0.25)
