@@ -1,4 +1,5 @@
-# csrc/*/bind*.cpp. Pointers and streams are integers; shapes are in the headers that those files include.
+# csrc/common/bindings.cpp and csrc/*/bind*.cpp. Pointers and streams are integers; the headers that those files include
+# have the shapes.
 from typing import Any
 
 import numpy as np

@@ -1,17 +1,15 @@
-// The loops of attention.cpp over words (words.h), for every instruction set: see isas.h. Of a micro-tile, A is read
-// where it lies, a broadcast a word. Where B's columns are tokens and the sum is over dim it is packed "across", in
-// panels [word of dim][tokens]; where the sum is over tokens, "along", [word of tokens][dim].
+// The loops of attention.cpp over words (words.h), for every instruction set; see isas.h. A micro-tile reads A where it
+// lies, and B packed: "across", in panels [word of dim][tokens], if its columns are tokens and the sum is over dim;
+// "along", [word of tokens][dim], if the sum is over tokens.
 #include "common/words.h"
 
-// e^x to 1e-7 of itself for -86 < x < 88, below that e^-86, which is nothing beside the largest of a row; a NaN stays
-// one. 2^n 2^f, |f| <= 1/2, with log2(e) in two parts.
+// e^x to 1e-7 of itself for -86 < x < 88; below that e^-86, which is negligible against a row's largest. A NaN stays
+// one. 2^n 2^f with |f| <= 1/2, and log2(e) in two parts.
 INLINE V exp_of(V x) {
   x = x < -86.f ? splat(-86.f) : x;
-  const V shifted = x * kLog2e + 12582912.f;  // 1.5 * 2^23: the nearest integer is in the low bits now
+  const V shifted = x * kLog2e + 12582912.f;  // 1.5 2^23: the low bits are now the nearest integer
   const V f = x * kLog2eRest + (x * kLog2e - (shifted - 12582912.f));
-  V p = f * kExp2[6] + kExp2[5];
-  for (int k = 4; k >= 0; --k) p = p * f + kExp2[k];
-  return p * (V)(((I)shifted + 127) << 23);
+  return exp2_of(shifted, f);
 }
 
 // a[m, k] lies at a[m * row + k * step], b's row k at b[k * ldb].
@@ -19,34 +17,20 @@ template <bool Bf16, int N>
 void micro(int64_t words, const float* a, int64_t row, int64_t step, const float* b, int64_t ldb, float* c,
            int64_t ldc, bool add) {
   V sums[kMicroRows][N];
-#pragma GCC unroll 8
-  for (int m = 0; m < kMicroRows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) sums[m][v] = add ? load(c + m * ldc + v * LANES) : V{};
+  load_sums(sums, c, ldc, add);
   for (int64_t k = 0; k < words; ++k) {
-    V bs[N];
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) bs[v] = load(b + v * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < kMicroRows; ++m) {
-      const float am = a[m * row];
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) sums[m][v] = multiply_add<Bf16>(am, bs[v], sums[m][v]);
-    }
+    add_word<Bf16>(sums, a, row, b);
     a += step;
     b += ldb;
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < kMicroRows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) store(c + m * ldc + v * LANES, sums[m][v]);
+  store_sums(sums, c, ldc);
 }
 
-// Columns in panels of at most VECTORS vectors, as even as can be: 13 vectors are 4, 3, 3 and 3.
+// Columns in panels of at most VECTORS vectors, as even as possible: 13 vectors are 4, 3, 3 and 3.
 struct Panels {
   int64_t vectors, count;
   explicit Panels(int64_t columns)
-      : vectors((columns + LANES - 1) / LANES), count((vectors + VECTORS - 1) / VECTORS) {}
+      : vectors(ceil_div(columns, LANES)), count(ceil_div(vectors, VECTORS)) {}
   int64_t first(int64_t i) const { return (vectors / count * i + std::min(i, vectors % count)) * LANES; }
 };
 
@@ -58,10 +42,11 @@ struct Left {
 struct Right {
   const float* words;
   bool across;
-  int64_t stride;  // across: words of a column; along: from one word's row to the next's
+  int64_t stride;  // across: words in a column; along: words from one row to the next
 };
 
-// c[rows, columns] = a b, or += where `add`; rows are whole micro-tiles. Panels that begin at `columns` are left out.
+// c[rows, columns] = a b, or c += a b if `add`. `rows` is a multiple of kMicroRows. Skips panels that begin at
+// `columns` or later.
 template <bool Bf16>
 void multiply(const Left& a, const Right& b, int64_t rows, int64_t words, const Panels& panels, int64_t columns,
               float* c, int64_t ldc, bool add) {
@@ -87,7 +72,7 @@ void multiply(const Left& a, const Right& b, int64_t rows, int64_t words, const 
   }
 }
 
-// `dim` elements as words, zero up to `width` words.
+// Writes `dim` elements as words, then zeros up to `width` words.
 template <bool Bf16>
 void row_words(Element type, const void* data, int64_t dim, float* out, int64_t width) {
   if constexpr (Bf16) {
@@ -112,7 +97,7 @@ void row_words(Element type, const void* data, int64_t dim, float* out, int64_t 
   std::memset(out + k, 0, (width - k) * 4);
 }
 
-// `dim` floats times `factor`, as `type`.
+// Writes `dim` floats times `factor` as `type`.
 void store_row(const float* from, float factor, int64_t dim, void* out, Element type) {
   auto* to = static_cast<uint16_t*>(out);
   int64_t k = 0;
@@ -136,7 +121,7 @@ void store_row(const float* from, float factor, int64_t dim, void* out, Element 
 }
 
 #if BF16
-// 32 bf16 each: word i of `first` is low's and high's element i, of `second` their element 16 + i.
+// low and high are 32 bf16 each. Word i of `first` is their elements i, word i of `second` their elements 16 + i.
 INLINE void interleave(__m512i low, __m512i high, float* first, float* second) {
   const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -146,25 +131,27 @@ INLINE void interleave(__m512i low, __m512i high, float* first, float* second) {
 }
 #endif
 
-// What one task reads and writes beside the tensors, in its worker's scratch. `rows`: of a block of queries.
+// The workspace of one task, in its worker's scratch memory; with a null base it only counts the floats.
 template <bool Bf16>
-struct Room {
+struct Workspace {
   static constexpr int64_t kPerWord = Bf16 ? 2 : 1;
   Panels tokens, dims;
-  int64_t words, row, width, scores;  // words of dim; words from row to row of rows, of sums over tokens, of scores
+  int64_t words;               // of dim
+  int64_t row, width, scores;  // from row to row of copied rows, of sums over tokens, and of scores
   float *k_across{}, *k_along{}, *v_across{}, *v_along{};
-  float* turned{};                                     // rows of words on their way to both; in float32 they are along
-  float *q{}, *q_along{}, *d{}, *d_along{};            // a block of queries, and of d_out
-  float *s{}, *dp{}, *s_pairs{}, *dp_pairs{};          // [rows, tokens]; as words of two rows
-  float *sums{}, *dk{}, *dv{}, *state{};
+  float* rows_of_words{};                      // k or v before packing; in float32 these are already packed along
+  float *q{}, *q_along{}, *d{}, *d_along{};    // a band of queries, and of d_out
+  float *s{}, *dp{}, *s_pairs{}, *dp_pairs{};  // scores [band, tokens]; _pairs: as words of two rows
+  float *sums{}, *dk{}, *dv{}, *inverse{};
   int64_t floats = 0;
 
-  Room(const AttentionPass& pass, float* base)
-      : tokens(pass.job.tokens), dims(pass.job.dim), words((pass.job.dim + kPerWord - 1) / kPerWord) {
-    const int64_t n = pass.job.tokens, r = pass.block_rows;
+  Workspace(const AttentionPass& pass, float* base)
+      : tokens(pass.job.tokens), dims(pass.job.dim), words(ceil_div(pass.job.dim, kPerWord)) {
+    const int64_t n = pass.job.tokens, r = pass.band_rows;
     width = dims.vectors * LANES;
     row = rounded_up(words, LANES);
-    // Of whole micro-tiles and whole vectors, and an odd number of cache lines: a column's scores lie in many sets.
+    // Whole micro-tiles and vectors, and an odd number of cache lines, so that a column's scores lie in many cache
+    // sets.
     scores = rounded_up(rounded_up(n, kMicroRows), 2 * LANES) + LANES;
     const int64_t all = rounded_up(n, 2 * LANES);
     const auto take = [&](float*& at, int64_t count) {
@@ -173,11 +160,11 @@ struct Room {
     };
     take(k_across, words * all);
     take(v_along, Bf16 ? all / 2 * width : all * row);
-    if (Bf16) take(turned, all * row);
+    if (Bf16) take(rows_of_words, all * row);
     take(q, r * row);
     take(s, r * scores);
     take(sums, r * width);
-    take(state, r);
+    take(inverse, r);
     if (!pass.backward) return;
     take(k_along, Bf16 ? all / 2 * width : all * row);
     take(v_across, words * all);
@@ -193,11 +180,11 @@ struct Room {
   }
 };
 
-// Rows `stride` elements apart as words, and zero rows up to `even`.
+// Writes rows, `stride` elements apart, as words, then zero rows up to `even`.
 template <bool Bf16>
-void block_words(const AttentionPass& pass, const char* data, int64_t stride, int64_t rows, int64_t even, float* out,
-                 int64_t ldo) {
-  const int64_t bytes = pass.job.type == Element::f32 ? 4 : 2, size = pass.job.dim * bytes;
+void copy_rows(const AttentionPass& pass, const char* data, int64_t stride, int64_t rows, int64_t even, float* out,
+               int64_t ldo) {
+  const int64_t bytes = bytes_of(pass.job.type), size = pass.job.dim * bytes;
   stride *= bytes;
   for (int64_t r = 0; r < rows; ++r) {
     if (r + kAhead < rows)
@@ -207,18 +194,18 @@ void block_words(const AttentionPass& pass, const char* data, int64_t stride, in
   if (even > rows) std::memset(out + rows * ldo, 0, (even - rows) * ldo * sizeof *out);
 }
 
-// Rows of words -> [word of dim][rows], a panel at a time. What lies beyond the last row is turned too, and not used.
+// Rows of words -> [word of dim][rows], a panel at a time. What lies beyond the last row is transposed too, but unused.
 void pack_across(const float* rows, int64_t row, int64_t words, const Panels& panels, float* out) {
   for (int64_t i = 0; i < panels.count; ++i) {
     const int64_t first = panels.first(i), width = panels.first(i + 1) - first;
     for (int64_t c = 0; c < width; c += LANES)
       for (int64_t k = 0; k < words; k += LANES)
-        turn(rows + (first + c) * row + k, row, out + first * words + k * width + c, width,
+        transpose(rows + (first + c) * row + k, row, out + first * words + k * width + c, width,
              std::min<int64_t>(LANES, words - k));
   }
 }
 
-// Rows of words of two elements -> words of two rows. `count` rows, after which there is a zero row if it is odd.
+// Rows of words of two elements -> words of two rows. If `count` is odd, a zero row follows the last one.
 template <bool Bf16>
 void pack_along([[maybe_unused]] const float* rows, [[maybe_unused]] int64_t row, [[maybe_unused]] int64_t count,
                 [[maybe_unused]] int64_t width, [[maybe_unused]] float* out) {
@@ -231,13 +218,15 @@ void pack_along([[maybe_unused]] const float* rows, [[maybe_unused]] int64_t row
 #endif
 }
 
+// x where at + lane < valid, else 0.
 INLINE V before(int64_t at, int64_t valid, V x) {
   return load(kIota) < static_cast<float>(valid - at) ? x : V{};
 }
 
 // ---- Forward ----
 
-// A row of products -> exp(scale product - max) in its place, as words; zero from `valid` to `end`. The max, the sum.
+// Overwrites a row of products with exp(scale product - most), as words, zero from `valid` to `end`. most: the maximum
+// of scale product; total: the sum of the exponentials.
 template <bool Bf16>
 INLINE void softmax_row(float* s, int64_t valid, int64_t end, float scale, float& most, float& total) {
   const int64_t full = valid / LANES * LANES;
@@ -269,40 +258,40 @@ template <bool Bf16>
 void forward_task(const AttentionPass& pass, int64_t task, int worker) {
   constexpr int64_t kPerWord = Bf16 ? 2 : 1;
   const Attention& job = pass.job;
-  const Room<Bf16> room(pass, pass.scratch + worker * pass.scratch_stride);
+  const Workspace<Bf16> work(pass, pass.scratch + worker * pass.scratch_stride);
   const int64_t head = task / pass.parts, part = task % pass.parts;
   const Head at = head_of(pass, head);
   const int64_t all = rounded_up(job.tokens, 2);
-  float* rows = Bf16 ? room.turned : room.v_along;
-  block_words<Bf16>(pass, at.k, at.stride, job.tokens, job.tokens, rows, room.row);
-  pack_across(rows, room.row, room.words, room.tokens, room.k_across);
-  block_words<Bf16>(pass, at.v, at.stride, job.tokens, all, rows, room.row);
-  pack_along<Bf16>(rows, room.row, job.tokens, room.width, room.v_along);
-  for (int64_t block = pass.blocks * part / pass.parts; block < pass.blocks * (part + 1) / pass.parts; ++block) {
-    const int64_t r0 = block * pass.block_rows, count = std::min(pass.block_rows, job.tokens - r0);
+  float* rows = Bf16 ? work.rows_of_words : work.v_along;
+  copy_rows<Bf16>(pass, at.k, at.stride, job.tokens, job.tokens, rows, work.row);
+  pack_across(rows, work.row, work.words, work.tokens, work.k_across);
+  copy_rows<Bf16>(pass, at.v, at.stride, job.tokens, all, rows, work.row);
+  pack_along<Bf16>(rows, work.row, job.tokens, work.width, work.v_along);
+  for (int64_t band = pass.bands * part / pass.parts; band < pass.bands * (part + 1) / pass.parts; ++band) {
+    const int64_t r0 = band * pass.band_rows, count = std::min(pass.band_rows, job.tokens - r0);
     const int64_t even = rounded_up(count, kMicroRows), columns = job.causal ? r0 + count : job.tokens;
-    block_words<Bf16>(pass, at.q + r0 * at.stride * at.bytes, at.stride, count, even, room.q, room.row);
-    multiply<Bf16>({room.q, room.row, 1}, {room.k_across, true, room.words}, even, room.words, room.tokens, columns,
-                   room.s, room.scores, false);
+    copy_rows<Bf16>(pass, at.q + r0 * at.stride * at.bytes, at.stride, count, even, work.q, work.row);
+    multiply<Bf16>({work.q, work.row, 1}, {work.k_across, true, work.words}, even, work.words, work.tokens, columns,
+                   work.s, work.scores, false);
     for (int64_t r = 0; r < count; ++r) {
       float most, total;
-      softmax_row<Bf16>(room.s + r * room.scores, job.causal ? r0 + r + 1 : job.tokens, columns, job.scale, most,
+      softmax_row<Bf16>(work.s + r * work.scores, job.causal ? r0 + r + 1 : job.tokens, columns, job.scale, most,
                         total);
-      room.state[r] = 1 / total;
+      work.inverse[r] = 1 / total;
       pass.lse_out[head * job.tokens + r0 + r] = most + std::log(total);
     }
-    multiply<Bf16>({room.s, room.scores, 1}, {room.v_along, false, room.width}, even,
-                   (columns + kPerWord - 1) / kPerWord, room.dims, job.dim, room.sums, room.width, false);
+    multiply<Bf16>({work.s, work.scores, 1}, {work.v_along, false, work.width}, even,
+                   ceil_div(columns, kPerWord), work.dims, job.dim, work.sums, work.width, false);
     for (int64_t r = 0; r < count; ++r)
-      store_row(room.sums + r * room.width, room.state[r], job.dim, at.out + (r0 + r) * at.out_stride * at.bytes,
+      store_row(work.sums + r * work.width, work.inverse[r], job.dim, at.out + (r0 + r) * at.out_stride * at.bytes,
                 job.type);
   }
 }
 
 // ---- Backward ----
 
-// A row of products -> exp(scale product - lse) in its place, zero from `valid` to `end`. As lse is rounded, they do
-// not sum to 1 exactly: inverse = 1 / sum P, delta = sum P dP / sum P.
+// Overwrites a row of products with P = exp(scale product - lse), zero from `valid` to `end`. As lse is rounded, they
+// do not sum to exactly 1: inverse = 1 / sum P, delta = sum P dP / sum P.
 INLINE void probabilities(float* s, const float* dp, int64_t valid, int64_t end, float scale, float lse, float& inverse,
                           float& delta) {
   const int64_t full = valid / LANES * LANES;
@@ -324,7 +313,7 @@ INLINE void probabilities(float* s, const float* dp, int64_t valid, int64_t end,
   delta = sum_of(dot) * inverse;
 }
 
-// P and dS = P (dP - delta) of one row, in place of s and dp.
+// Overwrites one row of s and dp with P and dS = P (dP - delta).
 INLINE void gradient_row(float* s, float* dp, int64_t valid, int64_t end, float inverse, float delta) {
   for (int64_t j = 0; j < end; j += LANES) {
     const V p = load(s + j) * inverse, ds = p * (load(dp + j) - delta);
@@ -334,7 +323,7 @@ INLINE void gradient_row(float* s, float* dp, int64_t valid, int64_t end, float 
 }
 
 #if BF16
-// The same of two rows, as words of two columns in place, and as words of the two rows.
+// The same for two rows: in place as words of two columns, and in s_pairs and dp_pairs as words of the two rows.
 INLINE void gradient_rows(float* s, float* dp, int64_t row, const int64_t* valid, int64_t end, const float* inverse,
                           const float* delta, float* s_pairs, float* dp_pairs) {
   for (int64_t j = 0; j < end; j += 32) {
@@ -365,72 +354,72 @@ template <bool Bf16>
 void backward_task(const AttentionPass& pass, int64_t head, int worker) {
   constexpr int64_t kPerWord = Bf16 ? 2 : 1;
   const Attention& job = pass.job;
-  const Room<Bf16> room(pass, pass.scratch + worker * pass.scratch_stride);
+  const Workspace<Bf16> work(pass, pass.scratch + worker * pass.scratch_stride);
   const Head at = head_of(pass, head);
   const int64_t all = rounded_up(job.tokens, 2);
   for (const bool of_v : {false, true}) {
-    float* along = of_v ? room.v_along : room.k_along;
-    float* rows = Bf16 ? room.turned : along;
-    block_words<Bf16>(pass, of_v ? at.v : at.k, at.stride, job.tokens, all, rows, room.row);
-    pack_across(rows, room.row, room.words, room.tokens, of_v ? room.v_across : room.k_across);
-    pack_along<Bf16>(rows, room.row, job.tokens, room.width, along);
+    float* along = of_v ? work.v_along : work.k_along;
+    float* rows = Bf16 ? work.rows_of_words : along;
+    copy_rows<Bf16>(pass, of_v ? at.v : at.k, at.stride, job.tokens, all, rows, work.row);
+    pack_across(rows, work.row, work.words, work.tokens, of_v ? work.v_across : work.k_across);
+    pack_along<Bf16>(rows, work.row, job.tokens, work.width, along);
   }
-  const Left p{room.s, room.scores, 1}, ds{room.dp, room.scores, 1};
-  const Left p_turned{Bf16 ? room.s_pairs : room.s, 1, room.scores};
-  const Left ds_turned{Bf16 ? room.dp_pairs : room.dp, 1, room.scores};
-  std::memset(room.dk, 0, rounded_up(job.tokens, kMicroRows) * room.width * sizeof(float));
-  std::memset(room.dv, 0, rounded_up(job.tokens, kMicroRows) * room.width * sizeof(float));
-  for (int64_t block = 0; block < pass.blocks; ++block) {
-    const int64_t r0 = block * pass.block_rows, count = std::min(pass.block_rows, job.tokens - r0);
+  const Left p{work.s, work.scores, 1}, ds{work.dp, work.scores, 1};
+  const Left p_transposed{Bf16 ? work.s_pairs : work.s, 1, work.scores};
+  const Left ds_transposed{Bf16 ? work.dp_pairs : work.dp, 1, work.scores};
+  std::memset(work.dk, 0, rounded_up(job.tokens, kMicroRows) * work.width * sizeof(float));
+  std::memset(work.dv, 0, rounded_up(job.tokens, kMicroRows) * work.width * sizeof(float));
+  for (int64_t band = 0; band < pass.bands; ++band) {
+    const int64_t r0 = band * pass.band_rows, count = std::min(pass.band_rows, job.tokens - r0);
     const int64_t even = rounded_up(count, kMicroRows), columns = job.causal ? r0 + count : job.tokens;
-    const int64_t tiles = rounded_up(columns, kMicroRows), end = rounded_up(tiles, LANES);
-    block_words<Bf16>(pass, at.q + r0 * at.stride * at.bytes, at.stride, count, even, room.q, room.row);
-    block_words<Bf16>(pass, at.d_out + r0 * at.out_stride * at.bytes, at.out_stride, count, even, room.d, room.row);
-    pack_along<Bf16>(room.q, room.row, count, room.width, room.q_along);
-    pack_along<Bf16>(room.d, room.row, count, room.width, room.d_along);
-    multiply<Bf16>({room.q, room.row, 1}, {room.k_across, true, room.words}, even, room.words, room.tokens, columns,
-                   room.s, room.scores, false);
-    multiply<Bf16>({room.d, room.row, 1}, {room.v_across, true, room.words}, even, room.words, room.tokens, columns,
-                   room.dp, room.scores, false);
+    const int64_t tile_rows = rounded_up(columns, kMicroRows), end = rounded_up(tile_rows, LANES);
+    copy_rows<Bf16>(pass, at.q + r0 * at.stride * at.bytes, at.stride, count, even, work.q, work.row);
+    copy_rows<Bf16>(pass, at.d_out + r0 * at.out_stride * at.bytes, at.out_stride, count, even, work.d, work.row);
+    pack_along<Bf16>(work.q, work.row, count, work.width, work.q_along);
+    pack_along<Bf16>(work.d, work.row, count, work.width, work.d_along);
+    multiply<Bf16>({work.q, work.row, 1}, {work.k_across, true, work.words}, even, work.words, work.tokens, columns,
+                   work.s, work.scores, false);
+    multiply<Bf16>({work.d, work.row, 1}, {work.v_across, true, work.words}, even, work.words, work.tokens, columns,
+                   work.dp, work.scores, false);
     for (int64_t r = 0; r < count; r += kPerWord) {
-      float *s = room.s + r * room.scores, *dp = room.dp + r * room.scores;
+      float *s = work.s + r * work.scores, *dp = work.dp + r * work.scores;
       float inverse[2] = {}, delta[2] = {};
       int64_t valid[2] = {};
       for (int64_t i = 0; i < std::min(kPerWord, count - r); ++i) {
         valid[i] = job.causal ? r0 + r + i + 1 : job.tokens;
-        probabilities(s + i * room.scores, dp + i * room.scores, valid[i], end, job.scale,
+        probabilities(s + i * work.scores, dp + i * work.scores, valid[i], end, job.scale,
                       pass.lse[head * job.tokens + r0 + r + i], inverse[i], delta[i]);
       }
 #if BF16
       if constexpr (Bf16)
-        gradient_rows(s, dp, room.scores, valid, end, inverse, delta, room.s_pairs + r / 2 * room.scores,
-                      room.dp_pairs + r / 2 * room.scores);
+        gradient_rows(s, dp, work.scores, valid, end, inverse, delta, work.s_pairs + r / 2 * work.scores,
+                      work.dp_pairs + r / 2 * work.scores);
 #endif
       if constexpr (!Bf16) gradient_row(s, dp, valid[0], end, inverse[0], delta[0]);
     }
-    const int64_t column_words = (columns + kPerWord - 1) / kPerWord, row_pairs = (count + kPerWord - 1) / kPerWord;
+    const int64_t key_words = ceil_div(columns, kPerWord), query_words = ceil_div(count, kPerWord);
     if (at.out) {
-      multiply<Bf16>(p, {room.v_along, false, room.width}, even, column_words, room.dims, job.dim, room.sums,
-                     room.width, false);
+      multiply<Bf16>(p, {work.v_along, false, work.width}, even, key_words, work.dims, job.dim, work.sums,
+                     work.width, false);
       for (int64_t r = 0; r < count; ++r)
-        store_row(room.sums + r * room.width, 1, job.dim, at.out + (r0 + r) * at.out_stride * at.bytes, job.type);
+        store_row(work.sums + r * work.width, 1, job.dim, at.out + (r0 + r) * at.out_stride * at.bytes, job.type);
     }
-    multiply<Bf16>(ds, {room.k_along, false, room.width}, even, column_words, room.dims, job.dim, room.sums, room.width,
+    multiply<Bf16>(ds, {work.k_along, false, work.width}, even, key_words, work.dims, job.dim, work.sums, work.width,
                    false);
     for (int64_t r = 0; r < count; ++r)
-      store_row(room.sums + r * room.width, job.scale, job.dim, at.dq + (r0 + r) * at.stride * at.bytes, job.type);
-    multiply<Bf16>(p_turned, {Bf16 ? room.d_along : room.d, false, room.width}, tiles, row_pairs, room.dims, job.dim,
-                   room.dv, room.width, true);
-    multiply<Bf16>(ds_turned, {Bf16 ? room.q_along : room.q, false, room.width}, tiles, row_pairs, room.dims, job.dim,
-                   room.dk, room.width, true);
+      store_row(work.sums + r * work.width, job.scale, job.dim, at.dq + (r0 + r) * at.stride * at.bytes, job.type);
+    multiply<Bf16>(p_transposed, {Bf16 ? work.d_along : work.d, false, work.width}, tile_rows, query_words, work.dims,
+                   job.dim, work.dv, work.width, true);
+    multiply<Bf16>(ds_transposed, {Bf16 ? work.q_along : work.q, false, work.width}, tile_rows, query_words, work.dims,
+                   job.dim, work.dk, work.width, true);
   }
   for (int64_t r = 0; r < job.tokens; ++r) {
-    store_row(room.dk + r * room.width, job.scale, job.dim, at.dk + r * at.stride * at.bytes, job.type);
-    store_row(room.dv + r * room.width, 1, job.dim, at.dv + r * at.stride * at.bytes, job.type);
+    store_row(work.dk + r * work.width, job.scale, job.dim, at.dk + r * at.stride * at.bytes, job.type);
+    store_row(work.dv + r * work.width, 1, job.dim, at.dv + r * at.stride * at.bytes, job.type);
   }
 }
 
 template <bool Bf16>
-int64_t room_floats(const AttentionPass& pass) {
-  return Room<Bf16>(pass, nullptr).floats;
+int64_t workspace_floats(const AttentionPass& pass) {
+  return Workspace<Bf16>(pass, nullptr).floats;
 }

@@ -1,4 +1,4 @@
-// csrc/attention/attention.h for Python; see there for shapes. Addresses are integers, 0 for null.
+// Attention on the CPU, for Python; attention.h has the shapes.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -14,9 +14,8 @@ namespace {
 
 Attention attention_of(Address qkv, int type, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, float scale,
                        bool causal) {
-  if (type < 0 || type > 2) throw std::invalid_argument("an attention's type is 0 (f32), 1 (bf16) or 2 (f16)");
   if (dim < 1) throw std::invalid_argument("head_dim must be at least 1");
-  return {at<const void>(qkv), static_cast<Element>(type), batch, tokens, heads, dim, scale, causal};
+  return {at<const void>(qkv), float_type(type), batch, tokens, heads, dim, scale, causal};
 }
 
 }  // namespace
@@ -28,13 +27,13 @@ void bind_attention(py::module_& module) {
            "causal"_a);
   module.def("attention_forward", [](const Attention& attention, Address out, Address lse, int threads,
                                      const std::string& isa) {
-    const PairsIsa chosen = isa_named(isa);
+    const Isa chosen = isa_named(isa);
     py::gil_scoped_release release;
     attention_forward_cpu(attention, at<void>(out), at<float>(lse), threads, chosen);
   }, "attention"_a, "out"_a, "lse"_a, "threads"_a, "isa"_a = "");
   module.def("attention_backward", [](const Attention& attention, Address d_out, Address lse, Address d_qkv,
                                       Address out, int threads, const std::string& isa) {
-    const PairsIsa chosen = isa_named(isa);
+    const Isa chosen = isa_named(isa);
     py::gil_scoped_release release;
     attention_backward_cpu(attention, at<const void>(d_out), at<const float>(lse), at<void>(d_qkv), at<void>(out),
                            threads, chosen);

@@ -1,4 +1,4 @@
-// float32 to and from the 16-bit types, to nearest even, on any CPU.
+// Conversions between float32 and the 16-bit types on any CPU, rounded to nearest even.
 #pragma once
 #include <cstdint>
 #include <cstring>

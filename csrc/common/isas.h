@@ -1,7 +1,8 @@
-// Includes KERNELS, a file of loops over vectors of LANES floats, once for every instruction set: namespaces scalar,
-// avx2, avx512, avx512_bf16. The includer stands inside a namespace and has included <immintrin.h> on x86-64; the file
-// has no guard and no #include of its own but words.h or vectors.h. VECTORS: how many vectors of an operand registers
-// hold beside six rows of sums. BF16: 1 where there are bf16 products and conversions.
+// Includes the file KERNELS once for each instruction set, in the namespaces scalar, avx2, avx512 and avx512_bf16.
+// KERNELS, a path below csrc/, holds loops over vectors of LANES floats; it has no include guard and includes nothing
+// but words.h or tokens.h. The file that includes isas.h does so inside a namespace, after <immintrin.h> on x86-64.
+// VECTORS: the vectors of an operand that fit in registers next to the sums of six rows.
+// BF16: 1 where the CPU multiplies and converts bfloat16.
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -1,4 +1,4 @@
-// torch's OpenMP team, found in the process that has loaded it: this module links to no OpenMP of its own.
+// Finds torch's OpenMP team in the process that has loaded it: this module links to no OpenMP itself.
 #include "parallel.h"
 
 #if defined(__linux__)
@@ -15,7 +15,7 @@ namespace lift_fast {
 #if defined(__linux__)
 namespace {
 
-// libgomp's own entry, which compilers call for `#pragma omp parallel`; its form has been the same since GCC 4.9.
+// The function of libgomp that compilers call for `#pragma omp parallel`; unchanged since GCC 4.9.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 struct Gomp {
@@ -25,13 +25,13 @@ struct Gomp {
   int (*level)() = nullptr;
 };
 
-// The team's threads stay with the parent.
+// A forked process has none of the team's threads.
 std::atomic<bool> forked{false};
 const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Gomp find() {
   std::string path;
-  // torch's wheels bring a libgomp of theirs; another package's would be another team.
+  // torch's wheels bring their own libgomp; another package's would be a different team.
   dl_iterate_phdr(
       [](dl_phdr_info* info, std::size_t, void* found) {
         const char* name = info->dlpi_name;
@@ -67,8 +67,8 @@ bool on_team(void (*fn)(void*, int, int), void* data, int threads) {
   } call{fn, data};
   team.parallel(
       [](void* passed) {
-        const Call& to = *static_cast<Call*>(passed);
-        to.fn(to.data, gomp().member(), gomp().members());
+        const Call& call = *static_cast<Call*>(passed);
+        call.fn(call.data, gomp().member(), gomp().members());
       },
       &call, static_cast<unsigned>(threads), 0);
   return true;

@@ -1,4 +1,4 @@
-// The threads of an op on the CPU.
+// Runs an op's tasks on threads of the CPU.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -9,14 +9,15 @@
 
 namespace lift_fast {
 
-// fn(data, member, members) by up to `threads` members of torch's own OpenMP team, all at once; false: there is none,
-// and nothing was done. parallel.cpp.
+// Calls fn(data, member, members) on up to `threads` members of torch's OpenMP team, all at once. Returns false, having
+// called nothing, where there is no such team. See parallel.cpp.
 bool on_team(void (*fn)(void*, int, int), void* data, int threads);
 
-// task(pass, index, worker) for each index below tasks. By torch's OpenMP threads, which wait busily for a while after
-// each of its ops, so that threads of our own would compete with them; where there are none (no torch, another OpenMP,
-// a forked process, whose team is gone) by threads that live for one call. in_turn: worker w does w, w + workers, …, so
-// that what a worker adds up is added in the same order every time; else whoever is free does the next.
+// Calls task(pass, index, worker) for every index below `tasks`, on torch's OpenMP threads: after each of torch's ops
+// they wait busily for a while, and threads of our own would compete with them. Where there is no team (no torch,
+// another OpenMP, a forked process, which does not inherit it) this starts threads that live for one call. With
+// in_turn, worker w takes tasks w, w + workers, ..., so that what a worker adds up is added in the same order every
+// time; otherwise a worker takes the next task as soon as it is free.
 template <class Pass>
 void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const Pass&, int64_t, int),
               bool in_turn = false) {
@@ -32,28 +33,28 @@ void parallel(int64_t tasks, int threads, const Pass& pass, void (*task)(const P
     if (workers) work(0);
     return;
   }
-  struct Team {
+  struct Job {
     decltype(work)* run;
     int workers;
-  } team{&work, workers};
-  const auto member = [](void* data, int at, int members) {
-    const Team& of = *static_cast<Team*>(data);
-    for (int worker = at; worker < of.workers; worker += members) (*of.run)(worker);
+  } job{&work, workers};
+  const auto share = [](void* data, int member, int members) {
+    const Job& job = *static_cast<Job*>(data);
+    for (int worker = member; worker < job.workers; worker += members) (*job.run)(worker);
   };
-  if (on_team(member, &team, workers)) return;
-  std::vector<std::thread> others;
-  others.reserve(workers);
+  if (on_team(share, &job, workers)) return;
+  std::vector<std::thread> started;
+  started.reserve(workers);
   int worker = 1;
   for (; worker < workers; ++worker) {
     try {
-      others.emplace_back(work, worker);
+      started.emplace_back(work, worker);
     } catch (const std::system_error&) {
-      break;  // no thread to be had: this one does the rest
+      break;  // no more threads: this one takes the remaining shares
     }
   }
   work(0);
   for (; worker < workers; ++worker) work(worker);
-  for (auto& other : others) other.join();
+  for (auto& thread : started) thread.join();
 }
 
 }  // namespace lift_fast

@@ -1,23 +1,24 @@
-// csrc/pairs/pairs.h for Python; see there for shapes. Addresses are integers, 0 for null.
+// The pair losses on the CPU, for Python; pairs.h has the shapes.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "common/bind.h"
+#include "pairs.h"
 
 namespace py = pybind11;
 using namespace lift_fast;
 
 namespace {
 
-Element element(int type) {
+Element row_type(int type) {
   if (type < 0 || type > 3) throw std::invalid_argument("an element type is 0 (f32), 1 (bf16), 2 (f16) or 3 (int8)");
   return static_cast<Element>(type);
 }
 
 Rows rows_of(Address data, int type, int64_t count, int64_t stride, Address scales) {
-  return {at<const void>(data), element(type), count, stride, at<const float>(scales)};
+  return {at<const void>(data), row_type(type), count, stride, at<const float>(scales)};
 }
 
 Pairs pairs_of(const Rows& x, const Rows& t, int64_t dim, float scale, float bias, int64_t offset) {
@@ -25,7 +26,7 @@ Pairs pairs_of(const Rows& x, const Rows& t, int64_t dim, float scale, float bia
 }
 
 Gradient gradient_of(bool of_text, float factor, Address out, int out_type, Address kept, int64_t kept_stride) {
-  return {of_text, factor, at<void>(out), element(out_type), at<const float>(kept), kept_stride};
+  return {of_text, factor, at<void>(out), row_type(out_type), at<const float>(kept), kept_stride};
 }
 
 }  // namespace
@@ -37,23 +38,12 @@ void bind_pairs(py::module_& module) {
       .def(py::init(&pairs_of), "x"_a, "t"_a, "dim"_a, "scale"_a, "bias"_a, "offset"_a);
   py::class_<Gradient>(module, "Gradient")
       .def(py::init(&gradient_of), "of_text"_a, "factor"_a, "out"_a, "out_type"_a, "kept"_a, "kept_stride"_a);
-  py::class_<Scratch>(module, "Scratch", py::buffer_protocol())
-      .def(py::init<int64_t>(), "bytes"_a)
-      .def_buffer([](Scratch& scratch) {
-        return py::buffer_info(scratch.get(), sizeof(float), py::format_descriptor<float>::format(), 1,
-                               {scratch.bytes() / static_cast<int64_t>(sizeof(float))}, {sizeof(float)});
-      });
-  module.def("release_scratch", &release_scratch);
-  module.def("pairs_isa_levels", [] {
-    py::list levels;
-    for (int i = 0; i <= static_cast<int>(best_pairs_isa()); ++i) levels.append(kIsaNames[i]);
-    return levels;
-  }, "Instruction sets of this CPU for the losses over pairs, slowest first.");
+  module.def("pairs_isa_levels", &isa_names, "Instruction sets of this CPU for the losses over pairs, slowest first.");
   module.def("pairs_stats", [](const Pairs& pairs, Address row, int64_t row_stride, Address col, int64_t col_stride,
                                Address own, Address keep, int64_t keep_stride, int threads, const std::string& isa) {
     const Stats stats{at<float>(row), at<float>(col), row_stride, col_stride,
                       at<float>(own), at<float>(keep), keep_stride};
-    const PairsIsa chosen = isa_named(isa);
+    const Isa chosen = isa_named(isa);
     py::gil_scoped_release release;
     stats_cpu(pairs, stats, threads, chosen);
   }, "pairs"_a, "row"_a, "row_stride"_a, "col"_a, "col_stride"_a, "own"_a, "keep"_a, "keep_stride"_a, "threads"_a,
@@ -63,7 +53,7 @@ void bind_pairs(py::module_& module) {
                                           float col_weight, Address own, int threads, const std::string& isa) {
     const Softmax softmax{at<const float>(row_max), at<const float>(row_sum), at<const float>(col_max),
                           at<const float>(col_sum), row_weight, col_weight, at<const float>(own)};
-    const PairsIsa chosen = isa_named(isa);
+    const Isa chosen = isa_named(isa);
     py::gil_scoped_release release;
     softmax_gradient_cpu(pairs, softmax, gradient, threads, chosen);
   }, "pairs"_a, "gradient"_a, "row_max"_a, "row_sum"_a, "col_max"_a, "col_sum"_a, "row_weight"_a,
@@ -72,7 +62,7 @@ void bind_pairs(py::module_& module) {
                                  Address d_scale, Address d_bias, Address keep, int64_t keep_stride, int threads,
                                  const std::string& isa) {
     const Sigmoid sigmoid{alpha, at<float>(loss), at<float>(d_scale), at<float>(d_bias)};
-    const PairsIsa chosen = isa_named(isa);
+    const Isa chosen = isa_named(isa);
     py::gil_scoped_release release;
     sigmoid_cpu(pairs, sigmoid, gradient, at<float>(keep), keep_stride, threads, chosen);
   }, "pairs"_a, "gradient"_a, "alpha"_a, "loss"_a, "d_scale"_a, "d_bias"_a, "keep"_a, "keep_stride"_a, "threads"_a,

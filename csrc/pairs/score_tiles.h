@@ -1,79 +1,81 @@
-// The pair losses' passes over a matrix of scores on the GPU, block by block.
+// The pair losses' passes over a matrix of scores on the GPU, tile by tile.
 //
-//   statistics:  for blocks of rows: for blocks of columns:       gradients, and the sigmoid loss:
-//                    P = x[rows] t[cols]^T          cuBLAS             for blocks of rows: for blocks of columns:
-//                    statistics of P                kernel                 P as on the left, or kept
-//                                                                          G[rows, cols] = gradient of P      kernel
-//                                                                      d_image = G t;  d_text += G^T x        cuBLAS
+//   statistics:  for tiles of rows: for tiles of columns:        gradients, and the sigmoid loss:
+//                    P = x[rows] t[cols]^T          cuBLAS            for tiles of rows: for tiles of columns:
+//                    statistics of P                kernel                P as on the left, or kept
+//                                                                         G[rows, cols] = gradient of P      kernel
+//                                                                     d_image = G t;  d_text += G^T x        cuBLAS
 //
-// A block's P stays in the GPU's L2 cache between its two users where the block is small enough: 2048 x 4096 is 32 MB.
+// If the tile is small enough, its P stays in the GPU's L2 cache between cuBLAS and the kernel: 2048 x 4096 is 32 MB.
 // Its product reads (rows + cols) dim elements for rows cols dim multiply-adds: 1365 FLOP a byte in 16 bits, where an
-// H100 has 266; a strip of 128 rows would have 128. G is whole over the columns, so that each gradient is one product,
-// with nothing added to memory block after block but a trained text's gradient, once for all rows of a call.
+// H100 has 266; a tile of 128 rows and all columns would have 128. G holds all columns, so that each gradient is one
+// product; only a trained text's gradient is added to memory, once for all rows of a call.
 #pragma once
 #include "pairs_cuda.h"
 
 namespace lift_fast::gpu {
 
-// cublasGemmEx of the cuBLAS that the process has loaded already, by address: nothing is linked, no header is needed.
+// cublasGemmEx of the cuBLAS that the process has already loaded, by address, so that no library is linked and no
+// header is needed.
 struct Gemm {
-  std::uintptr_t function, handle;  // the handle's stream is the one that the pass is given
+  std::uintptr_t function, handle;  // the handle's stream must be the pass's
 };
 
-// Features of one type; rows and cols are at least 1. See Scores for the rest.
+// Features of one type; rows and cols are at least 1. ScoreTile explains the last two lines.
 struct Features {
-  const void *x, *t;  // [rows, dim], [cols, dim], x_stride and t_stride apart
+  const void *x, *t;  // [rows, dim], [cols, dim], rows x_stride and t_stride apart
   int64_t x_stride, t_stride, rows, cols, dim;
-  Out type;
+  Element type;
   const float *a, *q, *scale, *bias;
   int64_t offset;
 };
 
-// Where products go, and how the matrix is cut.
-struct Blocks {
-  int64_t rows, cols;  // of a block, at most
-  float* products;     // kept: [features.rows, features.cols]; else room for one block. Rows `stride` apart
+// How the score matrix is divided into tiles, and where the products go.
+struct Tiling {
+  int64_t rows, cols;  // of a tile, at most
+  float* products;     // kept: [features.rows, features.cols]; else one tile. Rows `stride` apart
   int64_t stride;
   bool kept;
 };
 
-// The gradients of the features; null: not asked.
+// The gradients of the features; null: not wanted.
 struct FeatureGradients {
-  void* image;  // [rows, dim] of float32 or the features' type, image_stride apart, overwritten
+  void* image;  // [rows, dim] of float32 or the features' type, rows image_stride apart, overwritten
   int64_t image_stride;
-  Out image_type;
-  float* text;  // float32 [cols, dim], text_stride apart, added to
+  Element image_type;
+  float* text;  // float32 [cols, dim], rows text_stride apart, added to
   int64_t text_stride;
 };
 
-// Floats of scratch that a pass over a matrix cut into blocks needs for any of them.
-int64_t stats_pass_scratch(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols);
-int64_t sigmoid_pass_scratch(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols);
+// Floats of scratch that a pass needs for the largest of its tiles.
+int64_t stats_pass_scratch(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols);
+int64_t sigmoid_pass_scratch(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols);
 
-// Null, or what went wrong. Asynchronous on `stream`. The same bits at every run on one kind of GPU.
-// With by.kept the products are written there, and taken from there by the gradients.
-const char* stats_pass(const Features& of, const Gemm& gemm, const Blocks& by, const Stats& to, int device,
+// The passes are asynchronous on `stream`, give the same bits at every run on one kind of GPU, and return null or an
+// error message. With tiling.kept the statistics and the sigmoid loss write the products there, and the gradients read
+// them.
+const char* stats_pass(const Features& features, const Gemm& gemm, const Tiling& tiling, const Stats& to, int device,
                        std::uintptr_t stream);
 // g.out: [rows, cols] of the features' type, g.left and g.right as in Gradient. In float32, products that are not kept
-// may lie in g.out itself: by.products = null.
-const char* gradient_pass(const Features& of, const Gemm& gemm, const Blocks& by, const Softmax& softmax,
+// may lie in g.out itself: then tiling.products is null.
+const char* gradient_pass(const Features& features, const Gemm& gemm, const Tiling& tiling, const Softmax& softmax,
                           const Gradient& g, const FeatureGradients& to, int device, std::uintptr_t stream);
-// g.out null: the loss alone.
-const char* sigmoid_pass(const Features& of, const Gemm& gemm, const Blocks& by, const Sigmoid& sums,
+// g.out null: only the loss.
+const char* sigmoid_pass(const Features& features, const Gemm& gemm, const Tiling& tiling, const Sigmoid& sums,
                          const Gradient& g, const FeatureGradients& to, int device, std::uintptr_t stream);
 
-// See positives.cu and own_pairs of lift_fast/ops/pairs/contract.py.
-struct OwnPairs {
-  const float* row;  // (m, l, w) [3, n], row_stride apart, without the own pairs
+// See positives.cu and `positives` in lift_fast/ops/pairs/contract.py.
+struct Positives {
+  const float* row;  // (m, l, w) [3, n], row_stride apart, without the positives
   int64_t row_stride;
   const float* col;
   int64_t col_stride;
-  const float* own;  // [n]: c of the own pairs
+  const float* c;  // [n], of the positives
   int64_t n;
   const float *scale, *bias;
   float weight;
   float* out;  // [9, n]
 };
-const char* own_pairs(const OwnPairs& of, int device, std::uintptr_t stream);
+const char* positives(const Positives& job, int device, std::uintptr_t stream);
 
 }  // namespace lift_fast::gpu

@@ -1,25 +1,25 @@
-// The pairwise sigmoid loss (SigLIP, arXiv 2303.15343, eq. 1) around the GEMMs, on the GPU; y = 1 for own pairs, else
-// -1:
+// The pairwise sigmoid loss (SigLIP, arXiv 2303.15343, eq. 1) around the GEMMs, on the GPU:
 //
-//   loss = sum_ij softplus(-y_ij z_ij) / rows        g_ij = -y_ij sigmoid(-y_ij z_ij)
+//   loss = sum_ij softplus(-y_ij z_ij) / rows     g_ij = -y_ij sigmoid(-y_ij z_ij)      y_ij = 1 for positives, else -1
 //
-//   a tile of 8 rows x 128 columns a warp, one pass:
+//   a warp tile of 8 rows x 128 columns, one pass:
 //     c = products a q,  z = scale c + bias,  u = -y z,  e = exp(-|u|)
 //     sigmoid(u) = (1 or e) / (1 + e);  softplus(u) = max(u, 0) + log(1 + e)
 //     rows: sums of max(u, 0), g c and g, and prod (1 + e) - 1, whose log1p is taken once for 32 scores
-//           over 32 lanes, then over the warps; to scratch, and a second kernel adds
+//           over 32 lanes, then over the warps; to scratch, where a second kernel adds them up
 //     out = left g right factor, rounded once
 //
 // Bytes a score: 4 in, 2 (bf16, fp16) or 4 out, 12 / 512 of scratch. Instructions a score: 23.4 (float32: 22.8; 19.9
 // where no gradient is asked for), of which an exponential and a reciprocal. An H100's multiprocessor has instructions
 // for 5.5 scores a cycle, 33 bytes: the bound is the memory that holds the products, HBM by a factor of two and more,
-// and L2 for a block that fits (estimates). The two GEMMs beside it do 4 dim FLOP a score.
+// or L2 for a score tile that fits (estimates). The two GEMMs around it do 4 dim FLOP a score.
 #include "pairs.cuh"
 
 namespace lift_fast::gpu {
 namespace {
 
-// log(1 + x) for 0 <= x <= 2^32: to 1.3e-7 of itself up to 1, where 1 + x would have lost most of a small x's digits.
+// log(1 + x) for 0 <= x <= 2^32, to 1.3e-7 of itself where x <= 1; there log(1.f + x) would lose most digits of a small
+// x.
 __device__ inline float log1p_of(float x) {
   constexpr float kLog1p[] = {1.0f,           -0.499998927f, 0.333297104f,  -0.249516159f, 0.196632743f,
                               -0.152696669f,  0.105436236f,  -0.0563736111f, 0.0195425265f, -0.00317605701f};
@@ -32,60 +32,50 @@ __device__ inline float log1p_of(float x) {
   return fmaf(static_cast<float>((power >> 23) - 127), 0.693147181f, p * e);
 }
 
-// prod (1 + e) - 1 of two such products, without the cancellation: its logarithm has every digit of a tiny e.
+// Combines two values of prod (1 + e) - 1 without cancellation, so that the logarithm keeps every digit of a tiny e.
 struct Product {
   __device__ float operator()(float x, float y) const { return fmaf(x, y, x + y); }
 };
 
-// 1 / x to one unit in the last place, for 1 <= x <= 2.
-__device__ inline float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
-  return x;
-#else
-  return 1.f / x;
-#endif
-}
-
 constexpr int kSignBit = INT32_MIN;
 __device__ inline float flipped(float x, int sign) { return __int_as_float(__float_as_int(x) ^ sign); }
 
-// T: of to.out, void where it is not asked for. parts [col_blocks, 3, rows]: each block's sums of loss, g c, g. In
-// float32 `to.out` may be the products: a lane has read its 32 of a tile before it writes them.
+// T: the type of to.out; void: no gradient. parts [col_blocks, 3, rows]: each thread block's sums of loss, g c and g.
+// In float32 to.out may be the products: a lane reads its 32 of a warp tile before it overwrites them.
 template <typename T, bool Wide>
 __global__ void __launch_bounds__(32 * kWarps, 5)
-    sigmoid_kernel(Scores of, Gradient to, float* __restrict__ parts, int block_rows) {
-  __shared__ float2 of_row[kMaxBlockRows];  // a, left factor
-  __shared__ float found[kWarps][3][kMaxBlockRows];
-  const Strip<Wide> strip(of, block_rows);
+    sigmoid_kernel(ScoreTile scores, Gradient to, float* __restrict__ parts, int block_rows) {
+  __shared__ float2 row_values[kMaxBlockRows];  // a, left factor
+  __shared__ float partial[kWarps][3][kMaxBlockRows];
+  const Strip<Wide> strip(scores, block_rows);
   const unsigned lane = threadIdx.x, warp = threadIdx.y;
   const int mine = 32 * warp + lane;
   if (mine < strip.height) {
     const int64_t i = strip.top + mine;
     const float factor = to.scaled ? to.factor * strip.scale : to.factor;
-    of_row[mine] = {of.a ? of.a[i] : 1.f, to.left ? to.left[i] * factor : factor};
+    row_values[mine] = {scores.a ? scores.a[i] : 1.f, to.left ? to.left[i] * factor : factor};
   }
   __syncthreads();
   float right[kLaneCols];
   load_vector<Wide>(to.right, strip.left, strip.width, right);
 
-  strip.for_tiles([&](int row, auto edge) {
+  strip.for_warp_tiles([&](int row, auto edge) {
     constexpr bool kEdge = decltype(edge)::value;
-    float p[kTileRows][kLaneCols], positive[kTileRows], product[kTileRows], gc[kTileRows], sum[kTileRows];
+    float p[kWarpRows][kLaneCols], positive[kWarpRows], product[kWarpRows], gc[kWarpRows], sum[kWarpRows];
     strip.template load<kEdge>(row, p);
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const float2 mine = of_row[row + r];
+    for (int r = 0; r < kWarpRows; ++r) {
+      const float2 mine = row_values[row + r];
       const float a = mine.x, left = mine.y;
       float g[kLaneCols];
 #pragma unroll
       for (int k = 0; k < kLaneCols; ++k) {
         float c = p[r][k] * a * strip.q[k], u = strip.z(c);
-        int flip = 0;  // the sign bit for an own pair
+        int flip = 0;  // the sign bit for a positive
         if constexpr (kEdge) {
-          if (strip.own(row + r, k)) flip = kSignBit;
+          if (strip.positive(row + r, k)) flip = kSignBit;
           u = flipped(u, flip);
-          if (!strip.inside(row + r, k)) u = -INFINITY, c = 0.f;  // adds nothing
+          if (!strip.inside(row + r, k)) u = -INFINITY, c = 0.f;  // contributes nothing
         }
         const float e = exp_of(-fabsf(u)), y = 1.f + e, inverse = reciprocal(y), relu = fmaxf(u, 0.f);
         g[k] = flipped(u >= 0.f ? inverse : e * inverse, flip);
@@ -100,27 +90,27 @@ __global__ void __launch_bounds__(32 * kWarps, 5)
         if (!kEdge || row + r < strip.height) store_four<Wide, kEdge>(out, strip.width, g);
       }
     }
-    // Of 32 factors of at most 2 each.
+    // The product has 32 factors of at most 2 each.
     const float loss = log1p_of(over_eighths(product, Product())) + over_eighths(positive, Sum());
     const float losses = over_quad(loss, Sum()), gcs = over_warp(gc, Sum()), sums = over_warp(sum, Sum());
-    // Lane 4 r + s has number s of row r.
+    // Lane 4 r + s writes number s of row r.
     const unsigned part = lane % 4;
-    if (part < 3) found[warp][part][row + lane / 4] = part == 0 ? losses : part == 1 ? gcs : sums;
+    if (part < 3) partial[warp][part][row + lane / 4] = part == 0 ? losses : part == 1 ? gcs : sums;
   });
 
   __syncthreads();
   if (mine >= strip.height) return;
-  float* out = parts + int64_t{3} * blockIdx.y * of.rows + strip.top + mine;
+  float* out = parts + int64_t{3} * blockIdx.y * scores.rows + strip.top + mine;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     float all = 0.f;
 #pragma unroll
-    for (int other = 0; other < kWarps; ++other) all += found[other][s][mine];
-    out[s * of.rows] = all;
+    for (int other = 0; other < kWarps; ++other) all += partial[other][s][mine];
+    out[s * scores.rows] = all;
   }
 }
 
-// 32 rows a block, 8 threads each: thread y takes parts y, y + 8, ...
+// 32 rows a thread block, 8 threads each: thread y takes parts y, y + 8, ...
 __global__ void __launch_bounds__(32 * kMergers)
     add_kernel(const float* __restrict__ parts, int64_t count, int64_t n, Sigmoid to) {
   __shared__ float found[kMergers][3][32];
@@ -146,28 +136,28 @@ __global__ void __launch_bounds__(32 * kMergers)
 }
 
 template <typename T>
-void launch(const Scores& of, const Sigmoid& sums, const Gradient& to, cudaStream_t stream) {
-  const Division by = divide(of.rows, of.cols);
-  bool wide = aligned(of.products, of.stride, sizeof(float));
+void launch(const ScoreTile& scores, const Sigmoid& sums, const Gradient& to, cudaStream_t stream) {
+  const Division by = divide(scores.rows, scores.cols);
+  bool wide = aligned(scores.products, scores.stride, sizeof(float));
   if constexpr (!std::is_void_v<T>) wide = wide && aligned(to.out, to.stride, sizeof(T));
   const auto kernel = wide ? sigmoid_kernel<T, true> : sigmoid_kernel<T, false>;
-  kernel<<<by.grid(), dim3(32, kWarps), 0, stream>>>(of, to, sums.scratch, by.block_rows);
-  add_kernel<<<static_cast<unsigned>(blocks(of.rows, 32)), dim3(32, kMergers), 0, stream>>>(
-      sums.scratch, by.col_blocks, of.rows, sums);
+  kernel<<<by.grid(), dim3(32, kWarps), 0, stream>>>(scores, to, sums.scratch, by.block_rows);
+  add_kernel<<<static_cast<unsigned>(ceil_div(scores.rows, 32)), dim3(32, kMergers), 0, stream>>>(
+      sums.scratch, by.col_blocks, scores.rows, sums);
 }
 
 }  // namespace
 
 int64_t sigmoid_scratch(int64_t rows, int64_t cols) { return 3 * divide(rows, cols).col_blocks * rows; }
 
-const char* sigmoid(const Scores& of, const Sigmoid& sums, const Gradient& to, int device,
+const char* sigmoid(const ScoreTile& scores, const Sigmoid& sums, const Gradient& to, int device,
                     std::uintptr_t stream_handle) {
   return on_device(device, [&] {
     const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-    if (!to.out) return launch<void>(of, sums, to, stream);
-    if (to.type == Out::f32) launch<float>(of, sums, to, stream);
-    if (to.type == Out::bf16) launch<__nv_bfloat16>(of, sums, to, stream);
-    if (to.type == Out::f16) launch<__half>(of, sums, to, stream);
+    if (!to.out) return launch<void>(scores, sums, to, stream);
+    if (to.type == Element::f32) launch<float>(scores, sums, to, stream);
+    if (to.type == Element::bf16) launch<__nv_bfloat16>(scores, sums, to, stream);
+    if (to.type == Element::f16) launch<__half>(scores, sums, to, stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// dequant.h and table.h for Python: gathering rows on the CPU, and keys. Addresses are integers, 0 for null.
+// Gathering rows on the CPU, and keys, for Python; dequant.h and table.h have the shapes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "rows/dequant.h"
+#include "common/bind.h"
+#include "dequant.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -17,41 +18,18 @@ using namespace lift_fast;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-
-std::vector<std::string> isa_levels() {
-  std::vector<std::string> levels;
-  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) levels.emplace_back(kIsaNames[i]);
-  return levels;
-}
-
-Isa isa_named(const std::string& wanted) {
-  if (wanted.empty()) return best_isa();
-  const std::vector<std::string> levels = isa_levels();
-  for (size_t i = 0; i < levels.size(); ++i)
-    if (wanted == levels[i]) return static_cast<Isa>(i);
-  throw std::invalid_argument("this CPU has no '" + wanted + "'; its best is " + levels.back());
-}
-
 Codec codec_numbered(int codec) {
-  if (codec < 0 || codec > 5) throw std::invalid_argument("codec must be 0 to 5 (Codec of csrc/rows/dequant.h)");
+  if (codec < 0 || codec > 5) throw std::invalid_argument("codec must be 0 to 5 (Codec of csrc/rows/codec.h)");
   return static_cast<Codec>(codec);
 }
 
-Out out_type(int type, Codec codec, bool normalize) {
+Element out_type(int type, Codec codec, bool normalize) {
   if (type < 0 || type > 4)
     throw std::invalid_argument("type must be 0 (float32), 1 (bfloat16), 2 (float16), 3 (int8) or 4 (codes)");
-  const auto out = static_cast<Out>(type);
-  const bool integer = codec == Codec::int8 || codec == Codec::int4r || codec == Codec::int2r;
-  if (out == Out::int8 && !integer) throw std::invalid_argument("type 3 (int8) takes a codec of integers");
-  if (normalize && (out == Out::int8 || out == Out::codes))
+  const auto out = static_cast<Element>(type);
+  if (out == Element::int8 && !is_integer(codec))
+    throw std::invalid_argument("type 3 (int8) takes a codec of integers");
+  if (normalize && (out == Element::int8 || out == Element::codes))
     throw std::invalid_argument("normalize takes a type of floats");
   return out;
 }
@@ -109,21 +87,21 @@ void check_shard(const T& table, int64_t shard) {
                           std::to_string(table.starts().shards()) + " shards");
 }
 
-// Python waits for nobody meanwhile; what maps shards waits until nobody reads.
+// read and write run `call` without Python's lock: reads at the same time as each other, a write alone.
 template <typename T, typename Read>
-auto read(T& table, const Read& what) {
+auto read(T& table, const Read& call) {
   std::shared_mutex& mutex = table.lock().get();
   py::gil_scoped_release release;
   const std::shared_lock<std::shared_mutex> lock(mutex);
-  return what();
+  return call();
 }
 
 template <typename T, typename Write>
-void write(T& table, const Write& what) {
+void write(T& table, const Write& call) {
   std::shared_mutex& mutex = table.lock().get();
   py::gil_scoped_release release;
   const std::unique_lock<std::shared_mutex> lock(mutex);
-  what();
+  call();
 }
 
 void bind_table(py::module_& module) {
@@ -150,7 +128,7 @@ void bind_table(py::module_& module) {
       .def("gather",
            [](Table& table, Address rows, int64_t m, Address out, Address out_scales, int type, bool normalize,
               int threads, const std::string& isa) {
-             const Out kind = out_type(type, table.codec(), normalize);
+             const Element kind = out_type(type, table.codec(), normalize);
              const Isa chosen = isa_named(isa);
              check_address("out", out, m);
              read(table, [&] {
@@ -176,7 +154,7 @@ void hash_keys(const py::list& keys, Address out) {
     int64_t hash;
     if (PyUnicode_IS_COMPACT_ASCII(key.ptr())) {
       hash = key_hash(PyUnicode_DATA(key.ptr()), PyUnicode_GET_LENGTH(key.ptr()));
-    } else {  // not PyUnicode_AsUTF8, which keeps the bytes for as long as the str
+    } else {  // PyUnicode_AsUTF8 would keep the bytes for as long as the str
       const auto bytes = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(key.ptr()));
       if (!bytes) throw py::error_already_set();
       hash = key_hash(PyBytes_AS_STRING(bytes.ptr()), PyBytes_GET_SIZE(bytes.ptr()));
@@ -217,12 +195,11 @@ void bind_keys(py::module_& module) {
 
 }  // namespace
 
-void bind_cache(py::module_& module) {
-  using py::arg;
-  module.def("isa_levels", &isa_levels, "Instruction sets this CPU has, slowest first.");
-  module.def("dequant_cpu", &dequant_on_cpu, arg("codes"), arg("scales"), arg("rows"), arg("out"), arg("n"), arg("m"),
-             arg("dim"), arg("codes_stride"), arg("scales_stride"), arg("codec"), arg("type"), arg("normalize"),
-             arg("threads"), arg("isa") = "");
+void bind_rows(py::module_& module) {
+  using namespace py::literals;
+  module.def("isa_levels", &isa_names, "Instruction sets this CPU has, slowest first.");
+  module.def("dequant_cpu", &dequant_on_cpu, "codes"_a, "scales"_a, "rows"_a, "out"_a, "n"_a, "m"_a, "dim"_a,
+             "codes_stride"_a, "scales_stride"_a, "codec"_a, "type"_a, "normalize"_a, "threads"_a, "isa"_a = "");
   bind_table(module);
   bind_keys(module);
 }

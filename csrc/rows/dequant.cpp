@@ -1,22 +1,25 @@
-// Gather rows of codes and widen them, on the CPU: out[i, c] = round(value(codes[rows[i], c]) * scales[rows[i]]).
+// Gathers rows of codes and dequantizes them, on the CPU:
 //
-//   each thread takes blocks of rows (gather.h):
-//     for i in block:                        one row: dim * bits / 8 bytes in, 4, 2 or 1 x dim bytes out
-//       ask for the scale and the page of row i + 4 and, a line at a time, for the codes of row i + 2:
-//       a random row is a cache and a TLB miss that hardware does not foresee
+//   out[i, c] = round(value(codes[rows[i], c]) * scales[rows[i]])
+//
+//   each thread takes bands of rows (gather.h):
+//     for i in band:                         one row: dim * bits / 8 bytes in, 4, 2 or 1 x dim bytes out
+//       prefetch: the scale and the first and last line of a row 4 or more rows ahead; line by line, the codes of one
+//       half as far: a random row is a cache and a TLB miss that the hardware does not foresee
 //       for c in 0, 32, 64, ...:             int8: 32 codes -> float32 -> x scale -> round -> store
 //                                            int4r, int2r: the row's 16 or 4 outputs, once; one shuffle for 32 codes
 //
-// One multiplication an element: memory is the bound. Stores that go around the cache (when the output would not fit
-// in it anyway) save reading each line before it is written: 12 KB of traffic a row of int8 instead of 20 for dim 4096
-// and bf16. All instruction sets give the same bits: the value of a code is exact in float32, the product is rounded
-// once to float32 and once to the output, to nearest even; bf16 writes every NaN as 0x7fc0.
+// One multiplication an element: memory is the bound. Where the output would not fit in the cache anyway, stores bypass
+// it, so that no line is read before it is written: 12 KB of traffic a row of int8 instead of 20 for dim 4096 and bf16.
+// All instruction sets give the same bits: the value of a code is exact in float32, and the product is rounded once to
+// float32 and once to the output, to nearest even; bf16 writes every NaN as 0x7fc0.
+#include "dequant.h"
+
 #include <cmath>
 #include <type_traits>
 
 #include "common/floats.h"
 #include "gather.h"
-#include "rows/dequant.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -24,18 +27,18 @@
 namespace lift_fast {
 namespace {
 
-// Above this much output, more than a core's own cache holds, the stores go around the cache.
+// With this much output, more than a core's own cache holds, stores bypass the cache.
 constexpr int64_t kStreamBytes = 2 << 20;
 constexpr uint32_t kNan = 0x7fc00000;
 
 template <Codec C>
-constexpr int kBits = C == Codec::f32 ? 32 : C == Codec::bf16 ? 16 : C == Codec::int4r ? 4 : C == Codec::int2r ? 2 : 8;
+constexpr int kBits = bits_of(C);
 template <Codec C>
-constexpr bool kScaled = C != Codec::f32 && C != Codec::bf16;
+constexpr bool kInteger = is_integer(C);
 template <Codec C>
-constexpr bool kInteger = C == Codec::int8 || C == Codec::int4r || C == Codec::int2r;
+constexpr bool kScaled = kInteger<C> || C == Codec::fp8;
 
-// The code books of lift_fast/codecs.py, over and over for the width of a vector.
+// The code books of lift_fast/ops/rows/codecs.py, repeated over the width of a vector.
 #define LEVELS4 -104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104
 #define LEVELS2 -110, -33, 33, 110
 alignas(64) constexpr int8_t kLevels4[32] = {LEVELS4, LEVELS4};
@@ -43,14 +46,14 @@ alignas(64) constexpr int8_t kLevels2[32] = {LEVELS2, LEVELS2, LEVELS2, LEVELS2,
 #undef LEVELS4
 #undef LEVELS2
 
-// Read once, a row needs no place in the outer caches, nor their guess of what follows it.
+// Non-temporally: a row is read once, so it should not stay in the outer caches.
 inline void prefetch_row(const void* at) { __builtin_prefetch(at, 0, 0); }
 
 template <Codec C>
 constexpr const int8_t* kLevels = C == Codec::int4r ? kLevels4 : kLevels2;
 
-template <Out T>
-using Element = std::conditional_t<T == Out::f32, float, std::conditional_t<T == Out::int8, int8_t, uint16_t>>;
+template <Element T>
+using Stored = std::conditional_t<T == Element::f32, float, uint16_t>;
 
 inline float from_fp8(uint8_t code) {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80) << 24, magnitude = code & 0x7f;
@@ -74,22 +77,22 @@ inline float value_at(const uint8_t* row, int64_t c) {
   if constexpr (kInteger<C>) return static_cast<float>(level_at<C>(row, c));
 }
 
-template <Out T>
+template <Element T>
 inline void store(void* out, int64_t c, float x) {
-  Element<T> element;
-  if constexpr (T == Out::f32) element = x;
-  if constexpr (T == Out::bf16) element = to_bf16(x);
-  if constexpr (T == Out::f16) element = to_f16(x);
+  Stored<T> element;
+  if constexpr (T == Element::f32) element = x;
+  if constexpr (T == Element::bf16) element = to_bf16(x);
+  if constexpr (T == Element::f16) element = to_f16(x);
   std::memcpy(static_cast<uint8_t*>(out) + c * sizeof element, &element, sizeof element);
 }
 
-// Of two NaNs a product is the one or the other, as the compiler likes: they are made the same.
+// The product of two NaNs is either of them, as the compiler likes; one NaN for all makes the bits the same.
 template <Codec C>
 inline float one_nan(float scale) {
   return C == Codec::fp8 && scale != scale ? float_of(kNan) : scale;
 }
 
-template <Codec C, Out T>
+template <Codec C, Element T>
 inline void tail(const uint8_t* codes, float scale, void* out, int64_t from, int64_t to) {
   for (int64_t c = from; c < to; ++c) {
     const float value = value_at<C>(codes, c);
@@ -97,12 +100,12 @@ inline void tail(const uint8_t* codes, float scale, void* out, int64_t from, int
   }
 }
 
-template <Out T>
+template <Element T>
 inline void fill_nan(void* out, int64_t dim) {
   for (int64_t c = 0; c < dim; ++c) store<T>(out, c, float_of(kNan));
 }
 
-// Rows divided by their length. Integer codecs: the exact sum of squares, and a factor that is a scale like any other.
+// One over a row's length. For integer codecs the sum of squares is exact, and the factor takes the scale's place.
 inline float unit_factor(int64_t squares) {
   return squares ? 1.f / std::sqrt(static_cast<float>(squares)) : 0.f;
 }
@@ -114,7 +117,8 @@ inline int64_t sum_of_squares_tail(const uint8_t* codes, int64_t from, int64_t t
   return sum;
 }
 
-// The others: in float64, where no square of a float32 overflows or is rounded, in 16 sums on every instruction set.
+// The other codecs: in float64, where no square of a float32 overflows or is rounded, and in 16 sums whatever the
+// instruction set.
 inline double unit_factor_double(double squares) { return squares > 0 ? 1 / std::sqrt(squares) : 0; }
 
 template <Codec C>
@@ -128,19 +132,19 @@ inline double finish_squares(double* lanes, const uint8_t* codes, int64_t from, 
   return lanes[0];
 }
 
-template <Codec C, Out T>
+template <Codec C, Element T>
 inline void unit_tail(const uint8_t* codes, double factor, void* out, int64_t from, int64_t to) {
   for (int64_t c = from; c < to; ++c) store<T>(out, c, static_cast<float>(value_at<C>(codes, c) * factor));
 }
 
 namespace scalar {
 
-template <Codec C, Out T>
+template <Codec C, Element T>
 void row(const uint8_t* codes, float scale, void* out, int64_t dim, const uint8_t*) {
   tail<C, T>(codes, one_nan<C>(scale), out, 0, dim);
 }
 
-template <Codec C, Out T>
+template <Codec C, Element T>
 void unit_row(const uint8_t* codes, float, void* out, int64_t dim, const uint8_t*) {
   if constexpr (kInteger<C>) {
     tail<C, T>(codes, unit_factor(sum_of_squares_tail<C>(codes, 0, dim)), out, 0, dim);
@@ -162,22 +166,14 @@ void copy_row(const uint8_t* codes, float, void* out, int64_t bytes, const uint8
 }
 
 template <Codec C>
-RowKernel pick(Out type, bool normalize) {
-  if (type == Out::f32) return normalize ? unit_row<C, Out::f32> : row<C, Out::f32>;
-  if (type == Out::bf16) return normalize ? unit_row<C, Out::bf16> : row<C, Out::bf16>;
-  return normalize ? unit_row<C, Out::f16> : row<C, Out::f16>;
+RowKernel pick(Element type, bool normalize) {
+  if (type == Element::f32) return normalize ? unit_row<C, Element::f32> : row<C, Element::f32>;
+  if (type == Element::bf16) return normalize ? unit_row<C, Element::bf16> : row<C, Element::bf16>;
+  return normalize ? unit_row<C, Element::f16> : row<C, Element::f16>;
 }
 
-RowKernel pick(Codec codec, Out type, bool normalize) {
-  switch (codec) {
-    case Codec::f32: return pick<Codec::f32>(type, normalize);
-    case Codec::bf16: return pick<Codec::bf16>(type, normalize);
-    case Codec::int8: return pick<Codec::int8>(type, normalize);
-    case Codec::fp8: return pick<Codec::fp8>(type, normalize);
-    case Codec::int4r: return pick<Codec::int4r>(type, normalize);
-    case Codec::int2r: return pick<Codec::int2r>(type, normalize);
-  }
-  return nullptr;
+RowKernel pick(Codec codec, Element type, bool normalize) {
+  return with_codec(codec, [&](auto c) { return pick<c()>(type, normalize); });
 }
 
 }  // namespace scalar
@@ -202,7 +198,8 @@ inline void store256(void* to, __m256i value) {
 inline __m128i load128(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 inline __m128i load64(const uint8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
 
-// 16 codes of e4m3 as float16 / 256, which has every one of them: subnormals, and NaN where both do not agree.
+// 16 codes of e4m3 as float16 / 256, which represents every value, subnormals too; NaN is set where the encodings
+// differ.
 inline __m256i half_of_fp8(__m128i codes) {
   const __m256i word = _mm256_cvtepu8_epi16(codes), magnitude = _mm256_and_si256(word, _mm256_set1_epi16(0x7f));
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(word, _mm256_set1_epi16(0x80)), 8);
@@ -276,15 +273,15 @@ inline __m256i bf16_lanes(__m256 x) {
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
 }
 
-template <Out T, bool Stream>
+template <Element T, bool Stream>
 inline void put(void* to, const Floats& x) {
   auto* out = static_cast<uint8_t*>(to);
-  if constexpr (T == Out::f32) {
+  if constexpr (T == Element::f32) {
     for (int k = 0; k < 4; ++k) store256<Stream>(out + 32 * k, _mm256_castps_si256(x.part[k]));
   } else {
     for (int k = 0; k < 2; ++k) {
       const __m256 low = x.part[2 * k], high = x.part[2 * k + 1];
-      if constexpr (T == Out::bf16) {
+      if constexpr (T == Element::bf16) {
         const __m256i packed = _mm256_packus_epi32(bf16_lanes(low), bf16_lanes(high));
         store256<Stream>(out + 32 * k, _mm256_permute4x64_epi64(packed, 0xd8));
       } else {
@@ -295,7 +292,7 @@ inline void put(void* to, const Floats& x) {
   }
 }
 
-// 32 packed codes, a byte each.
+// Unpacks 32 codes, a byte each.
 template <Codec C>
 inline __m256i unpack(const uint8_t* codes) {
   if constexpr (C == Codec::int4r) {
@@ -317,13 +314,13 @@ inline __m256i integers(const uint8_t* codes) {
     return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(kLevels<C>)), unpack<C>(codes));
 }
 
-template <Out T>
-struct Lookup {  // 16-bit outputs: their low and their high bytes
+template <Element T>
+struct Lookup {  // of 16-bit outputs: their low and their high bytes
   __m256i low, high;
   explicit Lookup(const uint16_t* table) {
     const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
     const __m256i lows = _mm256_and_si256(words, _mm256_set1_epi16(0xff)), highs = _mm256_srli_epi16(words, 8);
-    // In both lanes the bytes of all 16 words.
+    // Both 128-bit lanes get the bytes of all 16 words.
     low = _mm256_permute4x64_epi64(_mm256_packus_epi16(lows, lows), 0x88);
     high = _mm256_permute4x64_epi64(_mm256_packus_epi16(highs, highs), 0x88);
   }
@@ -339,7 +336,7 @@ struct Lookup {  // 16-bit outputs: their low and their high bytes
 };
 
 template <>
-struct Lookup<Out::f32> {
+struct Lookup<Element::f32> {
   __m256 low, high;
   explicit Lookup(const float* table) : low(_mm256_load_ps(table)), high(_mm256_load_ps(table + 8)) {}
   template <Codec C, bool Stream>
@@ -355,7 +352,7 @@ struct Lookup<Out::f32> {
       } else {
         const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load<uint16_t>(codes + 2 * k)),
                                                 _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
-        x = _mm256_permutevar8x32_ps(low, index);  // the upper four are the lower four again
+        x = _mm256_permutevar8x32_ps(low, index);  // the table's upper four repeat its lower four
       }
       store256<Stream>(out + 32 * k, _mm256_castps_si256(x));
     }
@@ -372,7 +369,7 @@ inline int64_t sum_lanes(__m256i lanes) {
 
 template <Codec C>
 int64_t sum_of_squares(const uint8_t* codes, int64_t dim) {
-  constexpr int64_t most = 32 * 16384;  // elements a 32-bit lane's sum surely holds
+  constexpr int64_t most = 32 * 16384;  // elements whose squares fit in the 32-bit sums
   int64_t sum = 0, c = 0;
   while (c + 32 <= dim) {
     __m256i lanes = _mm256_setzero_si256();
@@ -401,7 +398,7 @@ void level_row(const uint8_t* codes, float, void* to, int64_t dim, const uint8_t
 RowKernel pick_integers(Codec codec, bool stream) {
   if (codec == Codec::int4r) return stream ? level_row<Codec::int4r, true> : level_row<Codec::int4r, false>;
   if (codec == Codec::int2r) return stream ? level_row<Codec::int2r, true> : level_row<Codec::int2r, false>;
-  return stream ? level_row<Codec::int8, true> : level_row<Codec::int8, false>;  // bytes, copied
+  return stream ? level_row<Codec::int8, true> : level_row<Codec::int8, false>;  // copies bytes
 }
 
 }  // namespace avx2
@@ -500,13 +497,13 @@ inline __m512i bf16_lanes(__m512 x) {
 alignas(64) constexpr uint16_t kOddWords[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
 
-template <Out T, bool Stream>
+template <Element T, bool Stream>
 inline void put(void* to, const Floats& x) {
   auto* out = static_cast<uint8_t*>(to);
-  if constexpr (T == Out::f32) {
+  if constexpr (T == Element::f32) {
     store512<Stream>(out, _mm512_castps_si512(x.low));
     store512<Stream>(out + 64, _mm512_castps_si512(x.high));
-  } else if constexpr (T == Out::bf16) {
+  } else if constexpr (T == Element::bf16) {
     store512<Stream>(out, _mm512_permutex2var_epi16(bf16_lanes(x.low), _mm512_load_si512(kOddWords),
                                                     bf16_lanes(x.high)));
   } else {
@@ -515,9 +512,9 @@ inline void put(void* to, const Floats& x) {
   }
 }
 
-// A shuffle looks at the low bits of its indices: what the shifts leave above a code says nothing, as the table of 32
-// is the outputs over and over.
-template <Out T>
+// A shuffle uses the low 5 bits of its indices. What the shifts leave above a code does not matter: the table of 32
+// repeats the outputs.
+template <Element T>
 struct Lookup {
   __m512i table;
   explicit Lookup(const uint16_t* from) : table(_mm512_load_si512(from)) {}
@@ -537,7 +534,7 @@ struct Lookup {
 };
 
 template <>
-struct Lookup<Out::f32> {
+struct Lookup<Element::f32> {
   __m512 table;
   explicit Lookup(const float* from) : table(_mm512_load_ps(from)) {}
   template <Codec C, bool Stream>
@@ -566,12 +563,12 @@ struct Lookup<Out::f32> {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,f16c,prefer-vector-width=512")
 namespace avx512_bf16 {
 
-// The bf16 instruction takes subnormals for zeros: good where no product but zero itself is one.
+// The bf16 instruction treats subnormals as zeros, so it serves only scales for which no product but 0 is subnormal.
 template <bool Stream>
 void int8_row(const uint8_t* codes, float scale, void* to, int64_t dim, const uint8_t* ahead) {
   const float size = scale < 0 ? -scale : scale;
   if (!(size >= 0x1p-126f && size <= 0x1.fffffep127f))
-    return avx512::row<Codec::int8, Out::bf16, Stream>(codes, scale, to, dim, ahead);
+    return avx512::row<Codec::int8, Element::bf16, Stream>(codes, scale, to, dim, ahead);
   auto* out = static_cast<uint16_t*>(to);
   const __m512 by = _mm512_set1_ps(scale);
   int64_t c = 0;
@@ -583,7 +580,7 @@ void int8_row(const uint8_t* codes, float scale, void* to, int64_t dim, const ui
       avx512::store512<Stream>(out + k, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     }
   }
-  tail<Codec::int8, Out::bf16>(codes, scale, to, c, dim);
+  tail<Codec::int8, Element::bf16>(codes, scale, to, c, dim);
 }
 
 template <bool Stream>
@@ -600,44 +597,31 @@ RowKernel pick_int8(bool normalize, bool stream) {
 #pragma GCC pop_options
 #endif  // __x86_64__
 
-RowKernel pick(Codec codec, Out type, bool normalize, bool stream, Isa isa) {
-  const bool copied = type == Out::codes || (type == Out::int8 && codec == Codec::int8);
+RowKernel pick(Codec codec, Element type, bool normalize, bool stream, Isa isa) {
+  const bool copied = type == Element::codes || (type == Element::int8 && codec == Codec::int8);
 #if defined(__x86_64__)
   if (isa != Isa::scalar) {
     if (copied) return avx2::pick_integers(Codec::int8, stream);
-    if (type == Out::int8) return avx2::pick_integers(codec, stream);
+    if (type == Element::int8) return avx2::pick_integers(codec, stream);
     if (isa == Isa::avx2) return avx2::pick(codec, type, normalize, stream);
-    if (isa == Isa::avx512_bf16 && codec == Codec::int8 && type == Out::bf16)
+    if (isa == Isa::avx512_bf16 && codec == Codec::int8 && type == Element::bf16)
       return avx512_bf16::pick_int8(normalize, stream);
     return avx512::pick(codec, type, normalize, stream);
   }
 #endif
   if (copied) return scalar::copy_row;
-  if (type == Out::int8)
+  if (type == Element::int8)
     return codec == Codec::int4r ? scalar::level_row<Codec::int4r> : scalar::level_row<Codec::int2r>;
   return scalar::pick(codec, type, normalize);
 }
 
 }  // namespace
 
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  // Every CPU with AVX2 has F16C.
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
-    const bool bf16 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-    return bf16 ? Isa::avx512_bf16 : Isa::avx512;
-  }
-  if (__builtin_cpu_supports("avx2")) return Isa::avx2;
-#endif
-  return Isa::scalar;
-}
-
-Plan plan(Codec codec, Out type, bool normalize, int64_t dim, const void* out, int64_t m, Isa isa) {
+Plan plan(Codec codec, Element type, bool normalize, int64_t dim, const void* out, int64_t m, Isa isa) {
   const int64_t bytes = row_bytes(codec, dim), out_bytes = out_row_bytes(codec, type, dim);
   const bool aligned = reinterpret_cast<std::uintptr_t>(out) % 64 == 0 && out_bytes % 64 == 0;
   const bool stream = aligned && m >= kStreamBytes / std::max<int64_t>(out_bytes, 1);
-  return {pick(codec, type, normalize, stream, std::min(isa, best_isa())), type == Out::codes ? bytes : dim, bytes,
+  return {pick(codec, type, normalize, stream, std::min(isa, best_isa())), type == Element::codes ? bytes : dim, bytes,
           out_bytes};
 }
 

@@ -1,20 +1,22 @@
-// Gather rows of a quantized table and widen them, on the GPU: out[i, c] = round(value(codes[rows[i], c]) * scale).
+// Gathers rows of a quantized table and dequantizes them, on the GPU:
+//
+//   out[i, c] = round(value(codes[rows[i], c]) * scales[rows[i]])
 //
 //   one warp: row i, or up to 1 KB of it           unit  = 4 to 32 bytes of codes, what a lane loads at a time
 //     row = rows[i]; scale = scales[row]           chunk = 16 bytes of output, what a lane stores at a time
-//     for k in 0 .. UNITS: units 32 k + lane       the loads of a lane in flight together
-//     for each chunk 32 j + lane:                  its codes: in the lane's own unit, or shuffled from another's
+//     for k in 0 .. UNITS: units 32 k + lane       a lane's loads are in flight together
+//     for each chunk 32 j + lane:                  its codes: from the lane's own unit, or shuffled from another lane's
 //       codes -> levels: 4 at a time by byte permutes, the code book in two or four registers
 //       x scale, round to nearest even, store
 //   normalize: one warp, or 2 or 4, a whole row; its units stay in registers while their squares are summed, and are
-//     read again only of rows of more than 4096 elements (int4r 8192, int2r 16384). Integers are summed exactly, and
-//     square root and division are IEEE's: the same bits as on the CPU.
+//     read again only for rows of more than 4096 elements (int4r 8192, int2r 16384). Sums of integers are exact, and
+//     square root and division follow IEEE 754: the same bits as on the CPU.
 //
 // Bytes, dim 4096 to bf16: 4 KB (int8), 2 KB (int4r) or 1 KB (int2r) in and 8 KB out; a few integer instructions and
 // one multiplication an element. The bound is HBM: 4096 rows of int8 move 48 MB, 16 us at 3 TB/s. A table in pinned
 // host memory is read over the bus, which is then the bound: a warp's load is 128 contiguous bytes or more, whole
-// requests, and no byte of a row is asked for twice. A row outside the table gives NaN (0 as int8): raising an error
-// here would make the host wait for the GPU, and reading there would end the process's CUDA context.
+// requests, and each byte of a row is requested once. A row outside the table gives NaN (0 as int8): to raise an error
+// the host would have to wait for the GPU, and to read there would destroy the process's CUDA context.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -22,23 +24,17 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/device.cuh"
+#include "common/integers.h"
 #include "rows/dequant.h"
 
 namespace lift_fast {
 namespace {
 
-constexpr int kWarps = 4;  // a block
+constexpr int kWarps = 4;  // of a thread block
 constexpr unsigned kAll = 0xffffffffu;
 
-__host__ __device__ constexpr int bits_of(Codec codec) {
-  constexpr int bits[] = {32, 16, 8, 8, 4, 2};
-  return bits[static_cast<int>(codec)];
-}
-__host__ __device__ constexpr bool is_integer(Codec codec) {
-  return codec == Codec::int8 || codec == Codec::int4r || codec == Codec::int2r;
-}
-
-// How codec C becomes elements of SIZE bytes.
+// How elements of SIZE bytes are made from codec C.
 template <Codec C, int SIZE, bool NORMALIZE>
 struct Plan {
   static constexpr int kVec = 16 / SIZE;                            // elements a chunk
@@ -47,7 +43,7 @@ struct Plan {
   static constexpr int kWords = kIn < 4 ? 1 : kIn / 4;              // 32-bit words a unit
   static constexpr int kElements = kVec * kSplit;                   // a unit
   static constexpr int kAlign = kWords < 4 ? 4 * kWords : 16;       // of a unit, in bytes
-  // What a lane holds, in units: with normalize, four warps hold a row of 4096 elements or more.
+  // What a lane holds: with normalize, four warps hold a row of 4096 elements or more.
   static constexpr int kHeld = NORMALIZE ? std::max(8, bits_of(C)) : std::max(8, 2 * kWords);  // words
   static constexpr int kUnits = kHeld / kWords;
 };
@@ -79,7 +75,7 @@ __host__ __device__ constexpr uint32_t four(int a, int b, int c, int d) {
   return (a & 0xffu) | (b & 0xffu) << 8 | (c & 0xffu) << 16 | (d & 0xffu) << 24;
 }
 
-// Four levels, one a byte, of the codes in the low 16 bits: what a byte permute takes as its selector.
+// Four levels, one a byte, for the four int4r codes in the low 16 bits, which is how a byte permute takes its selector.
 __device__ inline uint32_t levels4(uint32_t codes) {
   const uint32_t which = codes & 0x7777;
   const uint32_t low = __byte_perm(four(-104, -79, -62, -48), four(-36, -25, -15, -5), which);
@@ -87,7 +83,7 @@ __device__ inline uint32_t levels4(uint32_t codes) {
   return __byte_perm(low, high, 0x3210 | (codes & 0x8888) >> 1);
 }
 
-// Of the codes in the low 8 bits, which are spread to 4 bits each.
+// Four levels for the four int2r codes in the low 8 bits, which are spread to 4 bits each.
 __device__ inline uint32_t levels2(uint32_t codes) {
   codes = (codes | codes << 4) & 0x0f0f;
   codes = (codes | codes << 2) & 0x3333;
@@ -104,12 +100,12 @@ __device__ inline uint32_t levels(const uint32_t* w, int j) {
 }
 
 __device__ inline float from_fp8(uint32_t byte) {
-  // Its exponent and mantissa read as float32's are 2^120 too small, subnormals too.
+  // Its exponent and mantissa, read as a float32's, give a value 2^120 too small; that holds for subnormals too.
   const float x = __int_as_float((byte & 0x80) << 24 | (byte & 0x7f) << 20) * 0x1p120f;
   return (byte & 0x7f) == 0x7f ? __int_as_float(0x7fffffff) : x;
 }
 
-// Element k, as it is without its row's scale.
+// Element k, without its row's scale.
 template <Codec C>
 __device__ inline float value(const uint32_t* w, int k) {
   if constexpr (C == Codec::f32) return __int_as_float(w[k]);
@@ -133,7 +129,7 @@ __device__ inline uint32_t rounded(float low, float high, bool half) {
 template <Codec C>
 using Sum = std::conditional_t<is_integer(C), int64_t, double>;
 
-// The sum over the warps that share a row. Every thread of the block comes here, once.
+// The sum over the warps that share a row. Every thread of the block must call it, once.
 template <typename T>
 __device__ inline T over_row(T sum) {
   __shared__ T parts[kWarps];
@@ -149,7 +145,8 @@ __device__ inline T over_row(T sum) {
   return sum;
 }
 
-// What a row's values are multiplied by: first step, a power of two that keeps the product a normal number.
+// What a row's values are multiplied by: first `step`, a power of two that keeps the product a normal number, then
+// `rest`.
 struct Factor {
   float step, rest;
 };
@@ -163,11 +160,11 @@ __device__ inline Factor one_over_length(double squares) {
   return {step, squares == 0 ? 0.f : static_cast<float>(1 / (sqrt(squares) * step))};
 }
 
-// This thread's row: rows that are not there and rows outside the table read row 0 (there is one, or the launcher would
-// not have come here), the latter times NaN.
+// This thread's row. Threads beyond the last row, and rows outside the table, read row 0 (the launcher has returned
+// early where there is none), the latter times NaN.
 struct Row {
   int64_t i;
-  bool here, inside;
+  bool exists, inside;
   const unsigned char* codes;
   float scale;
 };
@@ -175,8 +172,8 @@ struct Row {
 __device__ inline Row row_of(const Dequant& job) {
   Row row;
   row.i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  row.here = row.i < job.m;
-  const int64_t r = !row.here ? 0 : job.rows ? job.rows[row.i] : row.i;
+  row.exists = row.i < job.m;
+  const int64_t r = !row.exists ? 0 : job.rows ? job.rows[row.i] : row.i;
   row.inside = r >= 0 && r < job.n;
   row.codes = static_cast<const unsigned char*>(job.codes) + (row.inside ? r : 0) * job.codes_stride;
   row.scale = !row.inside ? __int_as_float(0x7fffffff) : job.scales ? job.scales[r * job.scales_stride] : 1.f;
@@ -188,10 +185,10 @@ __global__ void __launch_bounds__(32 * kWarps) dequant_kernel(const Dequant job)
   using P = Plan<C, SIZE, NORMALIZE>;
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const Row row = row_of(job);
-  const int units = row.here ? static_cast<int>(job.dim / P::kElements) : 0;
+  const int units = row.exists ? static_cast<int>(job.dim / P::kElements) : 0;
   auto* to = static_cast<uint4*>(job.out) + row.i * units * P::kSplit;
   const int stride = 32 * warps, batch = P::kUnits * stride;
-  const int first = static_cast<int>(threadIdx.x) - lane;  // of a batch's units, this warp's first
+  const int first = static_cast<int>(threadIdx.x) - lane;  // this warp's first unit of a batch
   Factor factor{1.f, row.scale};
   Unit<P::kWords> unit[P::kUnits];
 
@@ -229,7 +226,7 @@ __global__ void __launch_bounds__(32 * kWarps) dequant_kernel(const Dequant job)
               x[e] *= factor.rest;
             }
             if constexpr (SIZE == 2)
-              out[word] = rounded(x[0], x[1], job.type == Out::f16);
+              out[word] = rounded(x[0], x[1], job.type == Element::f16);
             else
               out[word] = __float_as_int(x[0]);
           }
@@ -276,7 +273,7 @@ __global__ void __launch_bounds__(32 * kWarps) dequant_kernel(const Dequant job)
   }
 }
 
-// Rows that are not made of whole aligned units: one element at a time, any codec to any type.
+// For rows that are not made of whole aligned units: one element at a time, any codec to any type.
 __device__ inline uint32_t element(const unsigned char* codes, Codec codec, int64_t k) {
   switch (codec) {
     case Codec::f32: return __ldg(reinterpret_cast<const unsigned*>(codes) + k);
@@ -300,10 +297,10 @@ __device__ inline float value_of(uint32_t code, Codec codec) {
 
 __global__ void __launch_bounds__(32 * kWarps) elements_kernel(const Dequant job) {
   const Row row = row_of(job);
-  const int64_t dim = row.here ? job.dim : 0;
+  const int64_t dim = row.exists ? job.dim : 0;
   Factor factor{1.f, row.scale};
   if (job.normalize) {
-    double squares = 0;  // exact, of integers
+    double squares = 0;  // exact for integers
     for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
       const double x = value_of(element(row.codes, job.codec, c), job.codec);
       squares += x * x;
@@ -316,16 +313,16 @@ __global__ void __launch_bounds__(32 * kWarps) elements_kernel(const Dequant job
     const float value = value_of(element(row.codes, job.codec, c), job.codec);
     const float x = value * factor.step * factor.rest;
     const int64_t at = row.i * dim + c;
-    if (job.type == Out::f32) static_cast<float*>(job.out)[at] = x;
-    if (job.type == Out::bf16) static_cast<__nv_bfloat16*>(job.out)[at] = __float2bfloat16_rn(x);
-    if (job.type == Out::f16) static_cast<__half*>(job.out)[at] = __float2half_rn(x);
-    if (job.type == Out::int8) static_cast<int8_t*>(job.out)[at] = row.inside ? static_cast<int8_t>(value) : 0;
+    if (job.type == Element::f32) static_cast<float*>(job.out)[at] = x;
+    if (job.type == Element::bf16) static_cast<__nv_bfloat16*>(job.out)[at] = __float2bfloat16_rn(x);
+    if (job.type == Element::f16) static_cast<__half*>(job.out)[at] = __float2half_rn(x);
+    if (job.type == Element::int8) static_cast<int8_t*>(job.out)[at] = row.inside ? static_cast<int8_t>(value) : 0;
   }
 }
 
 dim3 grid(const Dequant& job, int warps_a_row, int64_t y = 1) {
   const int rows = kWarps / warps_a_row;
-  return dim3(static_cast<unsigned>((job.m + rows - 1) / rows), static_cast<unsigned>(y));
+  return dim3(static_cast<unsigned>(ceil_div(job.m, rows)), static_cast<unsigned>(y));
 }
 
 void launch_elements(const Dequant& job, cudaStream_t stream) {
@@ -340,7 +337,7 @@ void launch(const Dequant& job, cudaStream_t stream) {
                      reinterpret_cast<std::uintptr_t>(job.codes) % P::kAlign == 0 &&
                      reinterpret_cast<std::uintptr_t>(job.out) % 16 == 0;
   if (!whole) return launch_elements(job, stream);
-  const int64_t warps = (job.dim / P::kElements + 32 * P::kUnits - 1) / (32 * P::kUnits);  // whose registers hold a row
+  const int64_t warps = ceil_div(job.dim / P::kElements, 32 * P::kUnits);  // that hold a row in registers
   const int shared = !NORMALIZE || warps == 1 ? 1 : warps == 2 ? 2 : kWarps;
   const dim3 blocks = grid(job, shared, NORMALIZE ? 1 : warps);
   dequant_kernel<C, SIZE, NORMALIZE><<<blocks, dim3(32 * shared, kWarps / shared), 0, stream>>>(job);
@@ -348,43 +345,23 @@ void launch(const Dequant& job, cudaStream_t stream) {
 
 template <Codec C>
 void launch_codec(const Dequant& job, cudaStream_t stream) {
-  const bool two = job.type == Out::bf16 || job.type == Out::f16;
+  const bool two = job.type == Element::bf16 || job.type == Element::f16;
   if constexpr (is_integer(C))
-    if (job.type == Out::int8) return launch<C, 1, false>(job, stream);
+    if (job.type == Element::int8) return launch<C, 1, false>(job, stream);
   if (job.normalize)
     two ? launch<C, 2, true>(job, stream) : launch<C, 4, true>(job, stream);
   else
     two ? launch<C, 2, false>(job, stream) : launch<C, 4, false>(job, stream);
 }
 
-void launch_any(const Dequant& job, cudaStream_t stream) {
-  switch (job.codec) {
-    case Codec::f32: return launch_codec<Codec::f32>(job, stream);
-    case Codec::bf16: return launch_codec<Codec::bf16>(job, stream);
-    case Codec::int8: return launch_codec<Codec::int8>(job, stream);
-    case Codec::fp8: return launch_codec<Codec::fp8>(job, stream);
-    case Codec::int4r: return launch_codec<Codec::int4r>(job, stream);
-    case Codec::int2r: return launch_codec<Codec::int2r>(job, stream);
-  }
-}
-
 }  // namespace
 
 const char* dequant_cuda(const Dequant& job, int device, std::uintptr_t stream_handle) {
   if (job.m == 0 || job.dim == 0) return nullptr;
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  launch_any(job, reinterpret_cast<cudaStream_t>(stream_handle));
-  error = cudaGetLastError();
-  if (before != device) cudaSetDevice(before);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-int cuda_device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+  return on_device(device, [&] {
+    const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+    with_codec(job.codec, [&](auto codec) { launch_codec<codec()>(job, stream); });
+  });
 }
 
 }  // namespace lift_fast

@@ -1,21 +1,21 @@
-// Rows in groups of 32 elements. Included by dequant.cpp once for each instruction set, inside a namespace and a
-// `#pragma GCC target` of its own: hence no include guard, no #include. What the namespace has defined before:
+// Rows in groups of 32 elements. dequant.cpp includes this file once for each instruction set, inside a namespace and a
+// `#pragma GCC target` of its own; so it has no include guard and no #include. The namespace has defined before it:
 //   Floats                              32 float32
 //   floats<C>(codes)                    f32, bf16, int8, fp8: 32 values
-//   levels<C>()                         int4r, int2r: the levels, over and over
+//   levels<C>()                         int4r, int2r: the levels, repeated
 //   times(Floats, scale)                float32 products
 //   times_double(Floats, factor)        float64 products, rounded to float32
-//   put<T, Stream>(out, Floats)         rounded and stored
-//   Lookup<T>(table), look<C>(codes)    table[code] for 32 codes, stored by put<Stream>(out, …)
+//   put<T, Stream>(out, Floats)         rounds and stores
+//   Lookup<T>(table)                    its put<C, Stream>(out, codes) stores table[code] for 32 codes
 //   Squares, add_squares                sums of squares in 16 float64 lanes: element c in lane c % 16
 
-// In 64 bytes of codes at least one group; `ahead` is asked for a line at a time.
+// A step is at least 64 bytes of codes, whole groups; a line of `ahead` is prefetched for every 64 bytes.
 template <Codec C>
 constexpr int64_t kGroup = 4 * kBits<C>;  // bytes of 32 codes
 template <Codec C>
 constexpr int64_t kStep = kGroup<C> < 64 ? 64 : kGroup<C>;
 
-// each(codes, c) for every whole group of the row; returns how many elements that were.
+// Calls each(codes, c) for every whole group of the row. Returns the number of elements in them.
 template <Codec C, typename Each>
 inline __attribute__((always_inline)) int64_t groups(const uint8_t* codes, int64_t dim, const uint8_t* ahead,
                                                      Each each) {
@@ -32,30 +32,30 @@ inline __attribute__((always_inline)) int64_t groups(const uint8_t* codes, int64
   return c;
 }
 
-template <Codec C, Out T, bool Stream>
+template <Codec C, Element T, bool Stream>
 void row(const uint8_t* codes, float scale, void* to, int64_t dim, const uint8_t* ahead) {
   auto* out = static_cast<uint8_t*>(to);
   scale = one_nan<C>(scale);
   int64_t done;
   if constexpr (C == Codec::int4r || C == Codec::int2r) {
-    alignas(64) Element<T> table[32];
+    alignas(64) Stored<T> table[32];
     put<T, false>(table, times(levels<C>(), scale));
     const Lookup<T> lookup(table);
     done = groups<C>(codes, dim, ahead, [&](const uint8_t* from, int64_t c) __attribute__((always_inline)) {
-      lookup.template put<C, Stream>(out + c * sizeof(Element<T>), from);
+      lookup.template put<C, Stream>(out + c * sizeof(Stored<T>), from);
     });
   } else {
     done = groups<C>(codes, dim, ahead, [&](const uint8_t* from, int64_t c) __attribute__((always_inline)) {
       if constexpr (kScaled<C>)
-        put<T, Stream>(out + c * sizeof(Element<T>), times(floats<C>(from), scale));
+        put<T, Stream>(out + c * sizeof(Stored<T>), times(floats<C>(from), scale));
       else
-        put<T, Stream>(out + c * sizeof(Element<T>), floats<C>(from));
+        put<T, Stream>(out + c * sizeof(Stored<T>), floats<C>(from));
     });
   }
   tail<C, T>(codes, scale, out, done, dim);
 }
 
-template <Codec C, Out T, bool Stream>
+template <Codec C, Element T, bool Stream>
 void unit_row(const uint8_t* codes, float, void* out, int64_t dim, const uint8_t* ahead) {
   if constexpr (kInteger<C>) {
     row<C, T, Stream>(codes, unit_factor(sum_of_squares<C>(codes, dim)), out, dim, ahead);
@@ -69,33 +69,25 @@ void unit_row(const uint8_t* codes, float, void* out, int64_t dim, const uint8_t
     if (length2 != length2) return fill_nan<T>(out, dim);
     const double factor = unit_factor_double(length2);
     groups<C>(codes, dim, codes, [&](const uint8_t* from, int64_t c) __attribute__((always_inline)) {
-      put<T, Stream>(static_cast<uint8_t*>(out) + c * sizeof(Element<T>), times_double(floats<C>(from), factor));
+      put<T, Stream>(static_cast<uint8_t*>(out) + c * sizeof(Stored<T>), times_double(floats<C>(from), factor));
     });
     unit_tail<C, T>(codes, factor, out, done, dim);
   }
 }
 
-template <Codec C, Out T>
+template <Codec C, Element T>
 RowKernel pick(bool normalize, bool stream) {
   if (normalize) return stream ? unit_row<C, T, true> : unit_row<C, T, false>;
   return stream ? row<C, T, true> : row<C, T, false>;
 }
 
-template <Out T>
+template <Element T>
 RowKernel pick(Codec codec, bool normalize, bool stream) {
-  switch (codec) {
-    case Codec::f32: return pick<Codec::f32, T>(normalize, stream);
-    case Codec::bf16: return pick<Codec::bf16, T>(normalize, stream);
-    case Codec::int8: return pick<Codec::int8, T>(normalize, stream);
-    case Codec::fp8: return pick<Codec::fp8, T>(normalize, stream);
-    case Codec::int4r: return pick<Codec::int4r, T>(normalize, stream);
-    case Codec::int2r: return pick<Codec::int2r, T>(normalize, stream);
-  }
-  return nullptr;
+  return with_codec(codec, [&](auto c) { return pick<c(), T>(normalize, stream); });
 }
 
-RowKernel pick(Codec codec, Out type, bool normalize, bool stream) {
-  if (type == Out::f32) return pick<Out::f32>(codec, normalize, stream);
-  if (type == Out::bf16) return pick<Out::bf16>(codec, normalize, stream);
-  return pick<Out::f16>(codec, normalize, stream);
+RowKernel pick(Codec codec, Element type, bool normalize, bool stream) {
+  if (type == Element::f32) return pick<Element::f32>(codec, normalize, stream);
+  if (type == Element::bf16) return pick<Element::bf16>(codec, normalize, stream);
+  return pick<Element::f16>(codec, normalize, stream);
 }

@@ -1,8 +1,8 @@
-// Keys of samples: their hashes, and the row of a hash.
+// Hashes of sample keys, and the row of a hash.
 //
-//   find:  slot = mixed hash * capacity / 2^64; while its tag is not empty: tag agrees and the key of its row is the
-//          hash -> that row; else the next slot. A miss of the cache for the tag, one for the row's number, one for
-//          the key itself, which stays in its mapped file: 16 look-ups' at a time.
+//   find:  slot = mixed hash * capacity / 2^64. While the slot's tag is not 0: if the tag agrees and the key of the
+//          slot's row is the hash, that is the row; else try the next slot. One cache miss for the tag, one for the row
+//          number, one for the key, which stays in its mapped file; the misses of 16 look-ups overlap.
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -24,7 +24,7 @@ constexpr uint8_t kSigma[10][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1
                                     {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
                                     {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5},
                                     {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
-constexpr size_t kBlock = 128;
+constexpr size_t kHashBlock = 128;  // BLAKE2b's block, bytes
 
 template <int Bits>
 inline uint64_t rotated(uint64_t x) {
@@ -80,8 +80,8 @@ int64_t key_hash(const void* data, size_t bytes) {
   h[0] ^= 0x01010000 ^ 8;  // no key, one lane, a digest of 8 bytes
   const auto* at = static_cast<const uint8_t*>(data);
   uint64_t done = 0;
-  for (; bytes - done > kBlock; at += kBlock) compress(h, at, done += kBlock, false);
-  uint8_t block[kBlock] = {};
+  for (; bytes - done > kHashBlock; at += kHashBlock) compress(h, at, done += kHashBlock, false);
+  uint8_t block[kHashBlock] = {};
   if (bytes > done) std::memcpy(block, at, bytes - done);
   compress(h, block, bytes, true);
   return static_cast<int64_t>(h[0]);
@@ -119,7 +119,7 @@ inline int64_t KeyTable::row_in(const Slots& slots, int64_t slot) const {
 
 namespace {
 
-// Bits that did not choose the slot; never 0.
+// Low bits of the hash, which did not choose the slot; never 0.
 inline uint8_t tag_of(uint64_t mixed) { return static_cast<uint8_t>(mixed | 1); }
 
 }  // namespace
@@ -175,7 +175,7 @@ void KeyTable::find(const int64_t* hashes, int64_t m, int64_t* out) const {
       __builtin_prefetch(&slots_.tags[slots[i]]);
       __builtin_prefetch(&slots_.low[slots[i]]);
     }
-    const auto next = [&](int64_t i) {  // to a slot that may be the one, or an empty one
+    const auto next = [&](int64_t i) {  // advances to a slot with this tag, or to an empty one
       while (slots_.tags[slots[i]] && slots_.tags[slots[i]] != tag_of(mixes[i]))
         slots[i] = slots[i] + 1 < capacity_ ? slots[i] + 1 : 0;
       return slots_.tags[slots[i]] != 0;
@@ -188,9 +188,9 @@ void KeyTable::find(const int64_t* hashes, int64_t m, int64_t* out) const {
     for (int64_t i = 0; i < count; ++i) {
       int64_t row = -1;
       while (next(i)) {
-        const int64_t here = row_in(slots_, slots[i]);
-        if (key_of(here) == keys[i]) {
-          row = here;
+        const int64_t candidate = row_in(slots_, slots[i]);
+        if (key_of(candidate) == keys[i]) {
+          row = candidate;
           break;
         }
         slots[i] = slots[i] + 1 < capacity_ ? slots[i] + 1 : 0;

@@ -1,8 +1,9 @@
-// A table in many mapped files: which shard a row is in, gathering across them, and advice to the page cache.
+// A table in many mapped files: the shard of a row, gathering across shards, and advice to the page cache.
 //
-//   gather(rows):  are the pages of 4 to 64 of the rows in memory (mincore)? Where one is not, all are asked of the
-//                  disk at once, in its order (madvise), and read in that order. A fault reads one page, not 128 KB
-//                  around it, of which a row is a fraction. Who may not write a file is told that it is in memory.
+//   gather(rows):  probes whether 4 to 64 of the rows are in memory (mincore). If one is not, it asks the kernel to
+//                  read all of them in order of address (madvise), and gathers them in that order. MADV_RANDOM makes a
+//                  page fault read one page, not the 128 KB around it, of which a row is a fraction. For a file that
+//                  the process may not write, mincore reports every page as in memory.
 #include "table.h"
 
 #include <sys/mman.h>
@@ -13,10 +14,9 @@
 namespace lift_fast {
 namespace {
 
-constexpr int64_t kProbes = 64;
-constexpr int64_t kFewProbes = 4;
-constexpr int64_t kMostBytes = int64_t{1} << 56;  // more than an address space
-constexpr int64_t kBytesPerProbe = 1 << 20;  // a probe is a microsecond, gathering so much is 60
+constexpr int64_t kMostProbes = 64, kLeastProbes = 4;
+constexpr int64_t kMostBytes = int64_t{1} << 56;  // larger than any address space
+constexpr int64_t kBytesPerProbe = 1 << 20;  // a probe takes 1 us, gathering this much 60 us
 
 uintptr_t page_size() {
   static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -33,7 +33,7 @@ Pages pages_of(const uint8_t* at, int64_t bytes) {
 }
 
 void advise_pages(Pages pages, int advice) {
-  madvise(reinterpret_cast<void*>(pages.from), pages.to - pages.from, advice);  // where it is refused, nothing is lost
+  madvise(reinterpret_cast<void*>(pages.from), pages.to - pages.from, advice);  // advice: a refusal does no harm
 }
 
 }  // namespace
@@ -80,12 +80,12 @@ Table::Table(Codec codec, int64_t dim, Starts starts)
 
 void Table::map(int64_t shard, const void* codes, const void* scales) {
   const int64_t rows = starts_.rows(shard);
-  Shard& here = shards_[shard];
-  missing_ += rows > 0 ? (here.codes && !codes) - (!here.codes && codes) : 0;
-  here = {static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales)};
+  Shard& mapped = shards_[shard];
+  missing_ += rows > 0 ? (mapped.codes && !codes) - (!mapped.codes && codes) : 0;
+  mapped = {static_cast<const uint8_t*>(codes), static_cast<const uint8_t*>(scales)};
   if (!rows) return;
-  if (here.codes) advise_pages(pages_of(here.codes, rows * row_bytes_), MADV_RANDOM);
-  if (here.scales) advise_pages(pages_of(here.scales, rows * 4), MADV_RANDOM);
+  if (mapped.codes) advise_pages(pages_of(mapped.codes, rows * row_bytes_), MADV_RANDOM);
+  if (mapped.scales) advise_pages(pages_of(mapped.scales, rows * 4), MADV_RANDOM);
 }
 
 std::vector<int64_t> Table::unmapped(const int64_t* rows, int64_t m) const {
@@ -153,18 +153,18 @@ void Table::will_need(const int64_t* rows, const std::vector<int64_t>& order) co
 }
 
 void Table::advise(const int64_t* rows, int64_t m) const {
-  if (m > 0 && unmapped(rows, m).empty() && cold(rows, m, kProbes)) will_need(rows, by_address(rows, m));
+  if (m > 0 && unmapped(rows, m).empty() && cold(rows, m, kMostProbes)) will_need(rows, by_address(rows, m));
 }
 
-void Table::gather(const int64_t* rows, int64_t m, void* out, float* out_scales, Out type, bool normalize, int threads,
-                   Isa isa) const {
+void Table::gather(const int64_t* rows, int64_t m, void* out, float* out_scales, Element type, bool normalize,
+                   int threads, Isa isa) const {
   const std::vector<int64_t> missing = unmapped(rows, m);
   if (!missing.empty())
     throw std::runtime_error("shard " + std::to_string(missing[0]) + " of the table is not mapped (" +
                              std::to_string(missing.size()) + " of those that these rows are in)");
   if (m == 0) return;
   std::vector<int64_t> order;
-  if (cold(rows, m, std::clamp(m * row_bytes_ / kBytesPerProbe, kFewProbes, kProbes))) {
+  if (cold(rows, m, std::clamp(m * row_bytes_ / kBytesPerProbe, kLeastProbes, kMostProbes))) {
     order = by_address(rows, m);
     will_need(rows, order);
   }

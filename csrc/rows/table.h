@@ -1,4 +1,4 @@
-// A table of encoded rows in many mapped files, and where its rows are by key.
+// A table of encoded rows in many mapped files, and the table that finds the row of a key.
 #pragma once
 #include <unistd.h>
 
@@ -13,24 +13,23 @@
 #include <vector>
 
 #include "gather.h"
-#include "rows/dequant.h"
 
 namespace lift_fast {
 
 // Row r is in shard k with starts[k] <= r < starts[k + 1].
 class Starts {
  public:
-  // Throws std::invalid_argument unless they begin with 0 and ascend; shards may be empty.
+  // Throws std::invalid_argument unless starts begin with 0 and ascend. Shards may be empty.
   explicit Starts(std::vector<int64_t> starts);
 
   int64_t shards() const { return static_cast<int64_t>(starts_.size()) - 1; }
   int64_t rows() const { return starts_.back(); }
   int64_t rows(int64_t shard) const { return starts_[shard + 1] - starts_[shard]; }
   int64_t start(int64_t shard) const { return starts_[shard]; }
-  // The shard of a row that is in the table: one look-up where shards are about as long as each other.
+  // The shard of a row of the table: one look-up where shards are about equally long.
   int64_t shard_of(int64_t row) const {
     const int64_t bucket = row >> shift_;
-    int64_t low = first_[bucket], high = first_[bucket + 1];  // it is one of these, both included
+    int64_t low = first_[bucket], high = first_[bucket + 1];  // the shard is one of low .. high
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
       if (starts_[middle] <= row)
@@ -40,7 +39,7 @@ class Starts {
     }
     return low;
   }
-  // Throws std::out_of_range for the first row that is in no shard.
+  // Throws std::out_of_range naming the first row that is in no shard.
   void check(const int64_t* rows, int64_t m) const;
 
  private:
@@ -49,10 +48,10 @@ class Starts {
   int shift_ = 0;
 };
 
-// Readers beside each other, a writer alone; whoever forks takes no lock of a thread that is not there along.
+// A reader-writer lock, recreated after a fork: in the child no thread is left to release what another one held.
 class ForkLock {
  public:
-  std::shared_mutex& get() {  // with Python's lock held: no other thread is in here
+  std::shared_mutex& get() {  // called with Python's lock held, so by one thread at a time
     if (owner_ != getpid()) {
       new (&mutex_) std::shared_mutex;
       owner_ = getpid();
@@ -69,14 +68,14 @@ class Table {
  public:
   Table(Codec codec, int64_t dim, Starts starts);
 
-  // Waits until nobody reads. codes null: forgets the shard.
+  // Sets where a shard lies; codes null: it is no longer mapped. The caller holds the lock as a writer.
   void map(int64_t shard, const void* codes, const void* scales);
-  // The shards, ascending, that these rows touch and that are not mapped.
+  // The shards, ascending, that hold some of these rows and are not mapped.
   std::vector<int64_t> unmapped(const int64_t* rows, int64_t m) const;
-  // rows null: all of them. out_scales null: none. Throws std::runtime_error where a shard is not mapped.
-  void gather(const int64_t* rows, int64_t m, void* out, float* out_scales, Out type, bool normalize, int threads,
+  // rows null: all of them. out_scales null: no scales are written. Throws std::runtime_error if a shard is not mapped.
+  void gather(const int64_t* rows, int64_t m, void* out, float* out_scales, Element type, bool normalize, int threads,
               Isa isa) const;
-  // Asks the kernel for what of these rows' pages is not in memory.
+  // Asks the kernel to read those pages of these rows that are not in memory.
   void advise(const int64_t* rows, int64_t m) const;
 
   const Starts& starts() const { return starts_; }
@@ -89,7 +88,8 @@ class Table {
     const uint8_t* scales = nullptr;
   };
   Place locate(int64_t row) const;
-  bool cold(const int64_t* rows, int64_t m, int64_t probes) const;  // whether one of so many is on the disk only
+  // Whether one of `probes` rows, spread over all, is not in memory.
+  bool cold(const int64_t* rows, int64_t m, int64_t probes) const;
   std::vector<int64_t> by_address(const int64_t* rows, int64_t m) const;
   void will_need(const int64_t* rows, const std::vector<int64_t>& order) const;
 
@@ -104,17 +104,17 @@ class Table {
 // The first 64 bits of BLAKE2b(digest_size=8), RFC 7693, little-endian.
 int64_t key_hash(const void* data, size_t bytes);
 
-// Where a hash is among the keys of all rows: open addressing, at most 10 bytes a row.
+// Finds a hash among the keys of all rows: open addressing, at most 10 bytes a row.
 class KeyTable {
  public:
   explicit KeyTable(Starts starts);
 
-  // int64 [rows of the shard]; null forgets it. What was built is dropped.
+  // keys: int64 [rows of the shard]; null: no longer mapped. Drops what was built.
   void map(int64_t shard, const void* keys);
-  // One pass over the keys, unless that was done. Throws std::runtime_error while a shard with rows is not mapped.
+  // One pass over the keys, if not done yet. Throws std::runtime_error if a shard with rows is not mapped.
   void build();
   bool built() const { return built_; }
-  // The first row whose key is hashes[i], or -1. After build().
+  // out[i]: the first row whose key is hashes[i], or -1. Call build() first.
   void find(const int64_t* hashes, int64_t m, int64_t* out) const;
   int64_t bytes() const;
 
@@ -134,7 +134,7 @@ class KeyTable {
 
   Starts starts_;
   std::vector<const uint8_t*> shards_;
-  uint64_t seed_;  // so that nobody can write keys that all want one slot
+  uint64_t seed_;  // random, so that nobody can choose keys that all fall into one slot
   Slots slots_;
   int64_t capacity_ = 0;
   std::atomic<bool> built_{false};

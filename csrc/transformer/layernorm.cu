@@ -1,38 +1,38 @@
-// LayerNorm (arXiv 1607.06450, eq. 4) of a stream of tokens to which a residual is added, on the GPU:
+// LayerNorm (arXiv 1607.06450, eq. 4) over rows of tokens, with the residual's addition, on the GPU:
 //
 //   s = x + residual      x^ = (s - mean) rstd      y = x^ weight + bias
 //   g = dy weight         dx = rstd (g - mean(g) - x^ mean(g x^)) + d_s      d_weight = sum dy x^, d_bias = sum dy
 //
-//   forward, a row in the registers of 1 to 8 warps:        backward, the same rows, blocks that stay:
+//   forward, a row in the registers of 1 to 8 warps:        backward, likewise, in persistent thread blocks:
 //     load x, residual: 4 to 16 loads of 16 B a lane          for each of this block's rows:
 //     s = x + residual, rounded; store s                        load dy, s, d_s
 //     m = sum(s) / width, then sums of d = s - m and d d        d_weight += dy x^, d_bias += dy     in registers
 //     mean = m + sum(d) / width, variance without E[s s]        sums of g, g x^ over the row
-//     store y, mean, rstd                                       store dx, and y where it is asked for
-//                                                             the block's rows merged; one part to scratch
+//     store y, mean, rstd                                       store dx, and y if wanted
+//                                                             add the block's warps; one part to scratch
 //                                                             a second kernel adds the parts (blocks.cuh)
 //
-// Bytes an element of bf16: forward 4 (8 with a residual), backward 6 (8 with d_s, 2 more with y), and 16 of scratch
-// for all rows of a block together. FLOPs: about 8 and 14. Each element is read once and the bound is HBM; a multi-
-// processor has 8 to 12 rows in flight, with d_s on their way while the sums are taken. Not measured on a GPU yet.
-// Rows that are not aligned, whose width does not divide into 16 bytes or is beyond 8192 take plain kernels, which read
-// them two or three times, from the caches if they can, and keep the backward sums in scratch memory.
+// Bytes for a bf16 element: forward 4 (8 with a residual), backward 6 (8 with d_s, 2 more with y), and 16 of scratch
+// once for all rows of a block. FLOPs: about 8 and 14. Each element is read once, and the bound is HBM; a
+// multiprocessor has 8 to 12 rows in flight, and d_s is being loaded while the sums are taken. Not measured on a GPU
+// yet. Plain kernels serve rows that are not aligned, or whose width is no multiple of 16 bytes or is beyond 8192: they
+// read a row two or three times, from the caches where possible, and keep the backward sums in scratch memory.
 #include "blocks.cuh"
 
 namespace lift_fast::gpu {
 namespace {
 
 constexpr int kHeld = 32;       // columns a thread holds
-constexpr int kBlockWarps = 4;  // shared by rows that need fewer
-constexpr int kMostWarps = 8;   // a row
+constexpr int kBlockWarps = 4;  // a thread block, where rows need no more than that
+constexpr int kMostWarps = 8;   // a row, at most
 constexpr int64_t kMostHeld = kMostWarps * 32 * kHeld;
 
-// How rows are dealt to a block of warps.
-struct Deal {
-  int warps, at_once;  // of a row; rows of a block
+// How rows are assigned to the warps of a thread block.
+struct Layout {
+  int warps, at_once;  // warps a row, rows a block
 
-  explicit Deal(int64_t width) {
-    const int64_t wanted = blocks(width, 32 * kHeld);
+  explicit Layout(int64_t width) {
+    const int64_t wanted = ceil_div(width, 32 * kHeld);
     warps = wanted < kMostWarps ? static_cast<int>(wanted) : kMostWarps;
     at_once = warps < kBlockWarps ? kBlockWarps / warps : 1;
   }
@@ -41,11 +41,11 @@ struct Deal {
 
 // The threads of a row in the plain kernels.
 inline dim3 plain_block(int64_t width) {
-  return dim3(static_cast<unsigned>(width < 32 * kMostWarps ? 32 * blocks(width, 32) : 32 * kMostWarps));
+  return dim3(static_cast<unsigned>(width < 32 * kMostWarps ? 32 * ceil_div(width, 32) : 32 * kMostWarps));
 }
 
-// Sums over the threads of a row. Every thread of the block comes here; calls in a loop say whose turn it is, since a
-// warp may be there again while another still reads what this turn left.
+// Sums over the threads of a row. Every thread of the block must call it. Calls in a loop pass their iteration as
+// `turn`: a warp may already be in the next one while another still reads the sums of this one.
 template <int N>
 __device__ inline void over_row(float (&sums)[N], int turn = 0) {
   __shared__ float parts[2][N][kMostWarps];
@@ -67,27 +67,28 @@ __device__ inline void over_row(float (&sums)[N], int turn = 0) {
   }
 }
 
-// mean is kept in two floats: beside a mean of 1e4 a deviation would lose what the first rounds away.
+// The mean is kept as two floats, m + rest: rounded to one float, a mean near 1e4 would put its rounding error into
+// every deviation.
 struct Statistics {
   float m, rest, rstd;
 
-  // Of sums of d = s - m and d d over the row.
+  // sums: of d = s - m and of d d over the row.
   __device__ Statistics(float m, const float (&sums)[2], int64_t width, float eps) : m(m) {
     rest = sums[0] / width;
     const float variance = sums[1] / width - rest * rest;
-    rstd = __fdiv_rn(1.f, __fsqrt_rn((variance < 0.f ? 0.f : variance) + eps));  // a NaN passes
+    rstd = __fdiv_rn(1.f, __fsqrt_rn((variance < 0.f ? 0.f : variance) + eps));  // a NaN stays one
   }
   __device__ float normed(float s) const { return (s - m - rest) * rstd; }
 };
 
-template <Out T>
+template <Element T>
 __global__ void __launch_bounds__(32 * kMostWarps) layernorm_kernel(const LayerNorm job) {
   constexpr int V = kVec<T>, kChunks = kHeld / V;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t start = row * job.width;
   const int width = row < job.rows ? static_cast<int>(job.width) : 0;
   Chunk<T, V> held[kChunks];
-  const auto each = [&](auto f) {  // f(j, column) for the chunks of this thread
+  const auto each = [&](auto f) {  // f(j, column) for each chunk of this thread
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       const int column = (j * static_cast<int>(blockDim.x) + threadIdx.x) * V;
@@ -124,20 +125,20 @@ __global__ void __launch_bounds__(32 * kMostWarps) layernorm_kernel(const LayerN
     }
   });
   over_row(sums);
-  const Statistics found(m, sums, job.width, job.eps);
+  const Statistics statistics(m, sums, job.width, job.eps);
   each([&](int j, int c) {
     float y[V], weight[V], bias[V];
     load_vector<V>(job.weight, c, weight);
     load_vector<V>(job.bias, c, bias);
 #pragma unroll
-    for (int k = 0; k < V; ++k) y[k] = fmaf(found.normed(value(held[j], k)), weight[k], bias[k]);
+    for (int k = 0; k < V; ++k) y[k] = fmaf(statistics.normed(value(held[j], k)), weight[k], bias[k]);
     store<T, V>(job.y, start + c, rounded<T, V>(y));
   });
-  if (threadIdx.x == 0 && width) job.mean[row] = m + found.rest, job.rstd[row] = found.rstd;
+  if (threadIdx.x == 0 && width) job.mean[row] = m + statistics.rest, job.rstd[row] = statistics.rstd;
 }
 
-// The same of a row a block, an element at a time.
-template <Out T>
+// The same with one row a block, an element at a time.
+template <Element T>
 __global__ void __launch_bounds__(32 * kMostWarps) layernorm_plain_kernel(const LayerNorm job) {
   const int64_t row = blockIdx.x, start = row * job.width;
   const auto s = [&](int64_t c) {
@@ -148,9 +149,9 @@ __global__ void __launch_bounds__(32 * kMostWarps) layernorm_plain_kernel(const 
   };
   float sum[1] = {}, sums[2] = {};
   for (int64_t c = threadIdx.x; c < job.width; c += blockDim.x) {
-    const Chunk<T, 1> here = s(c);
-    if (job.residual) store<T, 1>(job.s, start + c, here);
-    sum[0] += value(here, 0);
+    const Chunk<T, 1> element = s(c);
+    if (job.residual) store<T, 1>(job.s, start + c, element);
+    sum[0] += value(element, 0);
   }
   over_row(sum);
   const float m = sum[0] / job.width;
@@ -160,26 +161,26 @@ __global__ void __launch_bounds__(32 * kMostWarps) layernorm_plain_kernel(const 
     sums[1] = fmaf(d, d, sums[1]);
   }
   over_row(sums);
-  const Statistics found(m, sums, job.width, job.eps);
+  const Statistics statistics(m, sums, job.width, job.eps);
   for (int64_t c = threadIdx.x; c < job.width; c += blockDim.x) {
-    const float y[1] = {fmaf(found.normed(value(s(c), 0)), job.weight[c], job.bias[c])};
+    const float y[1] = {fmaf(statistics.normed(value(s(c), 0)), job.weight[c], job.bias[c])};
     store<T, 1>(job.y, start + c, rounded<T, 1>(y));
   }
-  if (threadIdx.x == 0) job.mean[row] = m + found.rest, job.rstd[row] = found.rstd;
+  if (threadIdx.x == 0) job.mean[row] = m + statistics.rest, job.rstd[row] = statistics.rstd;
 }
 
-// Threads a multiprocessor is to hold: 170 and 255 registers each. A thread's sums alone are 64.
-template <Out T>
-constexpr int kThreads = T == Out::f32 ? 256 : 384;
+// Threads that a multiprocessor holds: with 255 registers each in float32, else 170. A thread's sums alone take 64.
+template <Element T>
+constexpr int kThreads = T == Element::f32 ? 256 : 384;
 
-// dx of an element.
+// dx of an element, without d_s.
 struct Slope {
   float rstd, of_mean, of_normed;  // means over the row: of g, of g x^
 
   __device__ float operator()(float g, float normed) const { return rstd * (g - of_mean - normed * of_normed); }
 };
 
-template <Out T>
+template <Element T>
 __global__ void __launch_bounds__(kThreads<T>) layernorm_backward_kernel(const LayerNormBackward job) {
   constexpr int V = kVec<T>, kChunks = kHeld / V;
   __shared__ float merged[V][32 * kBlockWarps];
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kThreads<T>) layernorm_backward_kernel(const L
     });
   }
 
-  // The rows of a block are added in order.
+  // The sums of the rows that a block holds at once are added in order.
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   const auto keep = [&](float(&sums)[kChunks][V], float* to) {
 #pragma unroll
@@ -265,8 +266,8 @@ __global__ void __launch_bounds__(kThreads<T>) layernorm_backward_kernel(const L
   keep(d_bias, part + job.width);
 }
 
-// The same, an element at a time: one row of a block after another.
-template <Out T>
+// The same, an element at a time, with one row a block.
+template <Element T>
 __global__ void __launch_bounds__(32 * kMostWarps) layernorm_backward_plain_kernel(const LayerNormBackward job) {
   float* part = job.scratch + blockIdx.x * 2 * job.width;
   int turn = 0;
@@ -297,11 +298,11 @@ __global__ void __launch_bounds__(32 * kMostWarps) layernorm_backward_plain_kern
 
 }  // namespace
 
-int64_t layernorm_parts(int64_t rows, int64_t width, Out type, int multiprocessors) {
-  const Deal deal(width);
-  const int threads = type == Out::f32 ? kThreads<Out::f32> : kThreads<Out::bf16>;
-  const int64_t fill = static_cast<int64_t>(multiprocessors) * (threads / (32 * deal.warps * deal.at_once));
-  const int64_t most = blocks(rows, deal.at_once);  // every part has rows
+int64_t layernorm_parts(int64_t rows, int64_t width, Element type, int multiprocessors) {
+  const Layout layout(width);
+  const int threads = type == Element::f32 ? kThreads<Element::f32> : kThreads<Element::bf16>;
+  const int64_t fill = static_cast<int64_t>(multiprocessors) * (threads / (32 * layout.warps * layout.at_once));
+  const int64_t most = ceil_div(rows, layout.at_once);  // every part has at least one row
   return most < fill ? most : fill;
 }
 
@@ -309,11 +310,11 @@ const char* layernorm(const LayerNorm& job, int device, std::uintptr_t stream_ha
   if (job.rows == 0) return nullptr;
   return on_device(device, [&] {
     const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-    const Deal deal(job.width);
+    const Layout layout(job.width);
     const bool wide = job.width <= kMostHeld &&
                       aligned(job.width, job.type, job.x, job.residual, job.weight, job.bias, job.y, job.s);
-    const dim3 block = wide ? deal.block() : plain_block(job.width);
-    const unsigned grid = static_cast<unsigned>(blocks(job.rows, wide ? deal.at_once : 1));
+    const dim3 block = wide ? layout.block() : plain_block(job.width);
+    const unsigned grid = static_cast<unsigned>(ceil_div(job.rows, wide ? layout.at_once : 1));
     with_type(job.type, [&](auto type) {
       const auto kernel = wide ? layernorm_kernel<type()> : layernorm_plain_kernel<type()>;
       kernel<<<grid, block, 0, stream>>>(job);
@@ -326,7 +327,7 @@ const char* layernorm_backward(const LayerNormBackward& job, int device, std::ui
     const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
     const bool wide = job.width <= kMostHeld && aligned(job.width, job.type, job.dy, job.s, job.weight, job.bias,
                                                         job.d_s, job.dx, job.y, job.scratch);
-    const dim3 block = wide ? Deal(job.width).block() : plain_block(job.width);
+    const dim3 block = wide ? Layout(job.width).block() : plain_block(job.width);
     const unsigned grid = static_cast<unsigned>(job.parts);
     if (grid)
       with_type(job.type, [&](auto type) {

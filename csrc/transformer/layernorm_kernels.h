@@ -1,7 +1,8 @@
-// The loops of layernorm.cpp over vectors.h; see isas.h. A row is read from memory once, then from the first cache.
+// The loops of layernorm.cpp over vectors (tokens.h), for every instruction set; see isas.h. A row is read from memory
+// once, then from the L1 cache.
 #include "transformer/tokens.h"
 
-// Element c of s = x + residual, rounded as it is kept.
+// Stores elements [at, at + LANES) of s = x + residual, and returns them as stored.
 template <Element T, bool Residual, bool Part>
 INLINE V summed(const LayerNorm& job, int64_t at, int64_t n) {
   const V x = get<T, Part>(job.x, at, n);
@@ -10,10 +11,10 @@ INLINE V summed(const LayerNorm& job, int64_t at, int64_t n) {
   return get<T, Part>(job.stream, at, n);
 }
 
-// s as float32 in `row`, which for float32 tokens is the stream itself; returns its sum.
+// Writes s as float32 to `row`, except for float32 tokens, where the stream itself serves. Returns the sum of s.
 template <Element T, bool Residual>
-float read_row(const LayerNorm& at, int64_t first, float* row) {
-  const LayerNorm job = at;
+float read_row(const LayerNorm& of, int64_t first, float* row) {
+  const LayerNorm job = of;
   const int64_t width = job.width, even = width / LANES * LANES, rest = width - even;
   V sums[4] = {};
   int64_t c = 0;
@@ -46,18 +47,18 @@ INLINE void write_normed(const LayerNorm& job, int64_t first, int64_t c, int64_t
 }
 
 template <Element T>
-void layernorm_block(const LayerNormPass& pass, int64_t block, int worker) {
+void layernorm_band(const LayerNormPass& pass, int64_t band, int worker) {
   constexpr Element F = Element::f32;
-  const LayerNorm job = pass.job;  // a copy: what is written might else be taken for a change of its pointers
+  const LayerNorm job = pass.job;  // a copy: else the compiler must assume that the stores below change its pointers
   const int64_t width = job.width, even = width / LANES * LANES, rest = width - even;
-  const int64_t end = std::min(job.rows, (block + 1) * pass.block_rows);
+  const int64_t end = std::min(job.rows, (band + 1) * pass.band_rows);
   const V inside = (V)(iota() < static_cast<int32_t>(rest) ? ~I{} : I{});
-  for (int64_t r = block * pass.block_rows; r < end; ++r) {
+  for (int64_t r = band * pass.band_rows; r < end; ++r) {
     const int64_t first = r * width;
-    float* own = pass.scratch + worker * width;
-    const float* row = own;
+    float* buffer = pass.scratch + worker * width;
+    const float* row = buffer;
     if constexpr (T == F) row = static_cast<const float*>(job.residual ? job.stream : job.x) + first;
-    const float sum = job.residual ? read_row<T, true>(job, first, own) : read_row<T, false>(job, first, own);
+    const float sum = job.residual ? read_row<T, true>(job, first, buffer) : read_row<T, false>(job, first, buffer);
     const float rough = sum / static_cast<float>(width);
     V offs[4] = {}, squares[4] = {};
     int64_t c = 0;
@@ -78,7 +79,7 @@ void layernorm_block(const LayerNormPass& pass, int64_t block, int worker) {
       offs[1] += d;
       squares[1] += d * d;
     }
-    // What rounding left in the mean: beside a large mean it is as large as what the deviations are good to.
+    // The rounding error of the mean: when the mean is large, this is as large as the errors of the deviations.
     const float off = sum_of((offs[0] + offs[1]) + (offs[2] + offs[3])) / static_cast<float>(width);
     const float square = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(width);
     const float rstd = 1.f / std::sqrt(std::max(square - off * off, 0.f) + job.eps);
@@ -91,13 +92,13 @@ void layernorm_block(const LayerNormPass& pass, int64_t block, int worker) {
   }
 }
 
-// What is the same for a row of the gradient: x^ = (s - mean) rstd, and the means of g and g x^ along it.
+// A row of the gradient. x^ = (s - mean) rstd.
 struct Row {
   int64_t first;
-  float mean, rstd, plain, normed;
+  float mean, rstd, plain, normed;  // plain, normed: the means of g and of g x^ over the row
 };
 
-// R rows at once, so that the gradients of weight and bias are read and written once for all of them.
+// Adds LANES columns of R rows at once, so that d_weight and d_bias are read and written once for all R.
 template <Element T, int R, bool Part>
 INLINE void add_sums(const LayerNormBackward& job, const Row* rows, int64_t c, int64_t n, float* d_weight,
                      float* d_bias, V* plain, V* normed) {
@@ -108,7 +109,7 @@ INLINE void add_sums(const LayerNormBackward& job, const Row* rows, int64_t c, i
   for (int k = 0; k < R; ++k) {
     const int64_t at = rows[k].first + c;
     const V x = (get<T, Part>(job.stream, at, n) - rows[k].mean) * rows[k].rstd;
-    const V g = get<T, Part>(job.dy, at, n);  // zero beyond the row, and with it all that is summed
+    const V g = get<T, Part>(job.dy, at, n);  // zero beyond the row's end, and so is everything summed below
     const V gx = g * x;
     dw += gx;
     db += g;
@@ -154,17 +155,17 @@ void backward_rows(const LayerNormBackward& of, int64_t first, float* d_weight, 
 }
 
 template <Element T>
-void layernorm_backward_block(const LayerNormBackwardPass& pass, int64_t block, int) {
-  const int64_t end = std::min(pass.job.rows, (block + 1) * pass.block_rows);
-  float* d_weight = pass.sums + block * 2 * pass.job.width;
+void layernorm_backward_band(const LayerNormBackwardPass& pass, int64_t band, int) {
+  const int64_t end = std::min(pass.job.rows, (band + 1) * pass.band_rows);
+  float* d_weight = pass.sums + band * 2 * pass.job.width;
   float* d_bias = d_weight + pass.job.width;
   std::fill(d_weight, d_bias + pass.job.width, 0.f);
-  int64_t r = block * pass.block_rows;
+  int64_t r = band * pass.band_rows;
   for (; r + kRowsAtOnce <= end; r += kRowsAtOnce) backward_rows<T, kRowsAtOnce>(pass.job, r, d_weight, d_bias);
   for (; r < end; ++r) backward_rows<T, 1>(pass.job, r, d_weight, d_bias);
 }
 
 template <Element T>
 Kernels kernels() {
-  return {layernorm_block<T>, layernorm_backward_block<T>};
+  return {layernorm_band<T>, layernorm_backward_band<T>};
 }

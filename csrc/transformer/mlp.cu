@@ -6,17 +6,17 @@
 //   gelu_tanh    z S(z (k0 + k1 z z))    S + z S (1 - S) (k0 + 3 k1 z z)  S: the logistic function
 //   quick_gelu   the same with k0 = 1.702, k1 = 0
 //
-//   a block of 4 warps stays with its 32 x 16 bytes of columns:
+//   a block of 4 warps keeps to its 32 x 16 bytes of columns:
 //     load the bias                                               once
 //     for 4 rows of a warp at a time:
 //       load h, da                                                4 or 8 loads of 16 bytes in flight a lane
-//       store a, or dh (and a where it is asked for)
+//       store a, or dh (and a if wanted)
 //       d_bias += dh before it is rounded                         in registers
-//     the sums of 4 warps merged in shared memory, one part to scratch; a second kernel adds the parts (blocks.cuh)
+//     add the sums of the 4 warps in shared memory, one part to scratch; a second kernel adds the parts (blocks.cuh)
 //
-// Bytes an element of bf16: forward 4, backward 6, or 8 with a. About 20 and 25 instructions, of which 2 go to the unit
-// of special functions: at 3 TB/s a multiprocessor of 132 has 34 instructions to spend on 4 bytes at 1.7 GHz. The bound
-// is HBM. Not measured on a GPU yet.
+// Bytes for a bf16 element: forward 4, backward 6, or 8 with a. About 20 and 25 instructions, of which 2 go to the
+// special function unit. In the time that 4 bytes take at 3 TB/s, each of 132 multiprocessors can execute 34 at 1.7
+// GHz: the bound is HBM. Not measured on a GPU yet.
 #include <algorithm>
 
 #include "blocks.cuh"
@@ -24,38 +24,18 @@
 namespace lift_fast::gpu {
 namespace {
 
-constexpr int kWarps = 4;     // a block
-constexpr int kRows = 4;      // of a warp at a time
-constexpr int kForward = 8;   // blocks a multiprocessor
+constexpr int kWarps = 4;     // a thread block
+constexpr int kRows = 4;      // a warp at a time
+constexpr int kForward = 8;   // thread blocks a multiprocessor
 constexpr int kBackward = 5;  // likewise
-
-// 2^x to two units in the last place; 0 below 2^-126.
-__device__ inline float exp2_of(float x) {
-#ifdef __CUDA_ARCH__
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
-  return x;
-#else
-  return exp2f(x);
-#endif
-}
-
-// 1 / x to one unit in the last place; 0 of infinity.
-__device__ inline float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
-  return x;
-#else
-  return 1.f / x;
-#endif
-}
 
 struct Act {
   float value, slope;  // act(z), act'(z)
 };
 
-// e^(-u u / 2) t q(t) with t = 1 / (1 + 0.3 u) is 1 - P(u) for every u >= 0, to 1.3e-7 of itself before rounding: q is
-// a minimax fit on 0 .. 13.3, beyond which it is 0 in float32. One exponential serves P and its density, where erff
-// would need a second one for the density and half a dozen instructions more.
+// 1 - P(u) = e^(-u u / 2) t q(t) with t = 1 / (1 + 0.3 u) for every u >= 0, with a relative error of 1.3e-7 before
+// rounding: q is a minimax fit on 0 .. 13.3, beyond which 1 - P(u) is 0 in float32. One exponential serves P and its
+// density, where erff would need a second one for the density and half a dozen more instructions.
 struct Gelu {
   __device__ explicit Gelu(Activation) {}
   __device__ Act operator()(float z) const {
@@ -87,7 +67,7 @@ struct Logistic {
   }
 };
 
-// A lane's way down its columns.
+// A lane's way down its columns: from `row` in steps of `step` rows.
 template <int V>
 struct Walk {
   int64_t column, row, step;
@@ -98,7 +78,7 @@ struct Walk {
         step(parts * kWarps) {}
 };
 
-template <Out T, int V, typename F>
+template <Element T, int V, typename F>
 __global__ void __launch_bounds__(32 * kWarps, kForward) bias_act_kernel(const BiasAct job, int64_t parts) {
   const Walk<V> walk(parts);
   if (walk.column >= job.width) return;
@@ -122,15 +102,15 @@ __global__ void __launch_bounds__(32 * kWarps, kForward) bias_act_kernel(const B
   }
 }
 
-template <Out T, int V, typename F>
+template <Element T, int V, typename F>
 __global__ void __launch_bounds__(32 * kWarps, kBackward) bias_act_backward_kernel(const BiasActBackward job) {
   __shared__ float merged[kWarps][V][32];
   const Walk<V> walk(job.parts);
-  const bool here = walk.column < job.width;
+  const bool inside = walk.column < job.width;
   const F act(job.activation);
   float bias[V] = {}, sums[V] = {};
-  if (here) load_vector<V>(job.bias, walk.column, bias);
-  for (int64_t row = walk.row; here && row < job.rows; row += kRows * walk.step) {
+  if (inside) load_vector<V>(job.bias, walk.column, bias);
+  for (int64_t row = walk.row; inside && row < job.rows; row += kRows * walk.step) {
     Chunk<T, V> da[kRows], h[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -146,9 +126,9 @@ __global__ void __launch_bounds__(32 * kWarps, kBackward) bias_act_backward_kern
       float dh[V], a[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const Act found = act(value(h[r], k) + bias[k]);
-        dh[k] = value(da[r], k) * found.slope;
-        a[k] = found.value;
+        const Act result = act(value(h[r], k) + bias[k]);
+        dh[k] = value(da[r], k) * result.slope;
+        a[k] = result.value;
         sums[k] += dh[k];
       }
       store<T, V>(job.dh, at, rounded<T, V>(dh));
@@ -159,7 +139,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBackward) bias_act_backward_kern
 #pragma unroll
   for (int k = 0; k < V; ++k) merged[threadIdx.y][k][threadIdx.x] = sums[k];
   __syncthreads();
-  if (threadIdx.y > 0 || !here) return;
+  if (threadIdx.y > 0 || !inside) return;
 #pragma unroll
   for (int other = 1; other < kWarps; ++other)
 #pragma unroll
@@ -167,20 +147,20 @@ __global__ void __launch_bounds__(32 * kWarps, kBackward) bias_act_backward_kern
   store_vector<V>(job.scratch + blockIdx.y * job.width, walk.column, sums);
 }
 
-// Into how many parts rows are cut so that each multiprocessor has `each` blocks.
-int64_t parts_of(int64_t rows, int64_t width, Out type, int64_t each, int multiprocessors) {
-  const int64_t across = blocks(width, 32 * (type == Out::f32 ? kVec<Out::f32> : kVec<Out::bf16>));
+// The number of parts to divide rows into so that each multiprocessor has `each` thread blocks.
+int64_t parts_of(int64_t rows, int64_t width, Element type, int64_t each, int multiprocessors) {
+  const int64_t across = ceil_div(width, 32 * (type == Element::f32 ? kVec<Element::f32> : kVec<Element::bf16>));
   const int64_t fill = std::max<int64_t>(1, each * multiprocessors / across);
-  return std::min(fill, blocks(rows, kWarps));
+  return std::min(fill, ceil_div(rows, kWarps));
 }
 
 dim3 grid(int64_t width, int64_t parts, int64_t elements) {
-  return dim3(static_cast<unsigned>(blocks(width, 32 * elements)), static_cast<unsigned>(parts));
+  return dim3(static_cast<unsigned>(ceil_div(width, 32 * elements)), static_cast<unsigned>(parts));
 }
 
 }  // namespace
 
-int64_t bias_act_parts(int64_t rows, int64_t width, Out type, int multiprocessors) {
+int64_t bias_act_parts(int64_t rows, int64_t width, Element type, int multiprocessors) {
   return parts_of(rows, width, type, kBackward, multiprocessors);
 }
 
@@ -192,7 +172,7 @@ const char* bias_act(const BiasAct& job, int device, std::uintptr_t stream_handl
     const bool wide = aligned(job.width, job.type, job.h, job.bias, job.a);
     const bool exact = job.activation == Activation::gelu;
     with_type(job.type, [&](auto type) {
-      constexpr Out T = type();
+      constexpr Element T = type();
       const auto kernel = wide ? exact ? bias_act_kernel<T, kVec<T>, Gelu> : bias_act_kernel<T, kVec<T>, Logistic>
                                : exact ? bias_act_kernel<T, 1, Gelu> : bias_act_kernel<T, 1, Logistic>;
       kernel<<<grid(job.width, parts, wide ? kVec<T> : 1), dim3(32, kWarps), 0, stream>>>(job, parts);
@@ -207,7 +187,7 @@ const char* bias_act_backward(const BiasActBackward& job, int device, std::uintp
     const bool exact = job.activation == Activation::gelu;
     if (job.parts)
       with_type(job.type, [&](auto type) {
-        constexpr Out T = type();
+        constexpr Element T = type();
         const auto kernel =
             wide ? exact ? bias_act_backward_kernel<T, kVec<T>, Gelu> : bias_act_backward_kernel<T, kVec<T>, Logistic>
                  : exact ? bias_act_backward_kernel<T, 1, Gelu> : bias_act_backward_kernel<T, 1, Logistic>;

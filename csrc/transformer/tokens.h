@@ -1,39 +1,13 @@
-// Vectors of LANES floats, and tokens read and written as such, for the loops of layernorm and mlp: see isas.h.
+// Tokens read and written as vectors of LANES floats, for the loops of layernorm and mlp; see isas.h.
+#include "common/vectors.h"
 
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-typedef float Vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE V splat(float x) { return x - V{}; }
-
-// v, and no multiply-add may take in its product unrounded: of one element, product and mean then are the same.
+// v, which is a product, rounded: the compiler may not fuse it into a multiply-add. So in rows of one element g equals
+// its mean exactly.
 INLINE V rounded(V v) {
 #if defined(__x86_64__)
   __asm__("" : "+x"(v));
 #endif
   return v;
-}
-
-// Of a NaN and a number the NaN, if it is b.
-INLINE V smaller(V a, V b) {
-#if LANES == 16
-  return (V)_mm512_min_ps((__m512)a, (__m512)b);
-#elif LANES == 8
-  return (V)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-INLINE V larger(V a, V b) {
-#if LANES == 16
-  return (V)_mm512_max_ps((__m512)a, (__m512)b);
-#elif LANES == 8
-  return (V)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
 }
 
 INLINE I iota() {
@@ -55,7 +29,7 @@ INLINE float sum_of(V v) {
 #endif
 }
 
-// Elements [i, i + LANES) as floats; of a Part, only n of them, and zeros.
+// LANES elements as floats.
 template <Element T>
 INLINE V widen(const Raw<T>* p) {
   if constexpr (T == Element::f32) {
@@ -77,13 +51,14 @@ INLINE V widen(const Raw<T>* p) {
   }
 }
 
+// LANES floats rounded to nearest even.
 template <Element T>
 INLINE void narrow(Raw<T>* p, V v) {
   if constexpr (T == Element::f32) {
     *reinterpret_cast<Vu*>(p) = v;
   } else {
 #if LANES > 4 && !BF16
-    // To nearest even; NaNs become one NaN.
+    // Every NaN becomes the same NaN.
     const U u = (U)v;
     const U rounded = v == v ? u + 0x7fffu + (u >> 16 & 1u) : 0x7fc00000u - U{};
 #endif
@@ -93,7 +68,7 @@ INLINE void narrow(Raw<T>* p, V v) {
       _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     else
 #if BF16
-      _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh((__m512)v));  // subnormals become zeros
+      _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh((__m512)v));  // turns subnormals into zeros
 #else
       _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
 #endif
@@ -111,6 +86,7 @@ INLINE void narrow(Raw<T>* p, V v) {
   }
 }
 
+// Elements [i, i + LANES); with Part the first n of them, then zeros.
 template <Element T, bool Part>
 INLINE V get(const void* from, int64_t i, int64_t n) {
   const Raw<T>* at = static_cast<const Raw<T>*>(from) + i;
@@ -120,6 +96,7 @@ INLINE V get(const void* from, int64_t i, int64_t n) {
   return widen<T>(part);
 }
 
+// Elements [i, i + LANES); with Part only the first n.
 template <Element T, bool Part>
 INLINE void put(void* to, int64_t i, V v, int64_t n) {
   Raw<T>* at = static_cast<Raw<T>*>(to) + i;

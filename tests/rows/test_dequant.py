@@ -329,7 +329,7 @@ def emulated(tmp_path_factory):
         + """
         using namespace lift_fast;
         extern "C" void run(void* codes, float* scales, int64_t* rows, void* out, int64_t n, int64_t m, int64_t dim,
-                            int64_t stride, int64_t scales_stride, Codec codec, Out type, bool normalize) {
+                            int64_t stride, int64_t scales_stride, Codec codec, Element type, bool normalize) {
           dequant_cuda({codes, scales, rows, out, n, m, dim, stride, scales_stride, codec, type, normalize}, 0, 0);
         }"""
     )

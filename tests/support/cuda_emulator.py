@@ -1,5 +1,5 @@
 """CUDA kernels and their bindings as a module that runs on the CPU, thread by thread as they are written: the sources
-of csrc/ compiled with cuda_on_cpu.h in place of CUDA's headers, each launch made a call."""
+of csrc/ are compiled with cuda_on_cpu.h in place of CUDA's headers, and each launch becomes a call."""
 
 import importlib.util
 import re
@@ -19,14 +19,16 @@ def emulate(
     folder: Path,
     kernels: list[str],
     headers: list[str],
-    bind: str,
     more: str = "",
     edit=lambda text: text,
     called: str = "emulated",
 ):
-    """kernels, headers: of csrc/, without .cu and .cuh; bind: the folder of the binding; more: statements
-    in the module's making, which may name what cublas_on_cpu.h has; edit: what is done to the sources' text; called:
-    how the module's name begins."""
+    """Compiles kernels and the bindings of their families in `folder`, and returns the module.
+
+    kernels, headers: names of files of csrc/ that launch, without .cu and .cuh. more: statements for the module's
+    initialisation, which may use what cublas_on_cpu.h declares. edit: applied to each source's text. called: how the
+    module's name begins.
+    """
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -34,25 +36,29 @@ def emulate(
     (folder / "build_info.h").write_text("#define LIFT_FAST_CUDA 1\n")
     for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
         (folder / name).write_text(f'#include "{ROOT / "tests" / "support" / "cuda_on_cpu.h"}"\n')
-    for name in [*(f"{kernel}.cu" for kernel in kernels), *(f"{header}.cuh" for header in headers)]:
-        text = LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", next(CSRC.rglob(name)).read_text())
-        (folder / re.sub(r"\.cu$", ".cpp", name)).write_text(edit(text))
-    binding = (CSRC / bind / "bind_cuda.cpp").read_text()
-    (folder / "bind_cuda.cpp").write_text(binding)
-    (bound,) = re.findall(r"void (bind_\w+)\(py::module_", binding)
-    module_name = f"{called}_{bound}"  # pybind11 knows modules by name: two of one name would be one
+    sources = [next(CSRC.rglob(name)) for name in [*(f"{k}.cu" for k in kernels), *(f"{h}.cuh" for h in headers)]]
+    for source in sources:
+        text = LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", source.read_text())
+        (folder / re.sub(r"\.cu$", ".cpp", source.name)).write_text(edit(text))
+    families = sorted({source.parent.name for source in sources})
+    bindings = [CSRC / family / "bind_cuda.cpp" for family in families]
+    bound = [re.findall(r"void (bind_\w+)\(py::module_", binding.read_text())[0] for binding in bindings]
+    module_name = "_".join([called, *families])  # pybind11 knows modules by name: two of one name would be one
     included = "pybind11/pybind11.h", ROOT / "tests" / "support" / "cublas_on_cpu.h"
     includes_of_module = "\n".join(f'#include "{path}"' for path in included)
+    declared = "\n".join(f"void {name}(pybind11::module_&);" for name in bound)
+    called_all = " ".join(f"{name}(module);" for name in bound)
     (folder / "module.cpp").write_text(
-        f"{includes_of_module}\nvoid {bound}(pybind11::module_&);\n"
-        f"PYBIND11_MODULE({module_name}, module) {{ {bound}(module); {more} }}\n"
+        f"{includes_of_module}\n{declared}\nPYBIND11_MODULE({module_name}, module) {{ {called_all} {more} }}\n"
     )
     library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [folder, CSRC, CSRC / bind, sysconfig.get_path("include"), pybind11.get_include()]
+    own = [CSRC / family for family in families]
+    includes = [folder, CSRC, *own, sysconfig.get_path("include"), pybind11.get_include()]
     done = subprocess.run(
         [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DLIFT_FAST_CUDA=1"]
         + [f"-I{path}" for path in includes]
-        + [str(folder / f"{name}.cpp") for name in [*kernels, "bind_cuda", "module"]]
+        + [str(folder / f"{name}.cpp") for name in [*kernels, "module"]]
+        + [str(binding) for binding in bindings]
         + ["-o", str(library)],
         capture_output=True,
         text=True,

@@ -34,7 +34,7 @@ def every_shape(test):
 def emulated(tmp_path_factory):
     more = 'module.def("last_block", [] { return emulated::block_index.x; });'
     more += 'module.def("last_threads", [] { return emulated::block_size.x; });'
-    return emulate(tmp_path_factory.mktemp("emulated"), ["layernorm", "mlp"], ["blocks"], "transformer", more)
+    return emulate(tmp_path_factory.mktemp("emulated"), ["layernorm", "mlp"], ["blocks"], more)
 
 
 @pytest.fixture
