@@ -319,9 +319,9 @@ def test_what_it_does_not_have_is_an_error():
     job = {"h": 0, "bias": 0, "a": 0, "rows": 0, "width": 0, "activation": 0, "type": 0, "threads": 1}
     with pytest.raises(ValueError, match="no 'mmx'"):
         _C.bias_act_cpu(**job, isa="mmx")
-    with pytest.raises(ValueError, match="type is 0"):
+    with pytest.raises(ValueError, match="type must be 0"):
         _C.bias_act_cpu(**{**job, "type": 3})
-    with pytest.raises(ValueError, match="activation is 0"):
+    with pytest.raises(ValueError, match="activation must be 0"):
         _C.bias_act_cpu(**{**job, "activation": 3})
 
 
