@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op; installed as `lift_fast.kernels`. They import nothing of lift_fast."""
+"""Triton kernels, one file per op; installed as `lift_fast.kernels`. They import nothing of lift_fast."""

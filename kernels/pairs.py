@@ -1,7 +1,7 @@
 """Shared tile helpers of the pair losses' kernels, and the reductions of partial results over tiles.
 
-The products p = x @ t.T of a ScoreTile, float32, are formed from the features (`products`), or read from
-memory where cuBLAS stored them (`stored`). u = scale · a_i · q_j · p are the scores without logit_bias.
+The products p = x @ t.T of a ScoreTile, float32, are formed from the features (`products`), or read from memory where
+cuBLAS stored them (`stored`). u = scale · a_i · q_j · p are the scores without logit_bias.
 
     terms: what depends on a row or a column alone, once for all tiles                 -> row_terms, col_terms
     program: a tile of ROWS × COLS, in an order that keeps both sides' features in the L2 (`tile_at`)
@@ -83,12 +83,12 @@ def tiles(rows: int, cols: int, config: TileConfig) -> int:
 
 @triton.jit
 def tile_at(number, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of the tile of this number: GROUP row tiles pass over the columns together."""
+    """(row tile, column tile) of a tile's number: GROUP row tiles move over the columns together."""
     row_tiles = tl.cdiv(rows, ROWS)
-    a_group = GROUP * tl.cdiv(cols, COLS)
-    first = number // a_group * GROUP
+    per_group = GROUP * tl.cdiv(cols, COLS)
+    first = number // per_group * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
-    return first + number % a_group % height, number % a_group // height
+    return first + number % per_group % height, number % per_group // height
 
 
 @triton.jit
@@ -128,6 +128,7 @@ def products(
 
 @triton.jit
 def halves(p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(p, (ROWS, 2, COLS // 2)), (0, 2, 1)))
 
 
@@ -236,8 +237,10 @@ def terms_kernel(
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for 0 ≤ e ≤ 1, to 2e-7 relative, by a polynomial: 1 + e would round off a small e, and the loss of
-    negatives far below 0 consists of those."""
+    """log(1 + e) for 0 ≤ e ≤ 1 by a polynomial, to 2e-7 relative.
+
+    1 + e would round a small e off, and the loss of a negative far below 0 is such an e.
+    """
     y = tl.fma(e, 0.00523267664, -0.0295051681)
     y = tl.fma(e, y, 0.0782258369)
     y = tl.fma(e, y, -0.13663236)

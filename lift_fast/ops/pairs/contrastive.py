@@ -132,7 +132,7 @@ def _contrastive(
             col = combined[7:]
         else:
             col = with_positives(col, columns.all_gather(torch.addcmul(bias, positive, scale)))
-        # Both sides' gradients are of all softmaxes; or the images' of the rows' only, and the texts' of the columns'.
+        # Both gradients come from all softmaxes, or the images' from the rows' only and the texts' from the columns'.
         sides = [(weight, weight, g_both, True, True)]
         if local_loss and not gather_with_grad and columns.world > 1:
             sides = [(weight, 0.0, g_row, True, False), (0.0, weight, g_col, False, True)]

@@ -172,7 +172,7 @@ class _Products:
             yield (first, last), _product(x, right, out)
 
     def blocks_in(self, band: Tensor | None, start: int, stop: int) -> Iterator[tuple[Span, Tensor, Tensor | None]]:
-        """Yields (columns, products, the block's part of G) of the blocks of rows start..stop-1.
+        """Yields (columns, products, their place in G) of the blocks of rows start..stop-1.
 
         band: the rows of G from start on, or None. float32 products are stored in G itself.
         """
@@ -192,9 +192,9 @@ class _Products:
 
 
 class _Bands:
-    """Memory for a band of G, all columns of a tile padded to whole program tiles; and what goes with it.
+    """The bands that G is computed in, one after the other, each for all columns of a ScoreTile.
 
-    spans: the rows of each band. texts: t in x's dtype.
+    g: memory for one band, padded to whole tiles. spans: the rows of each band. texts: t in x's dtype.
     """
 
     def __init__(self, scores: ScoreTile, trained: bool):
