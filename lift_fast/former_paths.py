@@ -1,11 +1,10 @@
 """Modules that have moved: until 0.2 an import by the path of 0.1 warns and gives the module."""
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
@@ -27,13 +26,17 @@ MOVED = {
 }
 
 
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of MOVED, after Python's own finders have not."""
+class Finder:
+    """Finds and loads the modules of MOVED, after Python's own finders have not.
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+    Without the base classes of importlib.abc, whose import takes 40 ms.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Python makes an empty module, which exec_module replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
