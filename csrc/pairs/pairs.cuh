@@ -58,18 +58,6 @@ inline Division divide(int64_t rows, int64_t cols) {
   return {ceil_div(rows, block_rows), across, block_rows};
 }
 
-template <typename F>
-const char* on_device(int device, F launch) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  launch();
-  error = cudaGetLastError();
-  if (before != device) cudaSetDevice(before);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 // Whether a lane's four elements of every row can be accessed at once.
 inline bool aligned(const void* data, int64_t stride, int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(data) % (kLaneCols * bytes) == 0 && stride % kLaneCols == 0;

@@ -17,7 +17,7 @@ inline double value_at(const void* data, int type, int64_t i) {
   return value;
 }
 
-// op(x), [rows, cols] by columns, as doubles.
+// op(x), [rows, cols] stored column by column, as doubles.
 inline std::vector<double> widened(const void* x, int type, bool transposed, int64_t rows, int64_t cols, int64_t ld) {
   std::vector<double> wide(rows * cols);
   for (int64_t j = 0; j < cols; ++j)
@@ -25,7 +25,8 @@ inline std::vector<double> widened(const void* x, int type, bool transposed, int
   return wide;
 }
 
-// Columns are contiguous. Arguments are checked as cuBLAS would (7: invalid value); what is unexpected is not supported.
+// Matrices are stored column by column. Arguments are checked as cuBLAS does (7: invalid value); what our code never
+// passes is not supported (15).
 inline int gemm_ex(void*, int trans_a, int trans_b, int m, int n, int k, const void* alpha, const void* a, int a_type,
                    int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
                    int compute_type, int algorithm) {

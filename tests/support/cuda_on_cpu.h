@@ -1,5 +1,6 @@
-// Enough of CUDA to run this project's kernels on a CPU, as they are written: every thread of a block is a fiber,
-// which runs until it meets others at a shuffle or a barrier. Blocks run one after another. For tests; slow.
+// Enough of CUDA to run this project's kernels on a CPU, as they are written: every thread of a thread block is a
+// fiber, which runs until it must wait for others at a shuffle or a barrier. Blocks run one after another. For tests;
+// slow.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -45,7 +46,7 @@ struct Gate {
 };
 struct Fiber {
   ucontext_t context;  // where it starts
-  jmp_buf place;       // where it goes on: unlike swapcontext, a jump is no system call
+  jmp_buf place;       // where it continues: unlike swapcontext, a jump is no system call
   dim3 index;
   int warp, lane, shuffles;
   bool started, done;
@@ -58,7 +59,7 @@ inline std::function<void()> body;
 inline Gate gates[33];  // of each warp, and of the block
 inline std::uint64_t slots[32][2][32];
 inline dim3 block_index, block_size;
-inline bool moved;  // whether any fiber got anywhere in this round
+inline bool moved;  // whether any fiber made progress in this round
 
 [[gnu::noinline]] inline void run(Fiber& fiber) {
   now = &fiber;
@@ -84,7 +85,7 @@ inline void wait(Gate& gate, int count) {
   }
 }
 
-// Two sets of slots: a lane that is already at the next shuffle does not disturb one that still reads.
+// Two sets of slots, so that a lane already at the next shuffle does not overwrite what another still reads.
 template <typename T>
 T shuffle(T value, int from) {
   std::uint64_t(&all)[32] = slots[now->warp][now->shuffles++ % 2];
@@ -100,7 +101,7 @@ inline void start() {
   _longjmp(scheduler, 1);
 }
 
-// In place of launch where a test only counts.
+// Replaces launch in tests that only count.
 template <typename F>
 void skip(dim3, dim3, std::size_t, void*, F) {}
 
@@ -134,7 +135,7 @@ void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
           left -= fiber.done;
         }
         if (!moved) {
-          std::fprintf(stderr, "threads wait for others that have left, or that wait elsewhere\n");
+          std::fprintf(stderr, "deadlock: threads wait for others that have returned, or that wait elsewhere\n");
           std::abort();
         }
       }
