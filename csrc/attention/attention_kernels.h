@@ -34,12 +34,12 @@ struct Panels {
   int64_t first(int64_t i) const { return (vectors / count * i + std::min(i, vectors % count)) * LANES; }
 };
 
-struct Left {
+struct OperandA {
   const float* words;
   int64_t row, step;  // word [m, k] is at m * row + k * step
 };
 
-struct Right {
+struct OperandB {
   const float* words;
   bool across;
   int64_t stride;  // across: words in a column; along: words from one row to the next
@@ -48,7 +48,7 @@ struct Right {
 // c[rows, columns] = a b, or c += a b if `add`. `rows` is a multiple of kMicroRows. Skips panels that begin at
 // `columns` or later.
 template <bool Bf16>
-void multiply(const Left& a, const Right& b, int64_t rows, int64_t words, const Panels& panels, int64_t columns,
+void multiply(const OperandA& a, const OperandB& b, int64_t rows, int64_t words, const Panels& panels, int64_t columns,
               float* c, int64_t ldc, bool add) {
   for (int64_t k = 0; k < words; k += kWords) {
     const int64_t kn = std::min(kWords, words - k);
@@ -364,9 +364,9 @@ void backward_task(const AttentionPass& pass, int64_t head, int worker) {
     pack_across(rows, work.row, work.words, work.tokens, of_v ? work.v_across : work.k_across);
     pack_along<Bf16>(rows, work.row, job.tokens, work.width, along);
   }
-  const Left p{work.s, work.scores, 1}, ds{work.dp, work.scores, 1};
-  const Left p_transposed{Bf16 ? work.s_pairs : work.s, 1, work.scores};
-  const Left ds_transposed{Bf16 ? work.dp_pairs : work.dp, 1, work.scores};
+  const OperandA p{work.s, work.scores, 1}, ds{work.dp, work.scores, 1};
+  const OperandA p_transposed{Bf16 ? work.s_pairs : work.s, 1, work.scores};
+  const OperandA ds_transposed{Bf16 ? work.dp_pairs : work.dp, 1, work.scores};
   std::memset(work.dk, 0, rounded_up(job.tokens, kMicroRows) * work.width * sizeof(float));
   std::memset(work.dv, 0, rounded_up(job.tokens, kMicroRows) * work.width * sizeof(float));
   for (int64_t band = 0; band < pass.bands; ++band) {

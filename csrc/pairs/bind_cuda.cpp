@@ -26,7 +26,7 @@ Pass pass(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t rows
           Address a, Address q, Address scale, Address bias, int64_t offset, int64_t block_rows, int64_t block_cols,
           Address products, int64_t products_stride, bool kept, Address gemm, Address handle) {
   if (rows < 1 || cols < 1 || dim < 1 || block_rows < 1 || block_cols < 1)
-    throw std::invalid_argument("rows, cols, dim and both sizes of a block must be at least 1");
+    throw std::invalid_argument("rows, cols, dim, block_rows and block_cols must be at least 1");
   if (rows > INT32_MAX || cols > INT32_MAX || dim > INT32_MAX)
     throw std::invalid_argument("cuBLAS counts rows, cols and dim in 31 bits");
   return {{at<const void>(x), at<const void>(t), x_stride, t_stride, rows, cols, dim, float_type(type),
@@ -84,7 +84,7 @@ void sigmoid(Address x, int64_t x_stride, Address t, int64_t t_stride, int64_t r
   });
 }
 
-void own_pairs(Address row, int64_t row_stride, Address col, int64_t col_stride, Address own, int64_t n, Address scale,
+void positives(Address row, int64_t row_stride, Address col, int64_t col_stride, Address own, int64_t n, Address scale,
                Address bias, float weight, Address out, int device, Address stream) {
   const gpu::Positives job{at<const float>(row), row_stride, at<const float>(col), col_stride, at<const float>(own), n,
                            at<const float>(scale), at<const float>(bias), weight, at<float>(out)};
@@ -117,7 +117,7 @@ void bind_pairs_cuda(py::module_& module) {
              "products_stride"_a, "kept"_a, "gemm"_a, "handle"_a, "alpha"_a, "loss"_a, "d_scale"_a, "d_bias"_a,
              "scratch"_a, "g"_a, "g_stride"_a, "left"_a, "right"_a, "factor"_a, "scaled"_a, "image"_a,
              "image_stride"_a, "image_type"_a, "text"_a, "text_stride"_a, "device"_a, "stream"_a);
-  module.def("own_pairs_cuda", &own_pairs, "row"_a, "row_stride"_a, "col"_a, "col_stride"_a, "own"_a, "n"_a, "scale"_a,
+  module.def("own_pairs_cuda", &positives, "row"_a, "row_stride"_a, "col"_a, "col_stride"_a, "own"_a, "n"_a, "scale"_a,
              "bias"_a, "weight"_a, "out"_a, "device"_a, "stream"_a);
 #else
   (void)module;

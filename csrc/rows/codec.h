@@ -14,8 +14,8 @@ namespace lift_fast {
 // lift_fast/ops/rows/codecs.py defines each.
 enum class Codec : int { f32 = 0, bf16 = 1, int8 = 2, fp8 = 3, int4r = 4, int2r = 5 };
 
-// Bits of a code.
-LF_HOST_DEVICE constexpr int bits_of(Codec codec) {
+// Bits per code.
+LF_HOST_DEVICE constexpr int code_bits(Codec codec) {
   constexpr int bits[] = {32, 16, 8, 8, 4, 2};
   return bits[static_cast<int>(codec)];
 }
@@ -25,7 +25,7 @@ LF_HOST_DEVICE constexpr bool is_integer(Codec codec) {
   return codec == Codec::int8 || codec == Codec::int4r || codec == Codec::int2r;
 }
 
-inline int64_t row_bytes(Codec codec, int64_t dim) { return (dim * bits_of(codec) + 7) / 8; }
+inline int64_t row_bytes(Codec codec, int64_t dim) { return (dim * code_bits(codec) + 7) / 8; }
 
 // f(codec) with the codec as a compile-time constant.
 template <typename F>

@@ -32,7 +32,7 @@ constexpr int64_t kStreamBytes = 2 << 20;
 constexpr uint32_t kNan = 0x7fc00000;
 
 template <Codec C>
-constexpr int kBits = bits_of(C);
+constexpr int kBits = code_bits(C);
 template <Codec C>
 constexpr bool kInteger = is_integer(C);
 template <Codec C>

@@ -36,15 +36,15 @@ constexpr unsigned kAll = 0xffffffffu;
 
 // How elements of SIZE bytes are made from codec C.
 template <Codec C, int SIZE, bool NORMALIZE>
-struct Plan {
+struct Layout {
   static constexpr int kVec = 16 / SIZE;                            // elements a chunk
-  static constexpr int kIn = kVec * bits_of(C) / 8;                 // bytes of codes a chunk
+  static constexpr int kIn = kVec * code_bits(C) / 8;               // bytes of codes a chunk
   static constexpr int kSplit = kIn < 4 ? 4 / kIn : 1;              // chunks a unit
   static constexpr int kWords = kIn < 4 ? 1 : kIn / 4;              // 32-bit words a unit
   static constexpr int kElements = kVec * kSplit;                   // a unit
   static constexpr int kAlign = kWords < 4 ? 4 * kWords : 16;       // of a unit, in bytes
   // What a lane holds: with normalize, four warps hold a row of 4096 elements or more.
-  static constexpr int kHeld = NORMALIZE ? std::max(8, bits_of(C)) : std::max(8, 2 * kWords);  // words
+  static constexpr int kHeld = NORMALIZE ? std::max(8, code_bits(C)) : std::max(8, 2 * kWords);  // words
   static constexpr int kUnits = kHeld / kWords;
 };
 
@@ -182,7 +182,7 @@ __device__ inline Row row_of(const Dequant& job) {
 
 template <Codec C, int SIZE, bool NORMALIZE>
 __global__ void __launch_bounds__(32 * kWarps) dequant_kernel(const Dequant job) {
-  using P = Plan<C, SIZE, NORMALIZE>;
+  using P = Layout<C, SIZE, NORMALIZE>;
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const Row row = row_of(job);
   const int units = row.exists ? static_cast<int>(job.dim / P::kElements) : 0;
@@ -332,7 +332,7 @@ void launch_elements(const Dequant& job, cudaStream_t stream) {
 
 template <Codec C, int SIZE, bool NORMALIZE>
 void launch(const Dequant& job, cudaStream_t stream) {
-  using P = Plan<C, SIZE, NORMALIZE>;
+  using P = Layout<C, SIZE, NORMALIZE>;
   const bool whole = job.dim % P::kElements == 0 && job.codes_stride % P::kAlign == 0 &&
                      reinterpret_cast<std::uintptr_t>(job.codes) % P::kAlign == 0 &&
                      reinterpret_cast<std::uintptr_t>(job.out) % 16 == 0;

@@ -2,7 +2,7 @@
 #include "transformer/tokens.h"
 
 // At z = -t, the left half: the factor of z in the activation (P at the head of mlp.cpp), and its derivative (S).
-struct Left {
+struct LeftHalf {
   V value, slope;
 };
 
@@ -22,7 +22,7 @@ INLINE V exp2_of(V y) {
 }
 
 template <Activation A>
-INLINE Left left_of(V t) {
+INLINE LeftHalf left_of(V t) {
   if constexpr (A == Activation::gelu) {
     const V e = exp2_of(t * t * (-0.5f * kLog2e));
     const V k = 1.f / (t * kMillsAt + 1.f);
@@ -44,7 +44,7 @@ INLINE V clipped(V z) {
 }
 
 template <Activation A>
-INLINE V value_of(V z, V t, const Left& left) {
+INLINE V value_of(V z, V t, const LeftHalf& left) {
   return larger(V{}, z) - t * left.value;
 }
 
@@ -60,7 +60,7 @@ INLINE void backward_at(const BiasActBackward& job, int64_t first, int64_t c, in
   constexpr Element F = Element::f32;
   const V z = get<T, Part>(job.h, first + c, n) + get<F, Part>(job.bias, c, n);
   const V t = clipped<A>(z);
-  const Left left = left_of<A>(t);
+  const LeftHalf left = left_of<A>(t);
   const V d = get<T, Part>(job.da, first + c, n) * (z < V{} ? left.slope : 1.f - left.slope);
   put<F, Part>(d_bias, c, get<F, Part>(d_bias, c, n) + d, n);
   put<T, Part>(job.dh, first + c, d, n);

@@ -33,7 +33,8 @@ inline int gemm_ex(void*, int trans_a, int trans_b, int m, int n, int k, const v
   if (m < 0 || n < 0 || k < 0 || lda < (trans_a ? k : m) || ldb < (trans_b ? n : k) || ldc < m) return 7;
   if (compute_type != 68 || algorithm != -1 || a_type != b_type || (c_type != 0 && c_type != a_type)) return 15;
   const float scale = *static_cast<const float*>(alpha), add = *static_cast<const float*>(beta);
-  const std::vector<double> left = widened(a, a_type, trans_a, m, k, lda), right = widened(b, b_type, trans_b, k, n, ldb);
+  const std::vector<double> left = widened(a, a_type, trans_a, m, k, lda);
+  const std::vector<double> right = widened(b, b_type, trans_b, k, n, ldb);
   std::vector<double> sums(m);
   for (int64_t j = 0; j < n; ++j) {
     std::fill(sums.begin(), sums.end(), 0.0);
