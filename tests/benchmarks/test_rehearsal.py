@@ -28,7 +28,7 @@ from benchmarks import rehearsal
 rehearsal.install()
 from lift_fast.ops.attention import attention
 from lift_fast.ops.pairs.contrastive import contrastive
-from lift_fast.ops.cuda_pairs import why_not
+from lift_fast.ops.pairs.cuda import why_not
 from lift_fast.ops.transformer.layernorm import layernorm
 
 torch.manual_seed(0)
