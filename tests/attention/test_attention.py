@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.block_cases import DEVICES, DTYPES, TOKENS, gradients, leaves, near
+from support.block_cases import DEVICES, DTYPES, TOKENS, gradients, near
+from support.tensors import leaves
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 

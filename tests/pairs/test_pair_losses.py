@@ -16,7 +16,7 @@ from support.pair_cases import (
     check_gradient,
     check_loss,
     check_no_waiting,
-    leaves,
+    loss_inputs,
     many_rows,
     skip_without,
 )
@@ -75,7 +75,7 @@ def test_normalize(loss, scale, device, backend):
     skip_without(backend)
     torch.manual_seed(0)
     image, text = torch.exp(torch.randn(129, 1)) * torch.randn(129, 100), 30 * torch.randn(129, 100)
-    got, want = leaves(image, text, scale, 0.3, device), leaves(image.double(), text.double(), scale, 0.3)
+    got, want = loss_inputs(image, text, scale, 0.3, device), loss_inputs(image.double(), text.double(), scale, 0.3)
     value, right = loss.op(*got, normalize=True, backend=backend), loss.reference(*want, normalize=True)
     check_loss(value, right)
     for x, d, d_right in zip(got, torch.autograd.grad(value, got), torch.autograd.grad(right, want), strict=True):
@@ -119,7 +119,10 @@ def test_unusual_features(loss, what, normalize, device, backend):
     else:
         image, text = (x[:, :1] + x[:, :1].sign() for x in (image, text))
     bias = 0.0 if what.startswith("large") else -0.7
-    got, want = leaves(image, text, 3.0, bias, device), leaves(image.double(), text.double(), 3.0, bias, "cpu")
+    got, want = (
+        loss_inputs(image, text, 3.0, bias, device),
+        loss_inputs(image.double(), text.double(), 3.0, bias, "cpu"),
+    )
     if what == "strided":
         got[:2] = [x.requires_grad_() for x in (image, text)]
     value, right = loss.op(*got, normalize=normalize, backend=backend), loss.reference(*want, normalize=normalize)
@@ -149,7 +152,10 @@ def test_int8_text_is_its_widened_text(loss, normalize, dtype, device, backend):
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(257, 100), dim=1) for _ in range(2))
     image, rows = image.to(dtype), encode(text, "int8")
-    got, want = leaves(image, text, 14.3, -0.7, device), leaves(image.double(), rows.widen(torch.float64), 14.3, -0.7)
+    got, want = (
+        loss_inputs(image, text, 14.3, -0.7, device),
+        loss_inputs(image.double(), rows.widen(torch.float64), 14.3, -0.7),
+    )
     got[1] = rows.to(device)
     loss.op(*got, normalize=normalize, backend=backend).backward()
     loss.reference(*want, normalize=normalize).backward()
@@ -164,7 +170,7 @@ def test_float16_keeps_what_is_small(loss, device, backend):
     skip_without(backend)
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(1500, 64), dim=1).half() for _ in range(2))
-    got, want = leaves(image, text, 100.0, 0.0, device), leaves(image.double(), text.double(), 100.0, 0.0)
+    got, want = loss_inputs(image, text, 100.0, 0.0, device), loss_inputs(image.double(), text.double(), 100.0, 0.0)
     value, right = loss.op(*got, backend=backend), loss.reference(*want)
     check_loss(value, right)
     (1024 * value).backward()  # as a GradScaler would
@@ -183,7 +189,7 @@ def test_chunks_change_nothing(loss, dtype, normalize, device, backend):
     image, text = (F.normalize(torch.randn(65, 48), dim=1).to(dtype) for _ in range(2))
 
     def run(step, budget):
-        inputs = leaves(image, text, 14.3, -0.7, device)
+        inputs = loss_inputs(image, text, 14.3, -0.7, device)
         with tuned.using("pairs", "chunk", {"of": "scores", "bytes": 0, "least": step, "multiple": 1}):
             value = loss.op(*inputs, normalize=normalize, budget=budget, backend=backend)
         return [value, *torch.autograd.grad(value, inputs)]
@@ -368,8 +374,8 @@ def test_on_a_gpu_what_memory_allows_is_kept_where_that_saves_time(backend):
 
 def test_the_scales_gradient_at_zero():
     torch.manual_seed(0)
-    got = leaves(torch.randn(9, 8), torch.randn(9, 8), 0.0, 0.0)
-    want = leaves(got[0].double(), got[1].double(), 0.0, 0.0)
+    got = loss_inputs(torch.randn(9, 8), torch.randn(9, 8), 0.0, 0.0)
+    want = loss_inputs(got[0].double(), got[1].double(), 0.0, 0.0)
     contrastive(*got).backward()
     contrastive_op.reference(*want).backward()
     check_gradient(got[2].grad, want[2].grad)

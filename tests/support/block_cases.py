@@ -17,11 +17,6 @@ def near(got, want, dtype=torch.float32, floor=0.0):
     assert difference <= step * size + floor * want.numel() ** 0.5, (dtype, float(difference / size), float(size))
 
 
-def leaves(*tensors, dtype=None):
-    """Copies that ask for gradients, where the tensors are; None stays None."""
-    return [None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
-
-
 def gradients(outputs, seeds, inputs):
     """Of sum(output · seed), for inputs that are not None."""
     asked = [t for t in inputs if t is not None]

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from lift_fast.ops.pairs import contract as pairs
 from lift_fast.ops.pairs import eager as torch_pairs
 
+from .tensors import leaves
+
 SHAPES = [(rows, dim) for rows in (1, 2, 127, 129) for dim in (1, 100, 768, 4096)]
 LARGE = [(4097, dim) for dim in (1, 100, 768, 4096)]
 SCALES = [1.0, 14.3, 100.0]
@@ -75,11 +77,11 @@ def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
     return value, scale * (p[0] - positive) @ text, scale * (p[1] - positive.T).T @ image, d_scale, d_bias
 
 
-def leaves(image, text, scale, bias, device=None):
-    """Leaf tensors that require gradients, on `device` if given; scale and bias float32, or float64 if features are."""
+def loss_inputs(image, text, scale, bias, device=None):
+    """Leaves of the features and of scale and bias, which are float32, or float64 with the features."""
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
     scale, bias = (torch.tensor(value, dtype=wide, device=image.device) for value in (scale, bias))
-    return [x.detach().to(device or x.device).clone().requires_grad_() for x in (image, text, scale, bias)]
+    return leaves(image, text, scale, bias, device=device)
 
 
 def check_loss(got, want):
@@ -98,7 +100,7 @@ def check_gradient(got, want, dtype=torch.float32):
 def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True, device="cpu"):
     """One op against the float64 formula, with gradients for all (or all but the texts)."""
     skip_without(backend)
-    inputs = leaves(*features(rows, dim, dtype, device), scale, bias)
+    inputs = loss_inputs(*features(rows, dim, dtype, device), scale, bias)
     inputs[1].requires_grad_(trained)
     loss = op(*inputs, backend=backend)
     loss.backward()
@@ -113,7 +115,7 @@ def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True,
 def check_no_waiting(op, backend):
     """Neither forward nor backward synchronizes the host with the GPU."""
     skip_without(backend)
-    inputs = leaves(*features(300, 768, torch.bfloat16, "cuda"), 14.3, -0.7)
+    inputs = loss_inputs(*features(300, 768, torch.bfloat16, "cuda"), 14.3, -0.7)
     op(*inputs, normalize=True, backend=backend).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

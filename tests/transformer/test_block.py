@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.block_cases import DEVICES, DTYPES, gradients, leaves, near
+from support.block_cases import DEVICES, DTYPES, gradients, near
+from support.tensors import leaves
 from torch.nn import functional as F
 
 from lift_fast.ops.attention.op import reference as attention

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.block_cases import DEVICES, DTYPES, gradients, leaves, near
+from support.block_cases import DEVICES, DTYPES, gradients, near
+from support.tensors import leaves
 
 from lift_fast.errors import BackendError
 from lift_fast.ops.transformer.contract import backends_here
