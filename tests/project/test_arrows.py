@@ -1,6 +1,7 @@
 """Imports point down only: each room may import the rooms listed for it, and nothing else of ours."""
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -147,3 +148,13 @@ def test_only_ops_names_a_backend():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             assert not backends & {name.split(".")[0] for name in names}, f"{path} names a backend"
+
+
+def test_families_of_csrc_include_themselves_and_common():
+    csrc = ROOT / "csrc"
+    families = {folder.name for folder in csrc.iterdir() if folder.is_dir()}
+    for path in sorted(csrc.rglob("*.*")):
+        for included in re.findall(r'#include "(\w+)/', path.read_text()):
+            here = path.parent.name
+            assert included not in families - {here, "common"}, f"{path.relative_to(ROOT)} includes {included}"
+            assert here != "common" or included == "common", f"{path.relative_to(ROOT)} includes {included}"

@@ -1,4 +1,3 @@
-import ctypes
 import random
 import re
 import shutil
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cuda_emulator import emulate
 
 from lift_fast.errors import BackendError
 from lift_fast.ops import backends
@@ -316,35 +316,10 @@ def test_compile_fake_and_opcheck_see_through_it():
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """emulated(codes, scales, rows, out, codec, normalize): the CUDA kernels, compiled for the CPU as they are."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("this machine has no C++ compiler")
-    folder = tmp_path_factory.mktemp("emulated")
-    for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
-        (folder / name).write_text(f'#include "{ROOT / "tests" / "support" / "cuda_on_cpu.h"}"\n')
-    launch = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?)>>>\((.*?)\);", re.S)
-    kernels = launch.sub(r"emulated::launch(\2, [&] { \1(\3); });", (ROOT / "csrc" / "rows" / "dequant.cu").read_text())
-    (folder / "dequant.cpp").write_text(
-        kernels
-        + """
-        using namespace lift_fast;
-        extern "C" void run(void* codes, float* scales, int64_t* rows, void* out, int64_t n, int64_t m, int64_t dim,
-                            int64_t stride, int64_t scales_stride, Codec codec, Element type, bool normalize) {
-          dequant_cuda({codes, scales, rows, out, n, m, dim, stride, scales_stride, codec, type, normalize}, 0, 0);
-        }"""
-    )
-    done = subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-DLIFT_FAST_CUDA=1", f"-I{folder}", f"-I{ROOT / 'csrc'}"]
-        + [str(folder / "dequant.cpp"), "-o", str(folder / "dequant.so")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = ctypes.CDLL(str(folder / "dequant.so")).run
-    run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_int] * 2 + [ctypes.c_bool]
+    built = emulate(tmp_path_factory.mktemp("emulated"), ["dequant"], [])
 
     def launch_on_cpu(codes, scales, rows, out, codec, normalize=False):
-        run(*RowGather(codes, scales, rows, out, CODECS[codec], normalize).fields().values())
+        built.dequant_cuda(**RowGather(codes, scales, rows, out, CODECS[codec], normalize).fields(), device=0, stream=0)
 
     return launch_on_cpu
 
