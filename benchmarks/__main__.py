@@ -1,8 +1,10 @@
-"""python -m benchmarks NAME [--quick] --json FILE: calls run(suite) of bench_NAME.py, which lies beside this; with
---part one of its PARTS alone. --lines FILE gets each row, bar and note as it comes (lines.py).
+"""python -m benchmarks NAME [--quick] --json FILE: runs run(suite) of bench_NAME.py and writes its results.
 
-python -m benchmarks plot FILE… --out PLOT.svg draws what such runs wrote; python -m benchmarks tune makes tables of
-settings (tune.py). Exit status 2: a run that cannot be, with the reason; 3: a package is missing that the suite needs.
+--part runs only one of the module's PARTS. --lines FILE appends each row, target and note as soon as it is known (see
+lines.py). `python -m benchmarks plot FILE… --out PLOT.svg` draws such results; `python -m benchmarks tune` updates the
+tables of settings (see tune.py).
+
+Exit status 2: the run is impossible, with the reason on stderr; 3: a package that the suite needs is not installed.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from .harness import Suite
 from .start import begin
 
 NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-NEEDS = 3
+MISSING_PACKAGE = 3  # exit status
 
 
 def main() -> None:
@@ -30,11 +32,11 @@ def main() -> None:
     for name in NAMES:
         suite = names.add_parser(name)
         suite.add_argument("--quick", action="store_true", help="fewer repeats and smaller shapes")
-        suite.add_argument("--json", type=Path, help="where machine, versions, rows, bars and notes are written")
-        suite.add_argument("--part", help="of the suite, the one part that is measured")
-        suite.add_argument("--lines", type=Path, help="gets a JSON line a result, as it comes")
+        suite.add_argument("--json", type=Path, help="write machine, versions, rows, targets and notes to this file")
+        suite.add_argument("--part", help="measure only this part of the suite")
+        suite.add_argument("--lines", type=Path, help="append each result to this file as a line of JSON")
         suite.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-        suite.add_argument("--seconds", type=float, help="begin no further case after so long")
+        suite.add_argument("--seconds", type=float, help="start no further case after this time")
     plot.add_parser(names)
     tune.add_parser(names)
     arguments = parser.parse_args()
@@ -52,7 +54,7 @@ def main() -> None:
         if (error.name or "").split(".")[0] in ("lift_fast", "benchmarks"):
             raise
         print(f"{arguments.name} needs {error.name}, which is not installed", file=sys.stderr)
-        sys.exit(NEEDS)
+        sys.exit(MISSING_PACKAGE)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -69,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         run(suite)
-    finally:  # what was measured before a case failed or time was up
+    finally:  # also keeps what was measured before a case failed or the run was stopped
         suite.print()
         suite.write(arguments.json)
 

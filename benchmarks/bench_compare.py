@@ -1,4 +1,4 @@
-"""LIFT and CLIP compared: exact FLOPs and memory of ViT-B/16, and the measured time that a step spends on text."""
+"""LIFT and CLIP compared: exact FLOPs and memory of ViT-B/16, and the measured time of a step's text part."""
 
 import tempfile
 import time
@@ -16,7 +16,7 @@ from lift_fast.text.spec import EncoderSpec
 
 from .harness import Suite
 
-FIELDS = {77: "txt", 128: "long"}  # CLIP's context -> the captions that fill it
+FIELDS = {77: "txt", 128: "long"}  # CLIP's context length -> the field with captions that fill it
 
 
 def run(suite: Suite) -> None:
@@ -25,6 +25,7 @@ def run(suite: Suite) -> None:
 
 
 def counted(suite: Suite) -> None:
+    """FLOPs and memory, counted without running a model, and how long the counting takes."""
     begun = time.perf_counter()
     scale = paper_scale("vit-b16", tuple(FIELDS))
     seconds = time.perf_counter() - begun
@@ -36,7 +37,7 @@ def counted(suite: Suite) -> None:
 
 
 def timed(suite: Suite, batch_size: int) -> None:
-    """Two caches, embedded from short and from long captions of the same pictures; CLIP's tower at both lengths."""
+    """The text part of a step: LIFT's from caches of short and of long captions, CLIP's text tower at both lengths."""
     with tempfile.TemporaryDirectory() as folder:
         scenes.write(Path(folder) / "data", 2 * batch_size, seed=0)
         data, encoder = Shards(Path(folder) / "data"), Encoder(EncoderSpec())
@@ -70,7 +71,7 @@ def timed(suite: Suite, batch_size: int) -> None:
 
 
 def test_lift_text(benchmark):
-    """pytest-benchmark: what `dequant` and the gather cost for one batch, from a cache of random vectors."""
+    """pytest-benchmark: gathers and widens the rows of one batch of random vectors."""
     import torch
 
     from lift_fast.cache import encode

@@ -1,4 +1,7 @@
-"""The promises about learning, read from the report of the last `make demo`. What it lacks is a bar missed, at 0."""
+"""Targets for what the models learn, read from the report of the last `make demo`.
+
+A figure that is missing from the report counts as 0 and misses its target.
+"""
 
 import json
 from collections import defaultdict

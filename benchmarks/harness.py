@@ -1,5 +1,7 @@
-"""Measures, and writes what was measured: {"machine", "versions", "rows", "bars", "notes"}; and each as it comes, see
-lines.py."""
+"""Times implementations and writes the results: {"machine", "versions", "rows", "bars", "notes"}.
+
+"bars" are the targets. Each result is also written to the lines file as soon as it is known; see lines.py.
+"""
 
 import json
 import os
@@ -16,10 +18,11 @@ from . import lines
 from .start import rehearsing
 from .table import bar_in_words, print_table
 
-# The environment's name for what the GPU does at most: {"bytes": a second, "flops": a second}.
+# Environment variable with the measured limits of the GPU, as JSON: {"bytes": per second, "flops": per second}.
 CEILINGS = "LIFT_FAST_CEILINGS"
-# A row's columns -> what a line calls them.
+# Columns of a row -> their names in a line of the lines file.
 LINE = {"what": "backend", "of_gemm": "of_ceiling", "grad_error": "error"}
+# Columns that are measurements; the others describe the case.
 FIGURES = frozenset(
     ("what", "device", "repeats", "median_ms", "spread_ms", "gb_per_s", "tflop_per_s", "images_per_s", "of_gemm")
     + ("extra_mib", "peak_mib", "loss_error", "grad_error", "extra_gradients", "threads", "mfu_gemm", "mfu_datasheet")
@@ -27,16 +30,17 @@ FIGURES = frozenset(
 
 
 class Suite:
-    """The rows, bars and notes of one run. quick: fewer repeats, for a machine that is shared.
+    """The rows, targets and notes of one run.
 
-    seconds: after which `over()` says that no further case is begun. least: how often all that is timed is called.
+    quick: fewer repeats, for a shared machine. seconds: the time after which no further case is started. `least` is the
+    least number of calls of each implementation that is timed.
     """
 
     def __init__(self, name: str, quick: bool, seconds: float | None = None):
         self.name = name
         self.phase = lines.phase(name)
         self.quick = quick
-        # At a rehearsal one time is as meaningless as many.
+        # Times of a rehearsal mean nothing, so it measures once.
         self.repeats, self.least = (1, 1) if rehearsing() else (7 if quick else 25, 3)
         self.end = None if seconds is None else time.monotonic() + seconds
         self.rows: list[dict[str, Any]] = []
@@ -44,16 +48,17 @@ class Suite:
         self.notes: list[str] = []
 
     def over(self) -> bool:
+        """Whether the time for this run is up."""
         return self.end is not None and time.monotonic() > self.end
 
     def note(self, text: str) -> None:
-        """What was not measured, and why; each once."""
+        """Records what was not measured and why; a repeated note is ignored."""
         if text not in self.notes:
             self.notes.append(text)
             lines.write({"phase": self.phase, "note": text})
 
     def add(self, row: dict[str, Any], **more: Any) -> None:
-        """A row. more: what its line has beside it: "bytes", "flops"."""
+        """Adds a row. more: fields that only its line in the lines file has, such as "bytes" and "flops"."""
         self.rows.append(row)
         named = {name: value for name, value in row.items() if name not in FIGURES and value is not None}
         case = ", ".join(str(value) if name == "what of" else f"{name} {value}" for name, value in named.items())
@@ -70,7 +75,7 @@ class Suite:
         moved: int,
         device: str = "cpu",
     ) -> dict[str, Timing]:
-        """Times rivals in turn and adds a row for each: the case, what, median and spread, GB/s of `moved`."""
+        """Times rivals in turn and adds a row for each. moved: bytes that one call reads and writes, for GB/s."""
         timings = interleaved_ms(rivals, self.repeats, warmup=self.least - 1, device=device)
         for what, (median, spread) in timings.items():
             row = {
@@ -88,9 +93,9 @@ class Suite:
     def bar(
         self, name: str, value: float | None, bar: float, tolerance: float | None = None, at_most: bool = False
     ) -> None:
-        """A promise: value is at least bar; or within tolerance of it, on either side; or at most bar.
+        """Adds a target: value is to be at least `bar`, at most `bar`, or within `tolerance` of it.
 
-        None, not measured, is a bar missed.
+        A value of None (not measured) misses the target.
         """
         entry: dict[str, Any] = {"name": name, "value": value, "bar": bar}
         if tolerance is not None:
@@ -104,6 +109,7 @@ class Suite:
         lines.write({"phase": self.phase, "bar": name, "limit": bar, **figures})
 
     def write(self, file: Path | None) -> None:
+        """Writes the run's results as JSON; without a file, nothing."""
         result = {
             "suite": self.name,
             "quick": self.quick,
@@ -118,7 +124,7 @@ class Suite:
             file.write_text(json.dumps(result, indent=1) + "\n")
 
     def print(self) -> None:
-        """Rows that have the same columns as one table, then the bars and the notes."""
+        """Prints rows in tables, a new one when the columns change, then the targets and the notes."""
         for columns, rows in groupby(self.rows, key=tuple):
             print_table([list(columns), *([_cell(value) for value in row.values()] for row in rows)])
         for bar in self.bars:
@@ -128,7 +134,7 @@ class Suite:
 
 
 def _of_ceiling(line: Mapping[str, Any]) -> float | None:
-    """The least time by the machine's ceilings, where they are known, over the time measured."""
+    """The least possible time by the GPU's limits over the measured time; None if either is unknown."""
     ceilings = json.loads(os.environ.get(CEILINGS, "{}"))
     least = [line[kind] / ceilings[kind] for kind in ("bytes", "flops") if kind in line and kind in ceilings]
     return max(least) * 1e3 / line["median_ms"] if least and "median_ms" in line else None

@@ -31,8 +31,8 @@ def test_a_suite_prints_writes_and_keeps_time(tmp_path, capsys):
     suite.print()
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].split() == ["a", "-", "1.23"]
-    bars = ["ok   least: 3 (bar 2)", "MISS most: 3 (at most 2)", "MISS near: not measured (bar 2 +- 1)"]
-    assert printed[2:] == [*bars, "note no GPU"]
+    targets = ["ok   least: 3 (target 2)", "MISS most: 3 (at most 2)", "MISS near: not measured (target 2 +- 1)"]
+    assert printed[2:] == [*targets, "note no GPU"]
     suite.write(tmp_path / "x.json")
     written = json.loads((tmp_path / "x.json").read_text())
     assert written["notes"] == ["no GPU"] and [bar["ok"] for bar in written["bars"]] == [True, False, False]

@@ -273,7 +273,7 @@ def test_bars_have_three_forms(capsys):
     assert all(bar.keys() >= {"name", "value", "bar", "ok"} for bar in suite.bars)
     suite.print()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "ok   near: 0.1441 (bar 0.146 +- 0.002)"
+    assert lines[1] == "ok   near: 0.1441 (target 0.146 +- 0.002)"
     assert lines[3] == "MISS most: 61 (at most 60)"
 
 
