@@ -1,8 +1,8 @@
-"""python -m benchmarks tune: updates the tables of lift_fast/ops/tuned from measurements, and docs/tuned.md from them.
+"""python -m benchmarks tune: updates the tables of lift_fast/ops/tuned from measurements, and docs/tuned.md.
 
 --from results.jsonl: each candidate that was faster than the present value by more than the spread becomes the first
-entry of its device's table, with the commit, the device and the path of the file; keep the file at that path.
---docs: lists every setting with its value and source; settings without a measurement are marked.
+entry of its device's table, with the commit, the device and the path of the file. Keep the file at that path.
+--docs: writes docs/tuned.md, which lists every setting with its value and source and marks those not measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ tune --from` puts faster ones first.
 
 
 class Better(NamedTuple):
-    """A value that was faster than the present one."""
+    """A measured value that was faster than the present one; times in milliseconds."""
 
     family: str
     device: str
@@ -46,7 +46,7 @@ class Better(NamedTuple):
 
 
 def add_parser(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = names.add_parser("tune", help="tables of settings from measurements")
+    parser = names.add_parser("tune", help="update the tables of settings from measurements")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--from", dest="results", type=Path, metavar="results.jsonl")
     what.add_argument("--docs", action="store_true")
@@ -59,23 +59,26 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.results.is_file():
         raise ConfigError(f"there is no {arguments.results}")
     found = list(better(list(lines.read(arguments.results))))
-    write(found, _named(arguments.results))
+    write(found, _path_in_repository(arguments.results))
     for one in found:
         print(f"{one.family}.{one.device}: {one.setting} {_words(one.when)}: {_words(one.value)}, {_why(one)}")
-    print(f"{len(found)} entries are new; now: python -m benchmarks tune --docs")
+    print(f"{len(found)} new entries; update the docs with: python -m benchmarks tune --docs")
 
 
 def better(found: Sequence[Line]) -> Iterator[Better]:
-    """Yields the fastest value of each setting and case. A sweep without the present value is skipped."""
+    """Yields the fastest value of each setting and case if it beats the present one by more than the spread.
+
+    A sweep in which the present value was not measured is skipped.
+    """
     sweeps: dict[str, list[Line]] = {}
     for line in found:
         if line["phase"] == "tune" and "median_ms" in line:
             names = ("family", "device", "setting", "when", "case")
             key = json.dumps([line[name] for name in names], sort_keys=True)
             sweeps.setdefault(key, []).append(line)
-    for several in sweeps.values():
-        best = min(several, key=lambda line: line["median_ms"])
-        for present in (line for line in several if line["present"]):
+    for sweep in sweeps.values():
+        best = min(sweep, key=lambda line: line["median_ms"])
+        for present in (line for line in sweep if line["present"]):
             if present["median_ms"] - best["median_ms"] > max(present["spread_ms"], best["spread_ms"]):
                 where = (best[name] for name in ("family", "device", "setting", "when"))
                 figures = best["value"], best["median_ms"], present["value"], present["median_ms"]
@@ -83,7 +86,10 @@ def better(found: Sequence[Line]) -> Iterator[Better]:
 
 
 def write(found: Sequence[Better], results: str, folder: Path = TABLES) -> None:
-    """Writes each value as the first entry of its table; it replaces an entry with the same setting and `when`."""
+    """Writes each value as the first entry of its table, in place of an entry with the same setting and `when`.
+
+    results: path of the measurements, which becomes part of the entry's source.
+    """
     for one in found:
         file = folder / f"{one.family}.{one.device}.json"
         table = json.loads(file.read_text()) if file.is_file() else {"extends": _below(folder, one), "entries": []}
@@ -102,6 +108,7 @@ def in_json(table: Mapping[str, Any]) -> str:
 
 
 def docs(folder: Path = TABLES) -> str:
+    """The text of docs/tuned.md."""
     files = sorted(folder.glob("*.json"), key=lambda file: (file.stem.split(".")[0], _order(file.stem.split(".")[1])))
     tables = {file.stem: json.loads(file.read_text()) for file in files}
     entries = [entry for table in tables.values() for entry in table["entries"]]
@@ -129,7 +136,7 @@ def _row(entry: Entry) -> str:
 
 
 def _words(value: Any) -> str:
-    """{"dim": [1, null]} as "dim 1 and more"."""
+    """A condition or value in words, e.g. "dim 1 and more" for {"dim": [1, null]}."""
     if not isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return ", ".join(f"{name} {_rule(rule)}" for name, rule in value.items())
@@ -150,13 +157,13 @@ def _order(device: str) -> tuple[int, str]:
 
 
 def _below(folder: Path, one: Better) -> str | None:
-    """The table that a device without its own used until now."""
+    """The device whose table a device without its own table uses: the newest one older than it."""
     known = [file.name.split(".")[1] for file in folder.glob(f"{one.family}.sm_*.json")]
     return max((name for name in known if _order(name) < _order(one.device)), key=_order, default=None)
 
 
-def _named(file: Path) -> str:
-    """The file's path relative to the repository, if it lies inside."""
+def _path_in_repository(file: Path) -> str:
+    """The file's path, relative to the repository if it is inside."""
     try:
         return str(file.resolve().relative_to(ROOT))
     except ValueError:
