@@ -1,8 +1,8 @@
 """Symmetric InfoNCE, forward and backward: ours against open_clip's formula and the fused peers that are installed.
 
-TFLOP/s and the fraction of the GEMM rate (torch.mm of B x D x B, interleaved with the rivals) count the fewest FLOPs
-possible: two GEMMs with frozen text, three with trainable. Peak extra memory is what a call allocates
-beyond its inputs, gradients included. Errors are against float64 on the same features.
+TFLOP/s and the fraction of the GEMM rate (of torch.mm of B x D x B, timed in turn with the rivals) count the fewest
+FLOPs possible: two GEMMs with frozen text, three with trainable text. Peak extra memory is what a call allocates beyond
+its inputs, gradients included. Errors are differences from float64 on the same features.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,8 +41,8 @@ from .start import small
 SIZES = 1024, 4096, 16384, 65536
 DIMS = 512, 768, 4096
 SPEED_ROWS, MEMORY_ROWS, MEMORY_DIM = small(4096, 512), 16384, 512
-FROZEN_BARS = {(4096, "fp32"): 2.3, (4096, "bf16"): 2.5, (512, "fp32"): 3.0, (512, "bf16"): 2.3}
-TRAINABLE_BAR = 1.7
+FROZEN_TARGETS = {(4096, "fp32"): 2.3, (4096, "bf16"): 2.5, (512, "fp32"): 3.0, (512, "bf16"): 2.3}
+TRAINABLE_TARGET = 1.7
 GPU_SIZES, GPU_DIMS = small((16384, 32768, 65536), (1024,)), small((768, 4096), (768,))
 
 Rows = Mapping[Key, Mapping[str, Any]]
@@ -57,6 +57,7 @@ def open_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def rivals(where: str, note: Callable[[str], None]) -> dict[str, Loss]:
+    """The implementations that run on a device; a note for each that does not."""
     losses: dict[str, Loss] = {
         OURS: contrastive,
         LEAN: lambda image, text, scale: contrastive(image, text, scale, budget=0),
@@ -87,7 +88,7 @@ def _inf_cl() -> Loss:
 def _memeff() -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
-    # Its temperature is a number and has no gradient; `stable` would scale the features' gradients.
+    # Its temperature is a number without a gradient; `stable=True` would scale the features' gradients.
     module = MemoryEfficientCLIPLoss(temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False)
     return lambda image, text, scale: module(image, text)
 
@@ -98,7 +99,7 @@ def _liger() -> Loss:
     module = LigerFusedLinearCrossEntropyLoss()
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """Its cross entropy of a linear layer, (weight, input, target), once in each direction."""
+        """The cross entropy of a linear layer (weight, input, target), in both directions."""
         labels = torch.arange(len(image), device=image.device)
         return (module(text, scale * image, labels) + module(image, scale * text, labels)) / 2
 
@@ -141,10 +142,10 @@ def _on_cpu(suite: Suite) -> None:
         for dim in (4096, 512):
             for dtype in ("fp32", "bf16"):
                 case = Case(SPEED_ROWS, dim, dtype, trainable)
-                few = frozenset({OURS, "open_clip"}) if trainable else eager
-                rows = measure(suite, OP, case, few if suite.quick else None, memory=not suite.quick)
-                bar = TRAINABLE_BAR if trainable else FROZEN_BARS[dim, dtype]
-                suite.bar(f"{case}: faster than open_clip's formula", _faster(rows, OURS, "open_clip"), bar)
+                quick = frozenset({OURS, "open_clip"}) if trainable else eager
+                rows = measure(suite, OP, case, quick if suite.quick else None, memory=not suite.quick)
+                target = TRAINABLE_TARGET if trainable else FROZEN_TARGETS[dim, dtype]
+                suite.bar(f"{case}: faster than open_clip's formula", _faster(rows, OURS, "open_clip"), target)
                 suite.bar(f"{case}: fraction of the GEMM rate (aim)", _of_gemm(rows), 0.85)
                 if not trainable and dtype == "bf16":
                     suite.bar(f"{case}: int8 text, speed against bf16 text", _int8(rows), 1.0)
@@ -161,17 +162,17 @@ def _on_cpu(suite: Suite) -> None:
             suite.bar(f"{case}: {what}: peak extra memory over open_clip's", part, most, at_most=True)
         suite.bar(f"{case}: {LEAN}: faster than open_clip's formula", _faster(rows, LEAN, "open_clip"), 1.3)
     if not suite.quick:
-        _the_rest(suite)
+        _remaining_cases(suite)
 
 
 def _on_gpu(suite: Suite) -> None:
-    # All sizes of the smaller dim first: a quick run may end before the larger one.
+    # All sizes of the smaller dim come first: a quick run may run out of time before the larger one.
     for dim in GPU_DIMS:
         for rows_ in GPU_SIZES[::2] if suite.quick else GPU_SIZES:
             case = Case(rows_, dim, "bf16", False)
-            # Compiling takes seconds per shape.
-            repeated = suite.quick and (rows_, dim) != (GPU_SIZES[0], GPU_DIMS[0])
-            rows = measure(suite, OP, case, without=frozenset({COMPILED} if repeated else ()))
+            # Compiling takes seconds per shape, so a quick run compiles the first one only.
+            later = suite.quick and (rows_, dim) != (GPU_SIZES[0], GPU_DIMS[0])
+            rows = measure(suite, OP, case, without=frozenset({COMPILED} if later else ()))
             if not rows:
                 continue
             peers = [what for what, _ in rows if what not in (OURS, LEAN, GEMM)]
@@ -187,10 +188,10 @@ def _on_gpu(suite: Suite) -> None:
         for dtype, trainable in (("bf16", True), ("fp32", False)):
             measure(suite, OP, Case(GPU_SIZES[0], 768, dtype, trainable), without=frozenset({COMPILED}))
     else:
-        _the_rest(suite)
+        _remaining_cases(suite)
 
 
-def _the_rest(suite: Suite) -> None:
+def _remaining_cases(suite: Suite) -> None:
     """Measures every case of the grid that has no row yet."""
     done = {(row["rows"], row["dim"], row["dtype"], row["text"]) for row in suite.rows}
     for rows in SIZES:
@@ -205,7 +206,7 @@ def _the_rest(suite: Suite) -> None:
 
 
 def _int8_error(suite: Suite) -> None:
-    """Compares the images' gradient from int8 text with that from the same rows widened to float32."""
+    """Compares the images' gradient for int8 text with the gradient for the same rows widened to float32."""
     for dim in (4096, 512):
         image, text = features(Case(SPEED_ROWS, dim, "fp32", False), device())
         codes = quantized(text)
@@ -215,7 +216,7 @@ def _int8_error(suite: Suite) -> None:
         suite.bar(name, error, 1e-3, at_most=True)
 
 
-# Ratios from the rows of a case; None if one was not measured, for lack of time or after an error.
+# Ratios of two rows of a case; None if either was not measured, for lack of time or because of an error.
 def _faster(rows: Rows, what: str, than: str) -> float | None:
     found = {key: row["median_ms"] for (key, text), row in rows.items() if text != "int8"}
     return found[than] / found[what] if what in found and than in found else None

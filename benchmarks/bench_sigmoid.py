@@ -1,4 +1,7 @@
-"""SigLIP's loss, forward and backward: ours against open_clip's formula and siglip-kernel; see bench_contrastive.py."""
+"""SigLIP's loss, forward and backward: ours against open_clip's formula and siglip-kernel.
+
+bench_contrastive.py explains the columns.
+"""
 
 from collections.abc import Callable
 
@@ -28,6 +31,7 @@ def open_clip(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tens
 
 
 def rivals(where: str, note: Callable[[str], None]) -> dict[str, Loss]:
+    """The implementations that run on a device; a note for each that does not."""
     losses: dict[str, Loss] = {
         OURS: sigmoid,
         LEAN: lambda image, text, scale, bias: sigmoid(image, text, scale, bias, budget=0),
@@ -76,7 +80,7 @@ def run(suite: Suite) -> None:
         only = frozenset({OURS, LEAN, "open_clip"}) if on_cpu else None
         rows = QUICK_ROWS if on_cpu else SIZES[2]
         cases = [Case(rows, dim, dtype, False) for dim in QUICK_DIMS for dtype in ("bf16", "fp32")]
-        if not on_cpu:  # siglip-kernel's own case first
+        if not on_cpu:  # starts with siglip-kernel's own case
             cases.insert(0, Case(SIZES[3], 768, "bf16", True))
         for number, case in enumerate([*cases, Case(rows, QUICK_DIMS[0], "bf16", True)]):
             without = frozenset({COMPILED} if number else ())  # compiling takes seconds per shape
