@@ -1,9 +1,9 @@
 """Python's time before and between the kernel launches of the losses, without the work of the GPU.
 
-Launches are stubs and tensors are tiny and on the CPU, but a call makes as many launches as at the named size: the
-tables' settings are scaled with the rows. Timed is this process's CPU time, torch's part included and Triton's launcher
-excluded: until the last launch, and for the whole call with the backward. The target bounds the former's share of the
-GPU time that benchmarks/roofline.py estimates, since it has not been run on a GPU yet.
+Launches are stubs and tensors are tiny and on the CPU, but a call makes as many launches as at the named size, because
+the settings of the tables are scaled with the rows. The benchmark measures CPU time of this process, with torch's part
+and without Triton's launcher: until the last launch, and for the whole call with the backward. The target limits the
+share of the first in the GPU time that benchmarks/roofline.py estimates; no GPU has measured that time yet.
 """
 
 import functools
@@ -32,13 +32,13 @@ from . import roofline
 from .harness import Suite
 
 SIZES = [(16384, 768), (16384, 4096), (65536, 768), (65536, 4096)]
-BAND = {"cuda": 16, "triton": 256}  # rows of a band of the tiny matrices, the smallest that the backend allows
+BAND = {"cuda": 16, "triton": 256}  # rows of a band of the tiny matrices: the fewest that the backend allows
 DIM = 16
-SHARE = 0.15
+SHARE = 0.15  # target: Python's time over the GPU's
 
 
 class Clock:
-    """CPU time of this process at the last launch."""
+    """Stands in for everything that launches; `at` is the process's CPU time at the last launch, in seconds."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -62,7 +62,7 @@ class Clock:
 
 @contextmanager
 def stubs(backend: str) -> Iterator[Clock]:
-    """Pretends an H100 whose kernels do nothing, for tensors on the CPU."""
+    """Makes ops take tensors on the CPU for tensors on an H100, whose kernels do nothing."""
     clock = Clock()
     with ExitStack() as stack:
 
@@ -88,7 +88,7 @@ def stubs(backend: str) -> Iterator[Clock]:
 
 
 def microseconds(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str, float]:
-    """CPU time of one call until its last launch (median and interquartile range), and of the whole call (median)."""
+    """CPU time of a call in microseconds: until its last launch (median, interquartile range), and whole (median)."""
     before, whole = [], []
     for number in range(repeats + 20):
         begun = time.process_time()
@@ -102,7 +102,7 @@ def microseconds(call: Callable[[], object], clock: Clock, repeats: int) -> dict
 
 
 def loss(op: Callable[..., Tensor], rows: int, dim: int, backend: str, repeats: int) -> dict[str, float]:
-    """Times a loss of rows x rows with fixed texts and its backward, with the launches of that size."""
+    """Times a loss over rows x rows scores with frozen text, and its backward, with the launches of that size."""
     plan = policy.plan(rows, rows, dim, 2, backend, None, op is contrastive, "sm_90", lambda: 40 * 10**9)
     bands = -(-2 * rows * rows // tuned.lookup("pairs", "sm_90", "band", trained=False)["bytes"])
     tall = BAND[backend] * bands
@@ -123,6 +123,7 @@ def loss(op: Callable[..., Tensor], rows: int, dim: int, backend: str, repeats: 
 
 
 def attention_backward(repeats: int) -> dict[str, float]:
+    """Times the backward of attention."""
     qkv = torch.randn(1, 197, 3, 1, 64, dtype=torch.bfloat16, requires_grad=True)
     with stubs("triton") as clock:
         out = attention(qkv, backend="triton")

