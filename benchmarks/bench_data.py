@@ -1,18 +1,20 @@
-"""Pictures in: images a second and the CPU's share, ours against DALI's reader, torch's DataLoader and webdataset.
+"""Image loading: images per second and CPU share of our pipelines, DALI's reader, torch's DataLoader and webdataset.
 
-All read the same synthetic photographs (photographs.py) from the same tars, which lie in the page cache, and make the
-same random resized crops in batches of the same size, on as many threads or workers as there are cores; nothing is done
-with the batches. Area 0.08 to 1 is torchvision's default, 0.9 to 1 what CLIP and LIFT take. Our pipeline with DALI
-reads a JPEG strictly when it first meets it; "checked" is without that, as after `lift-fast data check`.
+All read the same synthetic photographs (photographs.py) from the same tars in the page cache, and make random resized
+crops in batches of the same size, with as many threads or workers as there are cores. The batches are discarded. Area
+0.08 to 1 is torchvision's default, 0.9 to 1 that of CLIP and LIFT. Our pipeline with DALI checks each JPEG strictly
+when it first reads it; "checked" omits this, as after `lift-fast data check`.
 
-Loaders run ahead, so a turn is timed in the steady state. It waits until this process and its workers are quiet: what
-the last rival was still making is made, and every rival's queues are full. Then it takes, untimed, as many batches as
-the rival may have made or begun by itself; the clock runs from the arrival of the last of these to the arrival of a
-later one, for a multiple of the batches that its workers finish together. So what is counted was made while it was
-counted. CPU seconds are of this process and of all workers. Rivals take turns; medians and quartile distances of them.
+Loaders prefetch, so each turn is timed in the steady state. A turn first waits until this process and its workers are
+idle: then the last rival's prefetching has ended and all queues are full. It discards as many batches as the rival may
+have prefetched or begun, and measures the time from the arrival of the last of these to the arrival of a later batch,
+over a multiple of the batches that the workers finish together. All batches that count were therefore made within the
+measured time. CPU seconds are those of this process and of all workers. Rivals take turns; a row has the median and
+the interquartile range of its turns.
 
-Then how far our pixels are from Pillow's, what the parts of a picture cost on one thread, and on a GPU DALI's decoding
-there and what a training step loses by being fed. TMPDIR says where the tars lie.
+The suite also measures differences from Pillow's pixels, the time of the parts of decoding an image on one thread, and
+on a GPU DALI's decoding there and how much a training step slows down when DALI feeds it. TMPDIR sets the place of the
+tars.
 """
 
 import gc
@@ -49,9 +51,9 @@ from lift_fast.train.step import Step
 
 from .data_peers import Crops, Feed, dali_reader, data_loader, webdataset
 from .harness import Suite
-from .pairs import device, quantized
+from .pairs import device, one_line, quantized
 from .photographs import write_shards
-from .vit_peers import Row, adamw, in_a_line
+from .vit_peers import Row, adamw
 
 HOST, DALI, READER, LOADER, DRAFT, WEB = (
     "lift_fast host",
@@ -62,20 +64,20 @@ HOST, DALI, READER, LOADER, DRAFT, WEB = (
     "webdataset, Pillow",
 )
 ON_GPU, CHECKED = " on the GPU", ", checked"  # after a rival's name
-SIZE, BATCH, PICTURES = 224, 64, 384
-AREAS = {"0.08-1": 0.08, "0.9-1": 0.9}  # the bars are for the first
-TURN_S, MOST = 0.7, 1000  # and batches
-QUIET_S, QUIET_SHARE, PATIENCE_S = 0.05, 0.1, 10.0
-COMPARED = 48  # pictures
-UNSEEN = 1000  # times that a set is read before a sample comes twice
-HOST_BAR, DALI_BAR, PIXEL_BAR, LOST_BAR = 1.3, 1.2, 2.0, 0.03
-GPU_BATCH, GPU_PICTURES, GPU_SIZE, GPU_PRESET, GPU_TURN_S = 256, 512, (500, 375), "vit-b16", 2.0
+SIZE, BATCH, IMAGES = 224, 64, 384
+AREAS = {"0.08-1": 0.08, "0.9-1": 0.9}  # name -> least area of a crop; the targets for speed are for the first
+TURN_S, MOST_BATCHES = 0.7, 1000  # a turn
+IDLE_S, IDLE_SHARE, PATIENCE_S = 0.05, 0.1, 10.0
+COMPARED = 48  # images whose pixels are compared and whose parts are timed
+COPIES = 1000  # of the set under other row numbers, so that a pipeline always reads rows that it has not seen
+HOST_TARGET, DALI_TARGET, PIXEL_TARGET, LOST_TARGET = 1.3, 1.2, 2.0, 0.03
+GPU_BATCH, GPU_IMAGES, GPU_SIZE, GPU_PRESET, GPU_TURN_S = 256, 512, (500, 375), "vit-b16", 2.0
 
 
 class Turn(NamedTuple):
     images_per_s: float
     cpu_share: float  # of all cores
-    cpu_ms: float  # an image
+    cpu_ms: float  # per image
 
 
 def run(suite: Suite) -> None:
@@ -83,7 +85,7 @@ def run(suite: Suite) -> None:
         folder = Path(name)
         if device() == "cuda":
             on_gpu(suite, folder / "gpu")
-        files = write_shards(folder / "mixed", PICTURES, seed=0)
+        files = write_shards(folder / "mixed", IMAGES, seed=0)
         data = Collection([Shards(folder / "mixed")])
         _pixels(suite, data, files)
         _parts(suite, files[:COMPARED])
@@ -100,21 +102,21 @@ def _loading(crops: Crops) -> Loading:
 
 
 def _dali(data: Collection, crops: Crops, device_id: int | None = None, checked: bool = False) -> Pipeline:
-    """Raises BackendError without DALI."""
+    """Our pipeline with DALI, which decodes on the CPU or on GPU device_id. Raises BackendError without DALI."""
     from lift_fast.data.dali import DaliPipeline
 
     return DaliPipeline(data, replace(_loading(crops), checked=checked), device_id)
 
 
 def _feed(build: Callable[[], Pipeline]) -> Feed:
-    """held: batches that are being read, and as many that DALI has."""
+    """The batches of one of our pipelines, which holds those being read and as many again in DALI."""
     pipeline = build()
     return Feed((batch.pixels for batch in pipeline), held=2 * (1 + pipeline.loading.ahead))
 
 
 def _speed(suite: Suite, data: Collection, folder: Path, area: str) -> None:
     crops = Crops(folder, BATCH, SIZE, AREAS[area], _cores())
-    unseen = Collection(UNSEEN * data.sets)
+    unseen = Collection(COPIES * data.sets)
     builds: dict[str, Callable[[], Feed]] = {
         HOST: partial(_feed, partial(HostPipeline, unseen, _loading(crops))),
         LOADER: partial(data_loader, crops),
@@ -129,16 +131,16 @@ def _speed(suite: Suite, data: Collection, folder: Path, area: str) -> None:
         builds[READER + ON_GPU] = partial(dali_reader, crops, 0)
     rows = measure(suite, {"what of": "training crops", "area": area, "batch": BATCH, "size": SIZE}, builds)
     if AREAS[area] == min(AREAS.values()):
-        suite.bar(f"area {area}: {HOST} faster than {LOADER}", faster(rows, HOST, LOADER), HOST_BAR)
-        suite.bar(f"area {area}: {DALI} faster than {LOADER}", faster(rows, DALI, LOADER), DALI_BAR)
+        suite.bar(f"area {area}: {HOST} faster than {LOADER}", faster(rows, HOST, LOADER), HOST_TARGET)
+        suite.bar(f"area {area}: {DALI} faster than {LOADER}", faster(rows, DALI, LOADER), DALI_TARGET)
 
 
 def measure(
     suite: Suite, case: Mapping[str, Any], builds: Mapping[str, Callable[[], Feed]], turn_s: float = TURN_S
 ) -> dict[str, Row]:
-    """Opens the rivals, lets each run in turn suite.repeats / 2 times; adds and returns a row for each.
+    """Opens the rivals, lets each have suite.repeats / 2 turns, and adds and returns a row for each.
 
-    What fails is noted and has no row.
+    A rival that fails gets a note and no row.
     """
     name = ", ".join(str(value) for value in case.values())
     if suite.over():
@@ -154,7 +156,7 @@ def measure(
         if suite.over():
             break
     feeds.clear()
-    gc.collect()  # workers and DALI's threads end with what holds them
+    gc.collect()  # ends workers and DALI's threads
     rows = {what: {**case, "what": what, **_columns(measured)} for what, measured in turns.items()}
     for one in rows.values():
         suite.add(one)
@@ -164,7 +166,7 @@ def measure(
 def _opened(
     suite: Suite, name: str, builds: Mapping[str, Callable[[], Feed]], turn_s: float
 ) -> dict[str, tuple[Feed, int]]:
-    """The rivals at work, each with the batches of a turn."""
+    """The running rivals, each with the number of batches of a turn."""
     feeds = {}
     for what, build in builds.items():
         if suite.over():
@@ -176,9 +178,9 @@ def _opened(
             begun = time.perf_counter()
             _take(feed, 2 * feed.at_once)
             together = (time.perf_counter() - begun) / 2
-            feeds[what] = feed, feed.at_once * min(ceil(turn_s / together), MOST)
-        except Exception as error:  # not installed, or theirs of any kind; the others go on
-            suite.note(f"{what}: {name}: {in_a_line(error)}")
+            feeds[what] = feed, feed.at_once * min(ceil(turn_s / together), MOST_BATCHES)
+        except Exception as error:  # not installed, or any error of a rival; the remaining ones are measured
+            suite.note(f"{what}: {name}: {one_line(error)}")
     return feeds
 
 
@@ -195,13 +197,13 @@ def _columns(turns: Sequence[Turn]) -> Row:
 
 
 def faster(rows: Mapping[str, Row], what: str, than: str) -> float | None:
-    """How many times; None where one of the two was not measured."""
+    """How many times faster `what` is than `than`; None if either was not measured."""
     return rows[what]["images_per_s"] / rows[than]["images_per_s"] if what in rows and than in rows else None
 
 
 def _turn(suite: Suite, feed: Feed, batches: int) -> Turn:
-    if not _quiet():
-        suite.note("idle rivals did not come to rest: their work is in the others' figures")
+    if not _wait_until_idle():
+        suite.note("rivals that were not measured kept the CPU busy: the figures include their work")
     _take(feed, feed.held)
     cpu, begun = _cpu_seconds(), time.perf_counter()
     images = _take(feed, batches)
@@ -210,73 +212,74 @@ def _turn(suite: Suite, feed: Feed, batches: int) -> Turn:
 
 
 def _take(feed: Feed, batches: int) -> int:
-    """The images in the next batches, once the last of them is there."""
+    """Waits for the next batches and returns their number of images."""
     images = sum(len(pixels) for pixels in islice(feed.batches, batches))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return images
 
 
-def _quiet() -> bool:
-    """When this process and its workers do nothing any more; False if they do not come to that."""
+def _wait_until_idle() -> bool:
+    """Waits until this process and its workers use almost no CPU; False if they still do after PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         before = _cpu_seconds()
-        time.sleep(QUIET_S)
-        if _cpu_seconds() - before <= QUIET_SHARE * QUIET_S:
+        time.sleep(IDLE_S)
+        if _cpu_seconds() - before <= IDLE_SHARE * IDLE_S:
             return True
     return False
 
 
 def _cpu_seconds() -> float:
-    """That this process, all its threads and its living children have used."""
+    """CPU seconds that this process with all its threads and its living children have used."""
     ticks = 0
     for child in multiprocessing.active_children():
-        # After the name in parentheses, which may hold spaces: state is field 3, utime 14 and stime 15.
+        # Splits after the name in parentheses, which may contain spaces: state is field 3, utime 14 and stime 15.
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _pixels(suite: Suite, data: Collection, files: Sequence[bytes]) -> None:
-    """How far evaluation pictures and training crops are from Pillow's, which decodes them whole."""
+    """Differences of evaluation images and training crops from Pillow's, which decodes whole images."""
     files = files[:COMPARED]
     reference = [pillow_centre(file) for file in files]
     found = [render_centre(file, read_header(file), SIZE) for file in files]
-    furthest = {HOST: _difference(suite, "evaluation pixels", None, HOST, np.stack(found), reference)}
-    for what, device_id in _dalis().items():
+    largest = {HOST: _difference(suite, "evaluation pixels", None, HOST, np.stack(found), reference)}
+    for what, device_id in _dali_devices().items():
         try:
             from lift_fast.data.dali import load_images
 
             pixels = load_images(data.sets[0], SIZE, device_id)[0][:COMPARED].cpu().numpy()
-            furthest[what] = _difference(suite, "evaluation pixels", None, what, pixels, reference)
+            largest[what] = _difference(suite, "evaluation pixels", None, what, pixels, reference)
         except Exception as error:
-            suite.note(f"{what}: evaluation pixels: {in_a_line(error)}")
+            suite.note(f"{what}: evaluation pixels: {one_line(error)}")
     for what in (HOST, DALI):
         suite.bar(
-            f"evaluation pixels: {what}: levels of 255 from Pillow's", furthest.get(what), PIXEL_BAR, at_most=True
+            f"evaluation pixels: {what}: levels of 255 from Pillow's", largest.get(what), PIXEL_TARGET, at_most=True
         )
 
     for area, least in AREAS.items():
         crops = Crops(Path(), min(COMPARED, len(data)), SIZE, least, _cores())
-        builds = {what: partial(_dali, data, crops, device_id) for what, device_id in _dalis().items()}
+        builds = {what: partial(_dali, data, crops, device_id) for what, device_id in _dali_devices().items()}
         for what, build in {HOST: partial(HostPipeline, data, _loading(crops)), **builds}.items():
             try:
                 batch = next(iter(build()))
             except Exception as error:
-                suite.note(f"{what}: training pixels: {in_a_line(error)}")
+                suite.note(f"{what}: training pixels: {one_line(error)}")
                 continue
             views = [(data.image_bytes(row), _view(data.image_bytes(row), row, crops)) for row in batch.rows.tolist()]
             reference = [pillow_view(file, view) for file, view in views]
             _difference(suite, "training pixels", area, what, batch.pixels.cpu().numpy(), reference)
 
 
-def _dalis() -> dict[str, int | None]:
+def _dali_devices() -> dict[str, int | None]:
+    """Our pipelines with DALI: name -> the GPU that decodes, None for the CPU."""
     return {DALI: None, DALI + ON_GPU: 0} if device() == "cuda" else {DALI: None}
 
 
 def _view(file: bytes, row: int, crops: Crops) -> View:
-    """What a pipeline takes of a picture in its first epoch."""
+    """The crop that a pipeline takes of an image in its first epoch."""
     header, loading = read_header(file), _loading(crops)
     return view_of(header.width, header.height, uniform(DRAWS, loading.seed, 0, row), loading)
 
@@ -289,28 +292,28 @@ def _difference(
     found: np.ndarray,
     reference: Sequence[np.ndarray],
 ) -> int:
-    """A row: levels of 255, over all pixels and channels of all pictures. Returns the most."""
-    apart = np.abs(found.astype(np.int16) - np.stack(reference))
-    row = {"what of": what_of, "area": area, "size": SIZE, "what": what, "against": "Pillow", "pictures": len(apart)}
-    suite.add({**row, "mean_levels": float(apart.mean()), "max_levels": int(apart.max())})
-    return int(apart.max())
+    """Adds a row with the differences in levels of 255, over all pixels and channels; returns the largest."""
+    levels = np.abs(found.astype(np.int16) - np.stack(reference))
+    row = {"what of": what_of, "area": area, "size": SIZE, "what": what, "against": "Pillow", "pictures": len(levels)}
+    suite.add({**row, "mean_levels": float(levels.mean()), "max_levels": int(levels.max())})
+    return int(levels.max())
 
 
 def _parts(suite: Suite, files: Sequence[bytes]) -> None:
-    """Milliseconds a picture on one thread, at the boxes of the widest range of areas."""
+    """Milliseconds per image of each part of decoding, on one thread, for crops of the widest range of areas."""
     headers = [read_header(file) for file in files]
     loading = _loading(Crops(Path(), BATCH, SIZE, min(AREAS.values()), 1))
     draws = uniform(DRAWS, 0, 0, np.arange(len(files)))
     views = [view_of(h.width, h.height, u, loading) for h, u in zip(headers, draws, strict=True)]
     images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-    shown = [np.array(image)[_slices(view)] for image, view in zip(images, views, strict=True)]
+    cropped = [np.array(image)[_slices(view)] for image, view in zip(images, views, strict=True)]
     each = list(zip(files, headers, views, strict=True))
     parts: dict[str, Callable[[], object]] = {
         "read_header": lambda: [read_header(file) for file in files],
         "view_of": lambda: [view_of(h.width, h.height, u, loading) for h, u in zip(headers, draws, strict=True)],
         "decode": lambda: [decode(file, header) for file, header, _ in each],
         "decode_box": lambda: [decode_box(file, header, view.box, SIZE) for file, header, view in each],
-        "resize": lambda: [resize(pixels, SIZE, SIZE) for pixels in shown],
+        "resize": lambda: [resize(pixels, SIZE, SIZE) for pixels in cropped],
         "render": lambda: [render(file, header, view, SIZE) for file, header, view in each],
         "Pillow: decode": lambda: [Image.open(io.BytesIO(file)).convert("RGB") for file in files],
         "Pillow: resize": lambda: [_resized(image, view) for image, view in zip(images, views, strict=True)],
@@ -339,12 +342,12 @@ def _resized(image: Image.Image, view: View) -> np.ndarray:
 
 
 def pillow_view(data: bytes, view: View) -> np.ndarray:
-    """uint8 [SIZE, SIZE, 3]: a training crop by Pillow."""
+    """A training crop by Pillow, uint8 [SIZE, SIZE, 3]."""
     return _resized(Image.open(io.BytesIO(data)).convert("RGB"), view)
 
 
 def pillow_centre(data: bytes) -> np.ndarray:
-    """uint8 [SIZE, SIZE, 3]: torchvision's Resize and CenterCrop by Pillow."""
+    """torchvision's Resize and CenterCrop by Pillow, uint8 [SIZE, SIZE, 3]."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = (int(SIZE * extent / min(image.size)) for extent in image.size)
     left, top = (round((extent - SIZE) / 2) for extent in (width, height))
@@ -352,14 +355,14 @@ def pillow_centre(data: bytes) -> np.ndarray:
 
 
 def on_gpu(suite: Suite, folder: Path) -> None:
-    """DALI's decoding there, and what a step loses that is fed by it."""
-    write_shards(folder, GPU_PICTURES, seed=1, size=GPU_SIZE)
+    """DALI's decoding on the GPU, and how much it slows down a training step that it feeds."""
+    write_shards(folder, GPU_IMAGES, seed=1, size=GPU_SIZE)
     data = Collection([Shards(folder)])
     width, height = GPU_SIZE
     least = AREAS["0.9-1"]
     crops = Crops(folder, GPU_BATCH, SIZE, least, _cores())
     case = {"what of": f"{width}x{height} pictures", "area": "0.9-1", "batch": GPU_BATCH, "size": SIZE}
-    unseen = Collection(UNSEEN * data.sets)
+    unseen = Collection(COPIES * data.sets)
     builds = {DALI: partial(_feed, partial(_dali, unseen, crops, 0)), READER: partial(dali_reader, crops, 0)}
     measure(suite, case, {what + ON_GPU: build for what, build in builds.items()}, GPU_TURN_S)
 
@@ -377,11 +380,11 @@ def on_gpu(suite: Suite, folder: Path) -> None:
     rows = measure(suite, case, {DALI + ON_GPU: fed, "pixels in memory": in_memory}, GPU_TURN_S)
     rate = faster(rows, DALI + ON_GPU, "pixels in memory")
     lost = None if rate is None else 1 - rate
-    suite.bar(f"{GPU_PRESET}: part of a step's rate lost by feeding it with DALI", lost, LOST_BAR, at_most=True)
+    suite.bar(f"{GPU_PRESET}: part of a step's rate lost by feeding it with DALI", lost, LOST_TARGET, at_most=True)
 
 
 def _step() -> Callable[[Tensor], Tensor]:
-    """uint8 pixels on the GPU -> the same, after a training step in bfloat16, captured as a graph."""
+    """A function that trains a step in bfloat16, captured as a graph, on uint8 pixels on the GPU and returns them."""
     preset = PRESETS[GPU_PRESET]
     model = Lift(preset).to("cuda").train()
     optimizer = adamw(model, torch.tensor(1e-4, device="cuda"), fused=True, capturable=True)

@@ -1,13 +1,13 @@
-"""A whole training step of LIFT, against its authors' and against torch's own modules compiled.
+"""A whole training step of LIFT, against its authors' step and against torch's own modules, also compiled.
 
-Tower, head, contrastive loss, backward, clipping, AdamW, from pictures and cached text that are on the device: ours
+A step is tower, head, contrastive loss, backward, clipping and AdamW, from images and cached text on the device. Ours
 takes the text as int8 rows, the others as float32, as LIFT's authors cache it. "authors' step" is theirs: open_clip's
-tower, eager, each block checkpointed, AdamW not fused. All take bfloat16 where it is native.
+tower, eager, with every block checkpointed and AdamW not fused. All use bfloat16 if the device multiplies it natively.
 
-FLOPs are the model's: forward and backward of the tower and the head as ours dispatches them, and the two products of
-the loss; what a rival computes again counts nothing, but for attention's scores in the backward, which torch counts
-too. MFU is on those, against the datasheet's peak and against torch.mm of square matrices, timed in turn with the
-rivals. At the end, what float8 does to the loss of a toy task.
+FLOPs are those of the model: forward and backward of the tower and the head as our code dispatches them, and the two
+products of the loss. Recomputed activations do not count, except attention's scores in the backward, which torch counts
+too. MFU is relative to the datasheet's peak and to torch.mm of square matrices, which is timed in turn with the rivals.
+The last part measures how float8 changes the loss of a toy task.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,24 +37,22 @@ from .vit_peers import (
     PeerLift,
     Tower,
     adamw,
+    dtype_name,
     faster,
     fastest,
+    installed_peers,
     measure,
-    named,
     native_dtype,
     peer_step,
-    peers_here,
 )
 
 GRAPH = " graph"  # after our name: replayed as a CUDA graph
-# With --quick the first. All rivals' weights, and the graphs' activations, are on the device at once: in 80 GB.
+# --quick measures the first. The weights of all rivals and the activations of the graphs fit into 80 GB together.
 GPU_CASES = small((("vit-b16", 256), ("vit-s16", 512), ("vit-l16", 64)), (("tiny", 8),))
 CPU_CASES = (("tiny", 32), ("vit-b16", 8))
-MFU_BAR, COMPILED_BAR, AUTHORS_BAR, CPU_BAR = 0.60, 1.25, 3.0, 0.97
-GEMM_SIZE: int | None = None  # the device's, see measure/peaks.py
-
-
-FLOAT8_VIT, FLOAT8_STEPS, FLOAT8_BAR = VitConfig(32, 8, 128, 4, 2), small(150, 2), 0.01
+MFU_TARGET, COMPILED_TARGET, AUTHORS_TARGET, CPU_TARGET = 0.60, 1.25, 3.0, 0.97
+GEMM_SIZE: int | None = None  # None: that of the device in measure/peaks.py
+FLOAT8_VIT, FLOAT8_STEPS, FLOAT8_TARGET = VitConfig(32, 8, 128, 4, 2), small(150, 2), 0.01
 
 
 def run(suite: Suite) -> None:
@@ -66,7 +64,7 @@ def run(suite: Suite) -> None:
 
 
 def _float8(suite: Suite, where: str) -> None:
-    """What multiplying in float8 does to the loss: a toy task, the same weights and batches."""
+    """Losses of a toy task with products in float8 and in bfloat16, from the same weights and batches."""
     if reason := float8.why_not(torch.device(where)):
         suite.note(f"the loss in float8: {reason}")
         return
@@ -82,11 +80,11 @@ def _float8(suite: Suite, where: str) -> None:
             }
         )
     apart = sum(abs(a - b) for a, b in zip(*losses.values(), strict=True)) / FLOAT8_STEPS
-    suite.bar("a toy task's loss: float8 from bf16, mean over the steps", apart, FLOAT8_BAR, at_most=True)
+    suite.bar("a toy task's loss: float8 from bf16, mean over the steps", apart, FLOAT8_TARGET, at_most=True)
 
 
 def _toy_losses(where: str, fp8: bool) -> list[float]:
-    """Of a small tower under bf16 autocast that tells 20 patterns in noise apart."""
+    """Loss of each step of a small tower that learns, under bf16 autocast, to classify 20 patterns in noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(20, 3, 32, 32, generator=generator)
     with torch.random.fork_rng(devices=[]):
@@ -109,6 +107,7 @@ def _toy_losses(where: str, fp8: bool) -> list[float]:
 
 
 def step_flops(preset: Preset, batch: int) -> int:
+    """FLOPs of a step: towers and heads of a batch, and the loss's two products."""
     with FakeTensorMode():
         model, pixels = Lift(preset), torch.empty(1, 3, preset.vit.image_size, preset.vit.image_size)
         towers = count(lambda: model.encode_image(pixels).sum().backward())
@@ -126,8 +125,8 @@ def _case(suite: Suite, where: str, name: str, preset: Preset, batch: int) -> No
         graphed = options.get("graphed", False)
         lr = torch.tensor(1e-4, device=where) if graphed else 1e-4
         optimizer = adamw(model, lr, fused=True, capturable=graphed)
-        wanted = None if dtype == torch.float32 else dtype
-        step = Step(model, ClipLoss(normalize=True), optimizer, precision=wanted, clip_grad=1.0, **options)
+        precision = None if dtype == torch.float32 else dtype
+        step = Step(model, ClipLoss(normalize=True), optimizer, precision=precision, clip_grad=1.0, **options)
         return lambda: step(pixels, codes, 1e-4)
 
     def peer(tower: Callable[[VitConfig], nn.Module], compile: bool, fused: bool = True) -> Call:
@@ -136,7 +135,7 @@ def _case(suite: Suite, where: str, name: str, preset: Preset, batch: int) -> No
         return lambda: step(pixels, text)
 
     product, product_flops = gemm(where, dtype, GEMM_SIZE)
-    # In the order of what a bar needs, in case time is up.
+    # Rivals that targets need come first, in case time runs out.
     builds: dict[str, Callable[[], Call]] = {
         GEMM: lambda: product,
         OURS: ours,
@@ -144,46 +143,47 @@ def _case(suite: Suite, where: str, name: str, preset: Preset, batch: int) -> No
     }
     if where == "cuda":
         builds[OURS + GRAPH] = partial(ours, graphed=True)
-    if where == "cuda" or not suite.quick:  # on the CPU compiling takes minutes
+    if where == "cuda" or not suite.quick:  # compiling takes minutes on the CPU
         builds[TORCH + COMPILED] = partial(peer, Tower, True)
         if where == "cuda":
             builds[OURS + COMPILED + GRAPH] = partial(ours, compiled=True, graphed=True)
         builds[OURS + COMPILED] = partial(ours, compiled=True)
     builds[TORCH] = partial(peer, Tower, False)
     if not suite.quick:
-        for other, tower in peers_here(suite.note).items():
+        for other, tower in installed_peers(suite.note).items():
             if other != TORCH:
                 builds[other + COMPILED] = partial(peer, tower, True)
 
     flops = step_flops(preset, batch)
-    case: dict[str, Any] = {"preset": name, "batch": batch, "dtype": named(dtype)}
+    case: dict[str, Any] = {"preset": name, "batch": batch, "dtype": dtype_name(dtype)}
     rates = {"images_per_s": batch, "tflop_per_s": flops / 1e12}
     datasheet = peak(torch.cuda.get_device_name()) if where == "cuda" else None
     if where == "cuda" and datasheet is None:
-        suite.note(f"no datasheet's peak is known here for {torch.cuda.get_device_name()}")
+        suite.note(f"measure/peaks.py has no datasheet's peak for {torch.cuda.get_device_name()}")
 
     def utilisation(what: str, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """MFU columns; for torch.mm also its own TFLOP/s and no images."""
         seconds = rows[what]["median_ms"] / 1e3
         rate = product_flops / rows[GEMM]["median_ms"] * 1e3 if GEMM in rows else None
         done = product_flops if what == GEMM else flops
-        others = {"images_per_s": None, "tflop_per_s": done / seconds / 1e12, "peak_mib": None} if what == GEMM else {}
+        replaced = {"images_per_s": None, "tflop_per_s": done / seconds / 1e12, "peak_mib": None}
         return {
-            **others,
+            **(replaced if what == GEMM else {}),
             "mfu_datasheet": mfu(done, seconds, datasheet) if datasheet else None,
             "mfu_gemm": mfu(done, seconds, rate) if rate else None,
         }
 
     rows = measure(suite, case, builds, where, rates, also=utilisation)
-    _bars(suite, where, f"{name}, batch {batch}", rows)
+    _targets(suite, where, f"{name}, batch {batch}", rows)
 
 
-def _bars(suite: Suite, where: str, case: str, rows: dict[str, dict[str, Any]]) -> None:
+def _targets(suite: Suite, where: str, case: str, rows: dict[str, dict[str, Any]]) -> None:
     best = fastest(rows, lambda what: what.startswith(OURS)) or OURS
     if where == "cpu":
-        suite.bar(f"{case}: {best}: speed against {TORCH}' step", faster(rows, best, TORCH), CPU_BAR)
+        suite.bar(f"{case}: {best}: speed against {TORCH}' step", faster(rows, best, TORCH), CPU_TARGET)
         return
     compiled = fastest(rows, lambda what: what.endswith(COMPILED) and not what.startswith(OURS)) or TORCH + COMPILED
     utilisation = rows[best]["mfu_gemm"] if best in rows else None
-    suite.bar(f"{case}: {best}: MFU of the GEMM rate measured", utilisation, MFU_BAR)
-    suite.bar(f"{case}: {best}: faster than {compiled}", faster(rows, best, compiled), COMPILED_BAR)
-    suite.bar(f"{case}: {best}: faster than {AUTHORS}", faster(rows, best, AUTHORS), AUTHORS_BAR)
+    suite.bar(f"{case}: {best}: MFU of the GEMM rate measured", utilisation, MFU_TARGET)
+    suite.bar(f"{case}: {best}: faster than {compiled}", faster(rows, best, compiled), COMPILED_TARGET)
+    suite.bar(f"{case}: {best}: faster than {AUTHORS}", faster(rows, best, AUTHORS), AUTHORS_TARGET)

@@ -1,8 +1,8 @@
-"""The image tower, forward and backward, against torch's own modules and whichever other towers are installed.
+"""The image tower, forward and backward, against torch's own modules and other towers that are installed.
 
-Whole blocks, their parts, attention by every backend that is here, whole towers; what a block keeps for its backward;
-and the peak of a training step of ViT-B/16, from fake tensors. Gradients are those of the input and of all weights.
-See vit_peers.py for the peers and for how they are measured.
+Measures whole blocks, their parts, attention with every available backend, and whole towers; the activations that a
+block keeps for its backward; and, from fake tensors, the peak memory of a training step of ViT-B/16. Gradients are
+those of the input and of all weights. vit_peers.py describes the peers and how they are measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,26 +35,26 @@ from .vit_peers import (
     Call,
     LayerNorm,
     Tower,
+    dtype_name,
     fake_peak,
     faster,
     fastest,
     forward_backward,
+    installed_peers,
     kept_widths,
     measure,
-    named,
     native_dtype,
-    peers_here,
 )
 
-WIDTHS = {768: 12, 384: 6, 192: 3}  # and their heads
+WIDTHS = {768: 12, 384: 6, 192: 3}  # width -> heads
 TOKENS, HEADS, HEAD_DIM = 197, 12, 64
 OTHER_TOKENS = small((50, 257, 577), ())
 BATCH = {"cpu": 8, "cuda": small(256, 2)}
 BASE, TINY = PRESETS["vit-b16"].vit, PRESETS["tiny"].vit
 FAKE_BATCH = 256
 SDPA = "torch sdpa"
-BLOCK_BAR, KEPT_BAR, PEAK_BAR, ATTENTION_BAR = 0.97, 0.62, 0.65, 1.3
-TOWER_MOST_S = 10.0  # the larger tower on the CPU, with --quick
+BLOCK_TARGET, KEPT_TARGET, PEAK_TARGET, ATTENTION_TARGET = 0.97, 0.62, 0.65, 1.3
+TOWER_MOST_S = 10.0  # limit for the larger tower on the CPU, with --quick
 
 
 Modules = dict[str, Callable[[], nn.Module]]
@@ -94,7 +94,7 @@ PARTS: dict[str, Callable[[Suite], None]] = {
 
 
 def _dtypes(suite: Suite, where: str) -> list[str]:
-    """bf16 alone on a GPU; on the CPU fp32 too, and bf16 where it is native."""
+    """The dtypes to measure: bf16 on a GPU; on the CPU fp32, and bf16 if the processor multiplies it natively."""
     if where == "cuda":
         return ["bf16"]
     if native_dtype(where) == torch.float32:
@@ -106,9 +106,9 @@ def _dtypes(suite: Suite, where: str) -> list[str]:
 def _builds(
     suite: Suite, modules: Modules, inputs: tuple[Tensor, ...], where: str, dtype: torch.dtype
 ) -> dict[str, Callable[[], Call]]:
-    """Each module's forward and backward; and by torch.compile, after all as they are.
+    """Forward and backward of each module as it is, and after these of each module under torch.compile.
 
-    Not compiled with --quick on the CPU, where that takes minutes.
+    With --quick none is compiled on the CPU, where that takes minutes.
     """
 
     def build(make: Callable[[], nn.Module], compile: bool) -> Call:
@@ -137,11 +137,12 @@ def _blocks(suite: Suite, where: str) -> None:
             case = {"what of": "block", "width": width, "tokens": TOKENS, "batch": batch, "dtype": name}
             rows = measure(suite, case, builds, where, {"tflop_per_s": flops / 1e12})
             if where == "cpu":
-                bar = f"block, width {width}, {name}: speed against {TORCH}"
-                suite.bar(bar, faster(rows, OURS, TORCH), BLOCK_BAR)
+                target = f"block, width {width}, {name}: speed against {TORCH}"
+                suite.bar(target, faster(rows, OURS, TORCH), BLOCK_TARGET)
 
 
 def _memory(suite: Suite, where: str) -> None:
+    """Activations that a block keeps, and the peak of a training step on fake tensors."""
     if suite.over():
         suite.note("out of time: not measured: what a block keeps")
         return
@@ -151,7 +152,7 @@ def _memory(suite: Suite, where: str) -> None:
     kept = {what: kept_widths(module.to(where), x, torch.bfloat16) for what, module in modules.items()}
     for what, widths in kept.items():
         suite.add({"what of": "block, bf16", "what": what, "device": where, "widths kept a token": widths})
-    suite.bar(f"block: activations kept, against {TORCH}", kept[OURS] / kept[TORCH], KEPT_BAR, at_most=True)
+    suite.bar(f"block: activations kept, against {TORCH}", kept[OURS] / kept[TORCH], KEPT_TARGET, at_most=True)
 
     rivals: dict[str, tuple[Callable[[VitConfig], nn.Module], bool]] = {
         OURS: (Vit, False),
@@ -164,7 +165,7 @@ def _memory(suite: Suite, where: str) -> None:
         case = f"vit-b16, batch {FAKE_BATCH}, bf16, peak of a step"
         suite.add({"what of": case, "what": what, "device": "fake", "peak_gib": peaks[what] / 2**30})
     name = f"vit-b16, batch {FAKE_BATCH}, bf16: peak of a step against {TORCH}, both residual streams bf16"
-    suite.bar(name, peaks[OURS] / peaks[TORCH], PEAK_BAR, at_most=True)
+    suite.bar(name, peaks[OURS] / peaks[TORCH], PEAK_TARGET, at_most=True)
 
 
 def _sdpa(qkv: Tensor) -> Tensor:
@@ -182,18 +183,24 @@ def _attention(suite: Suite, where: str, tokens: int) -> None:
 
     builds = {f"{OURS} {name}": partial(build, attention, backend=name) for name in backends_here(where)}
     builds[SDPA] = partial(build, _sdpa)
-    flops = 4 * batch * HEADS * tokens**2 * HEAD_DIM * 3.5  # the backward has the scores to make again
-    case = {"what of": "attention", "width": HEADS * HEAD_DIM, "tokens": tokens, "batch": batch, "dtype": named(dtype)}
+    flops = 4 * batch * HEADS * tokens**2 * HEAD_DIM * 3.5  # the backward recomputes the scores
+    case = {
+        "what of": "attention",
+        "width": HEADS * HEAD_DIM,
+        "tokens": tokens,
+        "batch": batch,
+        "dtype": dtype_name(dtype),
+    }
     rows = measure(suite, case, builds, where, {"tflop_per_s": flops / 1e12}, spend=3.0)
     if where == "cuda" and tokens == TOKENS:
         ours = f"{OURS} triton"
         other = fastest(rows, lambda what: what != ours)
         name = f"attention, {tokens} tokens: triton against the best other ({other})"
-        suite.bar(name, faster(rows, ours, other), ATTENTION_BAR)
+        suite.bar(name, faster(rows, ours, other), ATTENTION_TARGET)
 
 
 class _LayerNormPart(nn.LayerNorm):
-    """ops/transformer/layernorm.py with the residual's addition; the sum is an output too."""
+    """ops/transformer/layernorm.py with the addition of the residual; returns the normalized sum and the sum."""
 
     def __init__(self, width: int, backend: str | None):
         super().__init__(width)
@@ -210,7 +217,7 @@ class _TorchLayerNormPart(LayerNorm):
 
 
 class _Added(nn.Module):
-    """Another's layer norm, behind the addition."""
+    """A layer norm from another library, after the addition."""
 
     def __init__(self, make: Callable[[], nn.Module]):
         super().__init__()
@@ -235,7 +242,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearPart(nn.Linear):
-    """ops/transformer/linear.py's three products, as block.py calls them."""
+    """The three products of ops/transformer/linear.py, as block.py calls them."""
 
     fp8 = False
 
@@ -248,7 +255,7 @@ class _Float8Part(_LinearPart):
 
 
 class _Mlp(nn.Sequential):
-    """ops/transformer/mlp.py, by the weights of its layers."""
+    """ops/transformer/mlp.py with the weights of its layers."""
 
     backend: str | None = None
 
@@ -270,17 +277,17 @@ def _torch_mlp(width: int) -> nn.Sequential:
 def _part(
     suite: Suite, where: str, name: str, modules: Modules, residual: bool, rates: Callable[[Tensor], dict[str, float]]
 ) -> None:
-    """A part of a block, of tokens of the widest."""
+    """Measures a part of a block at the largest width. residual: whether it takes a second input."""
     width, dtype = max(WIDTHS), native_dtype(where)
     rows = BATCH[where] * TOKENS
     inputs = [torch.randn(rows, width, device=where).to(dtype).requires_grad_() for _ in range(1 + residual)]
-    case = {"what of": name, "width": width, "rows": rows, "dtype": named(dtype)}
+    case = {"what of": name, "width": width, "rows": rows, "dtype": dtype_name(dtype)}
     builds = _builds(suite, modules, tuple(inputs), where, dtype)
     measure(suite, case, builds, where, rates(inputs[0]), spend=3.0 if suite.quick else None)
 
 
 def _ours(where: str, names: Sequence[str], build: Callable[[str | None], nn.Module]) -> Modules:
-    """On a GPU every backend that is here."""
+    """Our module with the default backend on the CPU, with each of the backends `names` on a GPU."""
     if where == "cpu":
         return {OURS: partial(build, None)}
     return {f"{OURS} {name}": partial(build, name) for name in names}
@@ -288,7 +295,7 @@ def _ours(where: str, names: Sequence[str], build: Callable[[str | None], nn.Mod
 
 def _layernorm(suite: Suite, where: str) -> None:
     width = max(WIDTHS)
-    # Here "triton_gemm" is the same as "triton".
+    # For layer norms "triton_gemm" is the same as "triton".
     names = [name for name in contract.backends_here(where) if name != contract.FUSED_GEMM]
     modules = _ours(where, names, partial(_LayerNormPart, width))
     modules[TORCH] = partial(_TorchLayerNormPart, width)
@@ -299,7 +306,7 @@ def _layernorm(suite: Suite, where: str) -> None:
             modules["liger_kernel"] = partial(_Added, partial(LigerLayerNorm, width))
         except ImportError as error:
             suite.note(f"liger_kernel: {error}")
-    # x, residual in, y, s out; s, dy, ds in, dx out
+    # Forward: reads x and residual, writes y and s. Backward: reads s, dy and ds, writes dx.
     moved = lambda x: {"gb_per_s": 8 * x.numel() * x.element_size() / 1e9}  # noqa: E731
     _part(suite, where, "residual and layernorm", modules, True, moved)
 
@@ -323,15 +330,15 @@ def _towers(suite: Suite, where: str, name: str, config: VitConfig, most: float 
     dtype, batch = native_dtype(where), BATCH[where]
     pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=where)
     modules: Modules = {OURS: partial(Vit, config)}
-    modules |= {peer: partial(build, config) for peer, build in peers_here(suite.note).items()}
+    modules |= {peer: partial(build, config) for peer, build in installed_peers(suite.note).items()}
     builds = _builds(suite, modules, (pixels,), where, dtype)
-    case = {"what of": "tower", "preset": name, "batch": batch, "dtype": named(dtype)}
+    case = {"what of": "tower", "preset": name, "batch": batch, "dtype": dtype_name(dtype)}
     rates = {"images_per_s": batch, "tflop_per_s": batch * tower_flops(config) / 1e12}
     measure(suite, case, builds, where, rates, most=most)
 
 
 def tower_flops(config: VitConfig) -> int:
-    """Of an image's forward and backward; nothing computed again counts but attention's scores, as in torch."""
+    """FLOPs of an image's forward and backward. Of what is recomputed only attention's scores count, as in torch."""
     with FakeTensorMode():
         tower, pixels = Vit(config), torch.empty(1, 3, config.image_size, config.image_size)
         return count(lambda: tower(pixels).sum().backward())

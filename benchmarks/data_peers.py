@@ -1,12 +1,12 @@
-"""Others' ways from tars of JPEGs to batches of random crops, uint8 [batch, size, size, 3], each as its manual has it.
+"""Other loaders from tars of JPEGs to batches of random crops, uint8 [batch, size, size, 3], set up as documented.
 
-"DataLoader" is torch's with Pillow: a map-style dataset that reads its pictures by offset, decodes and crops them in
-one worker a core, and sends batches through shared memory. Its draft variant lets libjpeg scale while it decodes.
-"webdataset" streams the same tars through the library of that name and does the same with Pillow. "DALI's reader" is
-NVIDIA's own for such tars, which decodes no more of a picture than its crop.
+"DataLoader" is torch's with Pillow: a map-style dataset reads images by offset, one worker per core decodes and crops
+them, and batches go through shared memory. In its draft variant libjpeg scales images while it decodes. "webdataset"
+streams the same tars through the library of that name and also crops with Pillow. "DALI's reader" is NVIDIA's own for
+such tars; it decodes only the part of an image that the crop needs.
 
-None of them ever comes to the end of an epoch, so none stops to begin one. Workers come from a fork server: a fork of
-this process would take along locks that DALI's or OpenMP's threads hold.
+The epochs of all of them are endless, so that none pauses between two. Workers are started by a fork server, because a
+fork of this process would copy locks that are held by threads of DALI or OpenMP.
 """
 
 import io
@@ -27,15 +27,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-PREFETCH = 2  # batches a worker makes ahead, the default of all three
-ENDLESS = 1 << 40  # samples
+PREFETCH = 2  # batches that a worker prefetches; the default of all three
+ENDLESS = 1 << 40  # samples of an epoch
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Crops:
-    """What every rival does with a picture: a crop of `least` to all of its area, made size x size."""
+    """What every rival makes of an image: a crop of `least` to all of its area, resized to size x size."""
 
     folder: Path
     batch: int
@@ -49,8 +49,11 @@ class Crops:
 
 @dataclass(frozen=True)
 class Feed:
-    """A loader at work. held: batches it may have made or begun when nobody asks for more. at_once: that it finishes
-    together, one a worker."""
+    """A running loader.
+
+    held: batches that it may have made or begun while none is requested. at_once: batches that its workers finish
+    together, one per worker.
+    """
 
     batches: Iterator[Any]
     held: int
@@ -58,7 +61,7 @@ class Feed:
 
 
 def random_box(width: int, height: int, least: float) -> Box:
-    """torchvision's RandomResizedCrop.get_params, which is not needed for more."""
+    """The box of a random crop, as torchvision's RandomResizedCrop.get_params computes it; torchvision is not used."""
     for _ in range(10):
         area = width * height * random.uniform(least, 1)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -72,7 +75,10 @@ def random_box(width: int, height: int, least: float) -> Box:
 
 
 def crop(data: bytes, size: int, least: float, draft: bool) -> Tensor:
-    """uint8 [size, size, 3] by Pillow. draft: decoded at an 8th, a quarter or half where the crop allows it."""
+    """A random crop by Pillow, uint8 [size, size, 3].
+
+    draft: the image is decoded at 1/8, 1/4 or 1/2 of its size if the crop is large enough for that.
+    """
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     box: tuple[float, ...] = random_box(width, height, least)
@@ -83,12 +89,12 @@ def crop(data: bytes, size: int, least: float, draft: bool) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)))
 
 
-class TarPictures(Dataset):
-    """The pictures of a folder of tars, by number."""
+class TarImages(Dataset):
+    """Random crops of the images in a folder of tars, by number."""
 
     def __init__(self, crops: Crops, draft: bool):
         self.crops, self.draft = crops, draft
-        self.files: dict[str, int] = {}  # opened where they are read: in a worker
+        self.files: dict[str, int] = {}  # each worker opens its own
         self.places: list[tuple[str, int, int]] = []
         for path in crops.tars():
             with tarfile.open(path) as tar:
@@ -107,14 +113,15 @@ class TarPictures(Dataset):
 
 def _workers(crops: Crops) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # else every worker imports torch
+    context.set_forkserver_preload([__name__])  # otherwise every worker would import torch
     return {"num_workers": crops.workers, "prefetch_factor": PREFETCH, "multiprocessing_context": context}
 
 
 def data_loader(crops: Crops, draft: bool = False) -> Feed:
-    pictures = TarPictures(crops, draft)
-    sampler = RandomSampler(pictures, replacement=True, num_samples=ENDLESS)
-    loader = DataLoader(pictures, crops.batch, sampler=sampler, drop_last=True, **_workers(crops))
+    """torch's DataLoader with Pillow."""
+    images = TarImages(crops, draft)
+    sampler = RandomSampler(images, replacement=True, num_samples=ENDLESS)
+    loader = DataLoader(images, crops.batch, sampler=sampler, drop_last=True, **_workers(crops))
     return Feed(iter(loader), (PREFETCH + 1) * crops.workers, crops.workers)
 
 
@@ -123,7 +130,7 @@ def _sample(parts: Sequence[bytes], size: int, least: float) -> tuple[Tensor]:
 
 
 def webdataset(crops: Crops) -> Feed:
-    """Raises ImportError where it is not installed."""
+    """webdataset with Pillow. Raises ImportError if it is not installed."""
     from webdataset import WebDataset, WebLoader
 
     tars = crops.tars()
@@ -135,7 +142,7 @@ def webdataset(crops: Crops) -> Feed:
 
 
 def dali_reader(crops: Crops, device_id: int | None = None) -> Feed:
-    """DALI's reader, decoder and resize; device_id: it decodes on that GPU. Raises ImportError without DALI."""
+    """DALI's reader, decoder and resize, on the CPU or on GPU device_id. Raises ImportError without DALI."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
     from wds2idx import IndexCreator
@@ -158,8 +165,8 @@ def dali_reader(crops: Crops, device_id: int | None = None) -> Feed:
         )
         return fn.resize(images, size=[crops.size, crops.size], interp_type=types.INTERP_CUBIC)
 
-    made = pipeline(
+    built = pipeline(
         batch_size=crops.batch, num_threads=crops.workers, device_id=device_id, prefetch_queue_depth=PREFETCH
     )
-    batches = DALIGenericIterator(made, ["pixels"])
+    batches = DALIGenericIterator(built, ["pixels"])
     return Feed((batch[0]["pixels"] for batch in batches), PREFETCH + 2)

@@ -1,9 +1,9 @@
-"""Shared by the benchmarks of the pair losses: inputs, interleaved timing, peak memory and errors; a row per rival.
+"""Shared by the benchmarks of the pair losses: inputs, interleaved timing, peak memory and errors, one row per rival.
 
-Every rival, ours among them, gets the same contiguous features and the same threads, is called once before it is timed,
-and computes its loss and the gradients for the images, the text if it is trained, logit_scale and logit_bias.
+Every rival, including ours, gets the same contiguous features and number of threads, is called once before it is timed,
+and computes its loss and the gradients of the images, of the text if it is trained, of logit_scale and of logit_bias.
 
-`python -m benchmarks.pairs JSON` probes memory: it prints the peak of one rival in a fresh process, on the CPU.
+`python -m benchmarks.pairs JSON` measures memory: it prints the peak of one rival on the CPU, in a new process.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ SAMPLE = 256  # rows whose gradients are compared with float64
 
 Loss = Callable[..., Tensor]  # image, text, logit_scale[, logit_bias] -> the loss
 Step = Callable[[], tuple[Tensor, tuple[Tensor | None, ...]]]
-Key = tuple[str, str]  # the rival; "frozen", "trainable" or "int8" text
+Key = tuple[str, str]  # rival, text: "frozen", "trainable" or "int8"
 
 
 class Case(NamedTuple):
@@ -74,7 +74,7 @@ class Truth(NamedTuple):
 
 
 class Op(NamedTuple):
-    """A loss: its implementations on a device (ours and the rivals), and its definition in float64."""
+    """A loss: its implementations on a device (ours and others), and its definition in float64."""
 
     suite: str
     parameters: tuple[float, ...]  # logit_scale[, logit_bias]
@@ -87,7 +87,7 @@ def device() -> str:
 
 
 def fits(rows: int) -> bool:
-    """Whether six float32 matrices of rows x rows, which dense rivals need, fit into the CPU's memory."""
+    """Whether the six float32 matrices of rows x rows that dense rivals need fit into the CPU's memory."""
     return 6 * 4 * rows**2 < machine()["memory_gib"] * 2**30
 
 
@@ -103,7 +103,7 @@ def features(case: Case, device: str) -> tuple[Tensor, Tensor]:
 
 
 def compiled(loss: Loss) -> Loss:
-    """The loss under torch.compile, from the first call on: importing the compiler takes seconds."""
+    """The loss under torch.compile, set up at the first call because importing the compiler takes seconds."""
     cached: list[Loss] = []
 
     def call(*arguments: Any) -> Tensor:
@@ -115,6 +115,7 @@ def compiled(loss: Loss) -> Loss:
 
 
 def quantized(text: Tensor) -> QuantizedRows:
+    """The rows as int8 codes with a float32 scale each, rounded to nearest."""
     wide = text.detach().float()
     scales = wide.abs().amax(dim=1) / 127
     return QuantizedRows((wide / scales[:, None]).round().to(torch.int8), scales, "int8", wide.shape[1])
@@ -125,11 +126,12 @@ def parameters(op: Op, device: str) -> list[Tensor]:
 
 
 def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[Tensor]) -> Step:
+    """A call that returns the loss and its gradients for the inputs that need one."""
     leaves = [x for x in (image, text, *scalars) if isinstance(x, Tensor) and x.requires_grad]
 
     def run() -> tuple[Tensor, tuple[Tensor | None, ...]]:
         value = loss(image, text, *scalars)
-        # Some peers have no gradient for the scale.
+        # Some rivals have no gradient for the scale.
         return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True)
 
     return run
@@ -137,9 +139,9 @@ def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[
 
 @contextmanager
 def unasked() -> Iterator[list[torch.Size]]:
-    """Lists the shapes of gradients that Python autograd functions return, inside, for inputs that need none.
+    """Lists the shapes of the gradients that autograd functions in Python return for inputs that need none.
 
-    0-d gradients do not count, nor what a function computes and does not return.
+    0-d gradients do not count, nor gradients that a function computes without returning them.
     """
     kind = torch.autograd.function.BackwardCFunction
     found: list[torch.Size] = []
@@ -171,10 +173,10 @@ def measure(
     least_repeats: int | None = None,
     without: frozenset[str] = frozenset(),
 ) -> dict[Key, dict[str, Any]]:
-    """Adds a row for each rival in `only` (None: all) and not in `without`, and for torch.mm of the same shape.
+    """Adds a row for each rival in `only` (None: all) that is not in `without`, and for torch.mm of the same shape.
 
-    Returns the rows by rival and text. With frozen text and `int8` ours also has a row for int8 text. A rival that
-    fails (an unsupported shape, out of memory) is noted and has no row.
+    Returns the rows by rival and text. With frozen text and `int8`, ours has a second row for int8 text. A rival that
+    fails (an unsupported shape, out of memory) gets a note and no row.
     """
     where = device()
     if suite.over():
@@ -196,7 +198,7 @@ def measure(
     found: dict[Key, dict[str, float]] = {}
     seconds: dict[Key, float] = {}  # of the last call before the timing
     kernels: dict[Key, dict[str, dict[str, int]]] = {}
-    extra: set[Key] = set()  # those that computed gradients that were not needed
+    extra: set[Key] = set()  # rivals that computed gradients that are not needed
     truths: dict[str, Truth] = {}
     sample = torch.arange(0, case.rows, -(-case.rows // SAMPLE), device=where)
     for (what, kind), call in list(steps.items()):
@@ -219,13 +221,13 @@ def measure(
                     truths[kind] = _truth(op, image, texts[kind], sample)
                 figures |= _errors(result, truths[kind], sample, case.trainable)
             del result
-            if where == "cuda":  # a second call, since the first compiles kernels
+            if where == "cuda":  # in a second call, since the first compiles kernels
                 figures["extra_mib"], seconds[what, kind] = _cuda_peak(call)
             elif memory:
                 figures["extra_mib"] = cpu_peak(op, case, what, kind)
             found[what, kind] = figures
-        except Exception as error:  # a rival's error, of any kind; the remaining rivals are measured
-            suite.note(f"{what}, {kind} text: {case}: {_in_a_line(error)}")
+        except Exception as error:  # a rival may raise anything; the remaining ones are measured
+            suite.note(f"{what}, {kind} text: {case}: {one_line(error)}")
             del steps[what, kind]
             seconds.pop((what, kind), None)
             if where == "cuda":
@@ -235,17 +237,17 @@ def measure(
     calls: dict[Key, Callable[[], object]] = dict(steps)
     product_key = GEMM, case.text
     left, right = image.detach(), text.detach().T
-    # Into allocated memory on the CPU; on a GPU torch's caching allocator makes the allocation free, for rivals too.
+    # The CPU gets allocated memory; on a GPU allocation costs nothing with torch's caching allocator, for rivals too.
     product = torch.empty((case.rows, case.rows), dtype=image.dtype) if where == "cpu" else None
     calls[product_key] = lambda: torch.mm(left, right, out=product)
     try:
         seconds[product_key] = median_ms(calls[product_key], 1, 1, where) / 1e3
         timings, repeats = _timed(suite, calls, seconds, where, least_repeats or suite.least)
     except torch.OutOfMemoryError as error:
-        suite.note(f"timing: {case}: {_in_a_line(error)}")
+        suite.note(f"timing: {case}: {one_line(error)}")
         return {}
     added = {}
-    rate = timings[product_key]
+    gemm = timings[product_key]
     for (what, kind), (median, spread) in timings.items():
         flops = case.gemm_flops if what == GEMM else case.flops
         figures = found.get((what, kind), {})
@@ -261,7 +263,7 @@ def measure(
             "median_ms": median,
             "spread_ms": spread,
             "tflop_per_s": flops / median / 1e9,
-            "of_gemm": flops / case.gemm_flops * rate.median / median,
+            "of_gemm": flops / case.gemm_flops * gemm.median / median,
             "extra_mib": figures.get("extra_mib"),
             "loss_error": figures.get("loss_error"),
             "grad_error": figures.get("grad_error"),
@@ -282,9 +284,9 @@ def _timed(
     where: str,
     least: int,
 ) -> tuple[dict[Key, Timing], dict[Key, int]]:
-    """Interleaved timings of all calls, and their repeats: as many as fit into the time for a case.
+    """Interleaved timings of all calls and the number of repeats, as many as fit into the time for a case.
 
-    A call so slow that it would use up that time alone is not repeated: its last call's time is taken.
+    A call that would alone use up that time is not repeated; the time of its last call counts.
     """
     spend, slow = (10.0, 120.0) if where == "cpu" else (2.0, 1.0)
     spend *= 1 if suite.quick else 4
@@ -304,7 +306,7 @@ def _settings(image: Tensor, case: Case) -> dict[str, Any]:
     found: dict[str, Any] = {"by": backend}
     facts = {"dim": case.dim, "itemsize": image.element_size(), "backend": backend, "trained": case.trainable}
     for setting in ("block", "band", "keep"):
-        with suppress(LookupError):  # this backend does not have it
+        with suppress(LookupError):  # this backend does not have the setting
             found[setting] = tuned.lookup("pairs", device, setting, **facts)
     return found
 
@@ -320,17 +322,19 @@ def _errors(
     """The loss's absolute error, and the larger of the image and text gradients' relative errors in norm."""
     loss, grads = result
     pairs = list(zip(grads, truth[1:], strict=False))[: 2 if trainable else 1]
-    worst = max(relative_error(grad[sample], right) for grad, right in pairs if grad is not None)
+    worst = max(relative_error(grad[sample], expected) for grad, expected in pairs if grad is not None)
     return {"loss_error": abs(float(loss.double() - truth.loss)), "grad_error": worst}
 
 
-def relative_error(value: Tensor, right: Tensor) -> float:
-    return float((value.double() - right.double()).norm() / right.double().norm())
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm of the expected value, in float64."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _in_a_line(error: Exception) -> str:
-    words = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {words[0][:160]}"
+def one_line(error: Exception) -> str:
+    """The type of an error and the first line of its message, cut to 160 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def _cuda_peak(call: Step) -> tuple[float, float]:
@@ -346,7 +350,7 @@ def _cuda_peak(call: Step) -> tuple[float, float]:
 
 
 def cpu_peak(op: Op, case: Case, what: str, kind: str) -> float:
-    """Peak growth of the resident set of a fresh process by one call of a rival, in MiB, gradients included.
+    """MiB by which one call of a rival raises the peak resident set of a new process, gradients included.
 
     Raises RuntimeError with the last line of the process's stderr if it fails.
     """
@@ -368,10 +372,10 @@ def _probe(request: dict[str, Any]) -> float:
         return step(loss, image, quantized(text) if request["kind"] == "int8" else text, parameters(op, "cpu"))
 
     case = Case(*request["case"])
-    # Starts thread pools and loads libraries before the measurement; torch.compile needs the very shape.
+    # Starts thread pools and loads libraries before the measurement; torch.compile needs the same shape for that.
     call(case if request["what"] == COMPILED else case._replace(rows=64))()
     measured = call(case)
-    ctypes.CDLL(None).malloc_trim(0)  # returns memory that making the inputs left free
+    ctypes.CDLL(None).malloc_trim(0)  # gives memory freed after making the inputs back to the system
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     measured()

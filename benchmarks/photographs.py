@@ -1,9 +1,9 @@
-"""Photographs that nobody took, for benchmarks of decoders: what a JPEG decoder's time hangs on is as in real ones.
+"""Synthetic photographs for benchmarks of decoders; they match real ones in what a JPEG decoder's time depends on.
 
-Objects that hide one another (dead leaves: discs and slabs of power-law sizes, Lee, Mumford and Huang, 2001) give sharp
-edges and flat regions; on each lies a texture whose amplitude falls as 1 / f^1.1, near natural images' (Field, 1987),
-of its own contrast, alike in the colour channels but for a little. Sizes, quality and chroma subsampling are those of
-pictures on the web. Everything follows from the seed.
+Overlapping objects give sharp edges and flat regions: "dead leaves", discs and slabs of power-law sizes (Lee, Mumford
+and Huang, 2001). Each has a texture whose amplitude falls as 1 / f^1.1, close to that of natural images (Field, 1987),
+with a contrast of its own and small differences between the colour channels. Sizes, quality and chroma subsampling are
+those of images on the web. The same seed gives the same images.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-FALL = 1.1  # the amplitude's power of the frequency
-FIELD, FIELDS = 1024, 9  # pixels a side of a texture, which is periodic; how many there are to cut from
-LEAVES = 500
-# Width and height of landscapes, and how often; a quarter of the pictures stands upright.
+FALL = 1.1  # amplitude of a texture: frequency ** -FALL
+FIELD, FIELDS = 1024, 9  # side of a periodic texture in pixels; number of textures
+LEAVES = 500  # objects of an image
+# Width and height of landscape images -> relative frequency.
 SIZES = {
     (400, 300): 2,
     (500, 333): 3,
@@ -31,15 +31,15 @@ SIZES = {
     (1024, 683): 1,
     (1024, 768): 1,
 }
-PORTRAITS = 0.25
-QUALITY = 80, 95
-SUBSAMPLED = 0.9  # 4:2:0; the others are 4:4:4
+PORTRAITS = 0.25  # share of images with width and height exchanged
+QUALITY = 80, 95  # least and greatest JPEG quality
+SUBSAMPLED = 0.9  # share with chroma subsampling 4:2:0; the others have 4:4:4
 WORDS = ("a", "photograph", "of", "the", "old", "harbour", "two", "people", "near", "green", "hills", "at", "night")
 
 
 @cache
 def fields() -> np.ndarray:
-    """float32 [FIELDS, FIELD, FIELD]: textures of mean 0 and deviation 1, periodic, made once in a process."""
+    """Periodic textures of mean 0 and standard deviation 1, float32 [FIELDS, FIELD, FIELD]; made once per process."""
     rng = np.random.default_rng(0)
     y, x = np.fft.fftfreq(FIELD)[:, None], np.fft.rfftfreq(FIELD)
     frequency = np.hypot(y, x)
@@ -52,7 +52,7 @@ def fields() -> np.ndarray:
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]."""
+    """A photograph, uint8 [height, width, 3]."""
     colours, contrast = _leaves(rng, width, height)
     light, *chroma = (_cut(rng, width, height) for _ in range(3))
     channels = (light, light + 0.3 * chroma[0], light + 0.3 * chroma[1])
@@ -63,11 +63,11 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 def _leaves(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Each pixel's colour and its texture's contrast, float32 [height, width, 3] and [height, width]."""
-    size = 2 * width, 2 * height  # and halved at the end, so that edges are smooth
+    size = 2 * width, 2 * height  # halved at the end, which makes edges smooth
     colours, contrast = Image.new("RGB", size), Image.new("L", size)
     paint, texture = ImageDraw.Draw(colours), ImageDraw.Draw(contrast)
     least, most = 0.008 * max(size), 0.4 * max(size)
-    # Radii of density r^-3, by the inverse of their distribution; the first leaf is what lies behind.
+    # Radii of density r^-3, from the inverse of their distribution function; the first leaf is the background.
     radii = (least**-2 - rng.random(LEAVES) * (least**-2 - most**-2)) ** -0.5
     radii[0] = sum(size)
     for radius in radii.tolist():
@@ -90,7 +90,7 @@ def _leaves(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarr
 
 
 def _cut(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A piece of a texture, turned over or not."""
+    """A random piece of a texture, transposed and mirrored at random, float32 [height, width]."""
     texture = fields()[rng.integers(FIELDS)]
     if rng.random() < 0.5:
         texture = texture.T
@@ -100,14 +100,14 @@ def _cut(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def size_of(rng: np.random.Generator) -> tuple[int, int]:
-    """A width and height as they come on the web."""
+    """A width and height that are common on the web."""
     weights = np.array(list(SIZES.values()))
     width, height = list(SIZES)[rng.choice(len(SIZES), p=weights / weights.sum())]
     return (height, width) if rng.random() < PORTRAITS else (width, height)
 
 
 def jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A photograph as a JPEG, of a quality and chroma subsampling as they come on the web."""
+    """A photograph as a JPEG with a quality and chroma subsampling that are common on the web."""
     quality = int(rng.integers(QUALITY[0], QUALITY[1], endpoint=True))
     subsampling = 2 if rng.random() < SUBSAMPLED else 0
     out = io.BytesIO()
@@ -118,8 +118,11 @@ def jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
 def write_shards(
     folder: Path, count: int, seed: int, size: tuple[int, int] | None = None, shards: int = 4
 ) -> list[bytes]:
-    """`count` photographs as img2dataset lays them out: tars of KEY.jpg, KEY.json and KEY.txt, the key being the shard
-    in five digits and the sample in four. size: of all pictures, (width, height); None: mixed. Returns the files."""
+    """Writes `count` photographs in the layout of img2dataset and returns the JPEG files.
+
+    A tar has KEY.jpg, KEY.json and KEY.txt for each sample; the key is the shard's number in five digits and the
+    sample's in four. size: (width, height) of all images; None: mixed.
+    """
     folder.mkdir(parents=True)
     files = []
     for shard, samples in enumerate(np.array_split(np.arange(count), min(shards, count))):
@@ -127,7 +130,7 @@ def write_shards(
             for place, sample in enumerate(samples.tolist()):
                 rng = np.random.default_rng([seed, sample])
                 width, height = size or size_of(rng)
-                picture = jpeg(rng, width, height)
+                image = jpeg(rng, width, height)
                 key, caption = f"{shard:05d}{place:04d}", " ".join(rng.choice(WORDS, rng.integers(6, 20)))
                 meta = {
                     "caption": caption,
@@ -140,11 +143,11 @@ def write_shards(
                     "original_width": width,
                     "original_height": height,
                     "exif": "{}",
-                    "sha256": hashlib.sha256(picture).hexdigest(),
+                    "sha256": hashlib.sha256(image).hexdigest(),
                 }
-                for suffix, data in ("jpg", picture), ("json", json.dumps(meta).encode()), ("txt", caption.encode()):
+                for suffix, data in ("jpg", image), ("json", json.dumps(meta).encode()), ("txt", caption.encode()):
                     info = tarfile.TarInfo(f"{key}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-                files.append(picture)
+                files.append(image)
     return files

@@ -1,9 +1,10 @@
-"""What bench_vit and bench_step share: the towers of others, whole steps around them, and how they are measured.
+"""Shared by bench_vit and bench_step: other implementations of the tower, training steps with them, and measurement.
 
 Every peer has our tower's sizes and random weights, is in training mode and runs under the same autocast. "torch
-modules" is open_clip's tower written with torch's own modules; open_clip's, timm's and Hugging Face's own are there
-where they are installed. As open_clip's, the layer norm of "torch modules" returns its input's dtype, so that the
-residual stream is bfloat16 under autocast, as ours is. timm's and Hugging Face's is what those make it.
+modules" is open_clip's tower written with torch's own modules; the towers of open_clip, timm and Hugging Face are
+measured if they are installed. The layer norm of "torch modules" returns its input's dtype, as open_clip's does, so the
+residual stream is bfloat16 under autocast, as in our tower. In those of timm and Hugging Face it has the dtype that
+these libraries give it.
 """
 
 import gc
@@ -27,7 +28,7 @@ from lift_fast.nn.models import INITIAL_LOGIT_SCALE, MAX_LOGIT_SCALE
 from .bench_contrastive import open_clip as clip_loss
 from .harness import Suite
 from .launches import launches, registers
-from .pairs import DTYPES
+from .pairs import DTYPES, one_line
 
 OURS, TORCH, AUTHORS = "lift_fast", "torch modules", "authors' step"
 COMPILED = " compiled"  # after a rival's name
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 
 class LayerNorm(nn.LayerNorm):
-    """open_clip's: returns its input's dtype. wide: computes in float32, as CUDA's autocast has it everywhere."""
+    """open_clip's: returns its input's dtype. wide: computes in float32, as every layer norm under CUDA's autocast."""
 
     wide = False
 
@@ -62,7 +63,10 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """open_clip's VisionTransformer as LIFT's authors set it: pixels [batch, 3, H, W] -> features [batch, width]."""
+    """open_clip's VisionTransformer with the settings of LIFT's authors.
+
+    Pixels [batch, 3, H, W] -> features [batch, width].
+    """
 
     def __init__(self, config: VitConfig, checkpointing: bool = False):
         super().__init__()
@@ -140,21 +144,21 @@ TOWERS: dict[str, Callable[[VitConfig], nn.Module]] = {
 }
 
 
-def peers_here(note: Callable[[str], None]) -> dict[str, Callable[[VitConfig], nn.Module]]:
-    """Those of TOWERS that are installed."""
+def installed_peers(note: Callable[[str], None]) -> dict[str, Callable[[VitConfig], nn.Module]]:
+    """The TOWERS whose libraries are installed; a note for each of the others."""
     tiny = VitConfig(image_size=16, patch_size=16, width=8, layers=1, heads=1)
     found = {}
     for name, build in TOWERS.items():
         try:
             build(tiny)
             found[name] = build
-        except Exception as error:  # not installed, or another version's arguments
-            note(f"{name}: {in_a_line(error)}")
+        except Exception as error:  # not installed, or a version with other arguments
+            note(f"{name}: {one_line(error)}")
     return found
 
 
 class PeerLift(nn.Module):
-    """A tower, LIFT's head and the dense loss: (pixels, text [batch, text_dim]) -> the loss."""
+    """A tower with LIFT's head and the dense loss: (pixels, text [batch, text_dim]) -> loss."""
 
     def __init__(self, tower: nn.Module, width: int, text_dim: int):
         super().__init__()
@@ -170,7 +174,7 @@ class PeerLift(nn.Module):
 def peer_step(
     model: PeerLift, optimizer: torch.optim.Optimizer, where: str, dtype: torch.dtype, compile: bool = False
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A plain training step (pixels, text) -> (loss, gradient's norm): nothing in it waits for the device."""
+    """A plain training step without a host sync: (pixels, text) -> (loss, norm of the gradient)."""
     loss_of = torch.compile(model, dynamic=False) if compile else model
     parameters = list(model.parameters())
 
@@ -189,10 +193,10 @@ def peer_step(
 
 
 def adamw(model: nn.Module, lr: float | Tensor = 1e-4, **options: Any) -> torch.optim.AdamW:
-    """As LIFT's authors set it; gains, biases and the logit scale are not decayed."""
+    """AdamW with the settings of LIFT's authors; gains, biases and the logit scale have no weight decay."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
-    free = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": free, "weight_decay": 0.0}]
+    not_decayed = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": not_decayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, **options)
 
 
@@ -202,12 +206,13 @@ def native_dtype(where: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def named(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in rows: a key of DTYPES."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def autocast(where: str, dtype: torch.dtype) -> torch.autocast:
-    """To dtype; off for float32."""
+    """Autocast to bfloat16, or none for float32."""
     return torch.autocast(where, torch.bfloat16, enabled=dtype != torch.float32)
 
 
@@ -217,8 +222,10 @@ def forward_backward(
     parameters: Iterable[Tensor],
     dtype: torch.dtype,
 ) -> Call:
-    """A call of fn(*inputs) and its backward from fixed random gradients, for the inputs and parameters that need one,
-    under autocast to dtype."""
+    """A call that runs fn(*inputs) under autocast to dtype and its backward from fixed random gradients.
+
+    The backward computes the gradients of the inputs and parameters that need one.
+    """
     leaves = [t for t in (*inputs, *parameters) if t.requires_grad]
     where = inputs[0].device.type
     upstream: list[Tensor] = []
@@ -245,12 +252,13 @@ def measure(
     most: float | None = None,
     also: Callable[[str, Mapping[str, Row]], Row] | None = None,
 ) -> dict[str, Row]:
-    """Builds the rivals, calls each twice, times them in turn; adds and returns a row for each.
+    """Builds the rivals, calls each twice, times them in turn, and adds and returns a row for each.
 
-    rates: column -> how much of it a call does, for a column of so much a second. On a GPU a rival's peak memory is
-    all that it allocates, its weights included, while it is built and called. What fails is noted and has no row.
-    spend: seconds for the timing. most: seconds; if all would take longer, which the first rival's first call shows,
-    nothing is measured. also: from a rival's name and all rows, more of its columns, or others in their place.
+    rates: column -> amount of work in one call; the column gets the amount per second. spend: seconds for the timing.
+    most: limit in seconds; nothing is measured if the time of the first rival's first call shows that all would take
+    longer. also: from a rival's name and all rows, further columns of its row, or new values for columns that it has.
+    On a GPU a rival's peak memory is all that it allocates while it is built and called, including its weights. A rival
+    that fails gets a note and no row.
     """
     name = ", ".join(str(value) for value in case.values())
     if suite.over():
@@ -261,9 +269,9 @@ def measure(
     if spend is None:
         spend = (8.0 if where == "cpu" else 2.0) * (1 if suite.quick else 3)
     rows: dict[str, Row] = {}
-    for part in _parts(builds, where):
+    for group in _groups(builds, where):
         kernels: dict[str, dict[str, dict[str, int]]] = {}
-        found = _timed(suite, name, part, where, spend, most, kernels)
+        found = _timed(suite, name, group, where, spend, most, kernels)
         rows |= {what: {**case, "what": what, **row} for what, row in found.items()}
         for what in found:
             row = rows[what]
@@ -278,11 +286,11 @@ def measure(
     return rows
 
 
-def _parts(builds: Mapping[str, Callable[[], Call]], where: str) -> list[dict[str, Callable[[], Call]]]:
-    """What is timed in turn. On a GPU what torch compiles comes after all else has its rows: compiling takes long."""
+def _groups(builds: Mapping[str, Callable[[], Call]], where: str) -> list[dict[str, Callable[[], Call]]]:
+    """Groups of rivals that are timed in turn: on a GPU compiled ones form a second group, as compiling takes long."""
     compiled = {what: build for what, build in builds.items() if where == "cuda" and COMPILED in what}
     plain = {what: build for what, build in builds.items() if what not in compiled}
-    return [part for part in (plain, compiled) if part]
+    return [group for group in (plain, compiled) if group]
 
 
 def _timed(
@@ -294,7 +302,7 @@ def _timed(
     most: float | None,
     kernels: dict[str, dict[str, dict[str, int]]],
 ) -> dict[str, Row]:
-    """The figures of each that can be built and called; kernels gets what each launches, on a GPU."""
+    """The figures of each rival that can be built and called. On a GPU its launches are added to `kernels`."""
     calls: dict[str, Call] = {}
     seconds: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -314,15 +322,15 @@ def _timed(
                     if where == "cuda":
                         torch.cuda.synchronize()
                     elapsed = time.perf_counter() - begun
-        except Exception as error:  # theirs, of any kind; the others go on
-            suite.note(f"{what}: {name}: {in_a_line(error)}")
-            call = None  # it may hold a model
+        except Exception as error:  # a rival may raise anything; the remaining ones are measured
+            suite.note(f"{what}: {name}: {one_line(error)}")
+            call = None  # frees its model
             gc.collect()
             if where == "cuda":
                 torch.cuda.empty_cache()
             continue
         calls[what], seconds[what], peaks[what] = call, elapsed, peak[0] if peak else None
-        if most and elapsed * 5 * len(builds) > most:  # two calls, three timed
+        if most and elapsed * 5 * len(builds) > most:  # five calls of each: two first, at least three timed
             suite.note(f"would take more than {most:.0f} s: not measured: {name}")
             return {}
     if not calls:
@@ -332,7 +340,7 @@ def _timed(
     try:
         timings = interleaved_ms(calls, repeats, 0, where)
     except torch.OutOfMemoryError as error:
-        suite.note(f"timing: {name}: {in_a_line(error)}")
+        suite.note(f"timing: {name}: {one_line(error)}")
         return {}
     return {
         what: {
@@ -348,18 +356,18 @@ def _timed(
 
 
 def faster(rows: Mapping[str, Row], what: str, than: str) -> float | None:
-    """How many times; None where one of the two was not measured."""
+    """How many times faster `what` is than `than`; None if either was not measured."""
     return rows[than]["median_ms"] / rows[what]["median_ms"] if what in rows and than in rows else None
 
 
 def fastest(rows: Mapping[str, Row], names: Callable[[str], bool]) -> str:
-    """The fastest of the rows whose name is wanted; "" where there is none."""
+    """The name of the fastest row that `names` accepts; "" if there is none."""
     return min(filter(names, rows), key=lambda what: rows[what]["median_ms"], default="")
 
 
 @contextmanager
 def _peak(where: str) -> Iterator[list[float]]:
-    """On a GPU a list that gets the MiB allocated at the peak, above those before; elsewhere it stays empty."""
+    """A list that on a GPU gets, at the end, the peak of allocated MiB above those at the start; empty on a CPU."""
     found: list[float] = []
     if where != "cuda":
         yield found
@@ -372,15 +380,11 @@ def _peak(where: str) -> Iterator[list[float]]:
     found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def in_a_line(error: Exception) -> str:
-    words = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {words[0][:160]}"
-
-
 def kept_widths(fn: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> float:
-    """What autograd keeps of fn(x), x [batch, tokens, width], in units of x: each storage once, weights aside.
+    """Memory that autograd keeps for the backward of fn(x), x [batch, tokens, width], in units of x's size.
 
-    Activations are told from weights by their sizes, which the number of tokens divides; it should be a prime.
+    Each storage counts once and weights do not count. Activations are recognized by sizes that are multiples of the
+    number of tokens, which therefore should be a prime.
     """
     sizes: dict[int, int] = {}
     alive = []
@@ -398,10 +402,11 @@ def kept_widths(fn: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -
 
 
 def fake_peak(build: Callable[[VitConfig], nn.Module], config: VitConfig, batch: int, wide: bool = False) -> int:
-    """Bytes at the peak of a step of a tower alone (the features' mean as its loss, fused AdamW), from fake tensors.
+    """Peak bytes of a training step of a tower alone, from fake tensors.
 
-    bfloat16 autocast by the CPU's rules, which leave a bfloat16 residual stream as it is; wide: with layer norms in
-    float32, of which CUDA's autocast keeps a float32 input each. Parameters, gradients, moments and pixels count.
+    The loss is the mean of the features and the optimizer fused AdamW. bfloat16 autocast follows the CPU's rules, which
+    leave a bfloat16 residual stream as it is. wide: layer norms compute in float32, as under CUDA's autocast, which
+    keeps a float32 input of each. Parameters, gradients, moments and pixels count.
     """
     live = LiveBytes()
     with FakeTensorMode(), live:
@@ -410,7 +415,7 @@ def fake_peak(build: Callable[[VitConfig], nn.Module], config: VitConfig, batch:
             if isinstance(module, LayerNorm):
                 module.wide = wide
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        for parameter in model.parameters():  # the moments are made at the first step
+        for parameter in model.parameters():  # the first step allocates the moments
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

@@ -167,7 +167,7 @@ def slow(ready: int, seconds: float):
     last = 0.0
     left = ready
     while True:
-        if time.monotonic() - last > 2 * bench_data.QUIET_S / 3:
+        if time.monotonic() - last > 2 * bench_data.IDLE_S / 3:
             left = ready
         if left:
             left -= 1
@@ -196,7 +196,7 @@ def test_batches_that_workers_finish_together_are_counted_together(monkeypatch):
     builds = {"x": pretend(slow(0, 0.01), held=1, at_once=3), "ready": pretend(repeat(torch.empty(4)), held=1)}
     bench_data.measure(suite, {}, builds, turn_s=0.1)
     assert taken[0] % 3 == 0 and 3 <= taken[0] <= 12
-    assert taken[1] == bench_data.MOST
+    assert taken[1] == bench_data.MOST_BATCHES
 
 
 def burn() -> None:
@@ -215,7 +215,7 @@ def test_workers_cpu_seconds_count():
         while bench_data._cpu_seconds() - before < 0.45 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert bench_data._cpu_seconds() - before >= 0.45
-        assert bench_data._quiet()
+        assert bench_data._wait_until_idle()
     finally:
         worker.kill()
         worker.join()
@@ -228,7 +228,7 @@ def test_who_never_rests_is_noted(monkeypatch):
     suite = Suite("x", True)
     suite.repeats = 1
     rows = bench_data.measure(suite, {}, {"x": pretend(slow(0, 0), held=1)}, turn_s=0.01)
-    assert set(rows) == {"x"} and "did not come to rest" in suite.notes[0]
+    assert set(rows) == {"x"} and "kept the CPU busy" in suite.notes[0]
 
 
 def test_what_fails_is_noted_and_the_others_go_on():
@@ -254,7 +254,7 @@ def test_what_fails_is_noted_and_the_others_go_on():
 def small(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(bench_data, "device", lambda: "cpu")
-    for name, value in {"SIZE": 32, "BATCH": 4, "PICTURES": 12, "COMPARED": 6, "TURN_S": 0.02}.items():
+    for name, value in {"SIZE": 32, "BATCH": 4, "IMAGES": 12, "COMPARED": 6, "TURN_S": 0.02}.items():
         monkeypatch.setattr(bench_data, name, value)
     yield
     assert torch.get_num_threads() == threads
@@ -318,7 +318,7 @@ def test_levels_apart():
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path, monkeypatch):
     pytest.importorskip("nvidia.dali")
-    for name, value in {"GPU_BATCH": 8, "GPU_PICTURES": 24, "GPU_PRESET": "tiny", "GPU_TURN_S": 0.05}.items():
+    for name, value in {"GPU_BATCH": 8, "GPU_IMAGES": 24, "GPU_PRESET": "tiny", "GPU_TURN_S": 0.05}.items():
         monkeypatch.setattr(bench_data, name, value)
     suite = Suite("x", True)
     suite.repeats = 1
@@ -330,6 +330,6 @@ def test_on_a_gpu(tmp_path, monkeypatch):
 def test_unseen_pictures_are_those_of_the_set(folder):
     """The same files under other row numbers."""
     data = Collection([Shards(folder)])
-    unseen = Collection(bench_data.UNSEEN * data.sets)
-    assert len(unseen) == bench_data.UNSEEN * len(data)
+    unseen = Collection(bench_data.COPIES * data.sets)
+    assert len(unseen) == bench_data.COPIES * len(data)
     assert unseen.image_bytes(len(data) + 3) == data.image_bytes(3)

@@ -83,7 +83,7 @@ def test_the_peers_step_is_ours():
 def test_hugging_faces_tower_is_the_same_but_for_its_norms_and_biases():
     """No layer norm before the first block, and a bias at the patches."""
     notes: list[str] = []
-    found = vit_peers.peers_here(notes.append)
+    found = vit_peers.installed_peers(notes.append)
     assert vit_peers.TORCH in found and len(found) + len(notes) == len(vit_peers.TOWERS)
     tower = found["huggingface"](TOY)
     assert tower.model.config._attn_implementation == "sdpa"
@@ -245,7 +245,7 @@ def test_bench_step(toy, capsys):
         assert row["mfu_gemm"] == pytest.approx(row["tflop_per_s"] / gemm["tflop_per_s"])
         assert row["mfu_datasheet"] is None
     bar, apart = suite.bars
-    assert apart["value"] > 0 and apart["bar"] == bench_step.FLOAT8_BAR
+    assert apart["value"] > 0 and apart["bar"] == bench_step.FLOAT8_TARGET
     assert bar["value"] == pytest.approx(rows["torch modules"]["median_ms"] / rows["lift_fast"]["median_ms"])
 
 
@@ -261,11 +261,11 @@ def test_bars_of_the_step_on_a_gpu():
         "authors' step": {"median_ms": 50.0, "mfu_gemm": 0.2},
     }
     suite = Suite("x", True)
-    bench_step._bars(suite, "cuda", "toy", rows)
+    bench_step._targets(suite, "cuda", "toy", rows)
     assert [(bar["value"], bar["ok"]) for bar in suite.bars] == [(0.6, True), (1.3, True), (2.5, False)]
     assert "timm compiled" in suite.bars[1]["name"] and "lift_fast compiled graph" in suite.bars[0]["name"]
     suite = Suite("x", True)
-    bench_step._bars(suite, "cuda", "toy", {})
+    bench_step._targets(suite, "cuda", "toy", {})
     assert [bar["value"] for bar in suite.bars] == [None] * 3 and not any(bar["ok"] for bar in suite.bars)
 
 
