@@ -178,10 +178,10 @@ INTRODUCTION = """# Limits, counts and estimates of the GPU kernels
 Written by `python -m benchmarks.roofline --write`; a test checks that it is up to date. **No figure on this page was
 measured on a GPU.** The limits are those of an H100 SXM: {flops:.0f} TFLOP/s in bfloat16 and {memory:.1f} TB/s of
 memory, read and written, as others measured them; {l2:.1f} TB/s of L2 cache, as published; 132 multiprocessors of
-4 × 32 lanes at 1.755 GHz. "By products" is the FLOPs that every method needs, "by memory" the bytes of inputs and outputs, each divided
-by its rate. The estimate is the sum of the times that cannot overlap in the form that the tables choose
-([tuned.md](tuned.md)). For "fused" it assumes that Triton's products are as fast as cuBLAS's and that products hide
-every epilogue; a measurement may disprove this. Instructions per score are counted in the compiled code by
+4 × 32 lanes at 1.755 GHz. "By products" is the FLOPs that every method needs, "by memory" the bytes of inputs and
+outputs, each divided by its rate. The estimate is the sum of the times that cannot overlap in the form that the tables
+choose ([tuned.md](tuned.md)). For "fused" it assumes that Triton's products are as fast as cuBLAS's and that products
+hide every epilogue; a measurement may disprove this. Instructions per score are counted in the compiled code by
 test_pairs_sass.py. Times are in milliseconds: forward and backward for the losses, one launch for the kernels.
 """
 
