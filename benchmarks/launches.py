@@ -1,4 +1,4 @@
-"""Which kernels a call launches, and what each takes of a multiprocessor."""
+"""Records which kernels a call launches, with the registers, spills and shared memory of each."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,11 @@ from .start import rehearsing
 
 @contextmanager
 def launches() -> Iterator[dict[str, dict[str, int]]]:
-    """What is launched inside: "module.kernel" of ours in Triton, "_C.entry" -> registers, spills, shared memory."""
+    """Yields a dict that fills with each launch inside: name -> {"registers", "spills", "shared" (bytes)}.
+
+    A name is "module.kernel" for Triton, and "_C.function" for CUDA, whose figures are not known. A rehearsal knows
+    only "shared".
+    """
     try:
         from triton.runtime.jit import JITFunction
     except ImportError:
@@ -18,7 +22,7 @@ def launches() -> Iterator[dict[str, dict[str, int]]]:
     found: dict[str, dict[str, int]] = {}
     run = JITFunction.run
 
-    def noted(self: Any, *args: Any, **options: Any) -> Any:
+    def recorded(self: Any, *args: Any, **options: Any) -> Any:
         kernel = run(self, *args, **options)
         shared = getattr(getattr(kernel, "metadata", None), "shared", None)
         figures = {"registers": getattr(kernel, "n_regs", None), "spills": getattr(kernel, "n_spills", None)}
@@ -27,34 +31,35 @@ def launches() -> Iterator[dict[str, dict[str, int]]]:
         found[f"{self.fn.__module__.rsplit('.')[-1]}.{self.fn.__name__}"] = figures
         return kernel
 
-    JITFunction.run = noted
-    entries = _entries(found)
+    JITFunction.run = recorded
+    originals = _record_extension(found)
     try:
         yield found
     finally:
         JITFunction.run = run
-        for module, name, entry in entries:
-            setattr(module, name, entry)
+        for module, name, function in originals:
+            setattr(module, name, function)
 
 
-def _entries(found: dict[str, dict[str, int]]) -> list[tuple[Any, str, Any]]:
+def _record_extension(found: dict[str, dict[str, int]]) -> list[tuple[Any, str, Any]]:
+    """Makes the functions of _C that launch add their names to `found`; returns what to restore afterwards."""
     try:
         from lift_fast import _C
     except ImportError:
         return []
-    kept = []
+    originals = []
     for name in [name for name in dir(_C) if name.endswith("_cuda")]:
-        entry = getattr(_C, name)
+        function = getattr(_C, name)
 
-        def noted(*args: Any, name: str = name, entry: Any = entry, **options: Any) -> Any:
+        def recorded(*args: Any, name: str = name, function: Any = function, **options: Any) -> Any:
             found[f"_C.{name}"] = {}
-            return entry(*args, **options)
+            return function(*args, **options)
 
-        setattr(_C, name, noted)
-        kept.append((_C, name, entry))
-    return kept
+        setattr(_C, name, recorded)
+        originals.append((_C, name, function))
+    return originals
 
 
 def registers(found: Mapping[str, Mapping[str, int]]) -> int | None:
-    """The most that a thread of any has; None where that is not known."""
+    """The largest number of registers per thread among the kernels; None if it is not known."""
     return max((figures.get("registers", 0) for figures in found.values()), default=0) or None

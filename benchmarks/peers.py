@@ -1,7 +1,7 @@
-"""python -m benchmarks.peers DIR: fetches the wheels of peers that a machine without a network can be given.
+"""python -m benchmarks.peers DIR: downloads the peers' wheels, for a GPU machine that has no network.
 
-For Python 3.12 on x86-64 Linux, each by itself: what else they need, torch, triton and numpy first, is there already.
-`make gpu` installs what lies in .peers/ into a folder that only the benchmarks see.
+The wheels are for Python 3.12 on x86-64 Linux, and come without their dependencies: the GPU machine must have those
+(torch, triton, numpy). `make gpu` installs the wheels in .peers/ into a folder that only the benchmarks import from.
 """
 
 import subprocess
@@ -15,13 +15,14 @@ PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)) + ("m
 
 
 def fetch_command(folder: Path, names: Sequence[str] = PEERS) -> list[str]:
+    """The command that downloads the wheels of `names` to a folder."""
     platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     return [*_pip("download"), *options, "--dest", str(folder), *names]
 
 
 def install_command(folder: Path, site: Path) -> list[str] | None:
-    """Of the wheels in a folder, into another that is put on PYTHONPATH; None where there are none."""
+    """The command that installs a folder's wheels into `site`, to be put on PYTHONPATH; None without wheels."""
     wheels = sorted(map(str, folder.glob("*.whl")))
     options = ["--no-index", "--no-deps", "--no-compile", "--target", str(site)]
     return [*_pip("install"), *options, *wheels] if wheels else None
@@ -32,7 +33,7 @@ def _pip(verb: str) -> list[str]:
 
 
 def main(folder: Path) -> int:
-    """One pip for each: one that is not to be had leaves the others."""
+    """Downloads each wheel by a pip of its own, so that one that is not available does not stop the rest."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in PEERS if subprocess.run(fetch_command(folder, [name])).returncode]
     for wheel in sorted(folder.glob("*.whl")):

@@ -1,7 +1,7 @@
-"""The first thing in every process that measures: where our kernels are, and whether this is a rehearsal.
+"""Prepares a process that measures: finds the kernels, and starts a rehearsal if the environment asks for one.
 
-LIFT_FAST_REHEARSE=1: on a machine without a GPU the process is to believe that it has one (rehearsal.py); kernels are
-compiled and launched, and do nothing. LIFT_FAST_SHORT=1: shapes are small, too.
+LIFT_FAST_REHEARSE=1: a machine without a GPU simulates one (rehearsal.py); kernels are compiled and launched, and
+compute nothing. LIFT_FAST_SHORT=1: shapes are small as well.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ def rehearsing() -> bool:
 
 
 def small(full: T, tiny: T) -> T:
-    """tiny in a short rehearsal."""
+    """Returns `tiny` in a short rehearsal, and `full` otherwise."""
     return tiny if os.environ.get("LIFT_FAST_SHORT") == "1" else full
 
 
@@ -32,13 +32,12 @@ def begin() -> None:
 
 
 def find_kernels() -> None:
-    """lift_fast.kernels, which is kernels/ in the tree, also where nothing is installed yet."""
+    """Makes the tree's kernels/ importable as lift_fast.kernels, even before anything is installed."""
     if importlib.util.find_spec("lift_fast.kernels"):
         return
     folder = ROOT / "kernels"
-    places = [str(folder)]
     spec = importlib.util.spec_from_file_location(
-        "lift_fast.kernels", folder / "__init__.py", submodule_search_locations=places
+        "lift_fast.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -1,3 +1,7 @@
-"""`make gpu`, in parts: a plan of seconds (plan), processes under one clock (jobs), the phases (phases), their table
-(report); and in processes of their own: what the machine is (machine), what it does at most (ceilings), a smoke of each
-kernel (smoke), the tests' outcomes (outcomes), sweeps of settings (sweep), the hottest kernels for ncu (hot)."""
+"""The parts of `make gpu`.
+
+plan.py divides the time among the phases, phases.py runs the phases, jobs.py runs their processes with time limits, and
+report.py makes the final table. The others run in processes of their own: machine.py describes the machine, ceilings.py
+measures what the device can reach, smoke.py tests each kernel, outcomes.py records the outcome of each test, sweep.py
+times candidate settings, and hot.py profiles the hottest kernels with ncu.
+"""

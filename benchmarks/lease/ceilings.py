@@ -1,7 +1,9 @@
-"""python -m benchmarks.lease.ceilings: what the device does at most: a copy, the largest product, and our own products.
+"""python -m benchmarks.lease.ceilings: measures the device's ceilings, and times the matrix products of our ops.
 
-A line each. Ours have float32 results where the losses' have: scores of a block of rows and columns, x @ tᵀ; the
-images' gradient of a band, k @ t; the texts', kᵀ @ x. Those of ViT-B/16 at batch 256 are bfloat16, as torch makes them.
+The ceilings are a copy and a large product. Each result is a line. The losses' products have float32 results, as in
+the losses: the scores of a block of rows and columns, x @ tᵀ; the images' gradient of a band of rows, k @ t for weights
+k [rows, texts]; and the texts' gradient, kᵀ @ x. The products of ViT-B/16 at batch 256 have bfloat16 results, as in
+torch.
 """
 
 import sys
@@ -21,24 +23,25 @@ VIT = {
     "down": (TOKENS, 3072, 768),
     "up's weight": (3072, TOKENS, 768),
 }
-COPY = 1 << 30
+COPY = 1 << 30  # bytes
 
 
 def measure() -> None:
+    """Times every product; each has its rate as a share of the large product's."""
     import torch
 
     from lift_fast.measure.time import interleaved_ms
 
     repeats = 1 if rehearsing() else 15
 
-    def timed(case: str, call: Callable[[], object], best: float | None, **work: int) -> float:
+    def timed(case: str, call: Callable[[], object], ceiling: float | None, **work: int) -> float:
         median, spread = interleaved_ms({"": call}, repeats, 3, "cuda")[""]
         (amount,) = work.values()
         rate = amount / median * 1e3
         unit = "gb_per_s" if "bytes" in work else "tflop_per_s"
         figures = {"median_ms": median, "spread_ms": spread, unit: rate / (1e9 if "bytes" in work else 1e12), **work}
         lines.write(
-            {"phase": "ceilings", "case": case, "backend": "torch", **figures, "of_ceiling": best and rate / best}
+            {"phase": "ceilings", "case": case, "backend": "torch", **figures, "of_ceiling": ceiling and rate / ceiling}
         )
         print(f"{case}: {median:.3f} ms")
         return rate
@@ -49,22 +52,22 @@ def measure() -> None:
     timed("stream copy", partial(target.copy_, source), None, bytes=8 * size)
     del source, target
 
-    def product(case: str, m: int, k: int, n: int, wide: bool, best: float | None) -> float:
+    def product(case: str, m: int, k: int, n: int, float32: bool, ceiling: float | None) -> float:
         m, k, n = (small(one, min(one, 256)) for one in (m, k, n))
         left, right = (torch.randn(shape, device="cuda").bfloat16() for shape in ((m, k), (n, k)))
-        if not wide:
-            return timed(case, lambda: torch.mm(left, right.T), best, flops=2 * m * k * n)
+        if not float32:
+            return timed(case, lambda: torch.mm(left, right.T), ceiling, flops=2 * m * k * n)
         out = torch.empty((m, n), device="cuda")
         call = lambda: torch.mm(left, right.T, out_dtype=torch.float32, out=out)  # noqa: E731
-        return timed(case, call, best, flops=2 * m * k * n)
+        return timed(case, call, ceiling, flops=2 * m * k * n)
 
-    best = product("gemm 8192^3", 8192, 8192, 8192, False, None)
-    for case, (m, k, n), wide in _ours():
-        product(case, m, k, n, wide, best)
+    ceiling = product("gemm 8192^3", 8192, 8192, 8192, False, None)
+    for case, (m, k, n), float32 in _our_products():
+        product(case, m, k, n, float32, ceiling)
 
 
-def _ours() -> Iterator[tuple[str, tuple[int, int, int], bool]]:
-    """(case, (m, k, n), whether the result is float32)."""
+def _our_products() -> Iterator[tuple[str, tuple[int, int, int], bool]]:
+    """Yields (case, (m, k, n), whether the result is float32)."""
     for rows, cols, dim in BLOCKS:
         yield f"scores {rows} x {cols}, D = {dim}", (rows, dim, cols), True
     for rows, cols, dim in BANDS:

@@ -1,7 +1,6 @@
-"""python -m benchmarks.lease.hot: ncu's figures of our five hottest kernels, a line each.
+"""python -m benchmarks.lease.hot: profiles our kernels with ncu and writes a line for each of the five slowest.
 
-ncu runs one pass of our ops (this module with --pass), and of its kernels the five of ours that take longest are
-written. Clocks stay as they are.
+ncu runs this module with --pass, which calls each of our ops once. The GPU's clocks are left as they are.
 """
 
 import csv
@@ -30,7 +29,7 @@ ROWS = 4096  # two blocks of scores
 
 
 def ours() -> set[str]:
-    """The functions of our kernels, Triton's and CUDA's."""
+    """The names of our kernels, in Triton and CUDA."""
     from .smoke import CASES
 
     triton = {kernel.rsplit(".")[-1] for case in CASES.values() for kernel in case.kernels if not case.built}
@@ -39,28 +38,28 @@ def ours() -> set[str]:
 
 
 def command() -> list[str]:
+    """The ncu command that profiles one pass."""
     ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--launch-count", str(LAUNCHES)]
     names = f"regex:^({'|'.join(sorted(ours()))})$"
     output = ["--csv", "--page", "raw", "--print-units", "base", "--kernel-name", names]
     return [*ncu, *output, "--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.lease.hot", "--pass"]
 
 
-def kernels(said: str) -> Iterator[dict[str, Any]]:
-    """{"case": the kernel's name, figures} of ncu's table, which other output may come before; its second line has
-    the units."""
-    table = said[said.index('"ID"') :] if '"ID"' in said else ""
-    for row in list(csv.DictReader(io.StringIO(table)))[1:]:
+def kernels(output: str) -> Iterator[dict[str, Any]]:
+    """Yields {"case": kernel name, figures} for each kernel in ncu's CSV table, which may follow other output."""
+    table = output[output.index('"ID"') :] if '"ID"' in output else ""
+    for row in list(csv.DictReader(io.StringIO(table)))[1:]:  # the row after the header has the units
         figures = {}
         for metric, name in METRICS.items():
             try:
                 figures[name] = float(row[metric].replace(",", "")) * SCALE.get(name, 1)
-            except (KeyError, ValueError):  # one that this ncu or this GPU has not
+            except (KeyError, ValueError):  # a metric that this ncu or this GPU does not have
                 continue
         yield {"case": row["Kernel Name"], **figures}
 
 
 def one_pass() -> None:
-    """Each op once, compiled before, between the profiler's start and its stop."""
+    """Calls each op once while the profiler runs, after a first call that compiles its kernels."""
     import torch
 
     from . import sweep
@@ -89,7 +88,7 @@ def main() -> int:
     for kernel in sorted(found.values(), key=lambda one: -one["median_ms"])[:HOTTEST]:
         lines.write({"phase": "ncu", "backend": "lift_fast", **kernel})
     if not found:
-        print((done.stderr or done.stdout)[-2000:] or "ncu named no kernel of ours")
+        print((done.stderr or done.stdout)[-2000:] or "ncu reported none of our kernels")
     return 0 if found else 1
 
 

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, several at once, each under a time limit; one thread looks after them all."""
+"""Runs commands in processes of their own, several at once, each with a time limit; one thread supervises them all."""
 
 import ctypes
 import os
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-TIMED_OUT, NOT_BEGUN = 124, -1000
+TIMED_OUT, NOT_STARTED = 124, -1000
 POLL_S = 0.02
 _LIBC = ctypes.CDLL(None)
 
 
 @dataclass
 class Ended:
-    """How a task ended: an exit status (minus a signal's number), TIMED_OUT or NOT_BEGUN; standard error included."""
+    """How a task ended. status: exit status (negative for a signal), TIMED_OUT or NOT_STARTED; output: with stderr."""
 
     task: "Task"
     status: int
@@ -28,13 +28,13 @@ class Ended:
     output: str
 
     def last_line(self) -> str:
-        spoken = [line.strip() for line in self.output.splitlines() if line.strip()]
-        return spoken[-1][:200] if spoken else f"exit status {self.status}"
+        printed = [line.strip() for line in self.output.splitlines() if line.strip()]
+        return printed[-1][:200] if printed else f"exit status {self.status}"
 
 
 @dataclass
 class Task:
-    """seconds: its limit. ended: called at its end; what it returns is run too."""
+    """A command to run. seconds: its time limit. ended: called when it has ended; tasks it returns are run as well."""
 
     name: str
     command: Sequence[str]
@@ -47,13 +47,13 @@ class Task:
 class _Running:
     task: Task
     process: "subprocess.Popen[bytes]"
-    said: IO[bytes]
-    begun: float
+    output: IO[bytes]
+    started: float
     deadline: float
 
 
 class Jobs:
-    """Every command runs in `root`; what it says goes to `log` when it ends."""
+    """Runs commands in the folder `root`, and appends the output of each to `log` when it ends."""
 
     def __init__(self, root: Path, log: Path, environment: Mapping[str, str]):
         self.root, self.log = root, log
@@ -61,21 +61,23 @@ class Jobs:
         self.running: list[_Running] = []
 
     def start(self, task: Task) -> None:
-        """In the background; it ends while others are waited for, or in `wait`."""
-        self._begin(task, time.monotonic() + task.seconds)
+        """Starts a task in the background. Its end is noticed during `run` or `wait`."""
+        self._start_process(task, time.monotonic() + task.seconds)
 
     def run(self, tasks: Iterable[Task], slots: int, until: float) -> None:
-        """Runs them, `slots` at once, and what they ask for, until all have ended; `until`: of time.monotonic(), when
-        what runs is stopped and nothing more begins."""
+        """Runs tasks, at most `slots` at once, and the tasks that these add, and returns when all have ended.
+
+        until: the time.monotonic() at which running tasks are stopped and no more are started.
+        """
         waiting, mine = deque(tasks), []
         while waiting or mine:
             now = time.monotonic()
             while waiting and len(mine) < slots and now < until:
                 task = waiting.popleft()
-                mine.append(self._begin(task, min(until, now + task.seconds)))
+                mine.append(self._start_process(task, min(until, now + task.seconds)))
             if waiting and now >= until:
                 for task in waiting:
-                    task.ended(Ended(task, NOT_BEGUN, 0.0, "out of time"))
+                    task.ended(Ended(task, NOT_STARTED, 0.0, "out of time"))
                 waiting.clear()
             for one, more in self._reap():
                 if one in mine:
@@ -84,7 +86,7 @@ class Jobs:
             time.sleep(POLL_S)
 
     def wait(self, name: str, until: float) -> None:
-        """For what was started under that name; it is stopped at `until`."""
+        """Waits for the tasks of that name which `start` began, and stops them at `until`."""
         while found := [one for one in self.running if one.task.name == name]:
             for one in found:
                 one.deadline = min(one.deadline, until)
@@ -92,42 +94,42 @@ class Jobs:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """Everything that runs, at once."""
+        """Stops all running tasks now."""
         for one in self.running:
             one.deadline = 0.0
         self._reap()
 
-    def _begin(self, task: Task, deadline: float) -> _Running:
-        # A file: workers that outlive the command would keep a pipe open.
-        said = tempfile.TemporaryFile()
+    def _start_process(self, task: Task, deadline: float) -> _Running:
+        # A file, because workers that outlive the command would keep a pipe open.
+        output = tempfile.TemporaryFile()
         process = subprocess.Popen(
             task.command,
             cwd=self.root,
             env={**self.environment, **task.environment},
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # all that it starts can be stopped together
+            start_new_session=True,  # so that its children can be stopped with it
             preexec_fn=_end_with_parent,
         )
-        running = _Running(task, process, said, time.monotonic(), deadline)
+        running = _Running(task, process, output, time.monotonic(), deadline)
         self.running.append(running)
         return running
 
     def _reap(self) -> list[tuple[_Running, list[Task]]]:
-        """What has ended or was stopped since, and what is to run next."""
+        """Stops tasks past their deadline, and returns those that have ended, each with the tasks it adds."""
         ended = []
         for one in list(self.running):
             status = one.process.poll()
             if status is None and time.monotonic() < one.deadline:
                 continue
-            _kill(one.process.pid)  # whatever it left behind, too
+            _kill(one.process.pid)  # with any children it left running
             one.process.wait()
             self.running.remove(one)
-            one.said.seek(0)
-            output = one.said.read().decode(errors="replace")
-            one.said.close()
-            seconds = time.monotonic() - one.begun
+            one.output.seek(0)
+            output = one.output.read().decode(errors="replace")
+            one.output.close()
+            seconds = time.monotonic() - one.started
             if status is None:
                 status = TIMED_OUT
                 output += f"\nstopped after {seconds:.0f} s"
@@ -146,5 +148,5 @@ def _kill(group: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Linux's PR_SET_PDEATHSIG: nothing goes on measuring when the parent is killed."""
+    """Sets Linux's PR_SET_PDEATHSIG, so that no process goes on measuring when its parent is killed."""
     _LIBC.prctl(1, signal.SIGKILL)

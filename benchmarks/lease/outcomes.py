@@ -1,10 +1,10 @@
-"""A pytest plugin, -p benchmarks.lease.outcomes: each test's outcome as a line, as it comes.
+"""A pytest plugin (-p benchmarks.lease.outcomes) that writes the outcome of each test as a line as soon as it ends.
 
-LIFT_FAST_COLLECTED names a file that gets {"tests": ids, "missing": {file: package}, "errors": {file: message}} of a
-collection. After a test that left the GPU unusable for its process (an illegal access, a device-side assert) the
-process ends: what follows would fail with it. So it does when a test takes longer than one_test_s.
+LIFT_FAST_COLLECTED names a file to which a collection writes {"tests": ids, "missing": {file: package}, "errors":
+{file: message}}. If a test leaves the GPU unusable for its process (an illegal access, a device-side assert), the
+process exits, because all later tests would fail. It also exits if a test takes longer than one_test_s.
 
-In a rehearsal (-p benchmarks.rehearsal) a test that only misses its values is "rehearsed".
+In a rehearsal (-p benchmarks.rehearsal) a test in which only values are wrong is "rehearsed".
 """
 
 import faulthandler
@@ -18,7 +18,7 @@ from .. import lines
 from ..start import begin, rehearsing
 
 COLLECTED = "LIFT_FAST_COLLECTED"
-POISONED = 70  # exit status
+GPU_UNUSABLE = 70  # exit status
 ONE_TEST_S = 45.0
 
 _reports: dict[str, dict[str, Any]] = {}
@@ -26,12 +26,12 @@ _broken: dict[str, str] = {}
 
 
 def one_test_s(rehearsal: bool) -> float:
-    """A rehearsal's compilers may share two cores with others."""
+    """Time limit of a test in seconds. It is longer in a rehearsal, where compilers may share two cores."""
     return ONE_TEST_S * (6 if rehearsal else 1)
 
 
 def pytest_load_initial_conftests() -> None:
-    """Before anything of ours is imported."""
+    """Prepares the process before pytest imports any of our modules."""
     begin()
 
 
@@ -53,7 +53,7 @@ def pytest_collection_finish(session: Any) -> None:
 
 
 def _missing(text: str) -> str | None:
-    """The package that a file could not import, if that is why it could not be collected."""
+    """The package whose absence stopped a file's collection; None if it failed for another reason."""
     found = re.search(r"ModuleNotFoundError: No module named '([^'.]+)", text)
     return found.group(1) if found and found.group(1) not in ("lift_fast", "benchmarks", "tests") else None
 
@@ -63,7 +63,7 @@ def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Of setup, call and teardown the worst counts."""
+    """Adds up setup, call and teardown of a test; the worst outcome of the three counts."""
     line = _reports.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
     line["seconds"] = round(line["seconds"] + report.duration, 3)
     if report.failed:
@@ -82,18 +82,18 @@ def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
     if line is None:
         return
     lines.write({"phase": "tests", "case": nodeid, **line})
-    if line["outcome"] == "failed" and _poisoned():
+    if line["outcome"] == "failed" and _gpu_is_unusable():
         print(f"\n{nodeid} left the GPU unusable: {line['note']}", flush=True)
-        os._exit(POISONED)
+        os._exit(GPU_UNUSABLE)
 
 
-def _poisoned() -> bool:
+def _gpu_is_unusable() -> bool:
     import torch
 
     if not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
-    except Exception:  # torch.AcceleratorError or RuntimeError, by version
+    except Exception:  # torch.AcceleratorError or RuntimeError, depending on the version
         return True
     return False

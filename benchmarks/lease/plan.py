@@ -1,13 +1,13 @@
-"""Seconds for each phase of `make gpu`, in the order in which they run."""
+"""The time planned for each phase of `make gpu`, in the order in which the phases run."""
 
 from typing import NamedTuple
 
 CORES, TOTAL_S = 16, 540.0
-SLOWEST = 3.0  # however few cores there are, something must be measured too
+SLOWEST = 3.0  # largest factor for few cores, so that time remains for the measurements
 
 
 class Phase(NamedTuple):
-    """seconds: on CORES cores. cores: whether fewer cores make it longer."""
+    """seconds: time on a machine with CORES cores. cores: whether fewer cores make the phase longer."""
 
     name: str
     seconds: float
@@ -18,7 +18,7 @@ PHASES = (
     Phase("machine", 10),
     Phase("ceilings", 20),
     Phase("smoke triton", 60, cores=True),
-    Phase("build", 35, cores=True),  # it runs beside the three before; so long it is waited for after them
+    Phase("build", 35, cores=True),  # runs in the background of the three before; this is the wait after them
     Phase("smoke cuda", 30, cores=True),
     Phase("tests", 135, cores=True),
     Phase("contrastive", 55),
@@ -34,7 +34,7 @@ PHASES = (
 
 
 def seconds(total: float = TOTAL_S, cores: int = CORES) -> dict[str, float]:
-    """Each phase's part of `total`; with fewer cores than CORES, larger parts for what they bound."""
+    """Divides `total` seconds among the phases; with fewer cores than CORES, those limited by cores get more."""
     slower = min(SLOWEST, max(1.0, CORES / cores))
     weights = {phase.name: phase.seconds * (slower if phase.cores else 1) for phase in PHASES}
     scale = min(1.0, total / sum(weights.values()))
@@ -42,7 +42,7 @@ def seconds(total: float = TOTAL_S, cores: int = CORES) -> dict[str, float]:
 
 
 def ends(parts: dict[str, float]) -> dict[str, float]:
-    """When each phase must be over, in seconds from the start; one that is over early leaves its time to the next."""
+    """When each phase must end, in seconds from the start. A phase that ends early leaves its time to the next."""
     now, found = 0.0, {}
     for name, part in parts.items():
         now += part

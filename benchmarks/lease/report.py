@@ -1,4 +1,4 @@
-"""One table of a run's lines, short enough for the end of a log."""
+"""The results of a run as text, short enough for the end of a log."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,24 +9,25 @@ from .. import lines
 from ..table import bar_in_words
 from . import plan
 
-MOST = 11_000  # characters
+MAX_CHARACTERS = 11_000
 OURS = "lift_fast"
-WRONG_MOST = 20
+MAX_FAILURES = 20
 Line = dict[str, Any]
 GOOD = "ok", "passed", "skipped", "rehearsed"
 
 
-def wrong(found: Sequence[Line]) -> bool:
-    """Whether anything ended otherwise than it should. A bar that is missed is a figure, and no failure."""
+def any_failed(found: Sequence[Line]) -> bool:
+    """Whether any phase, test or case failed or was not run. A missed target is a result, not a failure."""
     return any(line.get("outcome", "ok") not in GOOD for line in found)
 
 
 def text(file: Path) -> str:
+    """The text for a run's results.jsonl. That of a rehearsal has no times, which would mean nothing."""
     found = list(lines.read(file))
-    rehearsal = any(line.get("rehearsal") for line in found)  # its figures mean nothing
-    parts = [_phases, _rehearsed, _wrong] if rehearsal else [_phases, _wrong, _measured, _tuned, _bars]
+    rehearsal = any(line.get("rehearsal") for line in found)
+    parts = [_phases, _compiles, _failures] if rehearsal else [_phases, _failures, _measured, _tuned, _missed_targets]
     whole = "\n".join(line for part in parts for line in part(found))
-    return whole if len(whole) <= MOST else whole[:MOST] + f"\n… the rest is in {file.name}"
+    return whole if len(whole) <= MAX_CHARACTERS else whole[:MAX_CHARACTERS] + f"\n… the rest is in {file.name}"
 
 
 def _phases(found: Sequence[Line]) -> Iterator[str]:
@@ -41,25 +42,25 @@ def _phases(found: Sequence[Line]) -> Iterator[str]:
     yield "smoke: " + (", ".join(f"{count} {outcome}" for outcome, count in sorted(smoke.items())) or "none")
 
 
-def _rehearsed(found: Sequence[Line]) -> Iterator[str]:
+def _compiles(found: Sequence[Line]) -> Iterator[str]:
     compiled = [line for line in found if "compile_cpu_s" in line]
     if compiled:
         seconds, count = (sum(line[name] for line in compiled) for name in ("compile_cpu_s", "compiles"))
-        yield f"rehearsal: {count} compiles of Triton, {seconds:.0f} CPU seconds"
+        yield f"rehearsal: Triton compiled {count} kernels in {seconds:.0f} CPU seconds"
 
 
-def _wrong(found: Sequence[Line]) -> Iterator[str]:
+def _failures(found: Sequence[Line]) -> Iterator[str]:
     bad = [line for line in found if "case" in line and line.get("outcome", "ok") not in GOOD]
-    for line in bad[:WRONG_MOST]:
+    for line in bad[:MAX_FAILURES]:
         tool = f" ({line['tool']})" if "tool" in line else ""
         note = " ".join(line.get("note", "").split())
         yield f"{line['outcome'].upper()} {line['phase']} {line['case'][:110]}{tool}: {note[:140]}"
-    if len(bad) > WRONG_MOST:
-        yield f"… and {len(bad) - WRONG_MOST} more"
+    if len(bad) > MAX_FAILURES:
+        yield f"… and {len(bad) - MAX_FAILURES} more"
 
 
 def _measured(found: Sequence[Line]) -> Iterator[str]:
-    """For each case the fastest of ours, its share of the ceiling, and the fastest of the others."""
+    """For each case, our fastest backend with its share of the ceiling, and the fastest peer."""
     cases: dict[tuple[str, str], list[Line]] = {}
     for line in found:
         if "median_ms" in line and line["phase"] != "tune":
@@ -67,8 +68,8 @@ def _measured(found: Sequence[Line]) -> Iterator[str]:
     for (phase, case), several in cases.items():
         several.sort(key=lambda line: line["median_ms"])
         ours = [line for line in several if line["backend"].startswith(OURS)]
-        others = [line for line in several if not line["backend"].startswith(OURS)]
-        yield f"{phase}: {case[:90]}: " + "; ".join(_figure(line) for line in (*ours[:1], *others[:1]))
+        peers = [line for line in several if not line["backend"].startswith(OURS)]
+        yield f"{phase}: {case[:90]}: " + "; ".join(_figure(line) for line in (*ours[:1], *peers[:1]))
 
 
 def _figure(line: Line) -> str:
@@ -80,11 +81,11 @@ def _tuned(found: Sequence[Line]) -> Iterator[str]:
     from ..tune import better
 
     for one in better(found):
-        figures = f"{one.value} {one.median:.4g} ms, {one.before_value} {one.before:.4g}"
+        figures = f"{one.value} takes {one.median:.4g} ms, {one.before_value} took {one.before:.4g} ms"
         yield f"tune: {one.family} {one.setting} {one.when}: {figures}"
 
 
-def _bars(found: Sequence[Line]) -> Iterator[str]:
+def _missed_targets(found: Sequence[Line]) -> Iterator[str]:
     for line in found:
         if "bar" in line and not line["ok"]:
             yield f"MISS {line['bar'][:110]}: {bar_in_words({**line, 'bar': line['limit']})}"

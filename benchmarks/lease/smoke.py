@@ -1,8 +1,8 @@
-"""python -m benchmarks.lease.smoke CASE: a few of our kernels on tiny shapes, against plain torch in float64.
+"""python -m benchmarks.lease.smoke CASE: compares a few of our kernels on tiny shapes with plain torch in float64.
 
-A line for the case: the worst error, and each kernel that was launched, with its registers where it is Triton's.
-Exit status 1 where a value is wrong or a kernel that the case names was not launched. Each case runs in a process of
-its own (phases.py), under compute-sanitizer where that is installed; test_lease.py holds the list complete.
+Writes a line with the largest error and the kernels that were launched, with the registers of Triton's. The exit status
+is 1 if a value is wrong or a kernel that the case names was not launched. Each case runs in a process of its own
+(phases.py), under compute-sanitizer if that is installed; test_lease.py checks that every kernel has a case.
 """
 
 import sys
@@ -19,41 +19,42 @@ from .. import lines
 from ..launches import launches, registers
 from ..start import begin, rehearsing
 
-# An odd number of tiles; enough for narrow features to be multiplied as they are (ops/pairs/policy.py).
+# ROWS is an odd number of tiles, and large enough that 16-bit features are not multiplied in float32
+# (multiplies_in_float32 in ops/pairs/policy.py).
 ROWS, DIM = 520, 80
-FAR = {torch.float32: 5e-5, torch.bfloat16: 1e-2}  # in relative norm
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 1e-2}  # in relative norm
 TEXTS = "frozen", "trained", "int8"
 
 
 class Case(NamedTuple):
-    """kernels: what it must launch on compute capability 9.0. check: the worst error over what is allowed."""
+    """kernels: those that it must launch on compute capability 9.0. check: returns the largest error / tolerance."""
 
     kernels: tuple[str, ...]
     check: Callable[[], float]
 
     @property
     def built(self) -> bool:
-        """Whether it needs the extension."""
+        """Whether it needs the extension to be built."""
         return any(name.startswith("_C.") for name in self.kernels)
 
 
-def worst(got: Sequence[Tensor], want: Sequence[Tensor], far: float) -> float:
-    """The largest relative distance of a tensor from the one it should be, over `far`; NaN is infinitely far."""
-    found = 0.0
+def largest_error(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> float:
+    """The largest error of a tensor, in relative norm and divided by the tolerance; infinite for NaN."""
+    largest = 0.0
     for left, right in zip(got, want, strict=True):
         left, right = left.detach().cpu().double(), right.detach().double()
-        distance = float((left - right).norm() / right.norm().clamp(min=1e-6)) / far
-        found = max(found, distance if distance == distance else float("inf"))
-    return found
+        error = float((left - right).norm() / right.norm().clamp(min=1e-6)) / tolerance
+        largest = max(largest, error if error == error else float("inf"))
+    return largest
 
 
-def here(tensor: Tensor) -> Tensor:
-    """A copy on the GPU that asks for a gradient if `tensor` does."""
+def on_gpu(tensor: Tensor) -> Tensor:
+    """A copy on the GPU, which requires a gradient if `tensor` does."""
     return tensor.detach().to("cuda").requires_grad_(tensor.requires_grad)
 
 
-def pairs(op: str, backend: str, dtype: torch.dtype, text_is: str, **settings: Any) -> float:
-    """Forward and backward of a pair loss, with scores kept and recomputed."""
+def pairs(op: str, backend: str, dtype: torch.dtype, text_kind: str, **settings: Any) -> float:
+    """Checks forward and backward of a pair loss, with kept and with recomputed scores; settings: of the tables."""
     from lift_fast.ops import tuned
     from lift_fast.ops.pairs import contrastive, sigmoid
     from lift_fast.ops.rows.quantized import QuantizedRows
@@ -62,27 +63,28 @@ def pairs(op: str, backend: str, dtype: torch.dtype, text_is: str, **settings: A
     image, text = (F.normalize(torch.randn(ROWS, DIM), dim=1).to(dtype) for _ in range(2))
     scalars = [torch.tensor(14.0), torch.tensor(-3.0)]
     codes, scales = (text.float() * 300).round().clamp(-127, 127).to(torch.int8), torch.full((ROWS,), 1 / 300)
-    if text_is == "int8":
+    if text_kind == "int8":
         text = (codes * scales[:, None]).double()
-    leaves = [image, *([text] if text_is == "trained" else [])]
+    leaves = [image, *([text] if text_kind == "trained" else [])]
     wide = [leaf.double().requires_grad_() for leaf in (image, text)]
     exact = module.reference(*wide, *(scalar.double() for scalar in scalars))
     want = [exact, *torch.autograd.grad(exact, wide[: len(leaves)])]
 
-    found = 0.0
+    largest = 0.0
     for budget in (None, 0):
-        mine = [here(leaf.requires_grad_()) for leaf in leaves]
-        if text_is == "int8":
-            mine.append(QuantizedRows(codes.cuda(), scales.cuda(), "int8", DIM))
-        elif text_is == "frozen":
-            mine.append(text.cuda())
+        inputs: list[Any] = [on_gpu(leaf.requires_grad_()) for leaf in leaves]
+        if text_kind == "int8":
+            inputs.append(QuantizedRows(codes.cuda(), scales.cuda(), "int8", DIM))
+        elif text_kind == "frozen":
+            inputs.append(text.cuda())
         with ExitStack() as stack:
             for setting, value in settings.items():
                 stack.enter_context(tuned.using("pairs", setting, value))
-            loss = getattr(module, op)(*mine, *(scalar.cuda() for scalar in scalars), backend=backend, budget=budget)
-            grads = torch.autograd.grad(loss, [one for one in mine if isinstance(one, Tensor) and one.requires_grad])
-        found = max(found, worst([loss], want[:1], 1e-5), worst(grads, want[1:], FAR[dtype]))
-    return found
+            loss = getattr(module, op)(*inputs, *(scalar.cuda() for scalar in scalars), backend=backend, budget=budget)
+            grads = torch.autograd.grad(loss, [one for one in inputs if isinstance(one, Tensor) and one.requires_grad])
+        errors = largest_error([loss], want[:1], 1e-5), largest_error(grads, want[1:], TOLERANCE[dtype])
+        largest = max(largest, *errors)
+    return largest
 
 
 def layernorm(backend: str) -> float:
@@ -94,9 +96,9 @@ def layernorm(backend: str) -> float:
     out = op.reference(wide[0], wide[2], wide[3], residual=wide[1])
     seed = torch.randn(out.shape)
     want = [out, *torch.autograd.grad(out, wide, seed.double())]
-    mine = [here(leaf) for leaf in (x, residual, weight, bias)]
-    y, _ = op.layernorm(mine[0], mine[2], mine[3], residual=mine[1], backend=backend)
-    return worst([y, *torch.autograd.grad(y, mine, seed.to(y))], want, 2e-2)
+    inputs = [on_gpu(leaf) for leaf in (x, residual, weight, bias)]
+    y, _ = op.layernorm(inputs[0], inputs[2], inputs[3], residual=inputs[1], backend=backend)
+    return largest_error([y, *torch.autograd.grad(y, inputs, seed.to(y))], want, 2e-2)
 
 
 def mlp(backend: str) -> float:
@@ -108,32 +110,33 @@ def mlp(backend: str) -> float:
     out = op.reference(*wide)
     seed = torch.randn(out.shape)
     want = [out, *torch.autograd.grad(out, wide, seed.double())]
-    mine = [here(leaf) for leaf in leaves]
-    got = op.mlp(*mine, backend=backend)
-    return worst([got, *torch.autograd.grad(got, mine, seed.to(got))], want, 3e-2)
+    inputs = [on_gpu(leaf) for leaf in leaves]
+    got = op.mlp(*inputs, backend=backend)
+    return largest_error([got, *torch.autograd.grad(got, inputs, seed.to(got))], want, 3e-2)
 
 
 def attention(backend: str) -> float:
     from lift_fast.ops.attention import op
 
-    found = 0.0
+    largest = 0.0
     for tokens, head_dim, causal in ((50, 64, False), (197, 64, False), (77, 64, True)):
         qkv = torch.randn(2, tokens, 3, 2, head_dim).bfloat16().requires_grad_()
         wide = qkv.detach().double().requires_grad_()
         out = op.reference(wide, causal=causal)
         seed = torch.randn(out.shape)
         want = [out, *torch.autograd.grad(out, [wide], seed.double())]
-        mine = here(qkv)
-        got = op.attention(mine, causal=causal, backend=backend)
-        found = max(found, worst([got, *torch.autograd.grad(got, [mine], seed.to(got))], want, 2e-2))
-    return found
+        leaf = on_gpu(qkv)
+        got = op.attention(leaf, causal=causal, backend=backend)
+        grads = torch.autograd.grad(got, [leaf], seed.to(got))
+        largest = max(largest, largest_error([got, *grads], want, 2e-2))
+    return largest
 
 
 def dequant(backend: str) -> float:
     from lift_fast.ops.rows import dequant as op
     from lift_fast.ops.rows.codecs import CODECS
 
-    found = 0.0
+    largest = 0.0
     for name, codec in CODECS.items():
         table = torch.randn(50, 100)
         codes = torch.randint(0, 256, (50, codec.columns(100)), dtype=torch.uint8)
@@ -142,9 +145,9 @@ def dequant(backend: str) -> float:
         options = {"codec": name, "dim": 100}
         for dtype in (torch.float32, torch.bfloat16):
             want = op.reference(codes, scales, rows, dtype, **options)
-            on_gpu = [None if part is None else part.cuda() for part in (codes, scales, rows)]
-            found = max(found, worst([op.dequant(*on_gpu, dtype, backend, **options)], [want], 1e-12))
-    return found
+            inputs = [None if part is None else part.cuda() for part in (codes, scales, rows)]
+            largest = max(largest, largest_error([op.dequant(*inputs, dtype, backend, **options)], [want], 1e-12))
+    return largest
 
 
 def _pairs_cases() -> Iterator[tuple[str, Case]]:
@@ -203,14 +206,14 @@ def main(name: str) -> int:
     except BackendError as why:
         if not rehearsing():
             raise
-        print(why)  # a torch without CUDA has no cuBLAS to rehearse with
+        print(why)  # a rehearsal whose torch has no CUDA has no cuBLAS
         return 3
     unlaunched = sorted(set(case.kernels) - set(launched))
     if rehearsing():
         error = 0.0
     line = {"kernels": launched, "registers": registers(launched), "error_over_allowed": error}
     lines.write({"phase": "smoke", "case": name, **line})
-    print(f"error over what is allowed: {error:.3g}")
+    print(f"error / tolerance: {error:.3g}")
     if unlaunched:
         print(f"not launched: {', '.join(unlaunched)}; launched: {', '.join(launched)}")
     return int(error > 1 or (bool(unlaunched) and torch.cuda.get_device_capability() == (9, 0)))

@@ -1,8 +1,8 @@
-"""python -m benchmarks.lease.sweep --seconds S: candidate values of tuned settings, each timed in the op that reads it.
+"""python -m benchmarks.lease.sweep --seconds S: times candidate values of tuned settings in the op that reads them.
 
-A line a value: {"phase": "tune", "family", "device": "sm_90", "setting", "when", "value", "present", "median_ms", ...},
-A value is measured as it would be in the table: an entry with its `when` in front of the others. `python -m benchmarks
-tune --from` makes entries of those that are faster than the present value by more than the spread.
+Writes a line per value: {"phase": "tune", "family", "device": "sm_90", "setting", "when", "value", "present",
+"median_ms", ...}. A value is measured as the first entry of the table, with its `when`. `python -m benchmarks tune
+--from` makes entries of the values that beat the present one by more than the spread.
 """
 
 import argparse
@@ -28,8 +28,11 @@ Call = Callable[[], object]
 
 
 class Sweep(NamedTuple):
-    """present: the value that the table has for what is measured. when: for which an entry is to hold. build: makes
-    the call that is timed."""
+    """Candidate values of a setting.
+
+    present: the table's value for what is measured. when: the condition that a new entry would have. build: returns the
+    call that is timed.
+    """
 
     family: str
     setting: str
@@ -40,24 +43,24 @@ class Sweep(NamedTuple):
 
 
 @contextmanager
-def in_front(family: str, device: str, entry: Mapping[str, Any]) -> Iterator[None]:
-    """The table as it would be with one more entry, the first."""
-    others = tuned.entries
+def with_first_entry(family: str, device: str, entry: Mapping[str, Any]) -> Iterator[None]:
+    """Puts an entry before all others of a device's table for the duration of a `with`."""
+    original = tuned.entries
 
     def entries(a_family: str, a_device: str) -> list[dict[str, Any]]:
         first = [dict(entry)] if (a_family, a_device) == (family, device) else []
-        return first + others(a_family, a_device)
+        return first + original(a_family, a_device)
 
-    def put(found: Callable[[str, str], list[dict[str, Any]]]) -> None:
-        tuned.entries = found  # type: ignore[assignment]
+    def replace(function: Callable[[str, str], list[dict[str, Any]]]) -> None:
+        tuned.entries = function  # type: ignore[assignment]
         tuned._lookup.cache_clear()
         tuned._rules.cache_clear()
 
-    put(entries)
+    replace(entries)
     try:
         yield
     finally:
-        put(others)
+        replace(original)
 
 
 def pair_loss(op: str, dim: int, trained: bool = False, backend: str | None = None, rows: int = ROWS) -> Call:
@@ -104,7 +107,7 @@ def mlp(width: int, backend: str | None = None) -> Call:
     return lambda: torch.autograd.grad(op(*leaves, backend=backend), leaves, seed)
 
 
-DIMS = {256: [None, 511], 768: [512, 1023], 1536: [1024, 2047], 4096: [2048, None]}  # the dim measured -> its range
+DIMS = {256: [None, 511], 768: [512, 1023], 1536: [1024, 2047], 4096: [2048, None]}  # measured dim -> its entry's range
 BLOCKS = [1024, 4096], [2048, 2048], [2048, 4096], [2048, 8192], [4096, 4096], [4096, 8192]
 BANDS = tuple({"bytes": size * MIB} for size in (256, 512, 1024, 2048))
 KEEPS = None, {"share_of_free": 0.5}
@@ -119,14 +122,15 @@ PAIR_TILES = (
     [128, 64, 64, 4, 4, 128],
 )
 STORED_TILES = [64, 64, 0, 4, 1], [32, 128, 0, 8, 1], [128, 64, 0, 8, 1], [64, 128, 0, 8, 1]
-MOST_TILES = 7
-FAR = 2e-2
+MAX_TILES = 7
+TOLERANCE = 2e-2  # in relative norm
 
 
 def sweeps(device: str) -> Iterator[Sweep]:
-    """What decides most first."""
+    """Yields the sweeps, those of the largest effect first."""
 
     def known(setting: str, when: Mapping[str, Any], values: tuple[Any, ...], build: Callable[[], Call], **facts: Any):
+        """A sweep of a setting of the pair losses; a line with a note if the table has no value for these facts."""
         try:
             present = tuned.lookup("pairs", device, setting, **facts)
         except LookupError as error:
@@ -145,8 +149,8 @@ def sweeps(device: str) -> Iterator[Sweep]:
         yield from _orders("attention", device, {"tokens": [tokens, tokens]}, facts, partial(attention, tokens))
     yield from _orders("transformer", device, {}, {}, _both)
     fused, stored = partial(loss, 768, False, "triton"), partial(loss, 1536, False, "triton")
-    yield from known("fused_up_to", {}, (511,), fused)  # at 768 from cuBLAS's scores
-    yield from known("fused_up_to", {}, (2047,), stored)  # at 1536 from its own
+    yield from known("fused_up_to", {}, (511,), fused)  # dim 768 from scores by cuBLAS
+    yield from known("fused_up_to", {}, (2047,), stored)  # dim 1536 by the fused kernels
     for kind in ("stats", "grad"):
         yield from known("form", {"kind": kind}, ("persistent",), fused, kind=kind)
     yield from known("tile", {"aligned": True}, PAIR_TILES, fused, aligned=True, kind="stats")
@@ -160,6 +164,7 @@ def sweeps(device: str) -> Iterator[Sweep]:
 
 
 def _both() -> Call:
+    """layernorm and mlp, which share their order of backends."""
     calls = layernorm(768), mlp(768)
     return lambda: [call() for call in calls]
 
@@ -167,7 +172,10 @@ def _both() -> Call:
 def _orders(
     family: str, device: str, when: Mapping[str, Any], facts: Mapping[str, Any], build: Callable[[], Call]
 ) -> Iterator[Sweep]:
-    """Each backend that is here first, the others behind it as they are; torch's own is the last resort."""
+    """Sweeps the order of the backends: each available one first, the rest in their present order.
+
+    torch, the fallback, is never put first.
+    """
     from lift_fast.ops.attention import contract as attentions
     from lift_fast.ops.pairs import contract as pairs
     from lift_fast.ops.transformer import contract as transformers
@@ -176,12 +184,12 @@ def _orders(
     entry = _entry(family, device, "backend", facts)
     if entry:
         present = entry["value"]
-        first = [name for name in present if name in known.here("cuda") and name != "torch"]
-        orders = [[name, *(other for other in present if other != name)] for name in first]
+        candidates = [name for name in present if name in known.here("cuda") and name != "torch"]
+        orders = [[name, *(other for other in present if other != name)] for name in candidates]
         yield Sweep(family, "backend", present, when, tuple(orders), build)
 
 
-# A kernel's setting, the facts at which it is measured, and the call in which it is looked up.
+# (family, setting of a kernel, the facts with which it is looked up, the call that looks it up)
 KERNELS: tuple[tuple[str, str, Mapping[str, Any], Callable[[], Call]], ...] = (
     ("attention", "backward", {"tokens": TOKENS, "head_dim": 64, "causal": False}, partial(attention, TOKENS)),
     ("attention", "forward", {"tokens": TOKENS, "head_dim": 64, "causal": False}, partial(attention, TOKENS)),
@@ -195,7 +203,7 @@ KERNELS: tuple[tuple[str, str, Mapping[str, Any], Callable[[], Call]], ...] = (
 
 
 def _tiles(device: str) -> Iterator[Sweep]:
-    """For each kernel what other devices' tables have, and what is next to its own tile."""
+    """Sweeps each kernel's tile: the variants of its present one, and the tiles in other devices' tables."""
     for family, setting, facts, build in KERNELS:
         entry = _entry(family, device, setting, facts)
         if entry and isinstance(entry["value"], dict):
@@ -203,11 +211,11 @@ def _tiles(device: str) -> Iterator[Sweep]:
             others = [one["value"] for one in tables if one["setting"] == setting and isinstance(one["value"], dict)]
             several = [*variants(entry["value"]), *others]
             values = tuple(value for number, value in enumerate(several) if value not in several[:number])
-            yield Sweep(family, setting, entry["value"], entry["when"], values[:MOST_TILES], build)
+            yield Sweep(family, setting, entry["value"], entry["when"], values[:MAX_TILES], build)
 
 
 def variants(tile: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Tiles that differ in one number: twice or half of it, a stage more or less."""
+    """Yields tiles that differ in one number: doubled or halved, or one stage more or less."""
     for name, change in (("warps", (2, 0.5)), ("rows", (0.5, 2)), ("elements", (2, 0.5)), ("a_warp", (2, 0.5))):
         if name in tile:
             yield from ({**tile, name: int(tile[name] * factor)} for factor in change if tile[name] * factor >= 1)
@@ -216,7 +224,7 @@ def variants(tile: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _entry(family: str, device: str, setting: str, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The entry that is taken for these facts; facts that are not given do not matter."""
+    """The entry that a lookup with these facts takes; rules about facts that are not given are ignored."""
     if device not in tuned.devices(family):
         return None
     for entry in tuned.entries(family, device):
@@ -227,52 +235,52 @@ def _entry(family: str, device: str, setting: str, facts: Mapping[str, Any]) -> 
 
 
 def _tensors(results: Any) -> list[Tensor]:
-    """Copies of all that a call gives, in calls' order."""
+    """Copies of the tensors in a call's results, in order."""
     if isinstance(results, Tensor):
         return [results.detach().clone()]
     return [one for part in results for one in _tensors(part)] if isinstance(results, (list, tuple)) else []
 
 
-def _apart(found: list[Tensor], right: list[Tensor]) -> float:
-    """The largest distance in relative norm; results that are next to nothing do not count. NaN is far."""
-    most = 0.0
-    for one, other in zip(found, right, strict=True):
+def _largest_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest error of a tensor in relative norm; 0 where `want` is almost zero, infinite for NaN."""
+    largest = 0.0
+    for one, other in zip(got, want, strict=True):
         size = float(other.float().norm())
-        far = float((one.float() - other.float()).norm()) / size if size > 1e-6 else 0.0
-        most = max(most, far if far == far else float("inf"))
-    return most
+        error = float((one.float() - other.float()).norm()) / size if size > 1e-6 else 0.0
+        largest = max(largest, error if error == error else float("inf"))
+    return largest
 
 
-def _in_words(build: Callable[[], Call]) -> str:
-    """pair_loss('contrastive', 768)."""
+def _call_in_words(build: Callable[[], Call]) -> str:
+    """The call as text, e.g. "pair_loss('contrastive', 768)"."""
     if not isinstance(build, partial):
         return build.__name__
     return f"{build.func.__name__}({', '.join(map(repr, build.args))})"
 
 
 def measure(sweep: Sweep, device: str) -> None:
-    """A line for each value; one that fails, or has other results than the present one, has a line that says so."""
+    """Writes a line per value. The line of a value that fails, or changes the results, has a note and no times."""
     values = [sweep.present, *(value for value in sweep.values if value != sweep.present)]
     if len(values) == 1:
         return
-    plain = sweep.build()
+    op_call = sweep.build()
     calls: dict[int, Call] = {}
-    right: list[Tensor] = []
+    expected: list[Tensor] = []
     case: dict[str, Any] = {"phase": "tune", "family": sweep.family, "device": device, "setting": sweep.setting}
-    case |= {"when": dict(sweep.when), "case": _in_words(sweep.build), "gpu": torch.cuda.get_device_name(0)}
+    case |= {"when": dict(sweep.when), "case": _call_in_words(sweep.build), "gpu": torch.cuda.get_device_name(0)}
     for number, value in enumerate(values):
         entry = {"setting": sweep.setting, "when": sweep.when, "value": value}
 
         def call(entry: Mapping[str, Any] = entry) -> object:
-            with in_front(sweep.family, device, entry):
-                return plain()
+            with with_first_entry(sweep.family, device, entry):
+                return op_call()
 
         try:
-            found = _tensors(call())
+            results = _tensors(call())
             torch.cuda.synchronize()
-            right = right or found
-            if not rehearsing() and (far := _apart(found, right)) > FAR:
-                raise ValueError(f"its results are {far:.2g} from those of the present value")
+            expected = expected or results
+            if not rehearsing() and (change := _largest_error(results, expected)) > TOLERANCE:
+                raise ValueError(f"its results differ from those of the present value by {change:.2g} in relative norm")
             calls[number] = call
         except Exception as error:
             lines.write({**case, "value": value, "note": f"{type(error).__name__}: {error}"[:300]})
@@ -286,8 +294,8 @@ def measure(sweep: Sweep, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, required=True, help="begin no further sweep after so long")
-    parser.add_argument("--short", action="store_true", help="two sweeps")
+    parser.add_argument("--seconds", type=float, required=True, help="start no further sweep after this time")
+    parser.add_argument("--short", action="store_true", help="only two sweeps")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     device = tuned.gpu("pairs", torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its plan, its lines, kills at any moment, tests that end their process, and a rehearsal."""
+"""`make gpu` without a GPU: its plan, its results, kills at random moments, tests that crash, and a rehearsal."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import torch
 from benchmarks import lines, peers, tune
 from benchmarks.harness import Suite
 from benchmarks.lease import hot, phases, plan, report, smoke, sweep
-from benchmarks.lease.jobs import NOT_BEGUN, TIMED_OUT, Jobs, Task
+from benchmarks.lease.jobs import NOT_STARTED, TIMED_OUT, Jobs, Task
 from benchmarks.pairs import unasked
 from lift_fast.ops import tuned as tuned_tables
 
@@ -42,8 +42,8 @@ def test_lines_of_several_processes(tmp_path, monkeypatch):
     file = tmp_path / "lines"
     write = "from benchmarks import lines\nfor i in range(200): lines.write({'case': 'x' * 5000, 'i': i, 'none': None})"
     environment = {**os.environ, **lines.environment(file, phase="p", device="d")}
-    several = [subprocess.Popen([sys.executable, "-c", write], cwd=ROOT, env=environment) for _ in range(4)]
-    assert [one.wait() for one in several] == [0] * 4
+    writers = [subprocess.Popen([sys.executable, "-c", write], cwd=ROOT, env=environment) for _ in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
     found = list(lines.read(file))
     assert Counter(line["i"] for line in found) == dict.fromkeys(range(200), 4)
     assert all(line["phase"] == "p" and line["device"] == "d" and "none" not in line for line in found)
@@ -71,7 +71,7 @@ def test_a_suite_writes_as_it_goes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lease(tmp_path, monkeypatch):
-    """lease(**options) -> a Lease whose processes are stubs, in tmp_path."""
+    """lease(**options): a Lease in tmp_path that runs lease_stub.py instead of the real commands."""
     monkeypatch.setattr(phases.Lease, "_python", lambda self, *command: [*STUB, *command])
     monkeypatch.setenv("STUB_FINISHED", str(tmp_path / "finished"))
     monkeypatch.setenv("STUB_TESTS", " ".join(TESTS))
@@ -96,7 +96,7 @@ def test_a_run_from_end_to_end(lease, tmp_path, capsys):
         line["case"]: line["outcome"] for line in lines.read(one.file) if line["phase"] == "tests" and "case" in line
     }
     assert tests == {"tests/test_far.py": "skipped", **dict.fromkeys(TESTS, "passed")}
-    assert not report.wrong(list(lines.read(one.file)))
+    assert not report.any_failed(list(lines.read(one.file)))
     text = report.text(one.file)
     assert len(text) < 12_000 and "15 of 15 scheduled: 15 passed" in text
     assert all(line["commit"] == "abc" for line in lines.read(one.file))
@@ -110,7 +110,7 @@ def test_what_fails_ends_nothing_else(lease, monkeypatch, tmp_path):
     one.run()
     found = outcomes(one.file)
     assert {name for name, outcome in found.items() if outcome == "failed"} == {"build", "ceilings", "tune"}
-    assert found["tests"] == found["step"] == "ok" and report.wrong(list(lines.read(one.file)))
+    assert found["tests"] == found["step"] == "ok" and report.any_failed(list(lines.read(one.file)))
     assert re.search(r"build +failed .* no such thing", report.text(one.file))
 
 
@@ -119,9 +119,9 @@ def test_a_prebuilt_extension_when_the_build_fails(lease, monkeypatch, tmp_path)
     monkeypatch.setenv("STUB_BROKEN", "pip")
     (tmp_path / "lift_fast").mkdir()
     name = f"_C{phases.importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    (tmp_path / "carried").mkdir()
-    (tmp_path / "carried" / name).write_text("built before")
-    one = lease(prebuilt=tmp_path / "carried")
+    (tmp_path / "prebuilt").mkdir()
+    (tmp_path / "prebuilt" / name).write_text("built before")
+    one = lease(prebuilt=tmp_path / "prebuilt")
     one.run()
     assert (tmp_path / "lift_fast" / name).read_text() == "built before"
     assert outcomes(one.file)["build"] == "failed" and name in report.text(one.file)
@@ -140,7 +140,7 @@ def test_a_test_that_ends_its_process_costs_one_group(lease, monkeypatch):
     monkeypatch.setenv("STUB_TESTS", " ".join(ids))
     monkeypatch.setattr(phases, "one_test_s", lambda rehearsal: 0.5 - phases.START_S)
     one = lease()
-    one.planned["tests"] = 2.0  # of a group
+    one.planned["tests"] = 2.0  # time limit of a group
     one.run()
     tests = {
         line["case"]: line["outcome"] for line in lines.read(one.file) if line["phase"] == "tests" and "case" in line
@@ -152,16 +152,16 @@ def test_a_test_that_ends_its_process_costs_one_group(lease, monkeypatch):
 
 def test_out_of_time_everything_is_accounted_for(lease):
     one = lease(seconds=0.5)
-    begun = time.monotonic()
+    started = time.monotonic()
     one.run()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - started < 10
     found = list(lines.read(one.file))
     tests = {line["case"] for line in found if line["phase"] == "tests" and "case" in line}
     assert set(outcomes(one.file)) == set(one.planned) and tests >= set(one.collected["tests"])
 
 
 def test_a_kill_loses_no_finished_case(lease, tmp_path, monkeypatch):
-    """At ten random moments."""
+    """Kills a run at ten random moments."""
     monkeypatch.setenv("STUB_PAUSE_S", "0.005")
     generator = random.Random(0)
     counts = []
@@ -177,7 +177,7 @@ def test_a_kill_loses_no_finished_case(lease, tmp_path, monkeypatch):
         time.sleep(generator.uniform(0.05, 1.5))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        time.sleep(0.2)  # what it had started ends with it
+        time.sleep(0.2)  # for the processes it started, which end with it
         found = list(lines.read(one.file)) if one.file.exists() else []
         time.sleep(0.2)
         assert len(found) == (len(list(lines.read(one.file))) if one.file.exists() else 0)
@@ -192,17 +192,17 @@ def test_jobs_keep_their_limits(tmp_path):
     jobs = Jobs(ROOT, tmp_path / "log", {"X": "1"})
     ended = {}
     keep = lambda done: ended.update({done.task.name: (done.status, done.output)})  # noqa: E731
-    sleeps = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    says = [sys.executable, "-c", "import os; print(os.environ['X'] + os.environ['Y'])"]
-    tasks = [Task("long", sleeps, 0.5, keep), Task("says", says, 9, keep, {"Y": "2"}), Task("late", says, 9, keep)]
+    sleeps = [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"]
+    prints = [sys.executable, "-c", "import os; print(os.environ['X'] + os.environ['Y'])"]
+    tasks = [Task("long", sleeps, 0.5, keep), Task("print", prints, 9, keep, {"Y": "2"}), Task("late", prints, 9, keep)]
     jobs.run(tasks, 1, time.monotonic() + 0.6 + 5)
-    assert ended["long"][0] == TIMED_OUT and ended["long"][1].splitlines()[0] == "begun"
-    assert ended["says"] == (0, "12\n") and ended["late"][0] == 1  # without Y
-    jobs.run([Task("late", says, 9, keep)], 1, time.monotonic() - 1)
-    assert ended["late"][0] == NOT_BEGUN
-    jobs.start(Task("behind", sleeps, 60, keep))
-    jobs.wait("behind", time.monotonic() + 0.5)
-    assert ended["behind"][0] == TIMED_OUT and not jobs.running
+    assert ended["long"][0] == TIMED_OUT and ended["long"][1].splitlines()[0] == "started"
+    assert ended["print"] == (0, "12\n") and ended["late"][0] == 1  # without Y
+    jobs.run([Task("late", prints, 9, keep)], 1, time.monotonic() - 1)
+    assert ended["late"][0] == NOT_STARTED
+    jobs.start(Task("background", sleeps, 60, keep))
+    jobs.wait("background", time.monotonic() + 0.5)
+    assert ended["background"][0] == TIMED_OUT and not jobs.running
 
 
 def test_groups():
@@ -215,14 +215,14 @@ def test_groups():
     assert phases.groups([], 4) == []
 
 
-TESTED = """
+NOT_COLLECTED = """
 import absent_package  # noqa
 """
 OUTCOMES = """
 import pytest
 def test_good(): pass
-def test_bad(): assert 1 == 2, "so it is"
-@pytest.mark.skip(reason="not here")
+def test_bad(): assert 1 == 2, "a message"
+@pytest.mark.skip(reason="a reason")
 def test_left(): pass
 @pytest.fixture
 def broken(): raise OSError("no file")
@@ -231,7 +231,7 @@ def test_broken(broken): pass
 
 
 def test_the_plugin_says_what_came_of_each_test(tmp_path):
-    (tmp_path / "test_absent.py").write_text(TESTED)
+    (tmp_path / "test_absent.py").write_text(NOT_COLLECTED)
     (tmp_path / "test_some.py").write_text(OUTCOMES)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **lines.environment(tmp_path / "lines", phase="tests")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.lease.outcomes", "-p", "no:cacheprovider"]
@@ -241,7 +241,7 @@ def test_the_plugin_says_what_came_of_each_test(tmp_path):
     found = {line["case"].partition("::")[2]: line for line in lines.read(tmp_path / "lines")}
     outcome = {name: line["outcome"] for name, line in found.items()}
     assert outcome == {"test_good": "passed", "test_bad": "failed", "test_left": "skipped", "test_broken": "failed"}
-    assert "so it is" in found["test_bad"]["note"] and "not here" in found["test_left"]["note"]
+    assert "a message" in found["test_bad"]["note"] and "a reason" in found["test_left"]["note"]
     assert "no file" in found["test_broken"]["note"]
     collected = json.loads((tmp_path / "collected").read_text())
     assert len(collected["tests"]) == 4 and collected["missing"] == {"test_absent.py": "absent_package"}
@@ -249,7 +249,7 @@ def test_the_plugin_says_what_came_of_each_test(tmp_path):
 
 
 def test_a_smoke_of_every_kernel():
-    """Each Triton kernel that is launched, and each function of _C that launches."""
+    """The smoke tests cover each Triton kernel, and each function of _C that launches a CUDA kernel."""
     triton = {
         f"{file.stem}.{name}"
         for file in (ROOT / "kernels").glob("*.py")
@@ -298,13 +298,14 @@ def test_a_sweep_measures_the_table_that_would_be():
     found = list(sweep.sweeps("sm_90"))
     assert {"backend", "block", "band", "keep"} <= {one.setting for one in found}
     before = tuned_tables.lookup("pairs", "sm_90", "block", dim=768)
-    with sweep.in_front("pairs", "sm_90", {"setting": "block", "when": {"dim": [None, 1023]}, "value": [1, 2]}):
+    with sweep.with_first_entry("pairs", "sm_90", {"setting": "block", "when": {"dim": [None, 1023]}, "value": [1, 2]}):
         assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == [1, 2]
         assert tuned_tables.lookup("pairs", "sm_90", "block", dim=1024) == before
     assert tuned_tables.lookup("pairs", "sm_90", "block", dim=768) == before
     ones = [torch.ones(3), torch.ones(1)]
-    assert sweep._apart(sweep._tensors([ones[0], (None, ones[1])]), ones) == 0
-    assert sweep._apart([ones[0], torch.tensor([torch.nan])], ones) > sweep._apart([2 * ones[0], ones[1]], ones) > 0.9
+    error = sweep._largest_error
+    assert error(sweep._tensors([ones[0], (None, ones[1])]), ones) == 0
+    assert error([ones[0], torch.tensor([torch.nan])], ones) > error([2 * ones[0], ones[1]], ones) > 0.9
     found = list(sweep.variants({"rows": 64, "warps": 1, "stages": 1}))
     assert [(one["rows"], one["warps"], one["stages"]) for one in found] == [
         (64, 2, 1),
@@ -358,7 +359,7 @@ def test_tables_from_measurements(tmp_path):
     alone = [tuned(2, 1.0, when={"dim": 1})]
     (found,) = tune.better([*measured, *near, *alone])
     assert (found.value, found.median, found.before_value, found.before) == (3, 3.0, 1, 5.0)
-    for _ in range(2):  # the second gives way to itself
+    for _ in range(2):  # the second time it replaces itself
         tune.write([found], "benchmarks/results/x.jsonl", tmp_path)
         first, second = json.loads((tmp_path / "pairs.sm_90.json").read_text())["entries"]
     assert first["value"] == 3 and first["when"] == {"dim": [None, 9]} and second == table["entries"][0]
@@ -382,9 +383,9 @@ def test_tune_on_the_command_line(tmp_path):
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == status
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing to rehearse")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so there is nothing to rehearse")
 def test_a_short_rehearsal(tmp_path):
-    """Every phase with the real files; a few tests and cases, and small shapes."""
+    """Runs every phase with the real commands on a few tests and cases with small shapes."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--rehearse", "--short"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,7 +1,7 @@
-"""What test_lease.py runs in place of a lease's processes: python lease_stub.py MODULE ARGUMENT...
+"""python lease_stub.py MODULE ARGUMENT...: stands in for the commands that `make gpu` runs, in test_lease.py.
 
-It writes lines as the real ones do, and after each a note of it to STUB_FINISHED. A test whose name has "crash" or
-"hang" in it does that.
+It writes lines as the real command does, and after each line its case to the file STUB_FINISHED. STUB_TESTS are the
+tests that it collects; one with "crash" or "hang" in its name crashes or hangs. The modules in STUB_BROKEN fail.
 """
 
 import json
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import lines  # noqa: E402
 
-POISONED, PAUSE_S = 70, float(os.environ.get("STUB_PAUSE_S", "0.01"))
+GPU_UNUSABLE, PAUSE_S = 70, float(os.environ.get("STUB_PAUSE_S", "0.01"))
 
 
 def finished(line):
@@ -32,7 +32,7 @@ def tests(arguments):
         return 0
     for test in [argument for argument in arguments if "::" in argument]:
         if "crash" in test:
-            return POISONED
+            return GPU_UNUSABLE
         if "hang" in test:
             time.sleep(60)
         finished({"phase": "tests", "case": test, "outcome": "failed" if "wrong" in test else "passed"})
