@@ -23,10 +23,10 @@ Entry = dict[str, Any]
 
 HEAD = """# Tuned settings
 
-Written by `python -m benchmarks tune --docs` from the tables in `lift_fast/ops/tuned/`. An op takes the first row whose
-condition holds for its arguments, then those of the device that its table extends. {reasoned} of these {all} entries
-are arithmetic or estimates, **not measured on any machine**. `make gpu` measures candidates, and `python -m benchmarks
-tune --from` puts faster ones first.
+Written by `python -m benchmarks tune --docs` from the tables in `lift_fast/ops/tuned/`. An op uses the first row of its
+device whose condition its arguments meet. If there is none, it searches the table of the device that the heading names
+after "then those of". {reasoned} of these {all} entries are calculated or estimated, **not measured on any machine**.
+`make gpu` measures candidates, and `python -m benchmarks tune --from` puts faster ones first.
 """
 
 
