@@ -1,4 +1,4 @@
-"""python -m benchmarks NAME [--quick] --json FILE: runs run(suite) of bench_NAME.py and writes its results.
+"""python -m benchmarks NAME [--quick] --json FILE: runs the suite of bench_NAME.py and writes its results.
 
 --part runs only one of the module's PARTS. --lines FILE appends each row, target and note as soon as it is known (see
 lines.py). `python -m benchmarks plot FILE… --out PLOT.svg` draws such results; `python -m benchmarks tune` updates the

@@ -44,7 +44,7 @@ from .harness import Suite
 from .start import small
 
 ROWS, DIM, BATCHES = 4096, 4096, 16
-SEEDS = 8  # rotations
+SEEDS = 8  # number of rotations
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STREAM = 1 << 28  # bytes of each buffer of the plain copy: larger than the CPU's caches
 
@@ -244,7 +244,7 @@ def authors_rows_per_s(suite: Suite, folder: Path) -> float | None:
 
 
 def peers(suite: Suite, folder: Path, rows: Tensor) -> None:
-    """The same rows read from files by np.memmap, Arrow IPC and Lance: float32 and int8 tables of 20 000 rows."""
+    """Random rows read from files by np.memmap, Arrow IPC and Lance: float32 and int8 tables of 20 000 rows."""
     table = torch.randn(20_000, DIM, generator=torch.Generator().manual_seed(1))
     rows = rows % len(table)
     wide = table.numpy()

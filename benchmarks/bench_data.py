@@ -66,10 +66,10 @@ HOST, DALI, READER, LOADER, DRAFT, WEB = (
 ON_GPU, CHECKED = " on the GPU", ", checked"  # after a rival's name
 SIZE, BATCH, IMAGES = 224, 64, 384
 AREAS = {"0.08-1": 0.08, "0.9-1": 0.9}  # name -> least area of a crop; the targets for speed are for the first
-TURN_S, MOST_BATCHES = 0.7, 1000  # a turn
-IDLE_S, IDLE_SHARE, PATIENCE_S = 0.05, 0.1, 10.0
+TURN_S, MOST_BATCHES = 0.7, 1000  # of a turn; MOST_BATCHES is per worker
+IDLE_S, IDLE_SHARE, PATIENCE_S = 0.05, 0.1, 10.0  # idle: less than this share of one core for IDLE_S seconds
 COMPARED = 48  # images whose pixels are compared and whose parts are timed
-COPIES = 1000  # of the set under other row numbers, so that a pipeline always reads rows that it has not seen
+COPIES = 1000  # copies of the set under other row numbers, so that every row is new to our pipelines
 HOST_TARGET, DALI_TARGET, PIXEL_TARGET, LOST_TARGET = 1.3, 1.2, 2.0, 0.03
 GPU_BATCH, GPU_IMAGES, GPU_SIZE, GPU_PRESET, GPU_TURN_S = 256, 512, (500, 375), "vit-b16", 2.0
 
@@ -177,8 +177,8 @@ def _opened(
             _take(feed, feed.held)
             begun = time.perf_counter()
             _take(feed, 2 * feed.at_once)
-            together = (time.perf_counter() - begun) / 2
-            feeds[what] = feed, feed.at_once * min(ceil(turn_s / together), MOST_BATCHES)
+            seconds = (time.perf_counter() - begun) / 2
+            feeds[what] = feed, feed.at_once * min(ceil(turn_s / seconds), MOST_BATCHES)
         except Exception as error:  # not installed, or any error of a rival; the remaining ones are measured
             suite.note(f"{what}: {name}: {one_line(error)}")
     return feeds
@@ -203,7 +203,7 @@ def faster(rows: Mapping[str, Row], what: str, than: str) -> float | None:
 
 def _turn(suite: Suite, feed: Feed, batches: int) -> Turn:
     if not _wait_until_idle():
-        suite.note("rivals that were not measured kept the CPU busy: the figures include their work")
+        suite.note("rivals that had no turn kept the CPU busy: the figures include their work")
     _take(feed, feed.held)
     cpu, begun = _cpu_seconds(), time.perf_counter()
     images = _take(feed, batches)

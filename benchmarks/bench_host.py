@@ -62,7 +62,7 @@ class Clock:
 
 @contextmanager
 def stubs(backend: str) -> Iterator[Clock]:
-    """Makes ops take tensors on the CPU for tensors on an H100, whose kernels do nothing."""
+    """Makes ops treat tensors on the CPU as tensors on an H100 whose kernels do nothing."""
     clock = Clock()
     with ExitStack() as stack:
 
@@ -88,7 +88,7 @@ def stubs(backend: str) -> Iterator[Clock]:
 
 
 def microseconds(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str, float]:
-    """CPU time of a call in microseconds: until its last launch (median, interquartile range), and whole (median)."""
+    """CPU time of a call: until its last launch (median and interquartile range), and in whole (median)."""
     before, whole = [], []
     for number in range(repeats + 20):
         begun = time.process_time()

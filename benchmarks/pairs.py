@@ -237,7 +237,7 @@ def measure(
     calls: dict[Key, Callable[[], object]] = dict(steps)
     product_key = GEMM, case.text
     left, right = image.detach(), text.detach().T
-    # The CPU gets allocated memory; on a GPU allocation costs nothing with torch's caching allocator, for rivals too.
+    # On a GPU torch.mm allocates its result, as rivals do: with torch's caching allocator that takes no time.
     product = torch.empty((case.rows, case.rows), dtype=image.dtype) if where == "cpu" else None
     calls[product_key] = lambda: torch.mm(left, right, out=product)
     try:
@@ -375,7 +375,7 @@ def _probe(request: dict[str, Any]) -> float:
     # Starts thread pools and loads libraries before the measurement; torch.compile needs the same shape for that.
     call(case if request["what"] == COMPILED else case._replace(rows=64))()
     measured = call(case)
-    ctypes.CDLL(None).malloc_trim(0)  # gives memory freed after making the inputs back to the system
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system: reusing it would hide growth
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
     measured()

@@ -1,4 +1,4 @@
-"""The benchmark of the picture pipelines, at sizes where nothing is fast: photographs, rivals, turns, rows and bars."""
+"""The benchmark of image loading at tiny sizes: photographs, rivals, turns, rows and targets."""
 
 import io
 import json
@@ -30,18 +30,18 @@ def rng(*seed: int) -> np.random.Generator:
 
 @pytest.mark.parametrize("width, height", [(400, 300), (333, 500), (1100, 7), (1, 1)])
 def test_photographs_have_their_size_and_follow_from_the_seed(width, height):
-    picture = photographs.photograph(rng(1), width, height)
-    assert picture.shape == (height, width, 3) and picture.dtype == np.uint8
-    np.testing.assert_array_equal(photographs.photograph(rng(1), width, height), picture)
-    assert (photographs.photograph(rng(2), width, height) != picture).any()
+    image = photographs.photograph(rng(1), width, height)
+    assert image.shape == (height, width, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(photographs.photograph(rng(1), width, height), image)
+    assert (photographs.photograph(rng(2), width, height) != image).any()
 
 
 def test_photographs_look_like_photographs():
-    """Their amplitude falls as natural images', about as 1 / f; channels are alike; there are edges and flat parts."""
+    """Amplitude falls as in natural images, about as 1 / f; channels correlate; there are edges and flat regions."""
     slopes = []
     for seed in range(5):
-        picture = photographs.photograph(rng(seed), 640, 480).astype(np.float64)
-        grey = picture.mean(axis=2)
+        image = photographs.photograph(rng(seed), 640, 480).astype(np.float64)
+        grey = image.mean(axis=2)
         n = 480
         window = np.hanning(n)
         square = (grey[:, :n] - grey.mean()) * window * window[:, None]
@@ -51,7 +51,7 @@ def test_photographs_look_like_photographs():
         rings = np.digitize(frequency, edges)
         means = [power[rings == ring].mean() for ring in range(1, len(edges))]
         slopes.append(np.polyfit(np.log(edges[1:] * edges[:-1]) / 2, np.log(means) / 2, 1)[0])
-        assert np.corrcoef(picture.reshape(-1, 3).T)[np.triu_indices(3, 1)].min() > 0.7
+        assert np.corrcoef(image.reshape(-1, 3).T)[np.triu_indices(3, 1)].min() > 0.7
         step = np.abs(np.diff(grey, axis=1))
         assert (step > 40).mean() > 0.005 and (step < 3).mean() > 0.2
     assert all(-1.5 < slope < -1 for slope in slopes), slopes
@@ -87,7 +87,7 @@ def test_shards_lie_as_img2dataset_writes_them(tmp_path):
     data = Shards(tmp_path / "a")
     assert [data.image_bytes(i) for i in range(len(data))] == files
     assert len(set(files)) == 7 and all(data.caption(i) == data.meta(i)["caption"] for i in range(7))
-    assert photographs.write_shards(tmp_path / "b", 7, seed=3) == files  # whatever the shards
+    assert photographs.write_shards(tmp_path / "b", 7, seed=3) == files  # also in another number of shards
     one = photographs.write_shards(tmp_path / "c", 1, seed=3, size=(40, 30))
     assert Image.open(io.BytesIO(one[0])).size == (40, 30)
 
@@ -108,7 +108,7 @@ def test_boxes_are_torchvisions():
         areas = [(right - left) * (bottom - top) / (width * height) for left, top, right, bottom in boxes]
         assert min(areas) > 0.7 * least and max(areas) > 0.95
         assert min(areas) < least + 0.1 * (1 - least)
-    assert data_peers.random_box(1000, 10, 1.0) == (493, 0, 506, 10)  # no try fits: the centre, at 4:3
+    assert data_peers.random_box(1000, 10, 1.0) == (493, 0, 506, 10)  # no box fits: the centre, at 4:3
     assert data_peers.random_box(10, 1000, 1.0) == (0, 493, 10, 506)
 
 
@@ -121,7 +121,7 @@ def test_a_draft_is_the_same_crop():
             crops.append(data_peers.crop(data, 64, 0.5, draft))
         assert crops[0].shape == (64, 64, 3) and crops[0].dtype == torch.uint8
         apart = (crops[0].int() - crops[1].int()).abs().float().mean()
-        assert 0 < apart < 4  # it was scaled, and is the same picture
+        assert 0 < apart < 4  # decoded at another scale, but the same crop
 
 
 PEERS = {
@@ -148,22 +148,22 @@ def test_rivals_give_the_same_batches(name, folder):
         ]
     )
     seen = set()
-    for _ in range(12):  # more than an epoch: nobody stops
+    for _ in range(12):  # more batches than an epoch has
         batch = next(feed.batches)
         assert batch.shape == (6, 32, 32, 3) and batch.dtype == torch.uint8
         apart = (batch.float()[:, None] - originals).abs().flatten(2).mean(dim=2)
         nearest = apart.sort(dim=1)
-        assert (nearest.values[:, 0] < 0.8 * nearest.values[:, 1]).all()  # every crop is of a picture of the set
+        assert (nearest.values[:, 0] < 0.8 * nearest.values[:, 1]).all()  # every crop is of a image of the set
         seen |= set(nearest.indices[:, 0].tolist())
     assert len(seen) > 10
 
 
-def pretend(batches, held: int, at_once: int = 1):
+def fake_feed(batches, held: int, at_once: int = 1):
     return lambda: Feed(iter(batches), held, at_once)
 
 
 def slow(ready: int, seconds: float):
-    """`ready` batches at once whenever it has rested, then one every `seconds`."""
+    """Yields `ready` batches without delay whenever it was idle before, then one every `seconds`."""
     last = 0.0
     left = ready
     while True:
@@ -193,7 +193,7 @@ def test_batches_that_workers_finish_together_are_counted_together(monkeypatch):
     monkeypatch.setattr(bench_data, "_columns", lambda turns: {})
     suite = Suite("x", True)
     suite.repeats = 1
-    builds = {"x": pretend(slow(0, 0.01), held=1, at_once=3), "ready": pretend(repeat(torch.empty(4)), held=1)}
+    builds = {"x": fake_feed(slow(0, 0.01), held=1, at_once=3), "ready": fake_feed(repeat(torch.empty(4)), held=1)}
     bench_data.measure(suite, {}, builds, turn_s=0.1)
     assert taken[0] % 3 == 0 and 3 <= taken[0] <= 12
     assert taken[1] == bench_data.MOST_BATCHES
@@ -227,7 +227,7 @@ def test_who_never_rests_is_noted(monkeypatch):
     monkeypatch.setattr(bench_data, "_cpu_seconds", lambda: next(seconds))
     suite = Suite("x", True)
     suite.repeats = 1
-    rows = bench_data.measure(suite, {}, {"x": pretend(slow(0, 0), held=1)}, turn_s=0.01)
+    rows = bench_data.measure(suite, {}, {"x": fake_feed(slow(0, 0), held=1)}, turn_s=0.01)
     assert set(rows) == {"x"} and "kept the CPU busy" in suite.notes[0]
 
 
@@ -241,7 +241,7 @@ def test_what_fails_is_noted_and_the_others_go_on():
 
     suite = Suite("x", True)
     suite.repeats = 1
-    builds = {"broken": broken, "breaks": pretend(breaks(), held=2), "good": pretend(slow(0, 0.001), held=1)}
+    builds = {"broken": broken, "breaks": fake_feed(breaks(), held=2), "good": fake_feed(slow(0, 0.001), held=1)}
     rows = bench_data.measure(suite, {"size": 3}, builds, turn_s=0.01)
     assert set(rows) == {"good"}
     assert suite.notes == ["broken: 3: RuntimeError: no such loader", "breaks: 3: OSError: gone"]
@@ -292,15 +292,15 @@ def test_a_run(small, capsys):
 
 
 def test_a_run_without_dali(small, monkeypatch):
-    """What needs it has no figure, and its bars are missed."""
+    """Figures that need DALI are missing, and their targets are missed."""
 
-    def absent(*arguments, **options):
+    def unavailable(*arguments, **options):
         raise ModuleNotFoundError("No module named 'nvidia'")
 
-    monkeypatch.setattr(bench_data, "_dali", absent)
-    monkeypatch.setattr("lift_fast.data.dali.load_images", absent)
+    monkeypatch.setattr(bench_data, "_dali", unavailable)
+    monkeypatch.setattr("lift_fast.data.dali.load_images", unavailable)
     for name in ("dali_reader", "webdataset", "data_loader"):
-        monkeypatch.setattr(bench_data, name, absent)
+        monkeypatch.setattr(bench_data, name, unavailable)
     suite = quick()
     assert {row["what"] for row in suite.rows if row["what of"] == "training crops"} == {bench_data.HOST}
     assert [bar["value"] is None for bar in suite.bars] == [False, True, True, True]

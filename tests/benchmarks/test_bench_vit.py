@@ -1,4 +1,4 @@
-"""The benchmarks of the tower and of the whole step, at sizes where nothing is fast: peers, counts, rows and bars."""
+"""The benchmarks of the tower and of the training step at tiny sizes: peers, counts, rows and targets."""
 
 import math
 
@@ -18,7 +18,7 @@ PRESET = Preset(TOY, TextConfig(width=16, layers=1, heads=2), embed_dim=8, text_
 
 
 def copied(vit: Vit, checkpointing: bool = False) -> vit_peers.Tower:
-    """torch's modules with our weights."""
+    """The tower of torch's modules with the weights of ours."""
     tower = vit_peers.Tower(vit.config, checkpointing).to(vit.positional_embedding.dtype)
     pairs = [
         (tower.conv, vit.patch_embed),
@@ -38,8 +38,8 @@ def copied(vit: Vit, checkpointing: bool = False) -> vit_peers.Tower:
     return tower
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """With no weight left at 0 or 1, where it would do nothing."""
+def perturbed(module: nn.Module) -> nn.Module:
+    """The module with noise added to its weights, so that none stays at an initial 0 or 1 and has no effect."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim():
@@ -49,7 +49,7 @@ def shaken(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_torchs_modules_are_our_tower(checkpointing):
-    vit = shaken(Vit(TOY)).double()
+    vit = perturbed(Vit(TOY)).double()
     tower = copied(vit, checkpointing)
     pixels = torch.randn(3, 3, 24, 24, dtype=torch.float64)
     features = [model(pixels) for model in (vit, tower)]
@@ -62,8 +62,8 @@ def test_torchs_modules_are_our_tower(checkpointing):
 
 
 def test_the_peers_step_is_ours():
-    """The same loss from the same weights; it moves every weight, and goes down."""
-    lift = shaken(Lift(PRESET))
+    """The peer's step has our loss for the same weights; it changes every weight and lowers the loss."""
+    lift = perturbed(Lift(PRESET))
     peer = vit_peers.PeerLift(copied(lift.visual), TOY.width, PRESET.text_dim)
     peer.head[0].load_state_dict(lift.head.fc_1.state_dict())
     peer.head[2].load_state_dict(lift.head.fc_2.state_dict())
@@ -81,7 +81,7 @@ def test_the_peers_step_is_ours():
 
 
 def test_hugging_faces_tower_is_the_same_but_for_its_norms_and_biases():
-    """No layer norm before the first block, and a bias at the patches."""
+    """It has no layer norm before the first block, and a bias in the patch embedding."""
     notes: list[str] = []
     found = vit_peers.installed_peers(notes.append)
     assert vit_peers.TORCH in found and len(found) + len(notes) == len(vit_peers.TOWERS)
@@ -97,33 +97,33 @@ def test_the_widths_that_are_kept():
     x = torch.randn(2, 5, 8, requires_grad=True)
     linear = nn.Linear(8, 8)
     assert vit_peers.kept_widths(lambda x: x.sin().cos(), x, torch.float32) == 2  # x and sin(x)
-    assert vit_peers.kept_widths(linear, x, torch.float32) == 1  # no weights
-    assert vit_peers.kept_widths(linear, x, torch.bfloat16) == 1  # nor their casts
-    assert vit_peers.kept_widths(lambda x: x * x.view(-1).view_as(x), x, torch.float32) == 1  # a storage once
+    assert vit_peers.kept_widths(linear, x, torch.float32) == 1  # weights do not count
+    assert vit_peers.kept_widths(linear, x, torch.bfloat16) == 1  # nor do their casts
+    assert vit_peers.kept_widths(lambda x: x * x.view(-1).view_as(x), x, torch.float32) == 1  # each storage counts once
     block = vit_peers.Block(8, 2, 32)
-    statistics = 8 / 8 + 0.5  # of two norms, mean and rstd; of attention, a head's lse
+    statistics = 8 / 8 + 0.5  # mean and rstd of two norms; lse of each head of attention
     assert 16 < vit_peers.kept_widths(block, x, torch.float32) < 16 + statistics
     assert 9 < vit_peers.kept_widths(Transformer(8, 1, 2), x, torch.float32) < 9 + statistics
 
 
 def test_the_peak_from_fake_tensors_has_what_blocks_keep():
     config = VitConfig(image_size=64, patch_size=8, width=64, layers=4, heads=2)
-    unit = 2 * config.tokens * config.width  # bfloat16, an image
+    unit = 2 * config.tokens * config.width  # bytes of an image's activations in bfloat16
     more = {}
     for what, build, wide in (("ours", Vit, False), ("torch", vit_peers.Tower, False), ("wide", vit_peers.Tower, True)):
         few, many = (vit_peers.fake_peak(build, config, batch, wide) for batch in (64, 128))
         more[what] = (many - few) / 64 / unit / config.layers
     assert 9 < more["ours"] < more["torch"] < more["wide"] and 16 < more["torch"]
-    # A float32 input of each of two norms, in place of the bfloat16 one.
+    # The float32 inputs of two norms in place of bfloat16 ones.
     assert more["wide"] - more["torch"] == pytest.approx(2, abs=1.2)
     assert more["ours"] / more["torch"] < 0.75
 
 
 def test_flops_by_hand():
     width, tokens, patches = TOY.width, TOY.tokens, TOY.grid**2
-    linear = 3 * 2 * tokens * 12 * width**2  # of a block: forward, and backward twice that
+    linear = 3 * 2 * tokens * 12 * width**2  # of a block; the backward has twice the FLOPs of the forward
     attention = 3.5 * 4 * tokens**2 * width
-    embedding = 2 * 2 * patches * 3 * TOY.patch_size**2 * width  # pictures need no gradient
+    embedding = 2 * 2 * patches * 3 * TOY.patch_size**2 * width  # images need no gradient
     tower = TOY.layers * (linear + attention) + embedding
     assert bench_vit.tower_flops(TOY) == tower
     head = 3 * 2 * (width * 12 + 12 * 12)
@@ -155,7 +155,7 @@ def test_datasheet_peaks(name, found):
 
 
 def test_fp8_is_twice_as_fast_as_bf16():
-    """Up to the rounding of the datasheets."""
+    """Except for the rounding of the datasheets."""
     for name, bf16, fp8 in peaks.PEAKS:
         assert fp8 is None or fp8 == pytest.approx(2 * bf16, rel=0.02), name
 
@@ -231,7 +231,7 @@ def test_bench_step(toy, capsys):
     *timed, plain, fp8 = suite.rows
     rows = {row["what"]: row for row in timed}
     assert set(rows) == {"torch.mm", "lift_fast", "authors' step", "torch modules"}, suite.notes
-    assert len({tuple(row) for row in timed}) == 1  # one table
+    assert len({tuple(row) for row in timed}) == 1  # all rows print as one table
     assert (plain["what"], fp8["what"]) == ("bf16", "float8")
     assert plain["last 25 steps"] != fp8["last 25 steps"] > 0
     gemm = rows["torch.mm"]
@@ -250,7 +250,7 @@ def test_bench_step(toy, capsys):
 
 
 def test_bars_of_the_step_on_a_gpu():
-    """Ours at its best against the best compiled peer, whichever they are."""
+    """The targets compare our fastest variant with the fastest compiled peer."""
     rows = {
         "torch.mm": {"median_ms": 1.0, "mfu_gemm": 1.0},
         "lift_fast": {"median_ms": 30.0, "mfu_gemm": 0.4},

@@ -1,6 +1,7 @@
-"""The benchmarks themselves, at sizes where nothing is fast: rows, bars, notes, memory probes, the plot.
+"""The benchmarks at tiny sizes: rows, targets, notes, memory measurements and the plot.
 
-`make gpu`: test_lease.py."""
+test_lease.py tests `make gpu`.
+"""
 
 import json
 import subprocess
@@ -103,7 +104,7 @@ def test_sigmoid(small):
 
 @pytest.mark.parametrize("module", [bench_contrastive, bench_sigmoid])
 def test_the_truth_is_the_definition(module):
-    """Chunked and sampled, against autograd through open_clip's formula, in float64."""
+    """The chunked and sampled truth equals autograd through open_clip's formula, in float64."""
     image, text = (x.detach().double() for x in pairs.features(pairs.Case(30, 8, "fp32", False), "cpu"))
     sample = torch.tensor([0, 7, 29])
     truth = module.truth(image, text, *module.OP.parameters, sample)
