@@ -138,7 +138,7 @@ def step(loss: Loss, image: Tensor, text: Tensor | QuantizedRows, scalars: list[
 
 
 @contextmanager
-def unasked() -> Iterator[list[torch.Size]]:
+def unneeded_gradients() -> Iterator[list[torch.Size]]:
     """Lists the shapes of the gradients that autograd functions in Python return for inputs that need none.
 
     0-d gradients do not count, nor gradients that a function computes without returning them.
@@ -211,7 +211,7 @@ def measure(
             if what == COMPILED:
                 call()
             begun = time.perf_counter()
-            with unasked() as gradients, launches() as kernels[what, kind]:
+            with unneeded_gradients() as gradients, launches() as kernels[what, kind]:
                 result = call()
             seconds[what, kind] = time.perf_counter() - begun
             if gradients:

@@ -153,7 +153,7 @@ def test_rivals_give_the_same_batches(name, folder):
         assert batch.shape == (6, 32, 32, 3) and batch.dtype == torch.uint8
         apart = (batch.float()[:, None] - originals).abs().flatten(2).mean(dim=2)
         nearest = apart.sort(dim=1)
-        assert (nearest.values[:, 0] < 0.8 * nearest.values[:, 1]).all()  # every crop is of a image of the set
+        assert (nearest.values[:, 0] < 0.8 * nearest.values[:, 1]).all()  # every crop is of an image of the set
         seen |= set(nearest.indices[:, 0].tolist())
     assert len(seen) > 10
 

@@ -18,7 +18,7 @@ from benchmarks import lines, peers, tune
 from benchmarks.harness import Suite
 from benchmarks.lease import hot, phases, plan, report, smoke, sweep
 from benchmarks.lease.jobs import NOT_STARTED, TIMED_OUT, Jobs, Task
-from benchmarks.pairs import unasked
+from benchmarks.pairs import unneeded_gradients
 from lift_fast.ops import tuned as tuned_tables
 
 ROOT = Path(__file__).parents[2]
@@ -276,10 +276,10 @@ def test_a_gradient_that_nobody_asked_for_is_seen():
             return torch.ones(3, 4), torch.ones(3, 4)
 
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    with unasked() as found:
+    with unneeded_gradients() as found:
         torch.autograd.grad(Both.apply(a, b), [a])
     assert found == [(3, 4)]
-    with unasked() as found:
+    with unneeded_gradients() as found:
         torch.autograd.grad(Both.apply(a, b.requires_grad_()), [a, b])
         torch.autograd.grad((a * 2).sum(), [a])
     assert found == []
