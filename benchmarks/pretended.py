@@ -1,15 +1,15 @@
-"""A GPU of PyTorch's that is not there, for rehearsal.py: `install()` gives torch.cuda one device, an H100 by its word.
+"""A simulated GPU for rehearsal.py: `install()` gives torch.cuda one device with the properties of an H100.
 
-Tensors on it are `Pretended`: they lie in the host's memory, and say that they are on cuda:0. PyTorch's operations on
-them are computed on the CPU while they are small. A result of more than COMPUTED bytes gets addresses but no memory
-until somebody writes there, and nothing is computed of it, so that real sizes take no time; what lies there reads as
-zeros, as does what torch.empty gives. Beyond MEMORY an allocation fails as it would on the GPU.
+Tensors on it are `Pretended`: they are in host memory and report cuda:0 as their device. PyTorch's operations on small
+tensors are computed on the CPU. A result of more than COMPUTED bytes is not computed, so that real sizes take no time:
+it gets addresses, and no memory until it is written. It reads as zeros, and so does the result of torch.empty. An
+allocation beyond MEMORY fails as it would on the GPU.
 
-As on a GPU, these are errors: an operation on tensors of host and device, numpy of the device's, and, where
-torch.cuda.set_sync_debug_mode("error") or a capture forbids it, whatever makes the host wait.
+As on a GPU, these are errors: an operation on tensors of both host and device, NumPy on a tensor of the device, and a
+host sync under torch.cuda.set_sync_debug_mode("error") or during a capture.
 
-All on Python's side of PyTorch: to its dispatcher the tensors are the CPU's, with a subclass of Tensor in between. So
-autocast follows the CPU's lists, autograd runs in the calling thread, and streams, events and graphs are stubs.
+All of it is in Python: for PyTorch's dispatcher these are CPU tensors of a subclass. Therefore autocast follows the
+CPU's lists, autograd runs in the calling thread, and streams, events and graphs are stubs.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ NAME = "rehearsal (no GPU)"
 CAPABILITY = (9, 0)
 MEMORY = 80 << 30
 MULTIPROCESSORS = 132
-SHARED = 232448  # bytes of shared memory that a program may have
+SHARED = 232448  # largest shared memory of a thread block, in bytes
 GPU = torch.device("cuda", 0)
-COMPUTED = 1 << 20  # bytes of the largest tensor of an operation that is computed
-PRODUCT = 1 << 27  # FLOPs of the largest matrix product that is computed
-READ_BACK = 1 << 30  # bytes that may be copied to the host
+COMPUTED = 1 << 20  # an operation is computed if none of its tensors has more bytes than this
+PRODUCT = 1 << 27  # a matrix product is computed if it has no more FLOPs than this
+READ_BACK = 1 << 30  # most bytes that may be copied to the host at once
 
 
 class TooLarge(Exception):
-    """Values of a tensor are wanted that is too large to be computed here."""
+    """The values of a tensor are needed, and it is too large for them to have been computed."""
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
 
 
 class _Pages(mmap.mmap):
-    """Addresses without memory until they are written; counted while they live."""
+    """Addresses that take memory only when they are written. live, peak: bytes allocated on the device."""
 
     live = peak = 0
     pinned: "weakref.WeakSet[_Pages]" = weakref.WeakSet()
@@ -57,7 +57,7 @@ class _Pages(mmap.mmap):
         return pages
 
     def count(self) -> None:
-        """On the device: until they are freed."""
+        """Counts the pages as memory of the device until they are freed."""
         if _Pages.live + len(self) > MEMORY:
             wanted = f"Tried to allocate {len(self) / 2**30:.2f} GiB, and {_Pages.live / 2**30:.2f} GiB are in use"
             raise torch.OutOfMemoryError(f"CUDA out of memory. {wanted} of the {MEMORY >> 30} GiB of a rehearsal.")
@@ -69,8 +69,8 @@ class _Pages(mmap.mmap):
         _Pages.live -= self.size
 
 
-def _apart(like: Tensor, pinned: bool = False) -> Tensor:
-    """A host tensor as `like` (which may be on "meta"), in pages of its own: on the device, or pinned."""
+def _allocate(like: Tensor, pinned: bool = False) -> Tensor:
+    """A host tensor like `like` (which may be on "meta") in pages of its own: memory of the device, or pinned."""
     extent = sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) + 1 if like.numel() else 0
     pages = _Pages(extent * like.element_size())
     if pinned:
@@ -96,7 +96,7 @@ def _is_pinned(t: Tensor) -> bool:
 
 
 class Pretended(torch.Tensor):
-    """A tensor in the host's memory that says it is on cuda:0."""
+    """A tensor in host memory that reports cuda:0 as its device."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     is_cuda = property(lambda self: True)
@@ -105,7 +105,7 @@ class Pretended(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _computed(func, args, kwargs or {})
+        return _dispatch(func, args, kwargs or {})
 
     def get_device(self) -> int:
         return 0
@@ -145,22 +145,23 @@ def _pretend(host: Tensor) -> Tensor:
     return torch.Tensor._make_subclass(Pretended, host)
 
 
-# What takes tensors of the host beside the device's: copies, and indices.
+# Operations that accept tensors of host and device together: copies and indexing.
 _MIXING = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "set_"}
-# What makes the host wait: values are read back, or a shape depends on them.
-_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_consecutive", "equal"}
+# Operations that sync the host with the device, to read values or because a shape depends on them.
+_SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_consecutive", "equal"}
 
 
-def _computed(func: Any, args: tuple, kwargs: dict) -> Any:
-    """An operation of which something is on the device."""
-    if func.namespace == "lift_fast":  # its body is Python of ours: it is to see where its tensors are
-        own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
-        return func._op_dk(torch._C.DispatchKey.CUDA if own else torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs an operation that has a tensor on the device among its arguments."""
+    if func.namespace == "lift_fast":  # our custom ops: their Python code must see Pretended tensors
+        key = torch._C.DispatchKey
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
+        return func._op_dk(key.CUDA if has_cuda else key.CompositeExplicitAutograd, *args)
     name = func._schema.name.split("::")[1]
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     _check_devices(func, name, tensors)
-    if name in _WAITS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
-        _wait(func.name())
+    if name in _SYNCS or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+        _sync(func.name())
     to = kwargs.get("device")
     if to is not None and torch.device(to).type == "cuda":
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -175,21 +176,21 @@ def _computed(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _emulated(func: Any, name: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
-    """The host's result; of what is large, or has no form on a CPU, only its shape and an address."""
+    """The result on the host. If it is large, or the CPU has no such operation, it is allocated and not computed."""
     if func.is_view:
         return func(*args, **kwargs)
     if name in ("mm", "bmm", "addmm", "baddbmm") and "dtype" in func._overloadname:
         return _widening(name, args, kwargs)
-    here = torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "CPU")
-    if not here or max(map(_bytes, tensors)) > COMPUTED or _flops(name, args) > PRODUCT:
+    on_cpu = torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "CPU")
+    if not on_cpu or max(map(_bytes, tensors)) > COMPUTED or _flops(name, args) > PRODUCT:
         return _shaped(func, args, kwargs)
     if name in GROWS and _bytes(like := _on_meta(func, args, kwargs)) > COMPUTED:
-        return _apart(like)
+        return _allocate(like)
     out = func(*args, **kwargs)
     return out.zero_() if name in ("empty_like", "new_empty", "new_empty_strided") else out
 
 
-# What makes much of little.
+# Operations whose result may be much larger than their arguments.
 GROWS = {"repeat", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 
 
@@ -202,19 +203,19 @@ def _flops(name: str, args: tuple) -> int:
 
 
 def _on_meta(func: Any, args: tuple, kwargs: dict) -> Any:
-    def away(t: Any) -> Any:
+    def to_meta(t: Any) -> Any:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
 
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
     try:
-        return func(*tree_map(away, args), **tree_map(away, kwargs))
-    except NotImplementedError as error:  # the shape depends on values, or nobody has said what it is
-        raise TooLarge(f"{func.name()} of tensors so large") from error
+        return func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+    except NotImplementedError as error:  # the shape depends on values, or the operation has no shape function
+        raise TooLarge(f"{func.name()} of tensors this large") from error
 
 
 def _shaped(func: Any, args: tuple, kwargs: dict) -> Any:
-    """The result by its shape. What the operation writes to stays as it is."""
+    """A result of the right shapes, not computed. Tensors that the operation writes to stay unchanged."""
     schema = func._schema
     outs = _on_meta(func, args, kwargs)
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
@@ -227,23 +228,23 @@ def _shaped(func: Any, args: tuple, kwargs: dict) -> Any:
         for wanted in sets
     ]
 
-    def real(of: Any, into: Any) -> Any:
+    def allocated(of: Any, into: Any) -> Any:
         if into is not None:
             return into
         if isinstance(of, list | tuple):
-            return type(of)(real(one, None) for one in of)
+            return type(of)(allocated(one, None) for one in of)
         if not isinstance(of, Tensor):
             return of
         small = _bytes(of) <= COMPUTED
-        return torch.empty_strided(of.shape, of.stride(), dtype=of.dtype).zero_() if small else _apart(of)
+        return torch.empty_strided(of.shape, of.stride(), dtype=of.dtype).zero_() if small else _allocate(of)
 
     if len(schema.returns) == 1:
-        return real(outs, written[0])
-    return tuple(real(of, into) for of, into in zip(outs, written, strict=True)) if schema.returns else None
+        return allocated(outs, written[0])
+    return tuple(allocated(of, into) for of, into in zip(outs, written, strict=True)) if schema.returns else None
 
 
 def _widening(name: str, args: tuple, kwargs: dict) -> Tensor:
-    """mm(a, b, out_dtype), addmm(c, a, b, out_dtype) and their forms with `out`."""
+    """Products with an out_dtype: mm(a, b, out_dtype), addmm(c, a, b, out_dtype) and their forms with `out`."""
     kwargs = dict(kwargs)
     out = kwargs.pop("out", None)
     *operands, wide = [*args, *([kwargs.pop("out_dtype")] if "out_dtype" in kwargs else [])]
@@ -253,11 +254,11 @@ def _widening(name: str, args: tuple, kwargs: dict) -> Tensor:
     if out is not None:
         return out
     shape = (*operands[-2].shape[:-1], operands[-1].shape[-1])
-    return _apart(torch.empty(shape, dtype=wide, device="meta"))
+    return _allocate(torch.empty(shape, dtype=wide, device="meta"))
 
 
 def _check_devices(func: Any, name: str, tensors: list[Tensor]) -> None:
-    """As on a GPU; but in a backward, where autograd makes zeros of its own on what it takes for the device."""
+    """Raises RuntimeError for tensors of host and device, except in a backward, where autograd makes host zeros."""
     if name in _MIXING or torch._C._current_graph_task_id() != -1:
         return
     if any(t.dim() and not isinstance(t, Pretended) and t.device.type == "cpu" for t in tensors):
@@ -266,40 +267,40 @@ def _check_devices(func: Any, name: str, tensors: list[Tensor]) -> None:
         )
 
 
-_waiting = SimpleNamespace(mode=0, capturing=False)
+_sync_state = SimpleNamespace(mode=0, capturing=False)  # mode: of torch.cuda.set_sync_debug_mode
 
 
-def _wait(what: str) -> None:
-    """The host waits for the device here: an error where torch would make it one."""
-    if _waiting.capturing:
+def _sync(what: str) -> None:
+    """Called where the host syncs with the device. Raises RuntimeError where torch or a capture would."""
+    if _sync_state.capturing:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
-    if _waiting.mode == 2:
+    if _sync_state.mode == 2:
         raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
 
 
 class _Moved(torch.autograd.Function):
-    """To the device and back, values and gradients."""
+    """Copies values to the device or back, and gradients in the other direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, to_device: bool, non_blocking: bool) -> Tensor:
         ctx.back, ctx.non_blocking = not to_device, non_blocking
         if not non_blocking:
-            _wait("a copy between host and device")
+            _sync("a copy between host and device")
         with torch._C._DisableTorchDispatch():
             if to_device:
-                return _pretend(_apart(x) if _bytes(x) > COMPUTED else x.clone())
+                return _pretend(_allocate(x) if _bytes(x) > COMPUTED else x.clone())
             if _bytes(x) > READ_BACK:
-                raise TooLarge(f"{_bytes(x) / 2**20:.0f} MiB of values were to be read back")
+                raise TooLarge(f"{_bytes(x) / 2**20:.0f} MiB of values would be copied to the host")
             return torch.Tensor._make_subclass(torch.Tensor, x.clone())
 
     @staticmethod
     def backward(ctx: Any, *g: Any) -> Any:
-        here = isinstance(g[0], Pretended)
-        return (g[0] if here == ctx.back else _Moved.apply(g[0], ctx.back, ctx.non_blocking)), None, None
+        on_device = isinstance(g[0], Pretended)
+        return (g[0] if on_device == ctx.back else _Moved.apply(g[0], ctx.back, ctx.non_blocking)), None, None
 
 
-def _ours(device: Any) -> bool:
-    """Whether it is the pretended device, and no fake tensors are being made."""
+def _simulated(device: Any) -> bool:
+    """Whether this is the simulated device and no fake tensors are being made."""
     if device is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return False
     if isinstance(device, int):
@@ -311,12 +312,14 @@ def _ours(device: Any) -> bool:
 
 
 def _default_device() -> torch.device | None:
-    """That of the innermost `with torch.device(...)`."""
+    """The device of the innermost `with torch.device(...)`; None outside of one."""
     modes = reversed(torch.overrides._get_current_function_mode_stack())
     return next((mode.device for mode in modes if isinstance(mode, torch.utils._device.DeviceContext)), None)
 
 
 def _to(original: Callable) -> Callable:
+    """Tensor.to, with the simulated device."""
+
     def to(
         self: Tensor,
         *args: Any,
@@ -339,24 +342,24 @@ def _to(original: Callable) -> Callable:
         if args:
             non_blocking = args[0]
             copy = args[1] if len(args) > 1 else copy
-        here, there = isinstance(self, Pretended), _ours(device)
+        on_device, to_device = isinstance(self, Pretended), _simulated(device)
         dtype = self.dtype if dtype is None else dtype
         plain = type(self) in (torch.Tensor, torch.nn.Parameter) and self.device.type == "cpu"
-        if not here and not (there and plain):
+        if not on_device and not (to_device and plain):
             device = self.device if device is None else device
             return original(self, device, dtype, non_blocking, copy, memory_format=memory_format)
         self = original(self, dtype, False, copy, memory_format=memory_format)
-        if device is None or here == there:
+        if device is None or on_device == to_device:
             return self
         if torch.device(device).type not in ("cpu", "cuda"):
             return torch.empty_strided(self.shape, self.stride(), dtype=dtype, device=device)
-        return _Moved.apply(self, there, non_blocking)
+        return _Moved.apply(self, to_device, non_blocking)
 
     return functools.wraps(original)(to)
 
 
 def _factory(original: Callable) -> Callable:
-    """torch.empty and its like: on the device if that is asked for."""
+    """torch.empty and similar functions, with the simulated device."""
     named = original.__name__
     values = named in ("tensor", "as_tensor", "asarray")
     like = named.endswith("_like")
@@ -366,19 +369,19 @@ def _factory(original: Callable) -> Callable:
         of = args[0] if like or values else None
         where = _default_device() if device is None and not isinstance(of, Tensor) else device
         if isinstance(of, Pretended) and like:
-            if device is None or _ours(device):
+            if device is None or _simulated(device):
                 return original(*args, **kwargs)
             args = (torch.empty_strided(of.shape, of.stride(), dtype=of.dtype), *args[1:])
-        if not _ours(where):
+        if not _simulated(where):
             made = original(*args, **kwargs, **({} if device is None else {"device": device}))
             return made.pin_memory() if pin_memory else made
         wanted = kwargs.pop("requires_grad", False)
         if values:
             return original(*args, device="cpu", **kwargs).to(GPU).requires_grad_(wanted)
         meta = original(*args, device="meta", **{name: of for name, of in kwargs.items() if name != "generator"})
-        host = _apart(meta) if _bytes(meta) > COMPUTED else original(*args, device="cpu", **kwargs)
+        host = _allocate(meta) if _bytes(meta) > COMPUTED else original(*args, device="cpu", **kwargs)
         if named.startswith("empty") and _bytes(meta) <= COMPUTED:
-            host.zero_()  # the same at every rehearsal
+            host.zero_()  # so that every rehearsal has the same values
         return _pretend(host).requires_grad_(wanted)
 
     return make
@@ -392,14 +395,14 @@ METHODS = "new_empty new_zeros new_ones new_full new_tensor new_empty_strided".s
 
 
 def _new(original: Callable) -> Callable:
-    """Tensor.new_empty and its like: on the tensor's device, or on the one that is asked for."""
+    """Tensor.new_empty and similar methods, with the simulated device."""
 
     @functools.wraps(original)
     def make(self: Tensor, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if isinstance(self, Pretended):
             made = original(self, *args, **kwargs)
-            return made if device is None or _ours(device) else made.to(device)
-        if _ours(device):
+            return made if device is None or _simulated(device) else made.to(device)
+        if _simulated(device):
             return original(self, *args, **kwargs).to(GPU)
         return original(self, *args, **kwargs, **({} if device is None else {"device": device}))
 
@@ -416,25 +419,25 @@ def _install_tensors() -> None:
         device=GPU if device is None else device, non_blocking=non_blocking, memory_format=memory_format
     )
     Tensor.cpu = lambda self, memory_format=torch.preserve_format: self.to(device="cpu", memory_format=memory_format)
-    Tensor.pin_memory = lambda self, device=None: self if _is_pinned(self) else _apart(self, pinned=True).copy_(self)
-    plainly = Tensor.is_pinned
-    Tensor.is_pinned = lambda self, device=None: type(self) is Tensor and (_is_pinned(self) or plainly(self))
-    # module.to("cuda") keeps its Parameter objects on a GPU; here they become Pretended in place.
+    Tensor.pin_memory = lambda self, device=None: self if _is_pinned(self) else _allocate(self, pinned=True).copy_(self)
+    is_pinned = Tensor.is_pinned
+    Tensor.is_pinned = lambda self, device=None: type(self) is Tensor and (_is_pinned(self) or is_pinned(self))
+    # module.to("cuda") keeps its Parameter objects, as on a GPU: swapping makes them Pretended in place.
     torch.__future__.set_swap_module_params_on_conversion(True)
 
     class Generator(torch.Generator):
         def __new__(cls, device: Any = "cpu") -> "Generator":
-            return super().__new__(cls, "cpu" if _ours(device) else device)
+            return super().__new__(cls, "cpu" if _simulated(device) else device)
 
     torch.Generator = Generator
     grouped = torch._C._group_tensors_by_device_and_dtype
 
     def group(tensors: Any, *rest: Any) -> Any:
-        ours = any(isinstance(t, Pretended) for t in tree_flatten(tensors)[0])
-        return {(GPU if ours else device, dtype): of for (device, dtype), of in grouped(tensors, *rest).items()}
+        on_device = any(isinstance(t, Pretended) for t in tree_flatten(tensors)[0])
+        return {(GPU if on_device else device, dtype): of for (device, dtype), of in grouped(tensors, *rest).items()}
 
     torch._C._group_tensors_by_device_and_dtype = group
-    # Zeros that autograd makes for outputs without a gradient are the host's; beside the device's, they are its own.
+    # Autograd makes host zeros for outputs without a gradient; they move to the device with the other tensors.
     backward = torch.autograd.function.BackwardCFunction
     apply = backward.apply
 
@@ -472,7 +475,7 @@ class Stream:
 
 
 class Event:
-    """Its times are the host's."""
+    """Its times are host times."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, **_: Any):
         self.timing, self.at = enable_timing, 0.0
@@ -500,10 +503,10 @@ class CUDAGraph:
         self.captured = False
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
-        _waiting.capturing = True
+        _sync_state.capturing = True
 
     def capture_end(self) -> None:
-        _waiting.capturing, self.captured = False, True
+        _sync_state.capturing, self.captured = False, True
 
     def replay(self) -> None:
         if not self.captured:
@@ -552,7 +555,7 @@ class _Device:
 
 
 def _set_sync_debug_mode(mode: int | str) -> None:
-    _waiting.mode = ["default", "warn", "error"].index(mode) if isinstance(mode, str) else mode
+    _sync_state.mode = ["default", "warn", "error"].index(mode) if isinstance(mode, str) else mode
 
 
 def _install_cuda() -> None:
@@ -582,13 +585,13 @@ def _install_cuda() -> None:
         "set_per_process_memory_fraction _check_capability _check_cubins"
     ).split():
         setattr(cuda, name, _answering(None))
-    cuda.is_current_stream_capturing = lambda: _waiting.capturing
+    cuda.is_current_stream_capturing = lambda: _sync_state.capturing
     cuda.memory_allocated = lambda device=None: _Pages.live
     cuda.max_memory_allocated = lambda device=None: _Pages.peak
     cuda.reset_peak_memory_stats = lambda device=None: setattr(_Pages, "peak", _Pages.live)
     cuda.mem_get_info = lambda device=None: (MEMORY - _Pages.live, MEMORY)
     cuda.memory_stats = lambda device=None: defaultdict(int)
-    cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = _set_sync_debug_mode, lambda: _waiting.mode
+    cuda.set_sync_debug_mode, cuda.get_sync_debug_mode = _set_sync_debug_mode, lambda: _sync_state.mode
     cuda.current_stream = lambda device=None: _current[-1]
     cuda.stream, cuda.Stream, cuda.Event, cuda.ExternalStream = _stream, Stream, Event, Stream
     cuda.CUDAGraph, cuda.graph, cuda.device, cuda.device_of = CUDAGraph, _graph, _Device, _Device
@@ -596,7 +599,7 @@ def _install_cuda() -> None:
         setattr(cuda.nvtx, name, _answering(None))
     torch.compile = _compile
 
-    # autocast's rules go by where a tensor really is.
+    # autocast on "cuda" also turns it on for the CPU, where the tensors really are.
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def entered(self: Any) -> Any:
@@ -615,7 +618,7 @@ def _install_cuda() -> None:
 
 
 def _answering(answer: Any) -> Callable:
-    """A function of its own for each name: torch's compiler keeps them apart."""
+    """A function that returns `answer`; a new one for each name, because torch's compiler distinguishes them."""
     return lambda *_, **__: answer
 
 
@@ -624,5 +627,6 @@ def _compile(model: Any = None, **_: Any) -> Any:
 
 
 def install() -> None:
+    """Replaces functions of torch and torch.cuda, so that there is one device; the process keeps them to its end."""
     _install_cuda()
     _install_tensors()

@@ -1,20 +1,20 @@
-"""A rehearsal: what is to run on an H100 runs on a machine without a GPU, but for the kernels, which compute nothing.
+"""Rehearses a run on an H100 with a machine that has no GPU: all code runs, except that kernels compute nothing.
 
-    python -m benchmarks.rehearsal MODULE ...        python -m MODULE ..., as if there were an H100
-    python -m pytest -p benchmarks.rehearsal -m gpu  the tests marked gpu, likewise
+    python -m benchmarks.rehearsal MODULE ...        runs python -m MODULE ... as if there were an H100
+    python -m pytest -p benchmarks.rehearsal -m gpu  runs the tests marked gpu in the same way
 
-It finds what the first minutes on a GPU would be lost on: files that do not import, arguments that a launcher does not
-take, tensors of two devices in one operation, a host that waits where it must not, kernels that Triton does not compile
-for sm_90 or that want more shared memory than there is, grids too large, and hundreds of compiles. It finds no wrong
-value: what a kernel should have written stays as it was.
+It finds mistakes that would waste time on a GPU: files that do not import, arguments that a launcher does not accept,
+operations on tensors of two devices, host syncs where they are forbidden, kernels that Triton does not compile for
+sm_90 or that need more shared memory than there is, grids that are too large, and hundreds of compiles. It does not
+find wrong values: a kernel leaves its outputs unchanged.
 
-How: pretended.py gives torch.cuda a device. Triton has a driver that compiles for sm_90 and launches nothing. Those
-functions of lift_fast._C that would launch are called for real and fail for want of a driver, once their arguments have
-passed. In tests under the plugin every `assert` is evaluated, and none ends a test: one that does not hold makes it
-"rehearsed" instead of passed. Any other exception is a failure.
+How it works: pretended.py gives torch.cuda a simulated device. Triton gets a driver that compiles for sm_90 and
+launches nothing. The functions of lift_fast._C that launch are called, check their arguments, and then fail because
+there is no driver. The pytest plugin evaluates every `assert` of a test without ending the test: if one fails, the test
+is "rehearsed" instead of passed. Any other exception is a failure.
 
-Not rehearsed: torch.compile for the device (functions run as they are), CUDA graphs (captured calls run, and a replay
-does nothing), what cuBLAS, cuDNN and other libraries' binaries refuse, and the GPU memory of what is small.
+Not covered: torch.compile for the device (functions run uncompiled), CUDA graphs (captured calls run, and a replay does
+nothing), what cuBLAS, cuDNN and other binary libraries refuse, and the GPU memory of small tensors.
 """
 
 import ast
@@ -41,15 +41,16 @@ from . import pretended
 from .pretended import CAPABILITY, GPU, MULTIPROCESSORS, SHARED, Pretended, TooLarge
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTS = "REHEARSAL_COUNTS"  # the environment's name for a file that gets a JSON line a kernel when the process ends
+# Environment variable: a file to which the process appends a JSON line per kernel when it ends.
+COUNTS = "REHEARSAL_COUNTS"
 
 
 # Triton -------------------------------------------------------------------------------------------------------------
 
 compiles: "Counter[str]" = Counter()
-launches: "Counter[str]" = Counter()  # of Triton's kernels, and of the functions of _C
+launches: "Counter[str]" = Counter()  # of Triton's kernels and the functions of _C
 cpu_seconds: "defaultdict[str, float]" = defaultdict(float)
-launchers: set = set()  # each is a C file that gcc compiles on a GPU machine
+launchers: set = set()  # signatures; for each, a GPU machine compiles a C file with gcc
 
 
 class _Utils:
@@ -67,7 +68,7 @@ class _Utils:
 
 
 class _Launcher:
-    """Checks what CUDA and Triton's own launcher check."""
+    """Checks a launch as CUDA and Triton's launcher do, and counts it."""
 
     def __init__(self, src: Any, metadata: Any):
         self.name = src.fn.__name__
@@ -78,8 +79,8 @@ class _Launcher:
         if not (0 <= x < 2**31 and 0 <= y < 65536 and 0 <= z < 65536):
             raise RuntimeError(f"Triton Error [CUDA]: invalid argument: a grid of {x} × {y} × {z} for {self.name}")
         for kind, value in zip(self.types, rest[-len(self.types) :], strict=True):
-            host = kind.startswith("*") and isinstance(value, Tensor) and not isinstance(value, Pretended)
-            if host and not value.is_pinned():
+            on_host = kind.startswith("*") and isinstance(value, Tensor) and not isinstance(value, Pretended)
+            if on_host and not value.is_pinned():
                 raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         launches[self.name] += 1
 
@@ -128,20 +129,20 @@ def _install_triton() -> None:
     except ImportError:
         return
     driver.set_active(_Driver())
-    compile, fresh = triton.compiler.compile, []
-    triton.knobs.compilation.listener = lambda cache_hit=False, **_: fresh.append(not cache_hit)
+    compile, compiled = triton.compiler.compile, []
+    triton.knobs.compilation.listener = lambda cache_hit=False, **_: compiled.append(not cache_hit)
 
-    def spent() -> float:
+    def cpu_time() -> float:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return time.process_time() + children.ru_utime + children.ru_stime
 
     def counted(src: Any, target: Any = None, options: Any = None, **kwargs: Any) -> Any:
-        fresh.clear()
-        began = spent()
+        compiled.clear()
+        start = cpu_time()
         result = compile(src, target=target, options=options, **kwargs)
-        if fresh != [False]:  # from Triton's cache on disk
+        if compiled != [False]:  # [False]: it came from Triton's cache on disk
             compiles[src.fn.__name__] += 1
-            cpu_seconds[src.fn.__name__] += spent() - began
+            cpu_seconds[src.fn.__name__] += cpu_time() - start
         return result
 
     triton.compiler.compile = counted
@@ -151,7 +152,10 @@ def _install_triton() -> None:
 
 
 def _install_extension() -> None:
-    """What has a stream launches: called for real, it refuses what pybind11 or it itself refuses, and has no driver."""
+    """Wraps the functions of _C that launch, which are those with a stream argument.
+
+    A wrapped function is called, so that it and pybind11 check the arguments, and its missing driver is ignored.
+    """
     try:
         from lift_fast import _C
     except ImportError:
@@ -185,12 +189,12 @@ _installed = False
 
 
 def install() -> None:
-    """From here on this process has an H100 that computes nothing. Raises RuntimeError where there is a real GPU."""
+    """Gives this process a simulated H100 that computes nothing. Raises RuntimeError if there is a real GPU."""
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
-        raise RuntimeError("there is a GPU here: nothing to rehearse")
+        raise RuntimeError("this machine has a GPU: there is nothing to rehearse")
     _installed = True
     pretended.install()
     _install_triton()
@@ -202,48 +206,53 @@ def install() -> None:
 
 
 def write_counts(to: Path) -> None:
-    """Appends a JSON line a kernel: its compiles, the CPU seconds they took, and its launches."""
+    """Appends a JSON line per kernel with its compiles, their CPU seconds, and its launches."""
     with to.open("a") as file:
         for name in sorted(compiles | launches):
             row = {"kernel": name, "compiles": compiles[name], "cpu_s": cpu_seconds[name], "launches": launches[name]}
             file.write(json.dumps(row | {"process": os.getpid(), "launchers": len(launchers)}) + "\n")
 
 
-# As a plugin of pytest ----------------------------------------------------------------------------------------------
+# Pytest plugin ------------------------------------------------------------------------------------------------------
 
-_untrue = [0]
+_failed_asserts = [0]  # of the current test
 
 
-def _of_values(error: AssertionError) -> bool:
-    """Whether a test raised it, or torch.testing: what an operation of ours asserts has to hold."""
+def _is_of_values(error: AssertionError) -> bool:
+    """Whether a test or torch.testing raised it, so that wrong values may be the cause. Other asserts are failures."""
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
     file = Path(frame.tb_frame.f_code.co_filename) if frame else ROOT
-    return _of_tests(file) or Path(torch.testing.__file__).parent in file.parents
+    return _is_test_file(file) or Path(torch.testing.__file__).parent in file.parents
 
 
-def _of_tests(file: Path) -> bool:
+def _is_test_file(file: Path) -> bool:
     return ROOT / "tests" in file.parents or file.name.startswith("test_")
 
 
 def _note(error: AssertionError) -> None:
-    """What a test's `assert` does here: it is evaluated, and the test goes on."""
-    if not _of_values(error):
+    """Counts a failed `assert` of a test, which then goes on. Raises the error if values are not the cause."""
+    if not _is_of_values(error):
         raise error
-    _untrue[0] += 1
+    _failed_asserts[0] += 1
 
 
-class _Goes(ast.NodeTransformer):
+class _ContinuesAfterAsserts(ast.NodeTransformer):
+    """Passes the error of each `assert` to _note."""
+
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        (goes_on,) = ast.parse("try: pass\nexcept AssertionError as _error: _note(_error)").body
-        goes_on.body = [node]
-        return ast.fix_missing_locations(ast.copy_location(goes_on, node))
+        (wrapped,) = ast.parse("try: pass\nexcept AssertionError as _error: _note(_error)").body
+        wrapped.body = [node]
+        return ast.fix_missing_locations(ast.copy_location(wrapped, node))
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a file of tests that continue after a failed assert."""
+
     def get_code(self, fullname: str) -> Any:
-        return compile(_Goes().visit(ast.parse(self.get_data(self.path))), self.path, "exec", dont_inherit=True)
+        tree = _ContinuesAfterAsserts().visit(ast.parse(self.get_data(self.path)))
+        return compile(tree, self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: Any) -> None:
         module._note = _note
@@ -251,11 +260,11 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Tests, and what they share: what does not hold there ends no test."""
+    """Finds tests, and the modules in tests/ that they share, for _Loader."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec and spec.origin and spec.origin.endswith(".py") and _of_tests(Path(spec.origin)):
+        if spec and spec.origin and spec.origin.endswith(".py") and _is_test_file(Path(spec.origin)):
             spec.loader = _Loader(fullname, spec.origin)
             return spec
         return None
@@ -263,29 +272,29 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def pytest_configure(config: Any) -> None:
     if not hasattr(config, "workerinput") and "TRITON_CACHE_DIR" not in os.environ:
-        cache = tempfile.TemporaryDirectory(prefix="rehearsal-")  # an empty one: a new machine compiles all
+        cache = tempfile.TemporaryDirectory(prefix="rehearsal-")  # empty, as on a new machine
         os.environ["TRITON_CACHE_DIR"] = cache.name
         config.add_cleanup(cache.cleanup)
         config.add_cleanup(lambda: os.environ.pop("TRITON_CACHE_DIR"))
     install()
     sys.meta_path.insert(0, _Finder())
-    closely = torch.testing.assert_close
+    original = torch.testing.assert_close
 
-    @functools.wraps(closely)
+    @functools.wraps(original)
     def assert_close(*args: Any, **kwargs: Any) -> None:
         try:
-            closely(*args, **kwargs)
+            original(*args, **kwargs)
         except AssertionError:
-            _untrue[0] += 1
+            _failed_asserts[0] += 1
 
     torch.testing.assert_close = assert_close
 
 
-_before = [0, 0.0]
+_counted = [0, 0.0]  # compiles and CPU seconds of the tests that have ended
 
 
 def pytest_runtest_setup(item: Any) -> None:
-    _untrue[0] = 0
+    _failed_asserts[0] = 0
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -293,14 +302,14 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
     report = (yield).get_result()
     if call.when == "teardown":
         now = [sum(compiles.values()), sum(cpu_seconds.values())]
-        report.compiled = [after - before for after, before in zip(now, _before, strict=True)]
-        _before[:] = now
+        report.compiled = [after - before for after, before in zip(now, _counted, strict=True)]
+        _counted[:] = now
     error = call.excinfo.value if call.excinfo else None
     if isinstance(error, TooLarge):
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"too large to rehearse: {error}")
         return
-    untrue = isinstance(error, AssertionError) and _of_values(error)
-    if untrue or (call.when == "call" and report.passed and _untrue[0]):
+    wrong_values = isinstance(error, AssertionError) and _is_of_values(error)
+    if wrong_values or (call.when == "call" and report.passed and _failed_asserts[0]):
         report.outcome, report.wasxfail, report.rehearsed = "skipped", "rehearsed: no values are computed", True
 
 
@@ -329,14 +338,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def main() -> None:
     if len(sys.argv) < 2:
-        sys.exit("python -m benchmarks.rehearsal MODULE [ARGUMENT ...]")
+        sys.exit("usage: python -m benchmarks.rehearsal MODULE [ARGUMENT ...]")
     install()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    # As the module that others import: one set of counts, one Pretended.
+    # Under the name by which others import it, so that there is one set of counts and one class Pretended.
     from benchmarks import rehearsal
 
     rehearsal.main()

@@ -1,4 +1,4 @@
-"""benchmarks/rehearsal.py: what is meant for an H100 runs here but for its kernels, and what would fail there fails."""
+"""benchmarks/rehearsal.py: code for an H100 runs without a GPU, except its kernels, and fails where an H100 would."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 if torch.cuda.is_available():
-    pytest.skip("there is a GPU here", allow_module_level=True)
+    pytest.skip("a machine with a GPU has nothing to rehearse", allow_module_level=True)
 
 
 def run(*arguments, **environment):
-    """Its exit status and what it said."""
+    """Runs Python with these arguments; returns its exit status and its output."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     return done.returncode, done.stdout + done.stderr
@@ -48,13 +48,13 @@ def test_ops_compile_and_launch(tmp_path):
     script, counts = tmp_path / "ops.py", tmp_path / "counts.jsonl"
     script.write_text(OPS)
     environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "REHEARSAL_COUNTS": str(counts)}
-    status, said = run(str(script), **environment)
-    assert status == 0, said
+    status, output = run(str(script), **environment)
+    assert status == 0, output
     rows = {row["kernel"]: row for row in map(json.loads, counts.read_text().splitlines())}
     triton = [row for row in rows.values() if row["compiles"]]
     assert len(triton) >= 6 and all(row["launches"] and row["cpu_s"] > 0 for row in triton), rows
     assert any("layernorm" in name for name in rows)
-    # Again, from Triton's cache: nothing is compiled, and all of it is launched.
+    # The second time all kernels come from Triton's cache: none is compiled, and all are launched.
     counts.unlink()
     assert run(str(script), **environment)[0] == 0
     again = {row["kernel"]: row for row in map(json.loads, counts.read_text().splitlines())}
@@ -93,10 +93,10 @@ def captured():
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         x.sum().item()
 
-def waiting(what):
+def without_syncs(call):
     torch.cuda.set_sync_debug_mode("error")
     try:
-        what()
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -109,21 +109,21 @@ cases = {
     "shared memory": lambda: too_much_shared_memory[(1,)](large, large.float(), N=256, num_warps=16),
     "two devices": lambda: x + host,
     "numpy": lambda: x.numpy(),
-    "item": lambda: waiting(lambda: x[0].item()),
-    "nonzero": lambda: waiting(x.nonzero),
-    "from the host": lambda: waiting(host.cuda),
+    "item": lambda: without_syncs(lambda: x[0].item()),
+    "nonzero": lambda: without_syncs(x.nonzero),
+    "from the host": lambda: without_syncs(host.cuda),
     "in a capture": captured,
     "memory": lambda: [torch.empty(50 << 30, dtype=torch.uint8, device="cuda") for _ in range(2)],
     "another device": lambda: torch.empty(3, device="cuda:1"),
 }
 if cuda_pairs.why_not() is None:
-    where = cuda_pairs.launch_on
+    launch_on = cuda_pairs.launch_on
     def misnamed():
         cuda_pairs.launch_on = lambda t: {"device": 0, "queue": 0}
         try:
             contrastive(x[None].clone(), x[None].clone(), 1.0, backend="cuda")
         finally:
-            cuda_pairs.launch_on = where
+            cuda_pairs.launch_on = launch_on
     cases["pybind11"] = misnamed
 for name, case in cases.items():
     try:
@@ -131,16 +131,16 @@ for name, case in cases.items():
         print(f"case {name}: nothing")
     except Exception as error:
         print(f"case {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-waiting(lambda: host.to("cuda", non_blocking=True))
+without_syncs(lambda: host.to("cuda", non_blocking=True))
 """
 
 
 def test_what_a_gpu_would_refuse_is_refused(tmp_path):
     script = tmp_path / "wrong.py"
     script.write_text(WRONG)
-    status, said = run(str(script), TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    assert status == 0, said
-    found = dict(line[5:].split(": ", 1) for line in said.splitlines() if line.startswith("case "))
+    status, output = run(str(script), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert status == 0, output
+    found = dict(line[5:].split(": ", 1) for line in output.splitlines() if line.startswith("case "))
     wanted = {
         "a missing argument": "TypeError",
         "an unknown argument": "KeyError",
@@ -158,8 +158,8 @@ def test_what_a_gpu_would_refuse_is_refused(tmp_path):
         "another device": "RuntimeError: CUDA error: invalid device",
         "pybind11": "TypeError",
     }
-    assert found.keys() <= wanted.keys(), said
-    assert len(found) >= len(wanted) - 1, said
+    assert found.keys() <= wanted.keys(), output
+    assert len(found) >= len(wanted) - 1, output  # "pybind11" needs an extension with CUDA
     for name, error in found.items():
         assert error.startswith(wanted[name]), (name, error)
 
@@ -206,13 +206,13 @@ def test_the_plugin_tells_values_from_errors(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     options = ["-q", "-rA", "-p", "benchmarks.rehearsal", "-p", "no:cacheprovider", "-m", "gpu"]
-    status, said = run("-m", "pytest", *options, str(tmp_path))
-    assert status == 1 and "2 failed, 2 passed, 1 skipped, 1 rehearsed" in said, said
-    assert "FAILED" in said and "then_a_wrong_argument" in said and "too large to rehearse" in said
-    assert "0 compiles, 0.0 CPU s" in said
+    status, output = run("-m", "pytest", *options, str(tmp_path))
+    assert status == 1 and "2 failed, 2 passed, 1 skipped, 1 rehearsed" in output, output
+    assert "FAILED" in output and "then_a_wrong_argument" in output and "too large to rehearse" in output
+    assert "0 compiles, 0.0 CPU s" in output
 
 
 def test_a_module_runs_as_if_there_were_a_gpu(tmp_path):
     (tmp_path / "module.py").write_text("import sys, torch\nprint(torch.cuda.get_device_name(), *sys.argv[1:])\n")
-    status, said = run("-m", "benchmarks.rehearsal", "module", "--on", PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert status == 0 and "rehearsal (no GPU) --on" in said, said
+    status, output = run("-m", "benchmarks.rehearsal", "module", "--on", PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert status == 0 and "rehearsal (no GPU) --on" in output, output
