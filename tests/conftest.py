@@ -1,9 +1,8 @@
-"""Shared by all tests: what needs a GPU is skipped without one, and Triton's two ways to run without a GPU.
+"""Shared by all tests: skips tests that need a GPU without one, and tests Triton kernels without a GPU in two ways.
 
-Interpreted: Triton decides between its compiler and its CPU interpreter when it is imported, so tests marked
-`interpret` run in a process of their own, started with TRITON_INTERPRET=1 by `run_interpreted`; elsewhere
-they are not collected. Compiled: `triton_usage` compiles a kernel for a GPU that is not there and reads the
-binary.
+Interpreted: Triton chooses between its compiler and its CPU interpreter when it is imported. Tests marked `interpret`
+therefore run in a process that `run_interpreted` starts with TRITON_INTERPRET=1, and are deselected in all others.
+Compiled: `triton_usage` compiles a kernel for any GPU and reads the resource usage from the binary.
 """
 
 import os
@@ -24,7 +23,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
-    # The same inputs whichever tests this process ran before, and whichever folder the file lies in.
+    # The seed depends neither on the tests that ran before nor on the file's folder.
     name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
     torch.manual_seed(zlib.crc32(name.encode()))
 
@@ -33,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU is available"))
     unwanted = [item for item in items if bool(item.get_closest_marker("interpret")) != INTERPRETING]
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
@@ -42,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def poisoned():
-    """torch.empty gives NaN: what is read must have been written."""
+    """Fills the results of torch.empty with NaN, so that a read of memory that was not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -50,7 +49,7 @@ def poisoned():
 
 @pytest.fixture
 def run_interpreted():
-    """run_interpreted(file): runs the file's `interpret` tests in Triton's interpreter and passes if they do."""
+    """run_interpreted(file): runs the file's `interpret` tests in Triton's interpreter; fails if one of them fails."""
 
     def run(file: str) -> None:
         triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
@@ -63,7 +62,7 @@ def run_interpreted():
             stderr=subprocess.STDOUT,
             text=True,
         )
-        # pytest leaves with 5 when it ran nothing.
+        # pytest exits with 5 if it ran no test.
         assert done.returncode == 0, done.stdout[-4000:]
 
     return run
@@ -73,9 +72,9 @@ def run_interpreted():
 def triton_usage(tmp_path, monkeypatch):
     """triton_usage(kernel, signature, constexprs, capability, aligned, warps) -> {"registers", "shared", "spills"}.
 
-    signature: argument name -> Triton type ("*i8", "i64", "constexpr"); capability: 80, 90, 100; aligned:
-    the arguments that divide by 16, which is what Triton finds out at a launch. In bytes, but for registers;
-    "spills" is all the local memory of a thread, which ptxas counts as stack.
+    signature: argument name -> Triton type ("*i8", "i64", "constexpr"). capability: 80, 90, 100. aligned: the arguments
+    that are divisible by 16, which Triton detects at a launch. "shared" and "spills" are in bytes; "spills" is the
+    local memory of a thread, which ptxas counts as stack.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 

@@ -1,1 +1,1 @@
-"""What tests of several folders share: data sets, stand-ins, and how near is near."""
+"""Helpers that tests of several folders share: small data sets, stand-ins, and comparisons with tolerances."""

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels in the extension that is installed."""
+"""Reads the machine code of the CUDA kernels in the installed extension."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from lift_fast import _C
 
 
 class CompiledKernel(NamedTuple):
-    """A kernel's machine code for one architecture. signature: the mangled rest of its name; memory in bytes."""
+    """A kernel compiled for one architecture. signature: the rest of its mangled name. Memory is in bytes."""
 
     arch: str
     source: str
@@ -29,14 +29,17 @@ class CompiledKernel(NamedTuple):
 
 
 def architectures() -> list[str]:
-    """Those that the extension was compiled for, without "sm_"; skips the test where it has no CUDA."""
+    """The architectures that the extension was compiled for, without "sm_". Skips the test if it has no CUDA."""
     if not _C.build_info()["cuda"]:
         pytest.skip(_C.build_info()["reason"])
     return _C.build_info()["archs"].split(";")
 
 
 def compiled_kernels(pattern: str) -> Iterator[CompiledKernel]:
-    """Those of which the mangled name matches; pattern: with the groups source, name and signature, up to the colon."""
+    """Yields the kernels whose mangled names match.
+
+    pattern: a regular expression of the name before the colon, with the groups source, name and signature.
+    """
     nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump
     cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     done = subprocess.run([cuobjdump, "-res-usage", _C.__file__], capture_output=True, text=True, check=True)

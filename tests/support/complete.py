@@ -1,5 +1,8 @@
-"""Imported by tests of pictures, texts and the command line: they are skipped where lift-fast was installed without its
-dependencies, as on a GPU machine that has torch but no network."""
+"""Skips the test module that imports it if lift-fast is installed without its dependencies.
+
+Tests of images, texts and the command line import it. The dependencies are missing on a GPU machine that has torch but
+no network.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-// cublasGemmEx as csrc/pairs/score_tiles.cu calls it, on the CPU: for tests, with cuda_on_cpu.h's number formats.
+// cublasGemmEx on the CPU, for tests: what csrc/pairs/score_tiles.cu uses of it, with cuda_on_cpu.h's number formats.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +17,7 @@ inline double value_at(const void* data, int type, int64_t i) {
   return value;
 }
 
-// op(x), [rows, cols] stored column by column, as doubles.
+// op(x) [rows, cols] in column-major order, as doubles.
 inline std::vector<double> widened(const void* x, int type, bool transposed, int64_t rows, int64_t cols, int64_t ld) {
   std::vector<double> wide(rows * cols);
   for (int64_t j = 0; j < cols; ++j)
@@ -25,8 +25,8 @@ inline std::vector<double> widened(const void* x, int type, bool transposed, int
   return wide;
 }
 
-// Matrices are stored column by column. Arguments are checked as cuBLAS does (7: invalid value); what our code never
-// passes is not supported (15).
+// Matrices are column-major. Arguments are checked as cuBLAS does (returns 7: invalid value); values that our code
+// never passes are not supported (returns 15).
 inline int gemm_ex(void*, int trans_a, int trans_b, int m, int n, int k, const void* alpha, const void* a, int a_type,
                    int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
                    int compute_type, int algorithm) {

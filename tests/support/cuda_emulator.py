@@ -1,5 +1,7 @@
-"""CUDA kernels and their bindings as a module that runs on the CPU, thread by thread as they are written: the sources
-of csrc/ are compiled with cuda_on_cpu.h in place of CUDA's headers, and each launch becomes a call."""
+"""Compiles CUDA kernels and their bindings into a module that runs on the CPU, thread by thread.
+
+The sources of csrc/ are compiled with cuda_on_cpu.h in place of CUDA's headers, and each launch is replaced by a call.
+"""
 
 import importlib.util
 import re
@@ -25,14 +27,14 @@ def emulate(
 ):
     """Compiles kernels and the bindings of their families in `folder`, and returns the module.
 
-    kernels, headers: names of files of csrc/ that launch, without .cu and .cuh. more: statements for the module's
-    initialisation, which may use what cublas_on_cpu.h declares. edit: applied to each source's text. called: how the
-    module's name begins.
+    kernels, headers: names of the files in csrc/ that launch kernels, without .cu and .cuh. more: C++ statements for
+    the module's initialisation, which may use cublas_on_cpu.h. edit: applied to each source's text. called: first part
+    of the module's name.
     """
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("no C++ compiler here")
+        pytest.skip("no C++ compiler is available")
     (folder / "build_info.h").write_text("#define LIFT_FAST_CUDA 1\n")
     for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
         (folder / name).write_text(f'#include "{ROOT / "tests" / "support" / "cuda_on_cpu.h"}"\n')
@@ -43,13 +45,13 @@ def emulate(
     families = sorted({source.parent.name for source in sources})
     bindings = [CSRC / family / "bind_cuda.cpp" for family in families]
     bound = [re.findall(r"void (bind_\w+)\(py::module_", binding.read_text())[0] for binding in bindings]
-    module_name = "_".join([called, *families])  # pybind11 knows modules by name: two of one name would be one
+    module_name = "_".join([called, *families])  # distinct: pybind11 identifies modules by name
     included = "pybind11/pybind11.h", ROOT / "tests" / "support" / "cublas_on_cpu.h"
     includes_of_module = "\n".join(f'#include "{path}"' for path in included)
     declared = "\n".join(f"void {name}(pybind11::module_&);" for name in bound)
-    called_all = " ".join(f"{name}(module);" for name in bound)
+    calls = " ".join(f"{name}(module);" for name in bound)
     (folder / "module.cpp").write_text(
-        f"{includes_of_module}\n{declared}\nPYBIND11_MODULE({module_name}, module) {{ {called_all} {more} }}\n"
+        f"{includes_of_module}\n{declared}\nPYBIND11_MODULE({module_name}, module) {{ {calls} {more} }}\n"
     )
     library = folder / f"{module_name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     own = [CSRC / family for family in families]

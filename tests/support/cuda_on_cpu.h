@@ -1,6 +1,5 @@
-// Enough of CUDA to run this project's kernels on a CPU, as they are written: every thread of a thread block is a
-// fiber, which runs until it must wait for others at a shuffle or a barrier. Blocks run one after another. For tests;
-// slow.
+// Enough of CUDA to run this project's kernels unchanged on a CPU, for tests. Each thread of a block is a fiber, which
+// runs until it has to wait for other threads at a shuffle or a barrier. Blocks run one after another. This is slow.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -40,7 +39,7 @@ struct alignas(16) uint4 {
 
 namespace emulated {
 
-struct Gate {
+struct Barrier {
   int arrived = 0;
   long generation = 0;
 };
@@ -56,10 +55,10 @@ constexpr int kStack = 1 << 16;
 inline Fiber* now;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline Gate gates[33];  // of each warp, and of the block
+inline Barrier barriers[33];  // one for each warp, and the last for the block
 inline std::uint64_t slots[32][2][32];
 inline dim3 block_index, block_size;
-inline bool moved;  // whether any fiber made progress in this round
+inline bool progress;  // whether any fiber made progress in this round
 
 [[gnu::noinline]] inline void run(Fiber& fiber) {
   now = &fiber;
@@ -73,35 +72,35 @@ inline bool moved;  // whether any fiber made progress in this round
   if (!_setjmp(now->place)) _longjmp(scheduler, 1);
 }
 
-inline void wait(Gate& gate, int count) {
-  const long generation = gate.generation;
-  moved = true;
-  if (++gate.arrived == count) {
-    gate.arrived = 0;
-    ++gate.generation;
+inline void wait(Barrier& barrier, int count) {
+  const long generation = barrier.generation;
+  progress = true;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
   } else {
-    while (gate.generation == generation) pause();
-    moved = true;
+    while (barrier.generation == generation) pause();
+    progress = true;
   }
 }
 
-// Two sets of slots, so that a lane already at the next shuffle does not overwrite what another still reads.
+// There are two sets of slots, so that a lane at the next shuffle does not overwrite a value that another still reads.
 template <typename T>
 T shuffle(T value, int from) {
   std::uint64_t(&all)[32] = slots[now->warp][now->shuffles++ % 2];
   std::memcpy(&all[now->lane], &value, sizeof value);
-  wait(gates[now->warp], 32);
+  wait(barriers[now->warp], 32);
   std::memcpy(&value, &all[from & 31], sizeof value);
   return value;
 }
 
 inline void start() {
   body();
-  now->done = moved = true;
+  now->done = progress = true;
   _longjmp(scheduler, 1);
 }
 
-// Replaces launch in tests that only count.
+// Replaces `launch` in tests that count calls and do not run the kernels.
 template <typename F>
 void skip(dim3, dim3, std::size_t, void*, F) {}
 
@@ -115,7 +114,7 @@ void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       block_index = dim3(x, y);
-      for (Gate& gate : gates) gate = Gate();
+      for (Barrier& barrier : barriers) barrier = Barrier();
       for (int i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         fiber.index = dim3(i % block.x, i / block.x);
@@ -128,14 +127,14 @@ void launch(dim3 grid, dim3 block, std::size_t, void*, F kernel) {
         makecontext(&fiber.context, start, 0);
       }
       for (int left = threads; left;) {
-        moved = false;
+        progress = false;
         for (Fiber& fiber : fibers) {
           if (fiber.done) continue;
           run(fiber);
           left -= fiber.done;
         }
-        if (!moved) {
-          std::fprintf(stderr, "deadlock: threads wait for others that have returned, or that wait elsewhere\n");
+        if (!progress) {
+          std::fprintf(stderr, "deadlock: threads wait for others that have returned or wait elsewhere\n");
           std::abort();
         }
       }
@@ -161,7 +160,7 @@ T __ldg(const T* from) {
   return *from;
 }
 inline void __syncthreads() {
-  emulated::wait(emulated::gates[32], emulated::block_size.x * emulated::block_size.y * emulated::block_size.z);
+  emulated::wait(emulated::barriers[32], emulated::block_size.x * emulated::block_size.y * emulated::block_size.z);
 }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }

@@ -1,4 +1,4 @@
-"""Unusual and damaged pictures by kind, with the cause that each must be counted under."""
+"""Unusual and damaged images by kind, each with the cause under which it must be counted."""
 
 import io
 import random
@@ -14,7 +14,7 @@ Case = tuple[bytes, Cause | None]
 
 
 def scene(rng: random.Random, width: int = 48, height: int = 36) -> np.ndarray:
-    """uint8 [height, width, 3]: smooth, no two corners alike, so that JPEG keeps it and a turn shows."""
+    """Smooth uint8 pixels [height, width, 3], which JPEG preserves; all corners differ, so that a rotation shows."""
     y, x = np.mgrid[0:height, 0:width]
     x, y = x / max(1, width - 1), y / max(1, height - 1)
     planes = [128 + 110 * np.sin(rng.uniform(1, 3) * x + rng.uniform(1, 3) * y + rng.uniform(0, 6)) for _ in range(3)]
@@ -24,8 +24,8 @@ def scene(rng: random.Random, width: int = 48, height: int = 36) -> np.ndarray:
 def encoded(pixels: np.ndarray | Image.Image, kind: str, **settings) -> bytes:
     """Pixels as Pillow saves them."""
     out = io.BytesIO()
-    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    picture.save(out, kind, **settings)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(out, kind, **settings)
     return out.getvalue()
 
 
@@ -34,14 +34,14 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def raw_png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *extra: bytes, interlaced=0) -> bytes:
-    """A PNG of rows that are filtered already; extra: whole chunks before the pixels."""
+    """A PNG of rows with their filter bytes. extra: whole chunks before the pixels."""
     header = struct.pack(">II5B", width, height, depth, colour_type, 0, 0, interlaced)
     chunks = [png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def interlaced_png(pixels: np.ndarray) -> bytes:
-    """Adam7, which Pillow reads and does not write."""
+    """An RGB PNG with Adam7 interlacing, which Pillow reads but does not write."""
     rows = b""
     for top, left, down, across in (
         *((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4)),
@@ -53,14 +53,14 @@ def interlaced_png(pixels: np.ndarray) -> bytes:
 
 
 def exif(orientation: int) -> bytes:
-    """An EXIF block, as Pillow's save takes it."""
+    """An EXIF block, in the form that Pillow's save accepts."""
     block = Image.Exif()
     block[0x0112] = orientation
     return block.tobytes()
 
 
 def insert_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
-    """A JPEG with one more segment behind its first marker."""
+    """A JPEG with one more segment after its first marker."""
     return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data + jpeg[2:]
 
 
@@ -82,7 +82,7 @@ def with_size(data: bytes, kind: str, width: int, height: int) -> bytes:
 
 
 def png_that_ends_early(pixels: np.ndarray) -> bytes:
-    """One bit of the pixels is flipped so that they end before the last row: what zlib and Pillow do not notice."""
+    """A PNG with one flipped bit, because of which the pixels end before the last row; zlib and Pillow accept it."""
     data = encoded(pixels, "PNG")
     for at in range(data.find(b"IDAT") + 50, len(data) - 100):
         damaged = data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
@@ -91,26 +91,26 @@ def png_that_ends_early(pixels: np.ndarray) -> bytes:
                 return damaged
         except (OSError, SyntaxError):
             continue
-    raise AssertionError("no bit does it")
+    raise AssertionError("no bit has this effect")
 
 
 def hostile(rng: random.Random) -> dict[str, Case]:
     """kind -> (bytes, the cause it must be counted under; None: it must decode)."""
-    return {**_unusual(rng), **_damaged(rng), **_no_pictures(rng)}
+    return {**_unusual(rng), **_damaged(rng), **_not_images(rng)}
 
 
 def _unusual(rng: random.Random) -> dict[str, Case]:
     pixels = scene(rng)
     height, width = pixels.shape[:2]
-    picture = Image.fromarray(pixels)
-    grey = picture.convert("L")
-    clear = picture.convert("RGBA")
+    image = Image.fromarray(pixels)
+    grey = image.convert("L")
+    clear = image.convert("RGBA")
     clear.putalpha(grey)
-    palette = picture.quantize(16)
+    palette = image.quantize(16)
     frames = [Image.fromarray(scene(rng)) for _ in range(2)]
     moving = {"save_all": True, "append_images": frames, "duration": 50}
     jpeg = encoded(pixels, "JPEG", quality=92)
-    cmyk = encoded(picture.convert("CMYK"), "JPEG", quality=95)
+    cmyk = encoded(image.convert("CMYK"), "JPEG", quality=95)
     adobe = cmyk.find(b"Adobe")
     deep = (pixels[..., 0].astype(np.uint16) << 8).astype(">u2")
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0))).tobytes()
@@ -239,7 +239,7 @@ def _damaged(rng: random.Random) -> dict[str, Case]:
     return cases
 
 
-def _no_pictures(rng: random.Random) -> dict[str, Case]:
+def _not_images(rng: random.Random) -> dict[str, Case]:
     pixels = scene(rng)
     cases: dict[str, Case] = {
         "nothing": (b"", "empty"),

@@ -1,4 +1,4 @@
-"""Shared by the tests of the pair losses: features, the losses by hand in float64, and tolerances."""
+"""Shared by the tests of the pair losses: features, the losses by their formulas in float64, and tolerances."""
 
 from functools import lru_cache
 
@@ -23,11 +23,11 @@ PLACES = [
     *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
 ]
 GRADIENT = {torch.float32: 5e-5, torch.bfloat16: 5e-3}
-PART = 200  # first rows and columns whose gradients are compared
+PART = 200  # gradients are compared for this many first rows and columns
 
 
 def many_rows(*marks):
-    """(device, backend, rows, dim) of LARGE; on a CPU the default backend only, its largest case with marks."""
+    """(device, backend, rows, dim) for LARGE. A CPU runs only the default backend; marks: for its largest case."""
     cpu = [pytest.param("cpu", None, *shape, marks=marks if shape == LARGE[-1] else ()) for shape in LARGE]
     gpu = [pytest.param("cuda", name, *shape, marks=pytest.mark.gpu) for name in GPU_BACKENDS for shape in LARGE]
     return cpu + gpu
@@ -40,7 +40,7 @@ def skip_without(backend):
 
 @lru_cache(maxsize=2)
 def features(rows, dim, dtype=torch.float32, device="cpu"):
-    """Unit rows."""
+    """Random image and text features [rows, dim], normalized; the same for the same shape."""
     generator = torch.Generator().manual_seed(1000 * rows + dim)
     image, text = (torch.randn(rows, dim, generator=generator) for _ in range(2))
     return F.normalize(image, dim=1).to(device, dtype), F.normalize(text, dim=1).to(device, dtype)
@@ -53,7 +53,7 @@ def products(rows, dim, dtype, device):
 
 
 def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
-    """(loss, the first PART rows of d_image and d_text, d_scale, d_bias) in float64."""
+    """(loss, the first PART rows of d_image and of d_text, d_scale, d_bias), by the formulas in float64."""
     image, text = (x.double() for x in features(rows, dim, dtype, device))
     c = products(rows, dim, dtype, device)
     z = scale * c + bias
@@ -78,7 +78,7 @@ def by_hand(loss, rows, dim, dtype, scale, bias, device="cpu"):
 
 
 def loss_inputs(image, text, scale, bias, device=None):
-    """Leaves of the features and of scale and bias, which are float32, or float64 with the features."""
+    """Leaves of the features, scale and bias. Scale and bias are float64 if the features are, else float32."""
     wide = torch.float64 if image.dtype == torch.float64 else torch.float32
     scale, bias = (torch.tensor(value, dtype=wide, device=image.device) for value in (scale, bias))
     return leaves(image, text, scale, bias, device=device)
@@ -89,16 +89,16 @@ def check_loss(got, want):
 
 
 def check_gradient(got, want, dtype=torch.float32):
-    """In relative norm, plus a floor: 1e-6 for a gradient that is zero, else 1e-12; and 1e-7 for a scale or bias.
+    """Compares in relative norm, plus a floor: 1e-7 for scale and bias; else 1e-6 for a zero gradient, and 1e-12.
 
-    Their gradients are sums of up to rows² terms of order one, which may cancel.
+    The gradients of scale and bias are sums of up to rows² terms of order one, which may cancel.
     """
     floor = 1e-7 if want.dim() == 0 else 1e-6 if want.norm() < 1e-12 else 1e-12
     assert (got.to(want.device).double() - want).norm() <= GRADIENT[dtype] * want.norm() + floor
 
 
 def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True, device="cpu"):
-    """One op against the float64 formula, with gradients for all (or all but the texts)."""
+    """Compares an op and its gradients with the float64 formulas. trained: whether the texts have a gradient."""
     skip_without(backend)
     inputs = loss_inputs(*features(rows, dim, dtype, device), scale, bias)
     inputs[1].requires_grad_(trained)
@@ -113,7 +113,7 @@ def check_by_hand(op, rows, dim, dtype, scale, backend, bias=-0.7, trained=True,
 
 
 def check_no_waiting(op, backend):
-    """Neither forward nor backward synchronizes the host with the GPU."""
+    """Checks that neither forward nor backward syncs the host with the GPU."""
     skip_without(backend)
     inputs = loss_inputs(*features(300, 768, torch.bfloat16, "cuda"), 14.3, -0.7)
     op(*inputs, normalize=True, backend=backend).backward()
@@ -153,7 +153,7 @@ class Spy:
 
 
 def check_positives(backend, n, device):
-    """A backend's `positives` against float64: probabilities near 0 and 1, l far below 1, no negatives, and NaN."""
+    """Compares a backend's `positives` with float64: probabilities near 0 and 1, small l, no negatives, and NaN."""
     generator = torch.Generator().manual_seed(n)
     positive = torch.rand(n, generator=generator) * 2 - 1
     for spread in (1.0, 30.0):
@@ -164,13 +164,13 @@ def check_positives(backend, n, device):
         scale, bias = torch.tensor(14.3), torch.tensor(-0.7)
         wide = [x.double() for x in (state[:, 0], state[:, 1], positive, scale, bias)]
         want = torch_pairs.positives(*wide, 0.25)
-        apart = torch.full((3, 2, n + 5), torch.nan)
-        apart[:, :, 2 : n + 2] = state
-        row, col = apart[:, :, 2 : n + 2].to(device).unbind(1)
+        strided = torch.full((3, 2, n + 5), torch.nan)
+        strided[:, :, 2 : n + 2] = state
+        row, col = strided[:, :, 2 : n + 2].to(device).unbind(1)
         given = row, col, positive.to(device), scale.to(device), bias.to(device)
         found = backend.positives(*given, 0.25).cpu()
         assert found.shape == want.shape == (9, n)
-        # A probability is the exponential of z − m, float32 numbers of up to about 100.
+        # A probability is exp(z − m), where z and m are float32 numbers of up to about 100.
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
     positive[n // 2] = torch.nan
     found = backend.positives(row, col, positive.to(device), *given[3:], 0.25)

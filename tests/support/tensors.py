@@ -2,7 +2,7 @@
 
 
 def leaves(*tensors, dtype=None, device=None):
-    """Copies that ask for gradients, of this dtype and on this device or as the tensors are; None stays None."""
+    """Copies that require gradients, with this dtype and device or those of each tensor; None stays None."""
     return [
         None if t is None else t.detach().to(device or t.device, dtype or t.dtype).clone().requires_grad_()
         for t in tensors

@@ -15,7 +15,7 @@ ENCODER = {"id": "some/encoder", "revision": "abc", "pooling": "mean", "prompt":
 
 @dataclass
 class Data:
-    """What check_keys asks of a data set."""
+    """A data set that has only what check_keys uses."""
 
     keys: list[str]
     shard_sizes: list[int]
@@ -50,7 +50,7 @@ def writer_for(folder, sizes, dim, encoder=ENCODER, field="txt", codec="int8", r
 
 
 def write(folder, sizes, dim, shards=None, finish=True, seed=0, codec="int8", **options):
-    """A cache of random vectors, or only some shards of it; returns the vectors."""
+    """Writes a cache of random vectors, or only some of its shards; returns the vectors."""
     data, vectors = data_of(sizes), vectors_of(sum(sizes), dim, seed)
     writer = writer_for(folder, sizes, dim, codec=codec, **options)
     rotation = rotation_for(codec, dim, options.get("rotation_seed", 0))

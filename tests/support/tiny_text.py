@@ -1,4 +1,4 @@
-"""Captions, an encoder that costs nothing, and a worker that embeds with it, for the tests."""
+"""Captions, an encoder that takes no time, and a worker that embeds with it, for the tests."""
 
 import hashlib
 import json
@@ -27,8 +27,11 @@ class Spec:
 
 @dataclass
 class TinyEncoder:
-    """A caption's vector is its hash. mixed: with a little of the first caption of its batch, as the rounding of a
-    real encoder has: other batches give other codes."""
+    """Encodes a caption as its hash.
+
+    mixed: adds a little of the first caption of the batch, so that codes depend on the batch. Those of a real encoder
+    do so too, because of rounding.
+    """
 
     mixed: bool = True
     spec: Spec = field(default_factory=Spec)
@@ -52,7 +55,7 @@ class TinyEncoder:
 
 
 def captions_of(count, kinds):
-    """`count` captions, of which about `kinds` differ."""
+    """`count` captions, of which at most `kinds` are different."""
     random = np.random.default_rng(count)
     return [f"caption number {i}" for i in random.integers(0, kinds, count)]
 
@@ -64,13 +67,16 @@ def write_lines(path: Path, captions) -> Path:
 
 
 def work(path, out, shard_rows, rank=0, world=1, codec="int8"):
-    """One rank's share, quietly."""
+    """Embeds one rank's share, without showing progress."""
     source = open_source(path, shard_rows=shard_rows)
     return embed_share(source, out, TinyEncoder(), codec=codec, rank=Rank(rank, world), progress=False)
 
 
 def work_until(step, *arguments):
-    """work(*arguments) that kills itself with SIGKILL before its rename number step / 2, or, step odd, after it."""
+    """Runs work(*arguments) and kills its process with SIGKILL at a rename, which are numbered from 0.
+
+    An even step kills it before rename step / 2, an odd one after rename (step - 1) / 2.
+    """
     rename, done = os.replace, [0]
 
     def renamed(source, target):
@@ -90,7 +96,7 @@ _SERVER.set_forkserver_preload(["lift_fast.text.embed"])
 
 
 def start(target, *arguments):
-    """A process of its own that runs target; quick, but for the first."""
+    """Starts a process that runs target. All but the first start quickly."""
     process = _SERVER.Process(target=target, args=arguments)
     process.start()
     return process
