@@ -1,15 +1,15 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# The first that runs: instant-clip-tokenizer has no wheel for Python 3.13 and later, and needs Rust there.
+# The first of these that runs. Newer Pythons need Rust, because instant-clip-tokenizer has no wheel for them.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 OUT ?= runs/demo
 BIN := .venv/bin
-# --no-compile: the recipe below compiles Python's files on all cores.
+# --no-compile: the recipe below compiles the Python files instead, on all cores.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-# What the package is built from; a change here builds it anew.
+# A change in one of these files rebuilds the package.
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-# make gpu: in the Python that is there, with nothing downloaded; see benchmarks/gpu.py.
+# make gpu uses the Python on PATH and downloads nothing; see benchmarks/gpu.py.
 gpu: PYTHON := python3
 gpu: OUT := runs/gpu
 
@@ -18,7 +18,7 @@ gpu: OUT := runs/gpu
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
 
-# Two processes, a file at a time. passive: threads that wait leave their core to the other process.
+# Two processes; each runs one file of tests at a time. passive: waiting threads leave their core to the other process.
 test: .venv/.test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -48,7 +48,7 @@ gpu:
 			"else choose another, as in: make PYTHON=/path/to/python3.12"
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# One recipe for the four. Its last line says what the build said of CUDA, which pip does not show.
+# One recipe for the four. It ends by printing what the build found out about CUDA, which pip does not show.
 .venv/.demo: EXTRAS := demo
 .venv/.test: EXTRAS := demo,test,docs
 .venv/.check: EXTRAS := demo,test,docs,check

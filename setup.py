@@ -1,10 +1,11 @@
-"""Builds lift_fast._C: C++ always, CUDA when a toolkit is found. No torch is needed.
+"""Builds lift_fast._C: always C++, and CUDA if a toolkit is found. torch is not needed.
 
-LIFT_FAST_CUDA=auto|0|1        auto (default): with CUDA if nvcc is there and works, else without; 1: or fail.
-LIFT_FAST_CUDA_ARCHS="80;90a"  default "80;90a;100", less what the toolkit does not know. Machine code for
-                               each, and PTX for the last without its a or f, whose PTX no newer GPU takes:
-                               here compute_90, which newer GPUs compile for themselves.
-CUDA_HOME                      where the toolkit is; else the nvcc on PATH; else /usr/local/cuda.
+LIFT_FAST_CUDA=auto|0|1        auto (default): with CUDA if nvcc is found and works, else without. 0: without CUDA.
+                               1: with CUDA, or the build fails.
+LIFT_FAST_CUDA_ARCHS="80;90a"  default "80;90a;100" without those that the toolkit does not know. The build has machine
+                               code for each, and PTX for the last one without its suffix a or f (here compute_90):
+                               newer GPUs compile such PTX, but cannot use PTX of an architecture with a suffix.
+CUDA_HOME                      the toolkit's folder; default: that of the nvcc on PATH, else /usr/local/cuda.
 """
 
 import os
@@ -25,16 +26,16 @@ from setuptools.errors import CompileError
 DEFAULT_ARCHS = "80;90a;100"
 CSRC = Path("csrc")
 CUDA_SOURCES = [str(path) for path in sorted(CSRC.rglob("*.cu"))]
-# As many compilers run side by side as this process may use cores.
+# The number of cores that this process may use; as many compilers run at once.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class NoCuda(Exception):
-    """Why this build has no CUDA, in one line."""
+    """Raised with the reason why this build has no CUDA, in one line."""
 
 
 def find_nvcc() -> str:
-    """Raises NoCuda when there is no toolkit."""
+    """Returns the path of nvcc. Raises NoCuda if there is no toolkit."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
@@ -48,7 +49,7 @@ def find_nvcc() -> str:
 
 
 def run(command: list[str]) -> str:
-    """Output of a command. Raises NoCuda with its first error line."""
+    """Returns the output of a command. Raises NoCuda with its first error line if it fails."""
     pipe = subprocess.PIPE
     done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
@@ -59,12 +60,13 @@ def run(command: list[str]) -> str:
 
 
 def archs_for(nvcc: str) -> list[str]:
-    asked = os.environ.get("LIFT_FAST_CUDA_ARCHS")
-    archs = [arch for arch in re.split(r"[;,\s]+", asked or DEFAULT_ARCHS) if arch]
-    if asked:
+    """The architectures to compile for. Raises NoCuda if they are not valid, or if nvcc knows none of the default."""
+    requested = os.environ.get("LIFT_FAST_CUDA_ARCHS")
+    archs = [arch for arch in re.split(r"[;,\s]+", requested or DEFAULT_ARCHS) if arch]
+    if requested:
         wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
         if wrong or not archs:
-            raise NoCuda(f"LIFT_FAST_CUDA_ARCHS={asked!r} is not a list such as {DEFAULT_ARCHS!r}")
+            raise NoCuda(f"LIFT_FAST_CUDA_ARCHS={requested!r} is not a list such as {DEFAULT_ARCHS!r}")
         return archs
     known = run([nvcc, "--list-gpu-code"]).split()
     archs = [arch for arch in archs if f"sm_{arch.rstrip('af')}" in known]
@@ -74,13 +76,14 @@ def archs_for(nvcc: str) -> list[str]:
 
 
 def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags for machine code for each architecture and PTX for the last."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = archs[-1].rstrip("af")
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def refuse_without_headers() -> None:
-    """Raises CompileError in one line, before the compiler fills a page, when Python's own headers are missing."""
+def check_python_headers() -> None:
+    """Raises CompileError if Python's headers are missing: one line instead of a page of compiler errors."""
     folder = sysconfig.get_path("include")
     if not Path(folder, "Python.h").is_file():
         python = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -91,7 +94,7 @@ def refuse_without_headers() -> None:
 
 
 def static_runtime(nvcc: str) -> str:
-    """The folder of libcudart_static.a; nvcc itself knows where its toolkit is."""
+    """The folder of libcudart_static.a in the toolkit whose path nvcc prints. Raises NoCuda if it is not there."""
     top = re.search(r"TOP=(.*)", run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]))
     root = Path(top.group(1).strip() if top else Path(nvcc).resolve().parents[1])
     for library in [root / "lib64", root / "lib", *root.glob("targets/*/lib")]:
@@ -104,9 +107,8 @@ class Build(build_ext):
     """One extension: C++ by the host compiler, CUDA objects by nvcc, the static CUDA runtime linked in."""
 
     def build_extension(self, ext):
-        # What an earlier build left says nothing about what this environment asks for.
-        self.force = True
-        refuse_without_headers()
+        self.force = True  # files of an earlier build may be for other settings
+        check_python_headers()
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("LIFT_FAST_CUDA", "auto")
@@ -135,7 +137,7 @@ class Build(build_ext):
             super().build_extension(ext)
 
     def add_cuda(self, ext, temp: Path) -> list[str]:
-        """Compiles every .cu and hands the objects to the linker; returns the architectures."""
+        """Compiles every .cu file and adds the objects to the link; returns the architectures. Raises NoCuda."""
         nvcc = find_nvcc()
         archs = archs_for(nvcc)
         library = static_runtime(nvcc)
@@ -146,22 +148,22 @@ class Build(build_ext):
             for source, target in zip(CUDA_SOURCES, objects, strict=True)
         ]
         with ThreadPoolExecutor(CORES) as pool:
-            list(pool.map(run, commands))  # raises what the first to fail raised, and begins no more
+            list(pool.map(run, commands))  # raises the first command's error, and starts no more commands
         ext.extra_objects += objects
-        # exclude-libs: torch loads its own libcudart for everyone to see, and ours must not be mixed with it.
+        # exclude-libs: torch loads its own libcudart with global symbols, which ours must not be mixed with.
         ext.extra_link_args += [f"-L{library}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         ext.extra_link_args += ["-Wl,--exclude-libs,ALL"]
         return archs
 
 
-# Not build/: what an earlier build left there, a module since removed say, would be installed again.
+# Not build/, because files of an earlier build there, such as a module since removed, would be installed as well.
 scratch = tempfile.TemporaryDirectory(prefix="lift-fast-build-")
 
 setup(
     options={"build": {"build_base": scratch.name}},
     packages=[*find_packages(include=["lift_fast", "lift_fast.*"]), "lift_fast.kernels"],
-    # kernels/ is a room of its own in the tree and a sub-package when installed: a top-level `kernels` would
-    # be taken for Hugging Face's.
+    # kernels/ is a top-level folder of the tree but is installed as a sub-package: an installed package `kernels` would
+    # be mistaken for Hugging Face's.
     package_dir={"lift_fast.kernels": "kernels"},
     package_data={
         "lift_fast": ["py.typed", "*.pyi"],
