@@ -1,4 +1,4 @@
-"""Imports point down only: each room may import the rooms listed for it, and nothing else of ours."""
+"""Imports point down only: each room may import the rooms listed for it, and no other part of lift_fast."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "eval": {"errors", "devices", "run_folder", "sugarcrepe", "nn", "data"},
 }
 TOP = {"cli", "__init__"}  # may import anything
-FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops, which do not import each other
+FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops; they do not import each other
 LONG = {"lift_fast/demo/scenes.py"}  # one drawing after another
 
 
@@ -47,7 +47,7 @@ def module_name(path: Path) -> str:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a module is imported: nothing inside functions, nor what only a type checker reads."""
+    """Yields the code that runs when a module is imported: none inside functions, and none only for type checkers."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -58,7 +58,7 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(path: Path, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk) -> set[str]:
-    """The dotted names of ours that a file imports: modules, or what it takes from them."""
+    """The dotted names below lift_fast that a file imports: modules, or names from modules."""
     parts = module_name(path).split(".")
     package = parts if path.name == "__init__.py" else parts[:-1]
     names: set[str] = set()
@@ -73,7 +73,7 @@ def imported(path: Path, walk: Callable[[ast.AST], Iterable[ast.AST]] = ast.walk
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The rooms of ours that a file imports, at the top or inside a function."""
+    """The rooms of lift_fast that a file imports, at the top or inside a function."""
     return {name.split(".")[1] for name in imported(path)}
 
 
@@ -102,10 +102,10 @@ def test_every_folder_of_ops_is_a_family_or_the_tables():
 
 
 def test_modules_make_no_loop():
-    """By the imports that run when a module is imported."""
+    """Considers only the imports that run when a module is imported."""
     graph = {module_name(path): imported(path, statements) for path in sources()}
     for module, names in graph.items():
-        # `from package import name` is of the module package.name if there is one, else of the package.
+        # `from package import name` imports the module package.name if there is one, else the package.
         found = {name if name in graph else name.rpartition(".")[0] for name in names}
         graph[module] = {name for name in found if name in graph and name != module}
     while ready := {module for module, below in graph.items() if not below}:

@@ -1,4 +1,4 @@
-"""The build as a user meets it: with and without a CUDA toolkit, installed, editable, and from the root."""
+"""The build as users run it: with and without a CUDA toolkit, as a wheel, as an editable install, and by make."""
 
 import os
 import re
@@ -18,7 +18,7 @@ WHERE = """
 import json, lift_fast, lift_fast.kernels, lift_fast._C as c
 print(json.dumps([lift_fast.__file__, lift_fast.kernels.__file__, c.__file__, c.build_info()]))
 """
-# Sources that stand for csrc/ where a test is about the build: what setup.py wrote for them, and one kernel.
+# Replaces csrc/ in tests of the build: a binding that returns what setup.py wrote to build_info.h, and two kernels.
 SMALL = {
     "bindings.cpp": """
 #include <pybind11/pybind11.h>
@@ -44,7 +44,7 @@ PYBIND11_MODULE(_C, module) {
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a build reads, so that the tree under test stays as it is."""
+    """A copy of the files that a build reads, so that the tree under test stays unchanged."""
     folder = tmp_path / "tree"
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -57,7 +57,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def small_tree(tree):
-    """`tree` with SMALL for its csrc/, which compiles in seconds."""
+    """`tree` with SMALL as its csrc/, which compiles in seconds."""
     shutil.rmtree(tree / "csrc")
     (tree / "csrc").mkdir()
     for name, text in SMALL.items():
@@ -66,7 +66,10 @@ def small_tree(tree):
 
 
 def build(tree, hook, before="", **env):
-    """Calls a PEP 517 hook as pip does, after a line of Python, writing to tree/out; returns its process."""
+    """Calls a PEP 517 hook as pip does, with tree/out as its output, and returns the finished process.
+
+    before: Python code that runs before the hook.
+    """
     code = f"{before}\nimport setuptools.build_meta as b, os; os.makedirs('out', exist_ok=True); b.{hook}('out')"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LIFT_FAST", "CUDA_"))}
     return subprocess.run([sys.executable, "-c", code], cwd=tree, env={**clean, **env}, capture_output=True, text=True)
@@ -84,14 +87,14 @@ def imported(site, cwd):
     import json
 
     code = f"import site; site.addsitedir({str(site)!r}){WHERE}"
-    # -S: nothing of this environment's own, where lift_fast is installed already.
+    # -S: without the site-packages of this environment, where lift_fast is installed already.
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def said(process):
-    """The lines the build wrote about CUDA."""
+    """The lines that the build printed about CUDA."""
     return [line for line in process.stderr.splitlines() if line.startswith("lift-fast:")]
 
 
@@ -154,14 +157,14 @@ def test_cuda_that_was_demanded_and_cannot_be_is_one_clear_line(tree, tmp_path, 
 
 
 def check_cuda(extension, archs, newest):
-    """An extension's CUDA: machine code for archs, PTX for the newest, and nothing of CUDA's to load or to be found."""
+    """Checks that an extension has machine code for archs and PTX for the newest, and needs no CUDA library to load."""
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
     assert "libcudart" not in needed and "libcuda.so" not in needed
-    # torch loads a libcudart for everyone to see: ours must export and import no symbol of that name.
+    # torch loads its libcudart with global symbols: ours must neither export nor import symbols of those names.
     symbols = subprocess.run(["nm", "-D", extension], capture_output=True, text=True).stdout
     assert not [line for line in symbols.splitlines() if line.split()[-1].startswith("cuda")]
-    # Newer GPUs compile the PTX for themselves, and would not take that of 90a.
-    nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump; not every toolkit does
+    # Newer GPUs compile this PTX, but could not use PTX of 90a.
+    nvidia = pytest.importorskip("triton.backends.nvidia")  # its wheel has a cuobjdump, which some toolkits lack
     cuobjdump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     for what, wanted in (("-lelf", set(archs)), ("-lptx", {newest})):
         done = subprocess.run([cuobjdump, what, extension], capture_output=True, text=True, check=True)
@@ -183,7 +186,7 @@ def test_cuda_builds_and_imports_without_a_driver(small_tree, tmp_path):
 
 
 def test_the_build_that_is_installed_has_cuda_where_nvcc_is():
-    """All of csrc/ in it, where the build above has two kernels."""
+    """The installed extension has all of csrc/; the one built by the test above has two kernels."""
     skip_without_nvcc()
     from lift_fast import _C
 
@@ -216,7 +219,7 @@ def test_missing_python_headers_are_one_clear_line(tree):
 
 
 def make_venv(folder, pythons):
-    """`make .venv/bin/python` in a folder of its own, where PATH's Pythons are shell scripts: name -> script."""
+    """Runs `make .venv/bin/python` in a new folder; the Pythons on PATH are shell scripts, from name -> script."""
     if shutil.which("make") is None:
         pytest.skip("no make here")
     for name in ("python3.12", "python3.11", "python3.10", "python3"):
@@ -231,7 +234,7 @@ def make_venv(folder, pythons):
     return subprocess.run(["make", ".venv/bin/python"], cwd=folder, env=env, capture_output=True, text=True)
 
 
-# What a Python does with `-m venv .venv`: Debian's without python3-venv leaves a broken one.
+# Stand-ins for Pythons that run `-m venv .venv`. BREAKS is Debian's without python3-venv, which leaves a broken folder.
 MAKES = 'case "$1" in -m) mkdir -p .venv/bin; touch .venv/bin/python; echo "$0";; esac'
 BREAKS = 'case "$1" in -m) mkdir -p .venv/bin; touch .venv/bin/python; exit 1;; esac'
 NEWER = 'case "$2" in *version_info*) exit 1;; esac\n' + MAKES
@@ -239,7 +242,7 @@ WARNING = "is newer than 3.12: instant-clip-tokenizer has no wheel"
 
 
 def test_make_takes_the_first_python_that_runs(tmp_path):
-    # python3.12 is there but does not run, as pyenv's shim of a version that is not chosen.
+    # python3.12 exists but does not run, like pyenv's shim for a version that is not selected.
     process = make_venv(tmp_path, {"python3.11": MAKES, "python3.10": MAKES, "python3": MAKES})
     assert process.returncode == 0, process.stderr
     assert "bin/python3.11" in process.stdout and WARNING not in process.stdout

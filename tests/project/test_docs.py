@@ -49,7 +49,7 @@ def test_a_missing_docstring_is_noticed(tmp_path, monkeypatch):
 
 
 def test_the_api_pages_have_every_exported_name():
-    """A module's page, or one for each name, for every package and top module with an `__all__`."""
+    """Every package and top-level module with an `__all__` has a page, or a page for each of its names."""
     documented = set(hooks.documented())
     sources = [*(ROOT / "lift_fast").glob("*.py"), *(ROOT / "lift_fast").rglob("__init__.py")]
     for source in sources:
@@ -88,7 +88,10 @@ def test_the_examples_of_docs_losses_md_run():
 
 
 def build(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """`mkdocs build`, with proxies that refuse every connection. Not --quiet, which hides warnings from `strict`."""
+    """Runs `mkdocs build` with proxies that refuse every connection.
+
+    It runs without --quiet, which would hide warnings from `strict`.
+    """
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="`make docs` installs it")
     nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
@@ -98,7 +101,7 @@ def build(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def test_the_site(tmp_path):
-    """It builds strictly, has an entry for every public name, and its pages load nothing from elsewhere."""
+    """The site builds without warnings, has an entry for every public name, and loads nothing from other hosts."""
     site = tmp_path / "site"
     done = build("--site-dir", site)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,7 +118,7 @@ def test_the_site(tmp_path):
 
 
 def test_a_broken_link_fails_the_build(tmp_path):
-    """With the site's own settings, on a page of its own."""
+    """Builds a single page with the settings of the site."""
     (tmp_path / "docs").mkdir()
     config = f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nplugins: []\nhooks: []\nnav: [index.md]\ntheme: null\n"
     (tmp_path / "mkdocs.yml").write_text(config)

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every message of a LiftFastError in lift_fast/ is on the page, and nothing else is."""
+"""docs/troubleshooting.md lists every message of a LiftFastError in lift_fast/, and no other message."""
 
 import ast
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 from lift_fast import errors
 
 ROOT = Path(__file__).parents[2]
-# A message with fewer letters of its own only wraps another message.
+# A message with fewer letters only wraps another message.
 LEAST_LETTERS = 6
 CLASSES = {name for name, thing in vars(errors).items() if isinstance(thing, type)}
 
 
 def template(node: ast.expr) -> str:
-    """A message with its changing parts as {}."""
+    """A message with {} in place of its variable parts."""
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
     return str(node.value) if isinstance(node, ast.Constant) else "{}"
@@ -25,7 +25,7 @@ def letters(text: str) -> int:
 
 
 def named(tree: ast.AST, name: str) -> list[str]:
-    """The messages of a constant, or those that a function returns."""
+    """The messages that are assigned to a constant or returned by a function of this name."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
@@ -37,7 +37,7 @@ def named(tree: ast.AST, name: str) -> list[str]:
 
 @cache
 def raised() -> frozenset[tuple[str, str, str]]:
-    """(class, message, module) of every typed error that the package makes."""
+    """(class, message, module) of every typed error that the package creates."""
     trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "lift_fast").rglob("*.py"))}
     found = set()
     for path, tree in trees.items():
@@ -57,7 +57,7 @@ def raised() -> frozenset[tuple[str, str, str]]:
 
 @cache
 def listed() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Class -> the messages that its section lists, as written and as patterns; … stands for anything."""
+    """Class -> the messages listed in its section, as text and as a pattern in which … matches anything."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     sections = re.split(r"^## (.+)$", page, flags=re.M)[1:]
     found = {}

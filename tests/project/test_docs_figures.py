@@ -1,6 +1,6 @@
-"""The measured figures in README.md and docs/ are those of the results, and stand only where tables.py writes them.
+"""The measured figures in README.md and docs/ agree with the results, and are only in blocks that tables.py writes.
 
-docs/tuned.md and docs/roofline.md have programs and tests of their own.
+docs/tuned.md and docs/roofline.md are written by other programs and have tests of their own.
 """
 
 import re

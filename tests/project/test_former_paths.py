@@ -1,4 +1,4 @@
-"""Modules that have moved are still found under their former paths."""
+"""Modules that have moved can still be imported by their former paths."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""docs/recipes.md: each block, run as it stands there, against the other library's own loss and gradients."""
+"""docs/recipes.md: runs each block unchanged and compares its loss and gradients with the other library's."""
 
 import ast
 import re
@@ -34,7 +34,7 @@ def unit(rows: int, dim: int) -> torch.Tensor:
 
 
 def same_gradients(losses: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
-    """Both losses, and their gradients for every leaf."""
+    """Asserts that two losses are equal up to rounding, and so are their gradients for every leaf."""
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
     ours, theirs = (torch.autograd.grad(loss, leaves, allow_unused=True) for loss in losses)
     assert any(grad is not None for grad in theirs)
@@ -44,7 +44,7 @@ def same_gradients(losses: list[torch.Tensor], leaves: list[torch.Tensor]) -> No
 
 @pytest.fixture
 def open_clip(monkeypatch):
-    """open_clip's loss.py and create_loss, without the package around them: importing that needs torchvision."""
+    """open_clip's loss.py and create_loss, without the rest of the package, whose import needs torchvision."""
     try:
         package = metadata.distribution("open_clip_torch")
     except metadata.PackageNotFoundError:
@@ -73,7 +73,7 @@ def test_open_clip(open_clip, siglip):
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     batch = {"image_features": unit(33, 24), "text_features": unit(33, 24), "logit_scale": scale}
     batch |= {"logit_bias": bias} if siglip else {}
-    # As open_clip_train calls them.
+    # This is how open_clip_train calls a loss.
     losses = [loss(**batch, output_dict=True)["contrastive_loss"] for loss in (ours, theirs)]
     same_gradients(losses, list(batch.values()))
 
@@ -82,7 +82,7 @@ def test_sentence_transformers():
     peer = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
 
     class Bag(nn.Module):
-        """Stands where a SentenceTransformer does."""
+        """Stands in for a SentenceTransformer."""
 
         def __init__(self) -> None:
             super().__init__()

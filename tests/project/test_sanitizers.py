@@ -1,4 +1,4 @@
-"""The C++ engine's tests again, in a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""Runs the tests of the C++ engine in a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""docs/vit.md: its Python is run, block after block, as it stands."""
+"""docs/vit.md: runs its blocks of Python in order, unchanged."""
 
 import re
 from pathlib import Path
@@ -17,6 +17,6 @@ def test_the_examples_run(capsys):
     assert scope["features"].shape == (2, 192)
     kept = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(kept) == 4
-    # 9, 5, 2 and 1 widths of 768 bfloat16 a token, 12 layers, 197 tokens, 256 pictures; statistics beside them.
+    # 9, 5, 2 and 1 times 768 bfloat16 per token and layer, for 12 layers, 197 tokens, 256 images; and a few statistics.
     widths = [gib * 2**30 / (256 * 197 * 12 * 768 * 2) for gib in kept]
     assert all(abs(got - want) < 0.05 for got, want in zip(widths, (9, 5, 2, 1), strict=True)), widths
