@@ -34,7 +34,7 @@ class Ended:
 
 @dataclass
 class Task:
-    """A command to run. seconds: its time limit. ended: called when it has ended; tasks it returns are run as well."""
+    """A command to run. seconds: its time limit. ended: called at its end; `run` then runs the tasks it returns."""
 
     name: str
     command: Sequence[str]

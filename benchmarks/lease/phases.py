@@ -1,4 +1,4 @@
-"""The phases of `make gpu`, which run one after another within one time limit; a failure ends no other phase."""
+"""Runs the phases of `make gpu` one after another within one time limit; one that fails does not stop the rest."""
 
 import importlib.machinery
 import json
@@ -34,7 +34,7 @@ LAST = "large", "4097", "65536", "huge", "captured", "graph", "extremes", "outsi
 # A short run has at most SHORT tests, from SHORT_TESTS, and at most SHORT smoke cases.
 SHORT, SHORT_TESTS = 3, ("tests/transformer/test_layernorm.py", "tests/pairs/test_contrastive_triton.py")
 EXIT_IN_WORDS = {TIMED_OUT: "timed out", NOT_STARTED: "not run"}
-# The environment variable that names rehearsal.py's file of counts; and the totals of that file: result -> count.
+# The environment variable that names rehearsal.py's file of counts; and names of totals -> the counts that they sum up.
 COUNTS, TOTALS = "REHEARSAL_COUNTS", {"compiles": "compiles", "compile_cpu_s": "cpu_s"}
 Line = dict[str, Any]
 
@@ -82,6 +82,7 @@ class Lease:
         self.jobs = Jobs(ROOT, out / "log.txt", environment)
 
     def run(self) -> None:
+        """Runs all phases. Results are in `file` as soon as they are known."""
         try:
             self._write({"phase": "machine", "outcome": "ok", **self.machine})
             self._start_build()
@@ -200,9 +201,9 @@ class Lease:
             command = [*sanitizer, *self._python("benchmarks.lease.smoke", name)]
             # Each tensor gets an allocation of its own, so that compute-sanitizer sees accesses beyond its end.
             environment = self._environment(phase, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            return Task(f"{name} ({tool})", command, SMOKE_S, lambda ended: ended_(name, tool, ended), environment)
+            return Task(f"{name} ({tool})", command, SMOKE_S, lambda ended: report(name, tool, ended), environment)
 
-        def ended_(name: str, tool: str, ended: Ended) -> None:
+        def report(name: str, tool: str, ended: Ended) -> None:
             note = ended.last_line() if ended.status else None
             self._write({"phase": "smoke", "case": name, "tool": tool, "outcome": _outcome(ended), "note": note})
             if _outcome(ended) not in ("ok", "skipped"):
@@ -305,9 +306,9 @@ class Lease:
             environment = self._environment(name, PYTHONPATH=path)
             if self.ceilings:
                 environment["LIFT_FAST_CEILINGS"] = json.dumps(self.ceilings)
-            return Task(name, command, seconds, lambda ended: ended_(name, ended), environment)
+            return Task(name, command, seconds, lambda ended: report(name, ended), environment)
 
-        def ended_(name: str, ended: Ended) -> None:
+        def report(name: str, ended: Ended) -> None:
             self._write_phase(name, _outcome(ended), ended.last_line() if ended.status else "", ended.seconds)
 
         names = list(names)

@@ -54,7 +54,7 @@ def on_gpu(tensor: Tensor) -> Tensor:
 
 
 def pairs(op: str, backend: str, dtype: torch.dtype, text_kind: str, **settings: Any) -> float:
-    """Checks forward and backward of a pair loss, with kept and with recomputed scores; settings: of the tables."""
+    """Checks forward and backward of a pair loss, with kept and with recomputed scores; settings: tuned ones to set."""
     from lift_fast.ops import tuned
     from lift_fast.ops.pairs import contrastive, sigmoid
     from lift_fast.ops.rows.quantized import QuantizedRows
