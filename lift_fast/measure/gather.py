@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .paper import PAPER_RESULTS
 from .compare_runs import check_pair
+from .paper import PAPER_RESULTS
 
 
 def gather(
