@@ -218,8 +218,8 @@ def write_counts(to: Path) -> None:
 _failed_asserts = [0]  # of the current test
 
 
-def _is_of_values(error: AssertionError) -> bool:
-    """Whether a test or torch.testing raised it, so that wrong values may be the cause. Other asserts are failures."""
+def _raised_in_test(error: AssertionError) -> bool:
+    """Whether it comes from an `assert` of a test or from torch.testing, which may fail because values are wrong."""
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
@@ -231,18 +231,18 @@ def _is_test_file(file: Path) -> bool:
     return ROOT / "tests" in file.parents or file.name.startswith("test_")
 
 
-def _note(error: AssertionError) -> None:
-    """Counts a failed `assert` of a test, which then goes on. Raises the error if values are not the cause."""
-    if not _is_of_values(error):
+def _count_failed_assert(error: AssertionError) -> None:
+    """Lets a test continue after a failed `assert` of its own; raises the error if it comes from other code."""
+    if not _raised_in_test(error):
         raise error
     _failed_asserts[0] += 1
 
 
 class _ContinuesAfterAsserts(ast.NodeTransformer):
-    """Passes the error of each `assert` to _note."""
+    """Wraps each `assert` in a `try` that hands its error to _count_failed_assert."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        (wrapped,) = ast.parse("try: pass\nexcept AssertionError as _error: _note(_error)").body
+        (wrapped,) = ast.parse("try: pass\nexcept AssertionError as _error: _count_failed_assert(_error)").body
         wrapped.body = [node]
         return ast.fix_missing_locations(ast.copy_location(wrapped, node))
 
@@ -255,7 +255,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return compile(tree, self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: Any) -> None:
-        module._note = _note
+        module._count_failed_assert = _count_failed_assert
         super().exec_module(module)
 
 
@@ -308,7 +308,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
     if isinstance(error, TooLarge):
         report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"too large to rehearse: {error}")
         return
-    wrong_values = isinstance(error, AssertionError) and _is_of_values(error)
+    wrong_values = isinstance(error, AssertionError) and _raised_in_test(error)
     if wrong_values or (call.when == "call" and report.passed and _failed_asserts[0]):
         report.outcome, report.wasxfail, report.rehearsed = "skipped", "rehearsed: no values are computed", True
 
