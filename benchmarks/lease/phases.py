@@ -34,8 +34,8 @@ LAST = "large", "4097", "65536", "huge", "captured", "graph", "extremes", "outsi
 # A short run has at most SHORT tests, from SHORT_TESTS, and at most SHORT smoke cases.
 SHORT, SHORT_TESTS = 3, ("tests/transformer/test_layernorm.py", "tests/pairs/test_contrastive_triton.py")
 EXIT_IN_WORDS = {TIMED_OUT: "timed out", NOT_STARTED: "not run"}
-# The environment variable that names rehearsal.py's file of counts; and names of totals -> the counts that they sum up.
-COUNTS, TOTALS = "REHEARSAL_COUNTS", {"compiles": "compiles", "compile_cpu_s": "cpu_s"}
+COUNTS = "REHEARSAL_COUNTS"  # environment variable: names rehearsal.py's file of counts
+TOTALS = {"compiles": "compiles", "compile_cpu_s": "cpu_s"}  # name of a total -> the count that it adds up
 Line = dict[str, Any]
 
 
