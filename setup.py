@@ -142,7 +142,7 @@ class Build(build_ext):
         archs = archs_for(nvcc)
         library = static_runtime(nvcc)
         flags = ["-O3", "-std=c++17", "--threads", str(CORES), "-DLIFT_FAST_CUDA=1", "-Xcompiler", "-fPIC", f"-I{CSRC}"]
-        objects = [str(temp / f"{Path(source).stem}.cu.o") for source in CUDA_SOURCES]
+        objects = [str(temp / f"{source.replace(os.sep, '-')}.o") for source in CUDA_SOURCES]
         commands = [
             [nvcc, *flags, *gencode(archs), "-c", source, "-o", target]
             for source, target in zip(CUDA_SOURCES, objects, strict=True)

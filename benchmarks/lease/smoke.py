@@ -173,7 +173,7 @@ def _pairs_cases() -> Iterator[tuple[str, Case]]:
                 yield name % "cuda", Case(kernels, partial(pairs, op, "cuda", dtype, text))
     kernels = "persistent.scores_stats_kernel", "persistent.scores_grad_kernel"
     check = partial(pairs, "contrastive", "triton", torch.bfloat16, "trained", form="persistent")
-    yield "contrastive triton, programs that stay, bfloat16, trained text", Case(kernels, check)
+    yield "contrastive triton, persistent programs, bfloat16, trained text", Case(kernels, check)
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
