@@ -1,12 +1,14 @@
 """What a data set is to the pipelines: numbered samples, however they are stored."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from ..errors import DataError
 
 # Values of "cause" in skipped.jsonl, bad.jsonl and run.json (docs/data.md).
 Cause = Literal[
@@ -18,6 +20,15 @@ Cause = Literal[
     "too large",
     "truncated",
     "corrupt",
+    "no caption",  # missing or blank
+    "not text",  # a list, a number, … where a caption should be
+    "not UTF-8",
+    "no tokens",  # a caption that the text encoder's tokenizer makes nothing of
+    "no key",
+    "repeated key",
+    "does not parse",  # a row of a table, or the metadata of a sample
+    "damaged shard",  # the rest of a tar or a parquet file
+    "unused file",  # it looks like an image or a caption, and belongs to no sample
 ]
 
 
@@ -29,25 +40,58 @@ class BadSample(Exception):
         self.cause, self.reason = cause, reason
 
 
+class BadText(DataError, BadSample):
+    """A sample whose caption or key cannot be used. As a DataError it ends a command that does not skip bad samples."""
+
+    def __init__(self, cause: Cause, reason: str):
+        Exception.__init__(self, reason)
+        self.cause, self.reason = cause, reason
+
+
+class Problem(NamedTuple):
+    """Something in a data set that is not read and is no sample: the lost part of a shard, files without a use.
+
+    where: the shard or the folder. count: how many files the reason is about.
+    """
+
+    where: str
+    cause: Cause
+    reason: str
+    count: int = 1
+
+
 class Samples(Protocol):
     """One data set, cut into shards. Sample numbers run through all shards.
 
-    Shard k of a text cache holds the captions of shard k.
+    Shard k of a text cache holds the captions of shard k. With DataOptions.skip_bad a sample keeps its number when it
+    cannot be used: what is asked of it raises BadSample.
 
     folder: where it lies, for messages. names, shard_sizes: the name and the number of samples of each shard.
+    problems: what opening found that belongs to no sample.
     """
 
     folder: Path
     names: list[str]
     shard_sizes: list[int]
+    problems: list[Problem]
 
     def __len__(self) -> int: ...
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
 
+    def caption_field(self, field: str = "txt") -> str:
+        """The column or entry that holds the captions `field`: for "txt" the set's usual one. Raises DataError."""
+
+    def text_fields(self) -> list[str]:
+        """Fields of text that `meta` does not hold, such as the .txt of tars."""
+
     def caption(self, i: int, field: str = "txt") -> str:
-        """The caption of sample i. Raises DataError when it is missing or blank."""
+        """The caption of sample i. Raises BadText when it is missing, blank, or not text."""
+
+    def captions(self, number: int, field: str = "txt") -> list[str | BadText]:
+        """All captions of shard `number`, in order, with the errors that caption() raises. Raises DataError when the
+        shard cannot be read at all or has changed."""
 
     def meta(self, i: int) -> dict:
         """The other metadata of sample i; {} where there is none."""
@@ -56,10 +100,17 @@ class Samples(Protocol):
         """Shard and key of sample i, for messages."""
 
     def shard_keys(self, number: int) -> list[str]:
-        """The sample keys of shard `number`, in order."""
+        """The sample keys of shard `number`, in order. Raises DataError for one that is missing or occurs twice; with
+        skip_bad a missing one is "", and bad_keys has both."""
+
+    def bad_keys(self, number: int) -> dict[int, BadText]:
+        """Row in shard `number` -> what is wrong with its key: "no key", "repeated key"."""
 
     def shard_hashes(self, number: int) -> Tensor:
         """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]], as a cache stores them."""
+
+    def shard_stamp(self, number: int) -> str:
+        """A text that changes when a file with captions of shard `number` is written to: from sizes and times."""
 
 
 def located(i: int, ends: Sequence[int], folder: Path) -> tuple[int, int]:
@@ -77,6 +128,7 @@ class Collection:
         self.sets = list(sets)
         self.starts = np.cumsum([0] + [len(samples) for samples in self.sets])
         self.shard_sizes = [size for samples in self.sets for size in samples.shard_sizes]
+        self._left_out: dict[int, BadSample] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -86,8 +138,14 @@ class Collection:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return number, row - int(self.starts[number])
 
+    def leave_out(self, rows: Mapping[int, BadSample]) -> None:
+        """Makes image_bytes raise these errors for these row numbers, so that a pipeline skips and counts them."""
+        self._left_out.update(rows)
+
     def image_bytes(self, row: int) -> bytes:
         """The encoded image at a row number. Raises BadSample."""
+        if row in self._left_out:
+            raise self._left_out[row]
         number, sample = self.locate(row)
         return self.sets[number].image_bytes(sample)
 
@@ -101,8 +159,12 @@ class Collection:
         number, sample = self.locate(row)
         return self.sets[number].where(sample)
 
-    def check_captions(self, field: str) -> None:
-        """Reads every caption once. Raises DataError naming the first sample without one."""
-        for samples in self.sets:
-            for sample in range(len(samples)):
-                samples.caption(sample, field)
+    def bad_captions(self, field: str) -> dict[int, BadText]:
+        """Reads every caption once: row number -> what is wrong with it, in order."""
+        bad: dict[int, BadText] = {}
+        for samples, first in zip(self.sets, self.starts.tolist(), strict=False):
+            for number, size in enumerate(samples.shard_sizes):
+                captions = samples.captions(number, field)
+                bad |= {first + row: c for row, c in enumerate(captions) if isinstance(c, BadText)}
+                first += size
+        return bad

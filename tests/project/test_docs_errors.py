@@ -42,8 +42,11 @@ def raised() -> frozenset[tuple[str, str, str]]:
     found = set()
     for path, tree in trees.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CLASSES and node.args:
-                message, module = node.args[0], str(path.relative_to(ROOT))
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
+                continue
+            kind = "DataError" if node.func.id == "BadText" else node.func.id
+            if kind in CLASSES:
+                message, module = node.args[-1], str(path.relative_to(ROOT))
                 if isinstance(message, ast.JoinedStr | ast.Constant):
                     texts = [template(message)]
                 else:
@@ -51,7 +54,7 @@ def raised() -> frozenset[tuple[str, str, str]]:
                     name = called.attr if isinstance(called, ast.Attribute) else ast.unparse(called)
                     texts = [text for each in trees.values() for text in named(each, name)]
                     assert texts, f"{module}:{node.lineno}: where does the message {name} come from?"
-                found |= {(node.func.id, text, module) for text in texts if letters(text) >= LEAST_LETTERS}
+                found |= {(kind, text, module) for text in texts if letters(text) >= LEAST_LETTERS}
     return frozenset(found)
 
 
