@@ -43,6 +43,17 @@ _POOLING_FLAGS = {
 }
 
 
+class NoTokens(EncoderError):
+    """Raised for captions that the tokenizer makes nothing of: all of them would get one vector, or the padding's.
+
+    captions: their numbers in the list that was passed to `encode`.
+    """
+
+    def __init__(self, captions: list[int], message: str):
+        super().__init__(message)
+        self.captions = captions
+
+
 class Encoder:
     """A frozen text encoder. `encode` returns float32 [captions, dim], each row of norm 1.
 
@@ -104,6 +115,7 @@ class Encoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = spec.padding
         self.pooling = pooling
+        [self._no_caption] = self._tokens([spec.prompt])  # the tokens of an empty caption
 
     @property
     def dim(self) -> int:
@@ -122,11 +134,17 @@ class Encoder:
         batch_size: captions per call of the model; captions of similar length share a batch, which saves padding.
         done: called with the number of captions after each batch.
 
-        Raises ConfigError for a batch_size below 1, EncoderError for a vector that is not finite and when the model's
-        own `encode` fails.
+        Raises ConfigError for a batch_size below 1, NoTokens before anything is computed, EncoderError for a vector
+        that is not finite and when the model's own `encode` fails.
         """
         check_batch_size(batch_size)
         ids = self._tokens([self.spec.prompt + caption for caption in captions])
+        if without := [i for i, row in enumerate(ids) if row == self._no_caption]:
+            raise NoTokens(
+                without,
+                f"the tokenizer of {self.spec.name} makes no tokens of the caption {captions[without[0]]!r}"
+                f"{f' and {len(without) - 1} others' if without[1:] else ''}; change it, or leave the sample out",
+            )
         order = sorted(range(len(captions)), key=lambda i: len(ids[i]), reverse=True)
         out = torch.empty(len(captions), self.dim, device=self.device)
         for start in range(0, len(order), batch_size):

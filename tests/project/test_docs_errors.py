@@ -10,6 +10,8 @@ from lift_fast import errors
 ROOT = Path(__file__).parents[2]
 # A message with fewer letters only wraps another message.
 LEAST_LETTERS = 6
+# Subclasses that no other module needs to know, listed as their base.
+SUBCLASSES = {"BadText": "DataError", "NoTokens": "EncoderError"}
 CLASSES = {name for name, thing in vars(errors).items() if isinstance(thing, type)}
 
 
@@ -44,7 +46,7 @@ def raised() -> frozenset[tuple[str, str, str]]:
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
                 continue
-            kind = "DataError" if node.func.id == "BadText" else node.func.id
+            kind = SUBCLASSES.get(node.func.id, node.func.id)
             if kind in CLASSES:
                 message, module = node.args[-1], str(path.relative_to(ROOT))
                 if isinstance(message, ast.JoinedStr | ast.Constant):

@@ -13,7 +13,7 @@ from lift_fast.cache import Cache
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError, EncoderError
 from lift_fast.text.embed import embed
-from lift_fast.text.encoder import Encoder
+from lift_fast.text.encoder import Encoder, NoTokens
 from lift_fast.text.spec import EncoderSpec
 from lift_fast.text.tokenizer import ClipTokenizer
 
@@ -510,3 +510,16 @@ def test_embed_refuses_a_cache_of_other_captions_or_keys(tmp_path, minilm, finis
         embed(rewritten(tmp_path / "data", caption="other {}"), tmp_path / "cache", minilm, progress=False)
     with pytest.raises(CacheMismatch, match="first difference at row 0, key 'other-0'"):
         embed(rewritten(tmp_path / "data", key="other-{}"), tmp_path / "cache", minilm, progress=False)
+
+
+# ---- captions without tokens
+
+
+@pytest.mark.parametrize("prompt", ["", "query: "])
+def test_captions_without_tokens_are_told(minilm, prompt):
+    """They got the vector of an empty text, all the same one."""
+    encoder = Encoder(EncoderSpec(prompt=prompt))
+    with pytest.raises(NoTokens, match=r"makes no tokens of the caption '\\u200b' and 1 others") as told:
+        encoder.encode(["a star", "\u200b", "a circle", "\u200b\u00ad"])
+    assert told.value.captions == [1, 3]
+    assert encoder.encode(["a star", "a circle"]).shape == (2, 384)
