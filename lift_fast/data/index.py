@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..ops.rows.table import key_hashes
+from .options import DataOptions
 from .reading import Stamp, stamp_of
 from .tars import NotWhole, members
 
@@ -93,6 +94,19 @@ class Index:
             raise self._damaged(f"{entry.name}: sample {row} lies outside the file")
         return offset, size
 
+    def places(self, number: int, what: int) -> tuple[list[int], list[int]]:
+        """The offsets (-1: none) and lengths, in tar `number`, of its samples' IMAGE, TXT or JSON, in order.
+
+        Raises DataError for a damaged index.
+        """
+        entry = self.entries[number]
+        records = np.frombuffer(self._segments, _RECORDS, entry.samples, entry.records)
+        offsets, sizes = records["offsets"][:, what], records["sizes"][:, what].astype(np.int64)
+        wrong = (offsets < -1) | (offsets > entry.bytes - sizes) & (offsets != -1)
+        if wrong.any():
+            raise self._damaged(f"{entry.name}: sample {wrong.argmax()} lies outside the file")
+        return offsets.tolist(), sizes.tolist()
+
     def key(self, number: int, row: int) -> str:
         """The key of sample `row` of tar `number`. Raises DataError for a damaged index."""
         entry = self.entries[number]
@@ -134,7 +148,7 @@ class Built:
     bytes: int
 
 
-def open_index(folder: Path) -> Index:
+def open_index(folder: Path, options: DataOptions | None = None) -> Index:
     """Opens the index of a folder of tars: maps its file, or scans the tars when there is none.
 
     Raises DataError for a folder without tars, a tar that is cut short, and an index that is damaged or does not match

@@ -1,17 +1,27 @@
-"""Reads bytes from files, by any number of threads: parts of shards, and whole image files."""
+"""Reads bytes from files, by any number of threads: parts of shards, and whole image files.
+
+Windows can import this module, but has no os.pread to read with.
+"""
 
 import os
-import resource
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 from .samples import BadSample
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 MOST_BYTES = 1 << 28  # of one encoded image
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 _MOST_FILES = 128
+_GAP = 1 << 14  # bytes between two parts: reading up to so many costs less than another call
+_AT_ONCE = 1 << 20
 _CHANGED = "it changed or was cut short"
 
 
@@ -38,8 +48,9 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = max(1, min(_MOST_FILES, limit // 4)) if limit != resource.RLIM_INFINITY else _MOST_FILES
+        self._most = _MOST_FILES
+        if resource is not None and (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) != resource.RLIM_INFINITY:
+            self._most = max(1, min(_MOST_FILES, limit // 4))
         self.forget()
 
     def forget(self) -> None:
@@ -65,12 +76,7 @@ class OpenFiles:
                 self._open[name] = file
                 while len(self._open) > self._most:
                     self._open.popitem(last=False)
-        data = os.pread(file.number, size, offset)
-        while len(data) < size:  # a network file system may return less than was asked for
-            more = os.pread(file.number, size - len(data), offset + len(data))
-            if not more:
-                raise OSError(0, _CHANGED)
-            data += more
+        data = _pread(file.number, size, offset)
         if stamp_of(os.fstat(file.number)) != stamp:  # it may have been overwritten while it was open
             with self._lock:
                 self._open.pop(name, None)
@@ -79,14 +85,55 @@ class OpenFiles:
 
 
 FILES = OpenFiles()
-os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock during the fork
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock during the fork
+
+
+def read_parts(path: Path, stamp: Stamp, parts: Iterable[tuple[int, int]]) -> list[bytes]:
+    """Reads many parts of the file at `path`, each an offset and a size: fastest when they are in the file's order.
+
+    Raises OSError when the file cannot be read, has another stamp, or ends before a part does.
+    """
+    read: list[bytes] = []
+    run: list[tuple[int, int]] = []  # parts that lie close together
+    begin = end = 0  # of the run
+    file = _File(path)
+
+    def take() -> None:
+        data = _pread(file.number, end - begin, begin)
+        read.extend(data[offset - begin : offset - begin + size] for offset, size in run)
+        run.clear()
+
+    if stamp_of(os.fstat(file.number)) != stamp:
+        raise OSError(0, _CHANGED)
+    for offset, size in parts:
+        if run and not (end <= offset <= end + _GAP and offset + size - begin <= _AT_ONCE):
+            take()
+        if not run:
+            begin = offset
+        run.append((offset, size))
+        end = offset + size
+    take()
+    if stamp_of(os.fstat(file.number)) != stamp:
+        raise OSError(0, _CHANGED)
+    return read
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    data = os.pread(file, size, offset)
+    while len(data) < size:  # a network file system may return less than was asked for
+        more = os.pread(file, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(0, _CHANGED)
+        data += more
+    return data
 
 
 def read_image(path: Path) -> bytes:
     """Reads an image file whole. Raises BadSample: "missing"; "unreadable", also for what is no file; "too large"."""
     try:
         # Non-blocking: opening a pipe that nobody writes to would wait forever.
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(number, "rb", buffering=0) as file:
             status = os.fstat(number)
             if not stat.S_ISREG(status.st_mode):

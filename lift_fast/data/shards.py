@@ -10,16 +10,20 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from torch import Tensor
 
 from ..errors import DataError
+from .captions import checked_caption
 from .index import IMAGE, IMAGE_SUFFIXES, JSON, TXT, Index, open_index
-from .reading import FILES, MOST_BYTES
-from .samples import BadSample, located
+from .options import DataOptions
+from .reading import FILES, MOST_BYTES, read_parts
+from .samples import BadSample, BadText, Problem, located
 
 _MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 
@@ -93,9 +97,10 @@ class Shards:
     and an index that is damaged or does not match the tars.
     """
 
-    def __init__(self, folder: str | Path, index: Index | None = None):
-        self.folder = Path(folder)
-        self._index = index or open_index(self.folder)
+    def __init__(self, folder: str | Path, index: Index | None = None, options: DataOptions | None = None):
+        self.folder, self.options = Path(folder), options or DataOptions()
+        self._index = index or open_index(self.folder, self.options)
+        self.problems: list[Problem] = []
         self.names = [entry.name for entry in self._index.entries]
         self.paths = [self.folder / name for name in self.names]
         self.shard_sizes = [entry.samples for entry in self._index.entries]
@@ -119,33 +124,44 @@ class Shards:
         except OSError as error:
             raise BadSample("unreadable", f"{self.where(i)}: {error.strerror}") from error
 
-    def caption(self, i: int, field: str = "txt") -> str:
-        """The caption of sample i: its .txt, or the entry `field` of its .json.
+    def caption_field(self, field: str = "txt") -> str:
+        """`field` itself: "txt" is the caption's own file, any other an entry of the .json."""
+        return field
 
-        Raises DataError when it is missing or blank.
-        """
-        if field == "txt":
-            text = (self._text(i, TXT) or b"").decode(errors="replace")
-        else:
-            value = self.meta(i).get(field)
-            text = "" if value is None else str(value)
-        text = text.strip()
-        if not text:
-            raise DataError(f"{self.where(i)} has no caption {field!r}; add one or drop the sample")
-        return text
+    def text_fields(self) -> list[str]:
+        """["txt"]."""
+        return ["txt"]
+
+    def caption(self, i: int, field: str = "txt") -> str:
+        """The caption of sample i: its .txt, or the entry `field` of its .json. Raises BadText."""
+        return self._caption(self._text(i, TXT if field == "txt" else JSON), field, lambda: self.where(i))
+
+    def captions(self, number: int, field: str = "txt") -> list[str | BadText]:
+        """All captions of shard `number`, in order, with the errors that caption() raises. Raises DataError when the
+        shard cannot be read or has changed."""
+        offsets, sizes = self._index.places(number, TXT if field == "txt" else JSON)
+        parts = [(at, size) for at, size in zip(offsets, sizes, strict=True) if at >= 0 and size <= _MOST_TEXT]
+        try:
+            texts = iter(read_parts(self.paths[number], self._index.entries[number].stamp, parts))
+        except OSError as error:
+            raise DataError(f"{self.paths[number]}: the shard cannot be read ({error.strerror})") from error
+        first = self._ends[number] - self.shard_sizes[number]
+        captions: list[str | BadText] = []
+        for row, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
+
+            def where(i: int = first + row) -> str:
+                return self.where(i)
+
+            try:
+                text = None if at < 0 else next(texts) if size <= _MOST_TEXT else _too_large(size, where)
+                captions.append(self._caption(text, field, where))
+            except BadText as error:
+                captions.append(error)
+        return captions
 
     def meta(self, i: int) -> dict:
-        """The parsed .json of sample i, {} when it has none. Raises DataError when it is not a JSON object."""
-        data = self._text(i, JSON)
-        if data is None:
-            return {}
-        try:
-            meta = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(i)}: its .json does not parse ({error})") from error
-        if not isinstance(meta, dict):
-            raise DataError(f"{self.where(i)}: its .json is not an object")
-        return meta
+        """The parsed .json of sample i, {} when it has none. Raises BadText when it is not a JSON object."""
+        return _parsed(self._text(i, JSON), lambda: self.where(i))
 
     def where(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
@@ -156,9 +172,17 @@ class Shards:
         """The sample keys of shard `number`, in order."""
         return self._index.keys(number)
 
+    def bad_keys(self, number: int) -> dict[int, BadText]:
+        """{}: files that share a key are one sample, so no key is missing or occurs twice."""
+        return {}
+
     def shard_hashes(self, number: int) -> Tensor:
         """The hashes of these keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]; the index stores them."""
         return self._index.hashes(number)
+
+    def shard_stamp(self, number: int) -> str:
+        """Size and time of last change of tar `number`, as the index has them."""
+        return "{}-{}".format(*self._index.entries[number].stamp)
 
     def _locate(self, i: int) -> tuple[int, int]:
         return located(i, self._ends, self.folder)
@@ -167,14 +191,37 @@ class Shards:
         return FILES.read(self.paths[number], self._index.entries[number].stamp, *place)
 
     def _text(self, i: int, what: int) -> bytes | None:
-        """The .txt or the .json of sample i, as `what` is TXT or JSON; None where there is none. Raises DataError."""
+        """The .txt or the .json of sample i, as `what` is TXT or JSON; None where there is none. Raises BadText."""
         number, row = self._locate(i)
         place = self._index.place(number, row, what)
         if place is None:
             return None
         if place[1] > _MOST_TEXT:
-            raise DataError(f"{self.where(i)}: a text of {place[1]} bytes; {_MOST_TEXT} are read at most")
+            _too_large(place[1], lambda: self.where(i))
         try:
             return self._read(number, place)
         except OSError as error:
-            raise DataError(f"{self.where(i)}: the shard cannot be read ({error.strerror})") from error
+            raise BadText("unreadable", f"{self.where(i)}: the shard cannot be read ({error.strerror})") from error
+
+    def _caption(self, data: bytes | None, field: str, where: Callable[[], str]) -> str:
+        """The caption in the content of a .txt or .json. Raises BadText."""
+        return checked_caption(data if field == "txt" else _parsed(data, where).get(field), field, where)
+
+
+def _parsed(data: bytes | None, where: Callable[[], str]) -> dict:
+    """The JSON object in the content of a .json; {} for None. Raises BadText."""
+    if data is None:
+        return {}
+    try:
+        meta = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadText("not UTF-8", f"{where()}: its .json is not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadText("does not parse", f"{where()}: its .json does not parse ({error})") from error
+    if not isinstance(meta, dict):
+        raise BadText("does not parse", f"{where()}: its .json is not an object")
+    return meta
+
+
+def _too_large(size: int, where: Callable[[], str]) -> NoReturn:
+    raise BadText("too large", f"{where()}: a text of {size} bytes; {_MOST_TEXT} are read at most")
