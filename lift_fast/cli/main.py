@@ -1,17 +1,21 @@
 """The entry point: parses the command line and runs the command that it names.
 
 Exit statuses: 0 for success; 1 where `lift-fast data check` found bad samples; 2 for wrong arguments or bad input,
-with one message on stderr.
+with one message on stderr; 130 after Ctrl-C; 141 where the reader of the output has gone, as `head` does.
 
-Commands import torch, and the rooms that need it, when they run, so that `lift-fast --help` answers at once.
+Commands import torch, and the parts that need it, when they run, so that `lift-fast --help` answers at once.
 """
 
+import os
+import signal
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from ..errors import LiftFastError
+from .. import __version__, progress
+from ..errors import ConfigError, LiftFastError
 from .cache import CacheTools
 from .data import DataTools
 from .demo import Demo
@@ -31,15 +35,31 @@ Command = (
 )
 
 
-def parse(args: list[str] | None = None) -> Command:
-    """Returns the command that the arguments describe. args: sys.argv[1:] where None.
+@dataclass(frozen=True)
+class Line:
+    """A whole command line: the command, and the options that all commands take."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Command]]
+    quiet: tyro.conf.CascadeSubcommandArgs[bool] = False
+    """Show no progress."""
+    log_every: tyro.conf.CascadeSubcommandArgs[float] = 30.0
+    """Seconds between lines of progress, where stderr is no terminal."""
+
+    def __post_init__(self) -> None:
+        if not self.log_every > 0:
+            raise ConfigError(f"log_every must be above 0 seconds, not {self.log_every}")
+
+
+def parse(args: list[str] | None = None) -> Line:
+    """Returns the command line that the arguments describe. args: sys.argv[1:] where None.
 
     Raises ConfigError for a setting out of range, SystemExit for arguments that do not parse.
     """
     return tyro.cli(
-        Command,
+        Line,
         prog="lift-fast",
-        description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209).",
+        description="Contrastive image training against text embedded once (LIFT, arXiv 2506.04209). "
+        "--version prints the version; --tyro-print-completion bash (or zsh, tcsh) a script that completes options.",
         args=args,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -47,12 +67,36 @@ def parse(args: list[str] | None = None) -> Command:
 
 def main(args: list[str] | None = None) -> None:
     """Runs `lift-fast`. args: sys.argv[1:] where None. Raises SystemExit unless the command succeeds."""
+    line: Line | None = None
     try:
-        parse(args)()
-        return
+        try:
+            if (sys.argv[1:] if args is None else args) == ["--version"]:
+                print(f"lift-fast {__version__}")
+                return
+            line = parse(args)
+            progress.configure(quiet=line.quiet, every=line.log_every)
+            line.command()
+            return
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher of ranks passes on what the terminal has sent already
+        left = left_by(line.command) if line else ""
+        print("lift-fast: interrupted" + (f"; {left}" if left else ""), file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it exits
+        sys.exit(141)
     except LiftFastError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
     print(f"lift-fast: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def left_by(command: Command) -> str:
+    """What an interrupted command leaves, and how to go on: its method `interrupted` says it; "" where it has none."""
+    command = getattr(command, "command", command)  # that of a group, such as data stats
+    say = getattr(command, "interrupted", None)
+    return say() if say else ""

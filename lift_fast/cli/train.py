@@ -1,18 +1,40 @@
 """lift-fast train."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
-from ..train.config import TrainConfig
+from ..data.options import DataOptions
+from ..train.config import (
+    ImageSettings,
+    MachineSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+    TrainConfig,
+)
 from .common import listed
+
+
+def grouped(
+    run: tyro.conf.OmitArgPrefixes[RunSettings],
+    model: tyro.conf.OmitArgPrefixes[ModelSettings],
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerSettings],
+    images: tyro.conf.OmitArgPrefixes[ImageSettings],
+    machine: tyro.conf.OmitArgPrefixes[MachineSettings],
+    reading: tyro.conf.OmitArgPrefixes[DataOptions],
+) -> TrainConfig:
+    """The TrainConfig of these settings. tyro shows each argument as a group of options. Raises ConfigError."""
+    settings = (run, model, optimizer, images, machine)
+    return TrainConfig(**{name: value for group in settings for name, value in vars(group).items()}, options=reading)
 
 
 @dataclass(frozen=True)
 class Train:
     """Train LIFT against cached text, or CLIP with a text tower, on the same images in the same order."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="", constructor=grouped)]
 
     def __call__(self) -> None:
         from ..train.loop import train
@@ -28,3 +50,15 @@ class Train:
                 f"skipped {run['skipped_pictures']} images ({listed(run['skipped_causes'])}), listed in "
                 f"{self.config.out / 'skipped.jsonl'}; first: {first['sample']} ({first['reason']})"
             )
+
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        out = self.config.out
+        if not out.exists():
+            return "nothing was written"
+        if (out / "run.json").exists():
+            return f"the run in {out} is complete"
+        return (
+            f"the steps until then are in {out / 'metrics.jsonl'}, and no weights were written; remove {out} and run "
+            "the same command again"
+        )

@@ -1,59 +1,74 @@
-"""The settings of a training run. The options of `lift-fast train` are generated from this class."""
+"""The settings of a training run. The options of `lift-fast train`, and their groups in its help, are these classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..data.options import DataOptions
 from ..errors import ConfigError
+
+# The keys of nn.PRESETS, repeated because that package imports torch.
+PresetName = Literal[
+    "tiny", "vit-ti16", "vit-s16", "vit-b16", "vit-b32", "vit-l16", "vit-l14", "vit-h14", "vit-so400m14"
+]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run. The defaults are the paper's (arXiv:2506.04209, section 4), except that preset, steps
-    and batch_size fit one small machine."""
+class RunSettings:
+    """What is trained, on what."""
 
     model: Literal["lift", "clip"]
     data: tuple[Path, ...]
-    """Training sets, read as one: folders of tar shards, folders of images with parquet captions, CSV, TSV or JSONL."""
+    """Training sets, read as one: each a folder or a file of any layout in docs/data.md."""
     out: Path
     """Folder to write the run to; it must not exist."""
     cache: tuple[Path, ...] = ()
     """LIFT: one text cache for each --data, in the same order."""
     pictures: tuple[Path, ...] = ()
     """Folders of the image files, one for each --data; needed when they are not where the captions are."""
-    preset: str = "tiny"
-    """Sizes of the towers: tiny (the demo's), vit-b16 (the paper's); an unknown name lists all."""
+    field: str = "txt"
+    """CLIP: caption to train on: txt, an entry of the .json, or a column. For LIFT the cache decides."""
+    steps: int = 200
+    batch_size: int = 256
+    seed: int = 0
+    """The same seed on the same machine gives the same losses (on a GPU up to the order in which atomics add)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model and its loss."""
+
+    preset: PresetName = "tiny"
+    """Sizes of the towers: tiny is the demo's, vit-b16 the paper's."""
     text_dim: int | None = None
     """LIFT: output width of the head. Default: the dim of the caches, which it must equal."""
     context: int = 77
     """CLIP: caption length in tokens."""
-    field: str = "txt"
-    """CLIP: caption to train on: txt, an entry of the .json, or a column. For LIFT the cache decides."""
     loss: Literal["contrastive", "cosine"] = "contrastive"
     """contrastive: CLIP's loss over all pairs of the batch. cosine (LIFT only): positives alone, without negatives."""
-    steps: int = 200
-    batch_size: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
     lr: float = 1e-3
     """Largest learning rate, reached after the warm-up."""
+    warmup: int = 20
+    """Steps of linear warm-up of the learning rate, which then follows a cosine to zero."""
     weight_decay: float = 0.2
-    """Of AdamW, as are beta1, beta2 and eps; gains, biases and the logit scale are not decayed."""
+    """Gains, biases and the logit scale are not decayed."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    warmup: int = 20
-    """Steps of linear warm-up of the learning rate, which then follows a cosine to zero."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: autocast to bfloat16. auto: bf16 if the processor multiplies it natively, else fp32."""
-    checkpointing: Literal["none", "mlp", "branches", "block"] = "none"
-    """Activation recomputation level: the levels store 9, 5, 2 and 1 times the width per token and layer."""
-    fp8: bool = False
-    """Multiply in float8 in the linear layers of the image tower (CLIP: of both towers); GPUs since Ada and Hopper."""
-    compile: bool = False
-    """Compile the image tower with torch.compile."""
-    graph: bool = False
-    """Capture the whole step as a CUDA graph and replay it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How images are decoded, cropped and ordered."""
+
     loader: Literal["auto", "host", "dali"] = "auto"
     """What decodes the images, to the same samples and crops. auto: DALI on a GPU if it is installed, else the host."""
     min_crop_area: float = 0.9
@@ -68,10 +83,37 @@ class TrainConfig:
     """Fraction of bad samples above which training stops."""
     checked: bool = False
     """Every image has passed lift-fast data check, so the host need not check each one before DALI decodes it."""
-    seed: int = 0
-    """The same seed on the same machine gives the same losses (on a GPU up to the order in which atomics add)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """Device, precision, and what trades memory for time."""
+
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto: a GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast to bfloat16. auto: bf16 if the processor multiplies it natively, else fp32."""
+    checkpointing: Literal["none", "mlp", "branches", "block"] = "none"
+    """Activation recomputation level: the levels store 9, 5, 2 and 1 times the width per token and layer."""
+    fp8: bool = False
+    """Multiply in float8 in the linear layers of the image tower (CLIP: of both towers); GPUs since Ada and Hopper."""
+    compile: bool = False
+    """Compile the image tower with torch.compile."""
+    graph: bool = False
+    """Capture the whole step as a CUDA graph and replay it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(MachineSettings, ImageSettings, OptimizerSettings, ModelSettings, RunSettings):
+    """Settings of a training run. The defaults are the paper's (arXiv:2506.04209, section 4), except that preset, steps
+    and batch_size fit one small machine.
+
+    options: how the data sets are read. LIFT: where they have the default, those that a cache records are used.
+
+    model, data, out, cache and pictures may be given by position, the others by name.
+    """
+
+    options: DataOptions = field(default_factory=DataOptions, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises ConfigError when a setting is out of range or does not go with the model."""
@@ -87,6 +129,11 @@ class TrainConfig:
         if self.model == "clip" and self.loss == "cosine":
             raise ConfigError(
                 "the cosine loss has no negatives, so it collapses with a trained text tower; use contrastive"
+            )
+        if self.loss == "contrastive" and self.batch_size == 1:
+            raise ConfigError(
+                "the contrastive loss of a batch of 1 is always 0, since a sample's negatives are the rest of its "
+                "batch; batch_size must be at least 2"
             )
         minimum = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0, "seed": 0}
         for name, least in minimum.items():
