@@ -1,11 +1,18 @@
-"""What the commands share: JSON files, the check of --threads, and counts in words."""
+"""What the commands share: JSON files, the check of --threads, counts in words, warnings about data sets."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
 from ..files import write_whole
+
+if TYPE_CHECKING:
+    from ..data.samples import Problem
+
+_MOST_PROBLEMS = 5  # that are printed
 
 # The keys of ops.rows.codecs.CODECS, repeated because that module imports torch.
 CodecName = Literal["f32", "bf16", "int8", "int8r", "fp8", "int4r", "int2r"]
@@ -46,6 +53,15 @@ def counted(count: int, noun: str) -> str:
 def listed(counts: dict[str, int]) -> str:
     """{"empty": 1, "corrupt": 2} -> "1 empty, 2 corrupt"; {} -> "none"."""
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def print_problems(problems: "Sequence[Problem]") -> None:
+    """Prints, on stderr, what opening data sets found that belongs to no sample: damaged shards, unused files."""
+    for problem in problems[:_MOST_PROBLEMS]:
+        what = problem.cause if problem.count == 1 else counted(problem.count, problem.cause)
+        print(printable(f"lift-fast: warning: {problem.where}: {what} ({problem.reason})"), file=sys.stderr)
+    if len(problems) > _MOST_PROBLEMS:
+        print(f"lift-fast: warning: {len(problems) - _MOST_PROBLEMS} more; data check lists all", file=sys.stderr)
 
 
 def print_size(folder: Path, info: dict[str, Any]) -> None:
