@@ -1,6 +1,8 @@
 """manifest.json: how a cache was made, its shards, and the data shard that each was made from."""
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
@@ -10,7 +12,8 @@ from ..errors import CacheError
 from ..ops.rows.codecs import codec_named
 from .rotation import Rotation
 
-FORMAT = 2
+FORMAT = 3  # of new caches
+FORMATS = (2, 3)  # that are read: 2 has no `read`, no stamps and no rows that are left out
 ENDIAN = "little"
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
@@ -21,7 +24,9 @@ class Shard:
     """The manifest's entry of one shard file.
 
     source: name of the data shard that it was made from. sha256: hex digest of everything after the file's header, ""
-    until it is written. captions: hex digest of the captions that it was made from, "" if the writer had none.
+    until it is written. captions: digest_of the captions that it was made from, "" if the writer had none. stamp: of
+    the data shard's files when the captions were read, "" if the writer had none: while it stays the same, so do the
+    captions. skipped: rows without a vector.
     """
 
     name: str
@@ -29,6 +34,8 @@ class Shard:
     source: str
     sha256: str = ""
     captions: str = ""
+    stamp: str = ""
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Manifest:
 
     dim: length of a vector. codec: a key of ops.rows.codecs.CODECS. field: the caption field that was embedded.
     encoder: the settings that turn a text into a vector, as JSON: name, revision, pooling, prompt, max_length, …
-    rotation: {"kind", "seed"} for the rotated codecs, else None.
+    rotation: {"kind", "seed"} for the rotated codecs, else None. read: how the data set was read, where not by default
+    (data.options.DataOptions.recorded): with the same settings its keys and captions are found again.
     """
 
     dim: int
@@ -46,6 +54,7 @@ class Manifest:
     encoder: dict[str, Any]
     shards: tuple[Shard, ...]
     rotation: dict[str, Any] | None = None
+    read: dict[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
     endian: str = ENDIAN
 
@@ -53,6 +62,11 @@ class Manifest:
     def rows(self) -> int:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def skipped(self) -> int:
+        """Rows of all shards that have no vector."""
+        return sum(shard.skipped for shard in self.shards)
 
     @property
     def identity(self) -> str:
@@ -67,10 +81,14 @@ class Manifest:
     def to_json(self) -> bytes:
         """The content of manifest.json."""
         entries = asdict(self)
+        if self.format < 3:
+            del entries["read"]
+            for shard in entries["shards"]:
+                del shard["stamp"], shard["skipped"]
         return (json.dumps(entries | {"checksum": _checksum(entries)}, indent=1, sort_keys=True) + "\n").encode()
 
     @staticmethod
-    def read(path: Path) -> "Manifest":
+    def load(path: Path) -> "Manifest":
         """Reads and validates a manifest.
 
         Raises CacheError when it cannot be read, has another format version, is damaged or is not a manifest.
@@ -82,9 +100,9 @@ class Manifest:
             raise CacheError(f"{path} cannot be read ({error}); {again}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise CacheError(f"{path} is not the manifest of a text cache; name the folder of a text cache")
-        if data["format"] != FORMAT:
+        if type(data["format"]) is not int or data["format"] not in FORMATS:
             raise CacheError(
-                f"{path} has format version {data['format']!r} and this lift-fast reads {FORMAT}; "
+                f"{path} has format version {data['format']!r} and this lift-fast reads {FORMATS[0]} to {FORMATS[-1]}; "
                 f"{again}, or read it with the version that wrote it"
             )
         if data.pop("checksum", None) != _checksum(data):
@@ -92,10 +110,12 @@ class Manifest:
         try:
             shards = tuple(Shard(**shard) for shard in data.pop("shards"))
             manifest = Manifest(shards=shards, **data)
-            counts = [manifest.dim - 1, manifest.rows, *(shard.rows for shard in shards)]
+            counts = [manifest.dim - 1, manifest.rows, *(n for s in shards for n in (s.rows, s.skipped))]
             texts = [manifest.codec, manifest.field]
-            texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions)]
-            valid = all(type(n) is int and 0 <= n < 1 << 48 for n in counts) and isinstance(manifest.encoder, dict)
+            texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions, s.stamp)]
+            valid = all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
+            valid = valid and isinstance(manifest.encoder, dict) and isinstance(manifest.read, dict)
+            valid = valid and all(s.skipped <= s.rows for s in shards)
             valid = valid and manifest.dim <= 1 << 24 and all(isinstance(text, str) for text in texts)
         except (TypeError, KeyError) as error:
             raise CacheError(f"{path} is not a complete manifest ({error}); {again}") from error
@@ -117,19 +137,19 @@ class Manifest:
     def differences(self, other: "Manifest") -> list[str]:
         """How `other` differs from this manifest, each difference as a text such as "field is 'txt', not 'long'".
 
-        Checksums are not compared, and captions only where both manifests have their digest.
+        Checksums, stamps and skipped rows are not compared, and captions only where both manifests have their digest.
         """
         found = []
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "encoder":
-                names = sorted({*mine, *theirs})
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if entry.name in ("encoder", "read"):
+                prefix = "encoder " if entry.name == "encoder" else ""
                 found += [
-                    f"encoder {name} is {theirs.get(name)!r}, not {mine.get(name)!r}"
-                    for name in names
+                    f"{prefix}{name} is {theirs.get(name)!r}, not {mine.get(name)!r}"
+                    for name in sorted({*mine, *theirs})
                     if mine.get(name) != theirs.get(name)
                 ]
-            elif field.name == "shards":
+            elif entry.name == "shards":
                 sizes = [[(shard.source, shard.rows) for shard in shards] for shards in (theirs, mine)]
                 if sizes[0] != sizes[1]:
                     unequal = [
@@ -145,7 +165,7 @@ class Manifest:
                     if a.captions and b.captions and a.captions != b.captions
                 ][:1]
             elif mine != theirs:
-                found.append(f"{field.name} is {theirs!r}, not {mine!r}")
+                found.append(f"{entry.name} is {theirs!r}, not {mine!r}")
         return found
 
 
@@ -153,6 +173,12 @@ def _checksum(entries: dict[str, Any]) -> str:
     """128-bit hash, in hex, of a manifest's other entries: an altered count of rows in one shard would otherwise give
     wrong numbers to the rows of the intact shards after it."""
     return blake2b(json.dumps(entries, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_of(captions: Sequence[object]) -> str:
+    """128-bit hash of a shard's captions in order, in hex. What is not text counts as no caption."""
+    texts = [caption if isinstance(caption, str) else None for caption in captions]
+    return blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
 def shard_name(number: int) -> str:

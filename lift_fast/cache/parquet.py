@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import BackendError, DataError
 from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
+from ..progress import bar
 from .codec import encode
 from .rotation import Rotation
 from .writer import CacheWriter
@@ -60,12 +60,13 @@ def import_parquet(
     rotation = Rotation(dim) if kind.rotated else None
     sources = [{"name": group.name, "samples": sum(group.rows)} for group in groups]
     writer = CacheWriter(out, dim, codec, encoder, sources, field, rotation)
+    writer.check_space()
     missing = writer.missing()
     total = sum(sum(group.rows) for group in groups)
     left = sum(sum(groups[number].rows) for number in missing)
     with (
         _one_thread_per_file() as pool,
-        tqdm(total=total, initial=total - left, unit="row", desc="import", disable=not progress) as bar,
+        bar(total=total, initial=total - left, unit="row", desc="import", disable=not progress) as shown,
     ):
         for number in missing:
             group = groups[number]
@@ -74,7 +75,7 @@ def import_parquet(
             for rows, keys in pool.map(lambda path: _encoded(path, dim, codec, rotation), group.files):
                 parts.append(rows)
                 hashes.append(keys)
-                bar.update(len(rows))
+                shown.update(len(rows))
             joined = torch.cat(hashes)
             _check_duplicates(group, [len(part) for part in hashes[1:]], joined)
             writer.write_shard(number, QuantizedRows.cat(parts), joined.tolist())
@@ -110,7 +111,7 @@ def _groups(folder: Path, progress: bool) -> list[_Group]:
     files = [path for group in groups.values() for path in group]
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         counted = pool.map(_count, files, chunksize=16)
-        rows = dict(zip(files, tqdm(counted, "footers", len(files), unit="file", disable=not progress), strict=True))
+        rows = dict(zip(files, bar(counted, "footers", len(files), unit="file", disable=not progress), strict=True))
     return [_Group(name, group, [rows[path] for path in group]) for name, group in groups.items()]
 
 

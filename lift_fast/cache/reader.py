@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import CacheError, CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import KeyTable, Table, key_hashes
-from .manifest import MANIFEST, PARTIAL, Manifest
+from ..progress import bar
+from .manifest import MANIFEST, PARTIAL, Manifest, digest_of
 from .rotation import Rotation
 from .shard import AGAIN, MappedShard, check_content, content_bytes, map_shard
 
@@ -38,6 +38,25 @@ class Keyed(Protocol):
         """The hashes of those keys (ops.rows.table.key_hashes), int64 [shard_sizes[number]]."""
 
 
+class Captioned(Keyed, Protocol):
+    """What `Cache.check_data` needs of a data set; data.samples.Samples implements it."""
+
+    def captions(self, number: int, field: str) -> Sequence[object]:
+        """All captions of shard `number`, in order; what is not text is a bad caption."""
+
+    def shard_stamp(self, number: int) -> str:
+        """A text that changes when a file with captions of shard `number` is written to."""
+
+
+class Compared(NamedTuple):
+    """How the captions of a data set's shards were compared. unchanged: by the stamp of the files, which says that they
+    were not written to since the cache was made; read: by reading them; unknown: not, as the cache has no digest."""
+
+    unchanged: int
+    read: int
+    unknown: int
+
+
 class Cache:
     """A finished cache, opened for reading. Opening takes the same time for any number of rows.
 
@@ -54,7 +73,7 @@ class Cache:
             raise CacheError(f"no text cache at {self.folder}; make it with: lift-fast embed --data DATA --out {out}")
         if not (self.folder / MANIFEST).exists():
             raise CacheError(_why_no_manifest(self.folder))
-        self.manifest = Manifest.read(self.folder / MANIFEST)
+        self.manifest = Manifest.load(self.folder / MANIFEST)
         self.dim = self.manifest.dim
         # Row r is in the shard k with starts[k] <= r < starts[k + 1].
         self._starts = np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
@@ -156,11 +175,7 @@ class Cache:
 
         Raises CacheMismatch, naming the first difference; CacheError for a shard that is missing or damaged.
         """
-        field = "" if self.manifest.field == "txt" else f" --field {shlex.quote(self.manifest.field)}"
-        remedy = (
-            "re-embed it into another folder with: lift-fast embed "
-            f"--data {shlex.quote(str(data.folder))} --out ANOTHER-FOLDER{field}"
-        )
+        remedy = self._remedy(data)
         if len(data.shard_sizes) != len(self.manifest.shards):
             raise CacheMismatch(
                 f"{data.folder} has {len(data.shard_sizes)} shards, "
@@ -179,6 +194,41 @@ class Cache:
                     f"(first difference at row {first}, {key}); {remedy}"
                 )
 
+    def check_data(self, data: Captioned, threads: int | None = None, progress: bool = False) -> Compared:
+        """Compares the key and the caption of every row with those of the same sample of `data`.
+
+        The captions of a shard are read only if its files have been written to, or copied, since the cache was made.
+        threads: shards read at a time; None: one for each processor, at most 8. progress: whether to show a bar.
+
+        Raises CacheMismatch, naming the first shard that differs; CacheError for a shard that is missing or damaged.
+        """
+        self.check_keys(data)
+        known = [number for number, shard in enumerate(self.manifest.shards) if shard.captions]
+        changed = [number for number in known if not self._unchanged(number, data)]
+        field = self.manifest.field
+        pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
+        try:
+            digests = pool.map(lambda number: digest_of(data.captions(number, field)), changed)
+            shown = bar(digests, f"compare {field}", len(changed), unit="shard", delay=1, disable=not progress)
+            for number, digest in zip(changed, shown, strict=True):
+                shard = self.manifest.shards[number]
+                if digest != shard.captions:
+                    raise CacheMismatch(
+                        f"the captions {field!r} of data shard {number:05d} ({shard.source}) of {data.folder} are not "
+                        f"those that {self.folder} was made from, though the keys are the same; restore them, or "
+                        f"{self._remedy(data)}"
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return Compared(len(known) - len(changed), len(changed), len(self.manifest.shards) - len(known))
+
+    def skipped(self, number: int) -> Tensor:
+        """The numbers of the rows of shard `number` without a vector, int64, ascending: those of samples that were left
+        out. Raises CacheError as `shard`."""
+        if not self.manifest.shards[number].skipped:
+            return torch.empty(0, dtype=torch.int64)
+        return self.shard(number).skipped
+
     def verify(self, threads: int | None = None, progress: bool = False) -> None:
         """Reads every shard, several at a time, and compares its checksum with the manifest's.
 
@@ -195,10 +245,10 @@ class Cache:
             for k, path in enumerate(sorted(self.folder.glob("text-*.safetensors")))
             if path.name not in listed
         }
-        sizes = [content_bytes(self.manifest, shard.rows) for shard in shards]
+        sizes = [content_bytes(self.manifest, shard) for shard in shards]
         with (
             ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
-            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="verify", disable=not progress) as bar,
+            bar(desc="verify", total=sum(sizes), unit="B", unit_scale=True, disable=not progress) as shown,
         ):
             numbers = {
                 pool.submit(check_content, self.manifest, number, self.folder / shard.name): number
@@ -206,7 +256,7 @@ class Cache:
             }
             for done in as_completed(numbers):
                 number = numbers[done]
-                bar.update(sizes[number])
+                shown.update(sizes[number])
                 try:
                     done.result()
                 except CacheError as error:
@@ -215,6 +265,22 @@ class Cache:
             count = f"{len(problems)} of {len(shards)} shards" if len(shards) > 1 else "its shard"
             lines = "".join(f"\n  {problems[number]}" for number in sorted(problems))
             raise CacheError(f"{self.folder}: {count} cannot be trusted:{lines}")
+
+    def _unchanged(self, number: int, data: Captioned) -> bool:
+        """Whether the stamp of a data shard is the one that the cache has."""
+        stamp = self.manifest.shards[number].stamp
+        return bool(stamp) and data.shard_stamp(number) == stamp
+
+    def _remedy(self, data: Keyed) -> str:
+        """What to do about a data set that the cache was not made from."""
+        read = {"field": self.manifest.field, **self.manifest.read}
+        if read["field"] == "txt":
+            del read["field"]
+        options = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in read.items())
+        return (
+            "re-embed it into another folder with: lift-fast embed "
+            f"--data {shlex.quote(str(data.folder))} --out ANOTHER-FOLDER{options}"
+        )
 
     def _index(self, rows: Tensor | np.ndarray) -> Tensor:
         index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").contiguous()
@@ -238,7 +304,7 @@ class Cache:
 def _why_no_manifest(folder: Path) -> str:
     if not (folder / PARTIAL).exists():
         return f"{folder} is not a text cache: it has no {MANIFEST}; name the folder that lift-fast embed wrote"
-    shards = Manifest.read(folder / PARTIAL).shards
+    shards = Manifest.load(folder / PARTIAL).shards
     missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     return (
         f"{folder} is unfinished: {len(missing)} of {len(shards)} shards are missing"

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..errors import CacheError, CacheMismatch, ConfigError
 from ..ops.rows.codecs import CODECS, codec_named
 from ..ops.rows.quantized import QuantizedRows
+from ..progress import bar
 from .codec import encode
-from .manifest import MANIFEST, Manifest
+from .manifest import FORMAT, MANIFEST, Manifest
 from .reader import Cache
 from .rotation import Rotation
 from .shard import check_content
@@ -27,8 +27,8 @@ BLOCK = 1 << 20  # float32 numbers converted at a time: 4 MB, to stay in the cac
 def info(cache: Cache) -> dict[str, Any]:
     """Describes a cache as a dict of JSON values; reads only the manifest and the sizes of the files.
 
-    bits_per_row counts codes, scale and key hash. bytes: total size of the files that exist. missing: file names of
-    the shards that do not exist.
+    bytes_per_row counts codes, scale and key hash. bytes: total size of the files that exist. missing: file names of
+    the shards that do not exist. skipped: rows without a vector. read: how the data set was read (Manifest).
     """
     manifest = cache.manifest
     codec = CODECS[manifest.codec]
@@ -36,16 +36,18 @@ def info(cache: Cache) -> dict[str, Any]:
     present = [path for path in (*paths, cache.folder / MANIFEST) if path.exists()]
     return {
         "rows": len(cache),
+        "skipped": manifest.skipped,
         "dim": cache.dim,
         "codec": manifest.codec,
         "bits_per_number": codec.bits,
-        "bits_per_row": 8 * codec.row_bytes(cache.dim) + (32 if codec.scaled else 0) + 64,
+        "bytes_per_row": codec.row_bytes(cache.dim) + (4 if codec.scaled else 0) + 8,
         "bytes": sum(path.stat().st_size for path in present),
         "shards": len(paths),
         "missing": [path.name for path in paths if not path.exists()],
         "rotation": manifest.rotation,
         "field": manifest.field,
         "encoder": manifest.encoder,
+        "read": manifest.read,
         "format": manifest.format,
         "identity": manifest.identity,
     }
@@ -54,8 +56,9 @@ def info(cache: Cache) -> dict[str, Any]:
 def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
     """Draws rows of a cache to inspect, and the mean cosine over pairs of them, as a dict of JSON values.
 
-    A mean cosine near 1 shows an encoder that gives all captions nearly the same vector. rows: how many at most, drawn
-    without repeats. Raises ConfigError for rows below 1, CacheError for a cache without rows and for a damaged shard.
+    A mean cosine near 1 shows an encoder that gives all captions nearly the same vector; rows without a vector are not
+    counted. rows: how many at most, drawn without repeats. Raises ConfigError for rows below 1, CacheError for a cache
+    without rows and for a damaged shard.
     """
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, not {rows}")
@@ -76,11 +79,13 @@ def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
                 "row_of_shard": inside,
                 "source": cache.manifest.shards[number].source,
                 "key_hash": f"{key & (1 << 64) - 1:016x}",
+                "skipped": inside in cache.skipped(number),
                 "length": vector.double().norm().item(),
                 "first": vector[:6].tolist(),
             }
         )
-    return {"rows": listed, "mean_cosine": _mean_cosine(vectors)}
+    kept = torch.tensor([not entry["skipped"] for entry in listed])
+    return {"rows": listed, "mean_cosine": mean_cosine(vectors[kept])}
 
 
 def convert(source: Cache, out: Path, codec: str, progress: bool = True) -> None:
@@ -96,19 +101,23 @@ def convert(source: Cache, out: Path, codec: str, progress: bool = True) -> None
     if codec == manifest.codec:
         raise ConfigError(f"{source.folder} holds {codec} already; copy the folder instead")
     rotation = (source.rotation or Rotation(source.dim)) if kind.rotated else None
-    writer = CacheWriter(out, source.dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation)
+    writer = CacheWriter(
+        out, source.dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation, manifest.read
+    )
+    writer.check_space()
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
     step = max(1, BLOCK // source.dim)
     for number in _with_progress(writer.missing(), [shard.rows for shard in manifest.shards], f"to {codec}", progress):
         _, keys = _checked(source, number)
         rows = torch.arange(starts[number], starts[number + 1])
         parts = [encode(source.vectors(part), codec, rotation) for part in rows.split(step)]
-        writer.write_shard(number, QuantizedRows.cat(parts), keys)
+        writer.write_shard(number, QuantizedRows.cat(parts), keys, source.skipped(number).tolist())
     writer.finish()
 
 
 def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
-    """Concatenates caches into one; copies the codes, and continues an interrupted run at its first missing shard.
+    """Concatenates caches into one; copies the codes, and continues an interrupted run at its first missing shard. Of
+    how the data sets were read, it records what all caches agree on.
 
     Raises ConfigError for fewer than two caches; CacheMismatch when they differ in encoder, codec, dim, rotation or
     caption field, or when `out` holds another cache; CacheError for a damaged source or a full disk.
@@ -116,26 +125,32 @@ def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
     if len(sources) < 2:
         raise ConfigError("merge takes at least two caches and the folder of a new one")
     first = sources[0]
-    kind = replace(first.manifest, shards=())
-    for other in sources[1:]:
-        differences = kind.differences(replace(other.manifest, shards=()))
+    kind, *others = [replace(cache.manifest, shards=(), read={}, format=FORMAT) for cache in sources]
+    for cache, other in zip(sources[1:], others, strict=True):
+        differences = kind.differences(other)
         if differences:
             raise CacheMismatch(
-                f"{other.folder} cannot be merged with {first.folder}: its {'; its '.join(differences)}; "
+                f"{cache.folder} cannot be merged with {first.folder}: its {'; its '.join(differences)}; "
                 "embed both with the same settings"
             )
     parts = [(cache, number) for cache in sources for number in range(len(cache.manifest.shards))]
     listed = [entry for cache in sources for entry in _sources(cache.manifest)]
-    writer = CacheWriter(out, first.dim, kind.codec, kind.encoder, listed, kind.field, kind.rotated_by())
+    reads = [cache.manifest.read for cache in sources]
+    read = {name: value for name, value in reads[0].items() if all(other.get(name) == value for other in reads)}
+    writer = CacheWriter(out, first.dim, kind.codec, kind.encoder, listed, kind.field, kind.rotated_by(), read)
+    writer.check_space()
     for target in _with_progress(writer.missing(), [entry["samples"] for entry in listed], "merge", progress):
         cache, number = parts[target]
-        writer.write_shard(target, *_checked(cache, number))
+        writer.write_shard(target, *_checked(cache, number), cache.skipped(number).tolist())
     writer.finish()
 
 
 def _sources(manifest: Manifest) -> list[dict[str, Any]]:
     """The data shards of a cache, in the form of CacheWriter's `source`."""
-    return [{"name": shard.source, "samples": shard.rows, "captions": shard.captions} for shard in manifest.shards]
+    return [
+        {"name": shard.source, "samples": shard.rows, "captions": shard.captions, "stamp": shard.stamp}
+        for shard in manifest.shards
+    ]
 
 
 def _checked(cache: Cache, number: int) -> tuple[QuantizedRows, list[int]]:
@@ -153,13 +168,13 @@ def _with_progress(numbers: Sequence[int], rows: Sequence[int], what: str, progr
     """
     total = sum(rows)
     done = total - sum(rows[number] for number in numbers)
-    with tqdm(total=total, initial=done, unit="row", desc=what, disable=not progress) as bar:
+    with bar(total=total, initial=done, unit="row", desc=what, disable=not progress) as shown:
         for number in numbers:
             yield number
-            bar.update(rows[number])
+            shown.update(rows[number])
 
 
-def _mean_cosine(vectors: Tensor) -> float | None:
+def mean_cosine(vectors: Tensor) -> float | None:
     """The mean cosine over all pairs of rows, None for fewer than two rows."""
     n = len(vectors)
     if n < 2:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,11 +44,12 @@ class CacheWriter:
 
     dim: length of a vector. codec: a key of ops.rows.codecs.CODECS. encoder: the settings that turn a text into a
     vector, as JSON (name, revision, pooling, prompt, max_length, …). source: the data shards in order,
-    [{"name": "00000.tar", "samples": 1000}, …]; an entry may have "captions", a digest of its captions, which `expect`
-    can set later. field: the caption field. rotation: for the rotated codecs.
+    [{"name": "00000.tar", "samples": 1000}, …]; an entry may have "captions", digest_of its captions, which `expect`
+    can set later, and "stamp" (Shard). field: the caption field. rotation: for the rotated codecs. read: how the data
+    set was read (Manifest).
 
     For a finished cache with the same settings `missing` returns no shard and `finish` does nothing. A finished cache
-    of which shards were removed becomes unfinished again.
+    of which shards were removed becomes unfinished again. A cache of an older format keeps its format.
 
     Raises CacheMismatch, naming the differences, when the folder holds another cache; CacheError when it holds damaged
     files or cannot be written.
@@ -62,16 +64,25 @@ class CacheWriter:
         source: Sequence[dict[str, Any]],
         field: str,
         rotation: Rotation | None = None,
+        read: dict[str, Any] | None = None,
     ):
         self.folder = Path(folder)
         shards = tuple(
-            Shard(shard_name(k), int(s["samples"]), str(s["name"]), captions=str(s.get("captions", "")))
+            Shard(
+                shard_name(k),
+                int(s["samples"]),
+                str(s["name"]),
+                captions=str(s.get("captions", "")),
+                stamp=str(s.get("stamp", "")),
+            )
             for k, s in enumerate(source)
         )
         # The encoder as it is read back: JSON has no tuples and only string keys.
         encoder = json.loads(json.dumps(encoder))
         # Its entries are filled in over time: captions by `expect`, checksums when a shard is written or examined.
-        self._manifest = Manifest(dim, codec, field, encoder, shards, rotation.as_dict() if rotation else None)
+        self._manifest = Manifest(
+            dim, codec, field, encoder, shards, rotation.as_dict() if rotation else None, read or {}
+        )
         self._unverified: set[int] = set()  # shards of earlier runs whose checksum has not been compared
         self._tag = f".{os.getpid()}-{secrets.token_hex(4)}"
         self._parts: list[Path] = []  # unfinished files of other processes, running or killed
@@ -83,7 +94,7 @@ class CacheWriter:
                 self._check_captions(number, shard.captions)
 
     def expect(self, number: int, keys: Sequence[str], captions: str) -> None:
-        """Declares the sample keys of data shard `number` and a digest of its captions.
+        """Declares the sample keys of data shard `number`, and digest_of its captions.
 
         Raises CacheMismatch when the cache shard exists already and was made from other keys or captions, ValueError
         for a wrong number of keys.
@@ -118,14 +129,15 @@ class CacheWriter:
         present = self._present()
         return [number for number in range(len(self._manifest.shards)) if number not in present]
 
-    def write_shard(self, number: int, rows: QuantizedRows, keys: Sequence[int]) -> None:
+    def write_shard(self, number: int, rows: QuantizedRows, keys: Sequence[int], skipped: Sequence[int] = ()) -> None:
         """Writes shard `number`, whole or not at all.
 
-        rows: in the order of the data shard's samples. keys: the samples' key hashes (key_hashes).
+        rows: in the order of the data shard's samples. keys: the samples' key hashes (key_hashes). skipped: the numbers
+        of the rows without a vector, ascending; in `rows` they are codes of zeros.
 
         Raises ValueError when rows or keys do not have the number, codec or dim that the cache was opened with;
         CacheError when the shard cannot be written, such as on a full disk: the complete shards stay, and no part of
-        this one does.
+        this one does; and for rows without a vector in a cache of an older format, which has no place for them.
         """
         shard = self._manifest.shards[number]
         if not len(rows) == len(keys) == shard.rows:
@@ -136,8 +148,13 @@ class CacheWriter:
                 f"not {rows.codec} rows of dim {rows.dim}"
             )
         self._start()
-        data = content(self._manifest, rows, np.array(keys, dtype=np.int64))
-        written = replace(shard, sha256=hashlib.sha256(data).hexdigest())
+        if skipped and self._manifest.format < 3:
+            raise CacheError(
+                f"{self.folder} has format version {self._manifest.format}, in which no sample can be left out "
+                f"({shard.source}, row {skipped[0]}); remove it or name another folder"
+            )
+        data = content(self._manifest, rows, np.array(keys, dtype=np.int64), skipped)
+        written = replace(shard, sha256=hashlib.sha256(data).hexdigest(), skipped=len(skipped))
         for part in self._parts:  # what a killed run left of this shard
             if part.name.startswith(shard.name):
                 part.unlink(missing_ok=True)
@@ -159,6 +176,13 @@ class CacheWriter:
         mapped = map_shard(self._manifest, number, path)
         return QuantizedRows(mapped.codes, mapped.scales, self._manifest.codec, self._manifest.dim)
 
+    def skipped(self, number: int) -> list[int]:
+        """The numbers of the rows without a vector of a shard that is written, ascending. Raises as `written`, but does
+        not compare a checksum."""
+        if not self._examine(number).skipped:
+            return []
+        return map_shard(self._manifest, number, self.folder / self._manifest.shards[number].name).skipped.tolist()
+
     def finish(self) -> None:
         """Writes manifest.json, which makes the folder a finished cache. Raises CacheError while shards are missing."""
         missing = self.missing()
@@ -174,9 +198,26 @@ class CacheWriter:
         self._finished = True
         self._clean_up()
 
+    def check_space(self) -> None:
+        """Raises CacheError unless the disk has space for the shards that are missing and the manifest.
+
+        Quotas are not known, nor what other processes write; write_shard reports those.
+        """
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        disk = shutil.disk_usage(place)  # before the shards are listed: another rank may complete one meanwhile
+        missing = sorted(set(range(len(self._manifest.shards))) - self._present())
+        needed = self.size_on_disk(missing) + len(self._manifest.to_json()) if missing else 0
+        if disk.total and needed > disk.free:
+            raise CacheError(
+                f"{self.folder} needs {needed} bytes ({needed / 1e9:.3g} GB) for {len(missing)} shards, and its disk "
+                f"has {disk.free} bytes ({disk.free / 1e9:.3g} GB) free; free some, or name a folder on another disk"
+            )
+
     def size_on_disk(self, numbers: Sequence[int] | None = None) -> int:
         """Size in bytes of the finished cache, or of the shards `numbers` alone. Assumes that every shard's entry will
-        have a digest of its captions."""
+        have a digest of its captions, and that no row is left out."""
         chosen = range(len(self._manifest.shards)) if numbers is None else numbers
         filled = [
             replace(shard, sha256="0" * 64, captions=shard.captions or "0" * 32)
@@ -184,7 +225,7 @@ class CacheWriter:
         ]
         total = len(replace(self._manifest, shards=tuple(filled)).to_json()) if numbers is None else 0
         for number, shard in zip(chosen, filled, strict=True):
-            total += len(header(self._manifest, number, shard)) + content_bytes(self._manifest, shard.rows)
+            total += len(header(self._manifest, number, shard)) + content_bytes(self._manifest, shard)
         return total
 
     def _present(self) -> set[int]:
@@ -244,11 +285,13 @@ class CacheWriter:
             if not path.exists():
                 continue
             try:
-                found = Manifest.read(path)
+                found = Manifest.load(path)
             except CacheError:
                 if path.exists():
                     raise
                 continue
+            if found.format != self._manifest.format:  # `read` is not known of format 2
+                self._manifest = replace(self._manifest, format=found.format, read=found.read)
             differences = self._manifest.differences(found)
             if differences:
                 state = "a cache" if name == MANIFEST else "an unfinished cache"
@@ -270,8 +313,8 @@ class CacheWriter:
         if not name or shards_lost:
             with self._writing(PARTIAL):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            # Without the captions' digests: a caption may be corrected until its shard is written.
-            bare = tuple(replace(shard, sha256="", captions="") for shard in self._manifest.shards)
+            # Without the captions' digests and stamps: a caption may be corrected until its shard is written.
+            bare = tuple(replace(shard, sha256="", captions="", stamp="") for shard in self._manifest.shards)
             if self._write_manifest(PARTIAL, replace(self._manifest, shards=bare)) and shards_lost:
                 (self.folder / MANIFEST).unlink(missing_ok=True)
         elif name == MANIFEST:

@@ -34,7 +34,7 @@ class CacheInfo:
         lines = {
             "rows": f"{found['rows']} in {found['shards']} shards{missing}",
             "vectors": f"{found['dim']} numbers, {found['codec']}{rotation}",
-            "size": f"{found['bytes'] / 1e6:.1f} MB; {found['bits_per_row']} bits a row, scale and key hash included",
+            "size": f"{found['bytes'] / 1e6:.1f} MB; {found['bytes_per_row']} bytes a row, scale and key hash included",
             "captions": found["field"],
             "encoder": ", ".join(f"{key} {value!r}" for key, value in found["encoder"].items()),
             "format": f"version {found['format']}, identity {found['identity']}",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..data.samples import Collection
+from ..data.samples import BadText, Collection
 from ..errors import CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
 
@@ -16,27 +16,29 @@ class CachedText:
     """The text caches of a Collection, one for each of its data sets, read as one by the collection's row numbers.
 
     len(text): rows of all caches. dim: length of a vector. encoder, field, rotation: those of the caches' manifests.
+    left_out: row number -> error, for the samples that the caches have no vector of.
 
-    Raises CacheMismatch when a cache was made from other data, when the caches differ in encoder, caption field, codec
-    or rotation, or when their dim is not `text_dim`.
+    Raises CacheMismatch when a cache was made from other keys or captions, when the caches differ in encoder, caption
+    field, codec or rotation, or when their dim is not `text_dim`.
     """
 
     def __init__(self, caches: Sequence[Cache], data: Collection, text_dim: int | None = None):
         self.caches, self.starts, self._len = list(caches), data.starts, len(data)
-        for cache, shards in zip(self.caches, data.sets, strict=True):
-            cache.check_keys(shards)
+        for cache, samples in zip(self.caches, data.sets, strict=True):
+            cache.check_data(samples, progress=True)
         first = self.caches[0]
         self.dim, self.rotation = first.dim, first.rotation
         self.encoder, self.field = first.manifest.encoder, first.manifest.field
         for cache in self.caches[1:]:
-            if cache.manifest.identity != first.manifest.identity:
-                settings = [(m.encoder, m.field, m.codec, m.rotation) for m in (cache.manifest, first.manifest)]
+            settings = [(m.encoder, m.field, m.codec, m.rotation) for m in (cache.manifest, first.manifest)]
+            if settings[0] != settings[1]:
                 raise CacheMismatch(
                     f"{cache.folder} and {first.folder} differ in encoder, caption field, codec or rotation "
                     f"({settings[0]} and {settings[1]}); embed both with the same settings"
                 )
         if text_dim is not None:
             first.check_dim(text_dim, "the head (--text-dim)")
+        self.left_out = _left_out(self.caches, data)
 
     def __len__(self) -> int:
         return self._len
@@ -59,3 +61,16 @@ class CachedText:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         return QuantizedRows.cat(parts)[torch.from_numpy(inverse)]
+
+
+def _left_out(caches: Sequence[Cache], data: Collection) -> dict[int, BadText]:
+    """Row number -> error, for the rows without a vector."""
+    found: dict[int, BadText] = {}
+    for cache, first in zip(caches, data.starts.tolist(), strict=False):
+        for number, shard in enumerate(cache.manifest.shards):
+            found |= {
+                first + row: BadText("no caption", f"{data.where(first + row)} was left out of {cache.folder}")
+                for row in cache.skipped(number).tolist()
+            }
+            first += shard.rows
+    return found

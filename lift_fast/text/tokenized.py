@@ -9,14 +9,18 @@ from .tokenizer import ClipTokenizer
 class TokenizedText:
     """The captions of a Collection as tokens, read and tokenized when a batch asks for them.
 
-    field: the caption to use: txt, an entry of the .json, or a column. context: tokens a caption.
+    field: the caption to use: txt, an entry of the .json, or a column. context: tokens a caption. skip_bad: whether
+    samples without a usable caption are left out. left_out: row number -> what is wrong with its caption; no batch may
+    ask for these.
 
-    Raises DataError naming the first sample that has no such caption: every caption is read once to find it.
+    Every caption is read once. Raises BadText for the first that cannot be used, unless skip_bad.
     """
 
-    def __init__(self, data: Collection, field: str, context: int):
-        data.check_captions(field)
+    def __init__(self, data: Collection, field: str, context: int, skip_bad: bool = False):
         self.data, self.field = data, field
+        self.left_out = data.bad_captions(field)
+        if self.left_out and not skip_bad:
+            raise next(iter(self.left_out.values()))
         self.tokenizer = ClipTokenizer(context)
 
     def rows(self, rows: Tensor) -> Tensor:

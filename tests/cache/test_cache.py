@@ -63,8 +63,8 @@ def test_the_manifest_says_what_the_cache_is(tmp_path):
     first, second = manifest.pop("shards")
     assert len(bytes.fromhex(manifest.pop("checksum"))) == 16
     assert manifest == {
-        "format": 2, "endian": "little", "dim": 12, "codec": "int4r", "rotation": {"kind": "hadamard", "seed": 6},
-        "field": "txt", "encoder": ENCODER,
+        "format": 3, "endian": "little", "dim": 12, "codec": "int4r", "rotation": {"kind": "hadamard", "seed": 6},
+        "field": "txt", "encoder": ENCODER, "read": {},
     }  # fmt: skip
     data = (tmp_path / "c" / first["name"]).read_bytes()
     assert first["sha256"] == sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
@@ -219,8 +219,8 @@ def test_no_cache_no_manifest_unfinished(tmp_path):
 def test_another_format_version(tmp_path):
     write(tmp_path / "c", [2], 4)
     path = tmp_path / "c" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(CacheError, match="format version 9 and this lift-fast reads 2"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 9'))
+    with pytest.raises(CacheError, match="format version 9 and this lift-fast reads 2 to 3"):
         Cache(tmp_path / "c")
 
 

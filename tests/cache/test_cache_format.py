@@ -176,6 +176,16 @@ def _other_entry(m, rng):
     entry[name] = rng.choice([other[name] for other in m["shards"] if other[name] != entry[name]] + ["x", "", None, 3])
 
 
+def _other_reading(m, rng):
+    entry = m["shards"][rng.choice([0, 2, 3, 4])]
+    at, name, value = rng.choice(
+        [(entry, "stamp", x) for x in ("x", None, 3, [])]
+        + [(entry, "skipped", x) for x in (1, 21, 22, -1, True, "1", 0.5, None, 2**62)]
+        + [(m, "read", x) for x in ({"key": "id"}, [], None, "", 7)]
+    )
+    at[name] = value
+
+
 def _other_number(m, rng):
     at = rng.choice([m, rng.choice(m["shards"])])
     name = "dim" if at is m else "rows"
@@ -202,10 +212,11 @@ EDITS = {
         m["encoder"].update(prompt="other") if rng.random() < 0.5 else m.update(field="long")
     ),
     "entries of the manifest exchanged": _other_entry,
+    "stamp, rows left out or reading changed": _other_reading,
     "shards of the manifest changed": _other_shards,
     "version or endianness": lambda m, rng: m.update(
         rng.choice(
-            [{"format": x} for x in (0, 1, 3, "2", 2.0, None, [2], True, 2**70)]
+            [{"format": x} for x in (0, 1, 2, 4, "3", 3.0, None, [3], True, 2**70)]
             + [{"endian": x} for x in ("big", "Little", "", None, 1)]
         )
     ),
@@ -259,19 +270,19 @@ def bomb(c, rng):
     if kind == 0:
         c.manifest = b"[" * 200_000
     elif kind == 1:
-        c.manifest = b'{"format":2,"shards":' * 100_000
+        c.manifest = b'{"format":3,"shards":' * 100_000
     elif kind == 2:
         c.manifest = json.dumps(manifest).replace('"dim": 24', '"dim": ' + "9" * 200_000).encode()
     elif kind == 3:
         c.manifest = json.dumps(manifest).replace('"dim": 24', '"dim": 1e999').encode()
     elif kind == 4:
-        c.manifest = b'{"format":2,"shards":[' + b"[]," * 500_000 + b"[]]}"
+        c.manifest = b'{"format":3,"shards":[' + b"[]," * 500_000 + b"[]]}"
     elif kind == 5:
         c.manifest = dict(manifest, field="x" * 3_000_000)
     elif kind == 6:
-        c.manifest = b'{"format":2,' + json.dumps(manifest)[1:-1].encode() + b',"format":3}'  # a duplicate key
+        c.manifest = b'{"format":3,' + json.dumps(manifest)[1:-1].encode() + b',"format":4}'  # a duplicate key
     elif kind == 7:
-        c.manifest = rng.choice([b"", b"\0" * 100, b"\xff\xfe{\0}\0", b"null", b"{}", b'{"format":2}', b"2"])
+        c.manifest = rng.choice([b"", b"\0" * 100, b"\xff\xfe{\0}\0", b"null", b"{}", b'{"format":3}', b"2"])
     elif kind == 8:
         c.manifest = dict(manifest, encoder={str(k): {} for k in range(30_000)})
     else:

@@ -50,9 +50,14 @@ def test_info(tmp_path, capsys):
     run(f"info {tmp_path}/c --json {tmp_path}/info.json")
     output, figures = capsys.readouterr().out, json.loads((tmp_path / "info.json").read_text())
     assert (figures["rows"], figures["dim"], figures["codec"], figures["shards"]) == (15, 24, "int4r", 4)
-    assert figures["bits_per_row"] == 8 * 12 + 32 + 64 and figures["format"] == 2
+    assert figures["bytes_per_row"] == 12 + 4 + 8 and figures["format"] == 3
     assert figures["bytes"] == sum(len(data) for data in contents(tmp_path / "c").values())
-    for words in ("15 in 4 shards", "24 numbers, int4r, rotated (hadamard, seed 3)", "id 'some/encoder'", "192 bits"):
+    for words in (
+        "15 in 4 shards",
+        "24 numbers, int4r, rotated (hadamard, seed 3)",
+        "id 'some/encoder'",
+        "24 bytes a row",
+    ):
         assert words in output
     (tmp_path / "c" / "text-00001.safetensors").unlink()
     run(f"info {tmp_path}/c")

@@ -15,11 +15,14 @@ ENCODER = {"id": "some/encoder", "revision": "abc", "pooling": "mean", "prompt":
 
 @dataclass
 class Data:
-    """A data set that has only what check_keys uses."""
+    """A data set that has only what check_data uses. texts: its captions; without them caption-KEY."""
 
     keys: list[str]
     shard_sizes: list[int]
     folder: Path = field(default=Path("some/data"))
+    texts: list[str | Exception] | None = None
+    stamps: list[str] | None = None
+    read: list[int] = field(default_factory=list)  # the shards whose captions were read
 
     def __len__(self):
         return len(self.keys)
@@ -30,6 +33,15 @@ class Data:
 
     def shard_hashes(self, number):
         return key_hashes(self.shard_keys(number))
+
+    def captions(self, number, field="txt"):
+        self.read.append(number)
+        start = sum(self.shard_sizes[:number])
+        texts = self.texts or [f"caption-{key}" for key in self.keys]
+        return texts[start : start + self.shard_sizes[number]]
+
+    def shard_stamp(self, number):
+        return self.stamps[number] if self.stamps else ""
 
 
 def data_of(sizes):

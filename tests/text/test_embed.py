@@ -145,7 +145,7 @@ def unfinished(folder, files, names):
         (folder / name).write_bytes(files[name])
     partial = folder / "partial.json"
     partial.write_bytes(files["manifest.json"])
-    manifest = Manifest.read(partial)
+    manifest = Manifest.load(partial)
     shards = tuple(replace(shard, sha256="", captions="") for shard in manifest.shards)
     partial.write_bytes(replace(manifest, shards=shards).to_json())
 
