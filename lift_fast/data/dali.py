@@ -16,7 +16,7 @@ everything else together.
 
 import os
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import BackendError, DataError
 from .images import Box, Header, decode_box, read_header
-from .loading import Assembled, Batch, Loading, Pipeline
+from .loading import Assembled, Batch, Counts, Loaded, Loading, Pipeline, RowSet, in_words
 from .pixels import MEAN, STD, laid_out
 from .samples import BadSample, Collection, Samples
 from .transforms import centre_of, recoloured, render, render_centre, resize, view_of
@@ -67,8 +67,7 @@ class DaliPipeline(Pipeline):
         _dali()
         super().__init__(data, loading)
         self.device_id = device_id
-        # A bit for each row: whether its JPEG has passed the strict decode.
-        self._intact = np.zeros(-(-len(data) // 8), dtype=np.uint8)
+        self._intact = RowSet(len(data))  # rows whose JPEG has passed the strict decode
         self._refused: set[int] = set()  # rows that the host renders because DALI failed on their batch
 
     def __iter__(self) -> Generator[Batch, None, None]:
@@ -81,13 +80,13 @@ class DaliPipeline(Pipeline):
     def _batches(self) -> Generator[Batch, None, None]:
         """Yields batches from the pipeline's position. Raises _Failure when DALI fails; batches in flight are lost."""
         source = self._assembled(self._job, self.loading.ahead)
-        running: deque[tuple[Assembled[_Job], tuple]] = deque()
+        running: deque[tuple[Assembled[_Job], Counts]] = deque()
         dali = _Decoder(self.loading, self.device_id)
-        counted = self._counts()
+        counted = self.skipped.counts()
         try:
             while True:
                 assembled = next(source)
-                running.append((assembled, self._counts()))
+                running.append((assembled, self.skipped.counts()))
                 try:
                     dali.put(assembled.items)
                     if len(running) <= self.loading.ahead:
@@ -100,14 +99,11 @@ class DaliPipeline(Pipeline):
                 yield Batch(pixels, made.rows)
         except (GeneratorExit, _Failure):
             # Batches in flight will be assembled again, and their bad samples counted then.
-            self.skipped.looked_at, self.skipped.causes = counted
+            self.skipped.back_to(counted)
             raise
         finally:
             source.close()
             dali.close()
-
-    def _counts(self) -> tuple:
-        return self.skipped.looked_at, self.skipped.causes.copy()
 
     def _job(self, row: int, draws: np.ndarray) -> _Job:
         data, size = self.data.image_bytes(row), self.loading.image_size
@@ -115,10 +111,9 @@ class DaliPipeline(Pipeline):
         view = view_of(header.width, header.height, draws, self.loading)
         if not header.plain or row in self._refused:
             return _finished(render(data, header, view, size))
-        byte, bit = row >> 3, 1 << (row & 7)
-        if not self.loading.checked and not self._intact[byte] & bit:
+        if not self.loading.checked and row not in self._intact:
             _read_strictly(data, header)
-            self._intact[byte] |= bit  # a race may lose a bit: that JPEG is decoded once more
+            self._intact.add(row)  # a race between threads may lose it: that JPEG is decoded once more
         return _Job(np.frombuffer(data, np.uint8), view.box, (size, size), flip=view.flip, colour=view.colour)
 
     def _leave_to_host(self, failure: "_Failure") -> None:
@@ -266,7 +261,7 @@ class _Decoder:
         return pipe
 
 
-def load_images(data: Samples, image_size: int, device_id: int | None = None) -> tuple[Tensor, list[int]]:
+def load_images(data: Samples, image_size: int, device_id: int | None = None) -> Loaded:
     """As host.load_images, decoded by DALI: uint8 [n, size, size, 3] on the CPU or GPU `device_id`, and sample numbers.
 
     The host renders the images on which DALI fails. Raises BackendError without DALI, DataError when no image decodes.
@@ -275,19 +270,25 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
     loading = Loading(min(_EVALUATION_BATCH, len(data)), image_size, threads=threads)
     parts: list[Tensor] = []
     samples: list[int] = []
+    causes: Counter[str] = Counter()
 
-    def centred(sample: int) -> _Job | None:
+    def centred(sample: int) -> _Job | BadSample:
         try:
             return _centred(data.image_bytes(sample), image_size)
-        except BadSample:
-            return None
+        except BadSample as error:
+            return error
 
     dali = _Decoder(loading, device_id, corners=True)
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             for start in range(0, len(data), loading.batch_size):
                 chunk = range(start, min(start + loading.batch_size, len(data)))
-                jobs = {i: job for i, job in zip(chunk, pool.map(centred, chunk), strict=True) if job is not None}
+                jobs: dict[int, _Job] = {}
+                for sample, job in zip(chunk, pool.map(centred, chunk), strict=True):
+                    if isinstance(job, BadSample):
+                        causes[job.cause] += 1
+                    else:
+                        jobs[sample] = job
                 if not jobs:
                     continue
                 try:
@@ -303,8 +304,8 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
     finally:
         dali.close()
     if not samples:
-        raise DataError(f"{data.folder}: no image decodes")
-    return torch.cat(parts), samples
+        raise DataError(f"{data.folder}: no image decodes ({in_words(causes)})")
+    return Loaded(torch.cat(parts), samples, dict(causes.most_common()))
 
 
 def _centred(data: bytes, size: int) -> _Job:

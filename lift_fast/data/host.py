@@ -5,6 +5,7 @@ the same images in the same order, and the DALI pipeline (dali.py) makes the sam
 """
 
 import os
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .images import read_header
-from .loading import Batch, Pipeline
+from .loading import Batch, Loaded, Pipeline, in_words
 from .pixels import laid_out
 from .samples import BadSample, Samples
 from .transforms import render, render_centre, view_of
@@ -45,21 +46,29 @@ class HostPipeline(Pipeline):
         return laid_out(pixels, self.loading.dtype, self.loading.layout)
 
 
-def load_images(data: Samples, image_size: int) -> tuple[Tensor, list[int]]:
+def load_images(data: Samples, image_size: int) -> Loaded:
     """Decodes all images of a set for evaluation: uint8 [n, size, size, 3], and the numbers of their samples.
 
-    Leaves bad samples out. Raises DataError when no image decodes.
+    Leaves bad samples out and counts them by cause. Raises DataError when no image decodes.
     """
 
-    def rendered(sample: int) -> np.ndarray | None:
+    def rendered(sample: int) -> np.ndarray | BadSample:
         try:
             encoded = data.image_bytes(sample)
             return render_centre(encoded, read_header(encoded), image_size)
-        except BadSample:
-            return None
+        except BadSample as error:
+            return error
 
+    images: list[np.ndarray] = []
+    samples: list[int] = []
+    causes: Counter[str] = Counter()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
-        found = {i: pixels for i, pixels in enumerate(pool.map(rendered, range(len(data)))) if pixels is not None}
-    if not found:
-        raise DataError(f"{data.folder}: no image decodes")
-    return torch.from_numpy(np.stack(list(found.values()))), list(found)
+        for sample, made in enumerate(pool.map(rendered, range(len(data)))):
+            if isinstance(made, BadSample):
+                causes[made.cause] += 1
+            else:
+                images.append(made)
+                samples.append(sample)
+    if not images:
+        raise DataError(f"{data.folder}: no image decodes ({in_words(causes)})")
+    return Loaded(torch.from_numpy(np.stack(images)), samples, dict(causes.most_common()))

@@ -1,6 +1,7 @@
 """What the pipelines share: settings, batches, the position in the data, and the bad samples that were skipped."""
 
 import json
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,6 @@ Item = TypeVar("Item")
 DRAWS = 26  # random numbers in [0, 1) that determine a sample's view; see transforms.view_of
 _JUDGED_FROM = 1000  # samples: the share of bad ones among fewer means little
 _LISTED = 20
-_REMEMBERED = 1_000_000  # bad samples that are listed, each once; further ones are only counted
 _ROWS_AT_ONCE = 1024
 
 
@@ -92,6 +92,15 @@ class Batch:
 
     pixels: Tensor
     rows: Tensor
+
+
+class Loaded(NamedTuple):
+    """Images for evaluation: pixels uint8 [n, size, size, 3]; samples, their n sample numbers; causes, the number of
+    samples that were left out by cause."""
+
+    pixels: Tensor
+    samples: list[int]
+    causes: dict[str, int]
 
 
 class Pipeline:
@@ -207,39 +216,83 @@ class _Sample(NamedTuple):
     draws: np.ndarray
 
 
+class RowSet:
+    """A set of row numbers below `rows`, in a bit each. Memory that no number touches is never used."""
+
+    def __init__(self, rows: int):
+        self._bits = np.zeros(-(-rows // 8), dtype=np.uint8)
+
+    def __contains__(self, row: int) -> bool:
+        return bool(self._bits[row >> 3] & 1 << (row & 7))
+
+    def add(self, row: int) -> None:
+        self._bits[row >> 3] |= 1 << (row & 7)
+
+    def discard(self, row: int) -> None:
+        self._bits[row >> 3] &= ~(1 << (row & 7)) & 0xFF
+
+
+class Counts(NamedTuple):
+    """What Skipped has counted up to a point: Skipped.counts() and back_to()."""
+
+    looked_at: int
+    causes: Counter[str]
+    met: Counter[str]
+    samples: int
+
+
 class Skipped:
     """The bad samples of a run: counts them by cause, lists each in a file, and ends the run when they are too many.
 
-    A sample that is bad in every epoch counts in every epoch. looked_at: number of samples so far, good and bad.
-    most: largest share of bad samples.
+    causes: number of bad samples by cause, each counted once. met: how often they came up, by cause; a sample that is
+    bad in every epoch comes up in every epoch. looked_at: number of samples so far, good and bad, each as often as it
+    came up. most: largest share of bad ones among these.
     """
 
     def __init__(self, data: Collection, most: float):
         self.data, self.most = data, most
         self.looked_at = 0
         self.causes: Counter[str] = Counter()
+        self.met: Counter[str] = Counter()
+        rows = sum(data.shard_sizes)
+        self._counted, self._listed = RowSet(rows), RowSet(rows)
+        self._order = array("q")  # the rows that are counted, in order
         self._first: list[dict[str, Any]] = []
         self._unwritten: list[str] = []
-        self._rows: set[int] = set()
         self._path: Path | None = None
 
     def add(self, row: int, error: BadSample) -> None:
         """Counts one. Raises DataError when the share of bad samples is above `most`."""
         self.looked_at += 1
-        self.causes[error.cause] += 1
-        if row not in self._rows and len(self._rows) < _REMEMBERED:
-            self._rows.add(row)
+        self.met[error.cause] += 1
+        if row not in self._counted:
+            self._counted.add(row)
+            self._order.append(row)
+            self.causes[error.cause] += 1
+        if row not in self._listed:
+            self._listed.add(row)
             line = {"sample": self.data.where(row), "row": row, "cause": error.cause, "reason": error.reason}
             if len(self._first) < _LISTED:
                 self._first.append(line)
             self._unwritten.append(json.dumps(line) + "\n")
             self._write()
-        bad = self.causes.total()
+        bad = self.met.total()
         if self.looked_at >= _JUDGED_FROM and bad > self.most * self.looked_at:
             raise DataError(
-                f"{bad} of {self.looked_at} samples are bad ({self.in_words()}), more than --max-skipped {self.most}; "
-                f"the last: {self.data.where(row)} ({error.reason}). lift-fast data check --bad FILE lists all"
+                f"{bad} of {self.looked_at} samples are bad ({in_words(self.met)}), more than --max-skipped "
+                f"{self.most}; the last: {self.data.where(row)} ({error.reason}). lift-fast data check --bad FILE "
+                "lists all"
             )
+
+    def counts(self) -> Counts:
+        """What is counted so far."""
+        return Counts(self.looked_at, self.causes.copy(), self.met.copy(), len(self._order))
+
+    def back_to(self, counts: Counts) -> None:
+        """Forgets what was counted after `counts`, because those samples come up again. They are not listed again."""
+        self.looked_at, self.causes, self.met, samples = counts
+        while len(self._order) > samples:
+            self._counted.discard(self._order.pop())
 
     def write_to(self, path: Path) -> None:
         """Appends a JSON line for each bad sample to this file, once: at once for those so far, then as they occur.
@@ -255,23 +308,26 @@ class Skipped:
                 file.writelines(self._unwritten)
             self._unwritten.clear()
 
-    def in_words(self) -> str:
-        """The counts by cause: "3 truncated, 1 empty"."""
-        return ", ".join(f"{count} {cause}" for cause, count in self.causes.most_common())
-
     def too_few(self, good: int, samples: int, wanted: int) -> str:
         """The message for an epoch of `samples` samples whose `good` ones do not fill a batch of `wanted`."""
         first = self._first[0]
         return (
-            f"only {good} of {samples} images decode, too few for a batch of {wanted} (bad so far: {self.in_words()}); "
-            f"the first: {first['sample']} ({first['reason']})"
+            f"only {good} of {samples} images decode, too few for a batch of {wanted} (bad so far: "
+            f"{in_words(self.causes)}); the first: {first['sample']} ({first['reason']})"
         )
 
     def report(self) -> dict[str, Any]:
-        """{"skipped_pictures": n, "skipped_causes": {cause: n}, "skipped": [{"sample", "row", "cause", "reason"}]};
-        "skipped" lists the first 20 samples."""
+        """{"skipped_pictures": samples, "skipped_causes": {cause: samples}, "skipped_met": n, "skipped": [{"sample",
+        "row", "cause", "reason"}]}: each bad sample counts once, and skipped_met is how often they came up in all
+        epochs. "skipped" lists the first 20 samples."""
         return {
             "skipped_pictures": self.causes.total(),
             "skipped_causes": dict(self.causes.most_common()),
+            "skipped_met": self.met.total(),
             "skipped": self._first,
         }
+
+
+def in_words(counts: Counter[str]) -> str:
+    """Counts by cause: "3 truncated, 1 empty"."""
+    return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())

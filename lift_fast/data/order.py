@@ -85,7 +85,11 @@ class Order:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.samples = int(sizes.sum())
         if batch_size * world > self.samples:
-            raise ConfigError(f"a batch of {batch_size * world} is larger than the data ({self.samples} samples)")
+            most = self.samples // world
+            remedy = f"lower --batch-size to at most {most}" if most else f"{world} ranks need a sample each"
+            raise ConfigError(
+                f"a batch of {batch_size * world} is larger than the data ({self.samples} samples); {remedy}"
+            )
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} of {world} ranks: ranks are counted from 0")
         if shuffle_buffer is not None and shuffle_buffer < 1:

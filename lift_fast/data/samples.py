@@ -144,8 +144,9 @@ class Collection:
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image at a row number. Raises BadSample."""
-        if row in self._left_out:
-            raise self._left_out[row]
+        if (left_out := self._left_out.get(row)) is not None:
+            # A new one each time: an error that is raised again keeps every earlier traceback alive.
+            raise type(left_out)(left_out.cause, left_out.reason)
         number, sample = self.locate(row)
         return self.sets[number].image_bytes(sample)
 

@@ -101,9 +101,9 @@ def image_features(
     """
     size = model.visual.config.image_size
     if dali.wanted(loader, device.type == "cuda"):
-        pixels, samples = dali.load_images(data, size, gpu_index(device))
+        pixels, samples, _ = dali.load_images(data, size, gpu_index(device))
     else:
-        pixels, samples = host.load_images(data, size)
+        pixels, samples, _ = host.load_images(data, size)
     parts = [model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(_IMAGES_AT_ONCE)]
     return F.normalize(torch.cat(parts), dim=-1), samples
 

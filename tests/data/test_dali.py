@@ -423,7 +423,7 @@ def by_pillow(data, size):
 def test_evaluation_agrees_with_pillow(graph):
     """Target: a mean of 2 levels; images larger and smaller than the evaluated size, and more than one batch."""
     pictures = photographs(70, 60, 300)
-    pixels, samples = load_images(collection(pictures), 112)
+    pixels, samples, causes = load_images(collection(pictures), 112)
     assert samples == list(range(70))
     assert pixels.dtype == torch.uint8 and pixels.shape == (70, 112, 112, 3)
     for data, ours in zip(pictures, pixels.double().numpy(), strict=True):
@@ -435,7 +435,8 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
     rng = np.random.default_rng(3)
     pictures = [jpeg(photograph(rng, *size)) for size in ((600, 9), (9, 600), (112, 112), (113, 111), (1, 1))]
     pictures += [data for data, cause in hostile(random.Random(2)).values() if cause is None]
-    pixels, samples = load_images(collection([b"", *pictures, pictures[0][:200]]), 37)
+    pixels, samples, causes = load_images(collection([b"", *pictures, pictures[0][:200]]), 37)
+    assert causes == {"empty": 1, "truncated": 1}
     assert samples == list(range(1, len(pictures) + 1))
     host = np.stack([render_centre(data, read_header(data), 37) for data in pictures])
     assert np.abs(pixels.double().numpy() - host).mean(axis=(1, 2, 3)).max() <= 1
@@ -443,10 +444,10 @@ def test_evaluation_of_odd_and_strange_pictures(graph):
 
 def test_evaluation_goes_on_where_dali_fails(monkeypatch):
     pictures = photographs(70, 60, 300)
-    wanted, _ = load_images(collection(pictures), 32)
+    wanted, *_ = load_images(collection(pictures), 32)
     calls = dali_fails_once(monkeypatch, 2, "a fault")
     with pytest.warns(UserWarning, match="DALI failed on images, which the host renders: a fault"):
-        pixels, samples = load_images(collection(pictures), 32)
+        pixels, samples, causes = load_images(collection(pictures), 32)
     assert len(calls) == 3 and samples == list(range(70))
     assert (pixels.double() - wanted.double()).abs().mean() <= 0.5
 
@@ -507,7 +508,7 @@ def test_a_gpus_dtypes(dtype):
 @pytest.mark.gpu
 def test_a_gpus_evaluation_agrees_with_pillow():
     pictures = photographs(20, 60, 300)
-    pixels, _ = load_images(collection(pictures), 112, device_id=0)
+    pixels, *_ = load_images(collection(pictures), 112, device_id=0)
     assert pixels.is_cuda
     wanted = np.stack([by_pillow(data, 112) for data in pictures])
     assert np.abs(pixels.cpu().double().numpy() - wanted).mean(axis=(1, 2, 3)).max() <= 2

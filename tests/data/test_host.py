@@ -64,7 +64,8 @@ def test_broken_pictures_are_skipped_and_counted(tmp_path):
     batches = take(pipeline, 6)
     assert all(len(batch.rows) == 5 and not {3, 7} & set(batch.rows.tolist()) for batch in batches)
     report = pipeline.skipped.report()
-    assert report["skipped_causes"] == {"not a picture": report["skipped_pictures"]}
+    assert report["skipped_causes"] == {"not a picture": 2} and report["skipped_pictures"] == 2
+    assert report["skipped_met"] >= 4  # in each epoch again
     assert {line["row"] for line in report["skipped"]} == {3, 7}
     assert report["skipped"][0]["sample"].endswith(f"'s0-00{report['skipped'][0]['row']}'")
 
@@ -73,7 +74,7 @@ def test_nothing_decodes(tmp_path):
     shards = make_set(tmp_path / "a", 6, broken=set(range(6)))
     with pytest.raises(DataError, match="only 0 of 6 images decode"):
         take(HostPipeline(Collection([shards]), Loading(2, 8)), 1)
-    with pytest.raises(DataError, match="no image decodes"):
+    with pytest.raises(DataError, match=r"no image decodes \(6 not a picture\)"):
         load_images(shards, 8)
 
 
@@ -88,6 +89,6 @@ def test_threads_end_with_the_iteration(tmp_path):
 
 
 def test_load_pictures_leaves_out_the_broken(tmp_path):
-    pixels, samples = load_images(make_set(tmp_path / "a", 5, broken={2}), 8)
-    assert samples == [0, 1, 3, 4]
+    pixels, samples, causes = load_images(make_set(tmp_path / "a", 5, broken={2}), 8)
+    assert samples == [0, 1, 3, 4] and causes == {"not a picture": 1}
     assert pixels.shape == (4, 8, 8, 3)

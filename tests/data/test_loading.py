@@ -4,13 +4,17 @@ import json
 import random
 import threading
 import time
+import traceback
 
+import numpy as np
 import pytest
 import torch
+from support.hostile import encoded
 
-from lift_fast.data.loading import DRAWS, Batch, Loading, Pipeline
+from lift_fast.data.host import HostPipeline
+from lift_fast.data.loading import DRAWS, Batch, Loading, Pipeline, Skipped
 from lift_fast.data.order import uniform
-from lift_fast.data.samples import BadSample
+from lift_fast.data.samples import BadSample, BadText, Collection
 from lift_fast.errors import ConfigError, DataError
 
 
@@ -115,9 +119,96 @@ def test_bad_samples_are_counted_and_listed_once(tmp_path):
     assert sorted(line["row"] for line in lines) == list(range(30))
     assert lines[0].keys() == {"sample", "row", "cause", "reason"} and lines[0]["cause"] == "corrupt"
     report = pipeline.skipped.report()
-    assert report["skipped_pictures"] == report["skipped_causes"]["corrupt"] > 45  # in each epoch again
+    assert report["skipped_pictures"] == report["skipped_causes"]["corrupt"] == 30
+    assert report["skipped_met"] > 45  # in each epoch again
     assert len(report["skipped"]) == 20
-    assert 0 <= pipeline.skipped.looked_at - report["skipped_pictures"] - 22 * 8 < 3 * 8  # what fills no batch
+    assert 0 <= pipeline.skipped.looked_at - report["skipped_met"] - 22 * 8 < 3 * 8  # what fills no batch
+
+
+def test_one_bad_sample_of_twelve_epochs_is_one_bad_sample():
+    pipeline = Counting(Numbers(16, bad=[3]), batch_size=5)
+    take(pipeline, 3 * 12)
+    report = pipeline.skipped.report()
+    assert report["skipped_pictures"] == 1 and report["skipped_causes"] == {"corrupt": 1}
+    assert 6 < report["skipped_met"] <= 12  # not where it comes after the last batch of an epoch
+    assert [line["row"] for line in report["skipped"]] == [3]
+
+
+def test_what_comes_up_is_judged_as_often_as_it_comes_up():
+    """Four of forty samples are bad, in 25 epochs: 4 of 1000 different samples would be no reason to end."""
+    with pytest.raises(DataError, match=r"\d\d of 10\d\d samples are bad \(\d\d corrupt\), more than .* 0.05;"):
+        take(Counting(Numbers(40, bad=range(4)), batch_size=9, max_skipped=0.05), 200)
+
+
+def test_counts_go_back_without_listing_a_sample_twice(tmp_path):
+    skipped = Skipped(Numbers(100), 1.0)
+    skipped.write_to(tmp_path / "skipped.jsonl")
+    for row in (7, 8):
+        skipped.add(row, BadSample("corrupt", "damaged"))
+    then, report = skipped.counts(), skipped.report()
+    for row in (8, 9, 15, 9):
+        skipped.add(row, BadSample("truncated", "cut"))
+    assert skipped.causes == {"corrupt": 2, "truncated": 2} and skipped.met == {"corrupt": 2, "truncated": 4}
+    skipped.back_to(then)
+    assert {**skipped.report(), "skipped": None} == {**report, "skipped": None} and skipped.looked_at == 2
+    skipped.add(9, BadSample("truncated", "cut"))
+    assert skipped.causes == {"corrupt": 2, "truncated": 1} and skipped.met.total() == 3
+    lines = [json.loads(line)["row"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert lines == [7, 8, 9, 15]
+
+
+class Untouched:
+    """A data set of 8 samples whose images of `unread` must not be read."""
+
+    folder, shard_sizes = None, [8]
+
+    def __init__(self, unread):
+        self.unread = unread
+
+    def __len__(self):
+        return 8
+
+    def where(self, i):
+        return f"sample {i}"
+
+    def image_bytes(self, i):
+        assert i not in self.unread
+        return encoded(np.full((8, 8, 3), 10 * i, np.uint8), "PNG")
+
+
+def test_what_has_no_caption_is_skipped_by_its_own_cause_and_its_image_is_not_read():
+    collection = Collection([Untouched({9}), Untouched({2, 5})])
+    collection.leave_out({10: BadText("no caption", "sample 2 has no caption"), 13: BadText("no tokens", "sample 5")})
+    pipeline = HostPipeline(collection, Loading(7, 4, max_skipped=1.0))
+    batches = iter(pipeline)
+    rows = torch.cat([next(batches).rows for _ in range(4)])
+    batches.close()
+    assert set(rows.tolist()) == set(range(16)) - {10, 13}
+    report = pipeline.skipped.report()
+    assert report["skipped_causes"] == {"no caption": 1, "no tokens": 1}
+    assert report["skipped_pictures"] == 2 and report["skipped_met"] in (3, 4)
+    reasons = {line["row"]: line["reason"] for line in report["skipped"]}
+    assert reasons == {10: "sample 2 has no caption", 13: "sample 5"}
+
+
+def test_an_error_that_comes_up_again_does_not_grow():
+    collection = Collection([Untouched({2})])
+    collection.leave_out({2: BadText("no caption", "sample 2 has no caption")})
+    errors = []
+    for _ in range(3):
+        with pytest.raises(BadText, match="sample 2 has no caption") as caught:
+            collection.image_bytes(2)
+        errors.append(caught.value)
+    lengths = [len(traceback.extract_tb(error.__traceback__)) for error in errors]
+    assert lengths == [lengths[0]] * 3
+
+
+@pytest.mark.parametrize("world, most", [(1, "at most 103"), (2, "at most 51"), (104, "104 ranks need a sample each")])
+def test_a_batch_larger_than_the_data_names_the_largest(world, most):
+    with pytest.raises(ConfigError, match=f"larger than the data .103 samples.; .*{most}"):
+        Counting(Numbers(), batch_size=104, world=world)
+    if world < 104:
+        assert Counting(Numbers(), batch_size=int(most.split()[-1]), world=world).order.batches == 1
 
 
 def test_without_bad_samples_there_is_no_file(tmp_path):
