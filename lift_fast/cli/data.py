@@ -3,14 +3,15 @@
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ..data.options import DataOptions
 from ..errors import ConfigError, DataError
-from .common import check_threads, counted, listed, printable, write_json
+from .common import check_threads, counted, listed, print_problems, printable, write_json
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class DataStats:
     """Count a data set: samples, formats and sizes of images, captions. Reads headers and decodes no image."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of tars, of LIFT's authors' layout, or of images with a metadata.csv, .tsv or .jsonl; or such a file."""
+    """Folder of tars, of images, or of parquet files; or one table: CSV, TSV, JSONL or parquet."""
     pictures: Path | None = None
     """Folder of the image files, where DATA does not hold them."""
     sample: int | Literal["all"] = 10_000
@@ -112,6 +113,7 @@ class DataStats:
     """Samples read at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
     """File to write the figures to."""
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -121,7 +123,9 @@ class DataStats:
         from ..data.stats import SMALL, stats
 
         sample = None if self.sample == "all" else self.sample
-        figures = stats(open_data(self.data, self.pictures), sample, self.threads)
+        samples = open_data(self.data, self.pictures, self.reading)
+        print_problems(samples.problems)
+        figures = stats(samples, sample, self.threads)
         readable = sum(figures["formats"].values())
         size = "" if figures["bytes"] is None else f", {figures['bytes'] / 1e6:.1f} MB"
         shares = ", ".join(f"{name} {count / readable:.1%}" for name, count in figures["formats"].items())
@@ -142,7 +146,8 @@ class DataStats:
                 f"{found['p95']} (95 %), {found['max']} (max); {found['repeats']:.1%} repeat another"
             )
         lines["no text"] = f"{figures['no_text'] / figures['sampled']:.1%}"
-        lines["bad"] = listed(figures["bad"])
+        lines["bad images"] = listed(figures["bad"])
+        lines["bad captions"] = listed(figures["bad_captions"])
         width = max(map(len, lines))
         for name, line in lines.items():
             print(f"{name:{width}}  {line}")
@@ -152,7 +157,8 @@ class DataStats:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Decode every image and read every caption; exit status 1 when anything is bad."""
+    """Decode every image and read every caption; exit status 1 when anything is bad. Always goes on past bad samples,
+    as with --skip-bad."""
 
     data: tyro.conf.Positional[Path]
     """Data set, as in stats."""
@@ -166,6 +172,7 @@ class DataCheck:
     """Images decoded at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
     """File to write the figures to."""
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -174,7 +181,7 @@ class DataCheck:
         from ..data.check import check
 
         with open(self.bad, "w") if self.bad else nullcontext() as file:
-            figures = check(self.data, self.field, self.pictures, file, self.threads)
+            figures = check(self.data, self.field, self.pictures, file, self.threads, options=self.reading)
         print(
             f"{self.data}: {counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, "
             f"{figures['bad']} bad ({listed(figures['causes'])}); {figures['images_per_s']:.0f} images/s"
@@ -189,7 +196,8 @@ class DataCheck:
 
 @dataclass(frozen=True)
 class DataPack:
-    """Write images with captions as WebDataset tars and their index. Bad samples are left out and listed."""
+    """Write images with captions as WebDataset tars and their index. Bad samples are always left out, as with
+    --skip-bad, and listed."""
 
     source: tyro.conf.Positional[Path]
     """Data set, as in stats."""
@@ -209,6 +217,7 @@ class DataPack:
     """Images processed at a time. Default: the number of processors, 32 at most."""
     json: Path | None = None
     """File to write the figures to."""
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -218,7 +227,7 @@ class DataPack:
         from ..data.pack import pack
 
         figures = pack(
-            open_data(self.source, self.pictures),
+            open_data(self.source, self.pictures, replace(self.reading, skip_bad=True)),
             self.out,
             self.field,
             self.samples_per_shard,
@@ -230,10 +239,15 @@ class DataPack:
             f"{counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, {figures['resized']} "
             f"resized, in {self.out}"
         )
-        if figures["bad"]:
+        if figures["causes"]:
             print(f"{figures['bad']} left out ({listed(figures['causes'])}); {self.out / 'bad.jsonl'} lists them")
         if self.json:
             write_json(self.json, figures)
+
+
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"{self.out} was not made"
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,18 @@
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
-from ..errors import DataError
+from ..progress import bar
 from .images import decode, read_header
-from .index import Index, key_and_suffix, scan
+from .index import key_and_suffix
 from .open import open_data
-from .passes import DAMAGED, NO_CAPTION, REPEATED, Findings, caption_column, in_order
-from .samples import BadSample, Samples
+from .options import DataOptions
+from .passes import Findings, in_order
+from .samples import BadSample, BadText, Problem, Samples
 from .shards import Shards
 from .tars import NotWhole, members
 
@@ -26,110 +26,88 @@ def check(
     bad: TextIO | None = None,
     threads: int | None = None,
     progress: bool = True,
+    options: DataOptions | None = None,
 ) -> dict[str, Any]:
     """Decodes every image and reads every caption of the data set at `path`, and looks for duplicate keys in a shard,
-    in a tar for duplicate file names. Reports tars that are cut or damaged and checks the rest.
+    in a tar for duplicate file names. Bad samples and damaged shards do not end it, whatever options.skip_bad is.
 
-    path, images: the arguments of open_data. field: the caption to read. bad: file to write a JSON line to for each
-    finding. threads: None for the number of processors, 32 at most.
+    path, images, options: the arguments of open_data. field: the caption to read. bad: file to write a JSON line to for
+    each finding. threads: None for the number of processors, 32 at most.
 
-    Returns, JSON-serialisable, "samples" and "shards" that were checked; "damaged_shards"; "bad": number of samples
-    with any finding; "causes": findings by cause; "first": the first five findings as {"sample", "row", "cause",
-    "reason"}, with row None for a shard; "seconds"; "images_per_s". Rows are numbered without the damaged shards.
+    Returns, JSON-serialisable, "samples" and "shards" that could be opened, "damaged_shards" and "unused_files"; "bad":
+    number of samples with any finding; "causes": findings by cause; "first": the first five findings as {"sample",
+    "row", "cause", "reason"}, with row None and a "count" for what is no sample; "seconds"; "images_per_s".
 
-    Raises the errors of open_data except for damaged tars, and DataError when a table has no column `field`.
+    Raises the errors of open_data, and DataError when a table has no column `field`.
     """
-
-    def problems(samples: Samples, row: int) -> list[tuple[str, str]]:
-        wrong: list[tuple[str, str]] = []
-        try:
-            data = samples.image_bytes(row)
-            decode(data, read_header(data))
-        except BadSample as error:
-            wrong.append((error.cause, error.reason))
-        try:
-            samples.caption(row, field)
-        except DataError as error:
-            wrong.append((NO_CAPTION, str(error)))
-        return wrong
-
+    samples = open_data(path, images, replace(options or DataOptions(), skip_bad=True))
+    samples.caption_field(field)
     found, began = Findings(bad), time.perf_counter()
-    parts, total, damaged = _parts(Path(path), images)
-    for name, reason in damaged.items():
-        found.add(name, None, [(DAMAGED, reason)])
-    done = shards = 0
-    with tqdm(total=total, unit="sample", desc="check", disable=not progress, leave=False) as bar:
-        for part in parts:
-            caption_column(part, field)
-            duplicates = _duplicates(part, found)
-            for row, wrong in in_order(functools.partial(problems, part), range(len(part)), threads):
-                if reason := next(duplicates):
-                    wrong.append((REPEATED, reason))
-                if wrong:
-                    found.add(part.where(row), done + row, wrong)
-                bar.update()
-            done += len(part)
-            shards += len(part.shard_sizes)
+    for problem in samples.problems:
+        found.add_problem(problem)
+    duplicates = _duplicates(samples, found)
+    work = functools.partial(_looked_at, samples, field)
+    with bar(total=len(samples), unit="sample", desc="check", disable=not progress, leave=False) as shown:
+        for row, wrong in in_order(work, range(len(samples)), threads):
+            if duplicate := next(duplicates):
+                wrong.append(duplicate)
+            if wrong:
+                found.add(samples.where(row), row, wrong)
+            shown.update()
     seconds = time.perf_counter() - began
     return {
-        "samples": done,
-        "shards": shards,
-        "damaged_shards": found.causes[DAMAGED],
+        "samples": len(samples),
+        "shards": len(samples.shard_sizes),
+        "damaged_shards": found.causes["damaged shard"],
+        "unused_files": found.causes["unused file"],
         **found.report(),
         "seconds": seconds,
-        "images_per_s": done / seconds,
+        "images_per_s": len(samples) / seconds,
     }
 
 
-def _parts(path: Path, images: str | Path | None) -> tuple[Iterable[Samples], int, dict[str, str]]:
-    """The parts of a data set that can be read, their number of samples, and the damaged tars with reasons.
-
-    The whole set is one part, unless a tar is damaged: then each intact tar is one. Raises DataError when the set
-    cannot be opened for another reason.
-    """
+def _looked_at(samples: Samples, field: str, row: int) -> list[BadSample]:
+    """What is wrong with the image and the caption of a sample."""
+    wrong: list[BadSample] = []
     try:
-        samples = open_data(path, images)
-        return [samples], len(samples), {}
-    except DataError:
-        damaged: dict[str, str] = {}
-        whole: list[Path] = []
-        total = 0
-        for tar in sorted(path.glob("*.tar")):
-            try:
-                total += scan(tar)[0].samples
-                whole.append(tar)
-            except DataError as error:
-                damaged[str(tar)] = str(error)
-        if not damaged:
-            raise
-    indices = (Index(path, [entry], bytearray(segment)) for entry, segment in map(scan, whole) if entry.samples)
-    return (Shards(path, index) for index in indices), total, damaged
+        data = samples.image_bytes(row)
+        decode(data, read_header(data))
+    except BadSample as error:
+        wrong.append(error)
+    try:
+        samples.caption(row, field)
+    except BadText as error:
+        if not any(error.reason == other.reason for other in wrong):  # a row that cannot be read lacks both
+            wrong.append(error)
+    return wrong
 
 
-def _duplicates(samples: Samples, found: Findings) -> Iterator[str]:
-    """Yields, per sample, a description of its duplicate entries, or "". Adds shards with unusable keys to `found`."""
+def _duplicates(samples: Samples, found: Findings) -> Iterator[BadSample | None]:
+    """Yields, for each sample, what is wrong with its key, or None. Adds tars that are damaged to `found`."""
     for number, size in enumerate(samples.shard_sizes):
-        names: dict[str, str] = {}
-        try:
-            if isinstance(samples, Shards):
-                names = _duplicate_names(samples.paths[number])
-            else:
-                samples.shard_keys(number)
-        except (NotWhole, OSError) as error:  # the tar was damaged after its index was written
-            found.add(str(samples.folder / samples.names[number]), None, [(DAMAGED, str(error))])
-        except DataError as error:
-            found.add(f"{samples.folder}: {samples.names[number]}", None, [(REPEATED, str(error))])
-        yield from (names.get(key, "") for key in samples.shard_keys(number)) if names else [""] * size
+        bad = dict(samples.bad_keys(number))
+        if isinstance(samples, Shards):
+            path = samples.paths[number]
+            twice, damage = _duplicate_names(path)
+            bad |= {row: twice[key] for row, key in enumerate(samples.shard_keys(number)) if key in twice}
+            if damage and not any(problem.where == str(path) for problem in samples.problems):  # since it was indexed
+                found.add_problem(Problem(str(path), "damaged shard", damage))
+        yield from (bad.get(row) for row in range(size))
 
 
-def _duplicate_names(tar: Path) -> dict[str, str]:
-    """The keys in a tar that have a file twice, with a description. WebDataset would make two samples of them."""
+def _duplicate_names(tar: Path) -> tuple[dict[str, BadText], str]:
+    """The keys in a tar that have a file twice, of which WebDataset would make two samples, with what is wrong; and why
+    the tar could not be read to its end, "" when it could."""
     seen: set[bytes] = set()
-    found: dict[str, str] = {}
-    with open(tar, "rb") as file:
-        for name, _, _ in members(file.fileno(), os.fstat(file.fileno()).st_size):
-            if name in seen and (named := key_and_suffix(name)):
-                base = name.rpartition(b"/")[2].decode(errors="replace")
-                found[named[0].decode(errors="replace")] = f"{base} occurs twice in the tar; the last one is read"
-            seen.add(name)
-    return found
+    found: dict[str, BadText] = {}
+    try:
+        with open(tar, "rb") as file:
+            for name, _, _ in members(file.fileno(), os.fstat(file.fileno()).st_size):
+                if name in seen and (named := key_and_suffix(name)):
+                    base = name.rpartition(b"/")[2].decode(errors="replace")
+                    key = named[0].decode(errors="replace")
+                    found[key] = BadText("repeated key", f"{base} occurs twice in the tar; the last one is read")
+                seen.add(name)
+    except (NotWhole, OSError) as error:
+        return found, str(error)
+    return found, ""

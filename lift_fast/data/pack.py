@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
-from .folders import TableImages
+from ..progress import bar
 from .images import decode, read_header
 from .index import build_index
-from .passes import NO_CAPTION, Findings, caption_column, in_order, text_columns, whole_meta
-from .samples import BadSample, Samples
+from .passes import Findings, in_order, whole_meta
+from .samples import BadSample, BadText, Samples
 from .shards import ShardWriter
 
 _SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # images in other formats are written as PNG
@@ -51,8 +50,11 @@ def pack(
     An image's bytes are copied, with the suffix of their format. With `size`, in pixels, an image whose shorter side is
     longer is resized to it (Lanczos) and written as JPEG of `quality`. KEY.txt is the first of `fields` that the sample
     has; KEY.json has the other metadata. A sample whose image does not decode, or that has no caption, is left out and
-    listed in OUT/bad.jsonl, in the form of check(). KEY is safe_key() of the sample's key, with a number appended where
-    its shard has that key already; a key that changed is kept in KEY.json as "source_key".
+    listed in OUT/bad.jsonl, in the form of check(), with damaged shards and unused files. KEY is safe_key() of the
+    sample's key, or of its number where it has none, with a number appended where its shard has that key already; a key
+    that changed is kept in KEY.json as "source_key".
+
+    samples: opened with DataOptions.skip_bad, so that all that can be read is packed.
 
     Returns {"samples", "shards", "resized", "bad", "causes", "first"}, the last three as in the report of check().
     Raises ConfigError for a setting out of range, DataError when `out` exists or no sample is good.
@@ -68,19 +70,16 @@ def pack(
     if out.exists():
         raise DataError(f"{out} exists already; remove it or name another folder")
 
-    def make(row: int) -> _Packed | tuple[str, str]:
+    def make(row: int) -> _Packed | BadSample:
         try:
             image = _image(samples.image_bytes(row), size, quality)
+            return _Packed(*image, *_caption(samples, row, fields, texts))
         except BadSample as error:
-            return error.cause, error.reason
-        try:
-            return _Packed(*image, *_caption(samples, row, fields, columns))
-        except DataError as error:
-            return NO_CAPTION, str(error)
+            return error
 
     for field in fields:
-        caption_column(samples, field)
-    columns = text_columns(samples)
+        samples.caption_field(field)
+    texts = samples.text_fields()
     good = resized = 0
     taken: dict[str, int] = {}
     keys = _keys(samples)
@@ -91,13 +90,15 @@ def pack(
         with (
             ShardWriter(partial, samples_per_shard) as writer,
             open(listed, "w") as file,
-            tqdm(total=len(samples), unit="sample", desc="pack", disable=not progress, leave=False) as bar,
+            bar(total=len(samples), unit="sample", desc="pack", disable=not progress, leave=False) as shown,
         ):
             found = Findings(file)
+            for problem in samples.problems:
+                found.add_problem(problem)
             for row, made in in_order(make, range(len(samples)), threads):
                 key = next(keys)
-                bar.update()
-                if not isinstance(made, _Packed):
+                shown.update()
+                if isinstance(made, BadSample):
                     found.add(samples.where(row), row, [made])
                     continue
                 if good % samples_per_shard == 0:
@@ -113,7 +114,7 @@ def pack(
                     f"{samples.folder}: none of its {len(samples)} samples is good; the first: {worst['sample']}: "
                     f"{worst['cause']} ({worst['reason']})"
                 )
-        if found.bad:
+        if found.causes:
             os.replace(listed, partial / "bad.jsonl")
         build_index(partial, processes=1, progress=False)
         os.replace(partial, out)
@@ -164,34 +165,30 @@ def _image(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, boo
     return encoded.getvalue(), "png", False
 
 
-def _caption(samples: Samples, row: int, fields: Sequence[str], columns: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def _caption(samples: Samples, row: int, fields: Sequence[str], texts: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The caption of the first field that has one, and the other metadata, JSON-serialisable.
 
-    Raises DataError when no field has one, or the metadata cannot be read.
+    Raises BadText when no field has one, a field before it is no text, or the metadata cannot be read.
     """
-    meta = whole_meta(samples, row, columns)
+    meta = whole_meta(samples, row, texts)
     for field in fields:
         try:
             caption = samples.caption(row, field)
-        except DataError:
-            if field == fields[-1]:
+        except BadText as error:
+            if field == fields[-1] or error.cause != "no caption":
                 raise
             continue
-        meta.pop(caption_column(samples, field), None)
-        return caption.encode(errors="replace").decode(), json.loads(json.dumps(meta, default=str))
+        meta.pop(samples.caption_field(field), None)
+        return caption, json.loads(json.dumps(meta, default=str))
     raise AssertionError("no field")
 
 
 def _keys(samples: Samples) -> Iterator[str]:
-    """Yields the keys of all samples, in order. Raises DataError for parquet files with missing or duplicate keys."""
+    """Yields the keys of all samples, in order; for a missing one the number of the sample.
+
+    Raises DataError for a missing or duplicate key in a set that was not opened with skip_bad.
+    """
     start = 0
     for number, size in enumerate(samples.shard_sizes):
-        try:
-            yield from samples.shard_keys(number)
-        except DataError:
-            if not isinstance(samples, TableImages):
-                raise
-            # A table may have missing or duplicate keys: a missing one becomes the row number, duplicates stay.
-            pairs = ((row, samples.meta(row).get("key")) for row in range(start, start + size))
-            yield from (str(row if key in (None, "") else key) for row, key in pairs)
+        yield from (key or str(start + row) for row, key in enumerate(samples.shard_keys(number)))
         start += size

@@ -1,4 +1,4 @@
-"""What stats, check and pack share: a threaded pass over samples, the fields of captions, the list of bad samples.
+"""What stats, check and pack share: a threaded pass over samples, all texts of a sample, the list of bad samples.
 
 Memory holds the samples that are being processed and one shard's keys, besides what the opened data set keeps itself.
 """
@@ -10,14 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TextIO, TypeVar
 
-from ..errors import DataError
-from .folders import ParquetImages, TableImages, column_of
-from .samples import Samples
-from .shards import Shards
-from .sources import read_parquet
+from .samples import BadSample, BadText, Problem, Samples
 
 Found = TypeVar("Found")
-NO_CAPTION, REPEATED, DAMAGED = "no caption", "repeated key", "damaged shard"  # in addition to samples.Cause
 _NAMED = 5  # findings that a report lists
 
 
@@ -42,37 +37,13 @@ def in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | N
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def caption_column(samples: Samples, field: str) -> str:
-    """The column, or the entry of the metadata, that holds the captions `field`.
-
-    Raises DataError when a table has no such column.
-    """
-    if isinstance(samples, TableImages):
-        return column_of(samples.folder, field, samples.columns, "caption")
-    if isinstance(samples, ParquetImages):
-        return column_of(samples.folder, field, samples.columns, "re_caption")
-    return field
-
-
-def text_columns(samples: Samples) -> list[str]:
-    """Fields of text that Samples.meta does not hold: the .txt of tars, the text columns of parquet files."""
-    if isinstance(samples, Shards):
-        return ["txt"]
-    if not isinstance(samples, ParquetImages):
-        return []
-    path = samples.folder / samples.names[0]
-    schema = read_parquet(path if path.is_file() else next(path.glob("*.parquet")), lambda file: file.schema_arrow)
-    kinds = {column.name: str(getattr(column.type, "value_type", column.type)) for column in schema}
-    return [name for name, kind in kinds.items() if kind.endswith("string") and name not in ("key", "extension")]
-
-
-def whole_meta(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, Any]:
-    """The metadata of a sample together with its text in these columns. Raises DataError when it cannot be read."""
+def whole_meta(samples: Samples, row: int, fields: Sequence[str]) -> dict[str, Any]:
+    """The metadata of a sample together with its text in these fields. Raises BadText when it cannot be read."""
     meta = dict(samples.meta(row))
-    for column in columns:
+    for field in fields:
         try:
-            meta[column] = samples.caption(row, column)
-        except DataError:  # missing or blank
+            meta[field] = samples.caption(row, field)
+        except BadText:  # missing or no text: check counts it
             continue
     return meta
 
@@ -89,21 +60,25 @@ class Findings:
         self.causes: Counter[str] = Counter()
         self.first: list[dict[str, Any]] = []
 
-    def add(self, where: str, row: int | None, wrong: Sequence[tuple[str, str]]) -> None:
-        """Adds all findings about one sample, or about one shard when row is None.
+    def add(self, where: str, row: int, wrong: Sequence[BadSample]) -> None:
+        """Adds all findings about one sample. where: names it in the list."""
+        self.bad += 1
+        for error in wrong:
+            self._add(where, row, error.cause, error.reason, {})
 
-        where: names it in the list. wrong: (cause, reason) of each finding.
-        """
-        self.bad += row is not None
-        for cause, reason in wrong:
-            # The line has an entry for the sample's name, which most reasons begin with. Names may not be Unicode.
-            reason = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
-            line = {"sample": where, "row": row, "cause": cause, "reason": reason}
-            self.causes[cause] += 1
-            if len(self.first) < _NAMED:
-                self.first.append(line)
-            if self._file is not None:
-                self._file.write(json.dumps(line) + "\n")
+    def add_problem(self, problem: Problem) -> None:
+        """Adds something that is no sample: a damaged shard, unused files."""
+        self._add(problem.where, None, problem.cause, problem.reason, {"count": problem.count})
+
+    def _add(self, where: str, row: int | None, cause: str, reason: str, more: dict[str, int]) -> None:
+        # The line has an entry for the sample's name, which most reasons begin with. Names may not be Unicode.
+        reason = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
+        line = {"sample": where, "row": row, "cause": cause, "reason": reason, **more}
+        self.causes[cause] += more.get("count", 1)
+        if len(self.first) < _NAMED:
+            self.first.append(line)
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
 
     def report(self) -> dict[str, Any]:
         """{"bad": samples, "causes": {cause: n}, "first": lines}."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import ConfigError, DataError
+from ..progress import bar
 from .images import Header, read_header
 from .order import permuted
-from .passes import in_order, text_columns, whole_meta
-from .samples import BadSample, Samples
+from .passes import in_order, whole_meta
+from .samples import BadSample, BadText, Samples
 from .shards import Shards
 
 SMALL = 224  # pixels: images with a shorter side below it are enlarged for the usual model
@@ -34,6 +34,8 @@ def stats(
     "captions": for "txt" and each text in the metadata, 100 fields at most, the samples that have it, its length in
     characters (median, 95th percentile, max), and the share that repeats an earlier one, estimated above a million
     distinct ones. "no_text": samples without any text, or with metadata that cannot be read. "bad": images by cause.
+    "bad_captions": the usual captions, those that training reads, by cause; {} for a set that has none.
+    "unused_files", "damaged_shards": what opening the set found.
 
     Raises ConfigError for a sample below 1.
     """
@@ -45,22 +47,27 @@ def stats(
     rows = range(total) if looked == total else map(int, np.sort(permuted(np.arange(looked), total, 0)))
     formats: Counter[str] = Counter()
     bad: Counter[str] = Counter()
+    bad_captions: Counter[str] = Counter()
     sides: dict[str, Counter[int]] = {"width": Counter(), "height": Counter(), "shorter": Counter()}
     captions: dict[str, CaptionCounts] = {}
     read = no_text = 0
-    columns = text_columns(samples)
+    columns = samples.text_fields()
+    with_captions = _has_captions(samples)
 
-    def look(row: int) -> tuple[int, Header | BadSample, dict[str, str]]:
+    def look(row: int) -> tuple[int, Header | BadSample, dict[str, str], str]:
         data = b""
+        header: Header | BadSample
         try:
             data = samples.image_bytes(row)
-            return len(data), read_header(data), _texts(samples, row, columns)
+            header = read_header(data)
         except BadSample as error:
-            return len(data), error, _texts(samples, row, columns)
+            header = error
+        return len(data), header, _texts(samples, row, columns), _caption_cause(samples, row) if with_captions else ""
 
-    found = tqdm(in_order(look, rows, threads), "stats", looked, unit="sample", disable=not progress, leave=False)
-    for _, (length, header, texts) in found:
+    found = bar(in_order(look, rows, threads), "stats", looked, unit="sample", disable=not progress, leave=False)
+    for _, (length, header, texts, cause) in found:
         read += length
+        bad_captions.update([cause] if cause else [])
         no_text += not texts
         for field, text in texts.items():
             if field in captions or len(captions) < _FIELDS:
@@ -89,14 +96,35 @@ def stats(
         "captions": {field: counts.report() for field, counts in captions.items()},
         "no_text": no_text,
         "bad": dict(bad.most_common()),
+        "bad_captions": dict(bad_captions.most_common()),
+        "unused_files": sum(problem.count for problem in samples.problems if problem.cause == "unused file"),
+        "damaged_shards": sum(problem.cause == "damaged shard" for problem in samples.problems),
     }
+
+
+def _has_captions(samples: Samples) -> bool:
+    """Whether the set has captions of the usual name."""
+    try:
+        samples.caption_field()
+    except DataError:
+        return False
+    return True
+
+
+def _caption_cause(samples: Samples, row: int) -> str:
+    """The cause that makes a sample's caption unusable, "" for a good one."""
+    try:
+        samples.caption(row)
+    except BadText as error:
+        return error.cause
+    return ""
 
 
 def _texts(samples: Samples, row: int, columns: Sequence[str]) -> dict[str, str]:
     """The texts of a sample by field, without blank ones; none where its metadata cannot be read."""
     try:
         meta = whole_meta(samples, row, columns)
-    except DataError:
+    except BadText:
         return {}
     return {name: text.strip() for name, text in meta.items() if isinstance(text, str) and text.strip()}
 
