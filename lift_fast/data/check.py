@@ -10,11 +10,11 @@ from typing import Any, TextIO
 
 from ..progress import bar
 from .images import decode, read_header
-from .index import key_and_suffix
 from .open import open_data
 from .options import DataOptions
 from .passes import Findings, in_order
 from .samples import BadSample, BadText, Problem, Samples
+from .scan import key_and_suffix
 from .shards import Shards
 from .tars import NotWhole, members
 

@@ -3,7 +3,8 @@
     index.lift-fast = magic, segments, directory, tail
     segment (one for each tar) = key hashes int64 [n], records [n], the keys in UTF-8; padded to 8 bytes
     record = int64 offsets of the image, the .txt and the .json (-1: none), uint32 their lengths and the key's end
-    directory = JSON: for each tar its name, samples, bytes, time of last change, and the place of its segment
+    directory = JSON: which suffixes are the image and the caption; for each tar its name, samples, bytes, time of last
+                change, the place of its segment, and what of it is not read
 
 Opening the file reads the directory, and the size and time of each tar. The content of a segment is validated when it
 is used.
@@ -15,70 +16,65 @@ matched to the data without reading a key.
 import json
 import mmap
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import DataError
-from ..ops.rows.table import key_hashes
+from ..progress import bar
 from .options import DataOptions
-from .reading import Stamp, stamp_of
-from .tars import NotWhole, members
+from .reading import Stamp, cpu_count, stamp_of
+from .samples import Cause, Problem
+from .scan import IMAGE_SUFFIXES, RECORD, RECORDS, Entry, first_names, in_words, refuse, scan, suffixes_of
 
 INDEX = "index.lift-fast"
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")  # the first that a sample has is its image
-IMAGE, TXT, JSON = range(3)
+# Names of tars that are compressed, still being copied, or in upper case.
+_TARS = re.compile(
+    r".+\.(tar(\.(gz|bz2|xz|zstd?|lz4|part|partial|tmp|crdownload|aria2))?|tgz|tbz2?|txz|tzst)", re.IGNORECASE
+)
 _REMEDY = "run lift-fast data index again"
-_MAGIC = b"LIFTIDX1"
+_CAUSES = get_args(Cause)
+_MAGIC = b"LIFTIDX2"
 _TAIL = struct.Struct("<QQQ8s")  # offset, length and crc32 of the directory, the magic
-_RECORD = struct.Struct("<3q4I")
-_RECORDS = np.dtype([("offsets", "<i8", 3), ("sizes", "<u4", 3), ("key_end", "<u4")])
-_UINT32_MAX = (1 << 32) - 1
 _PROCESSES_FROM = 32  # tars: fewer are scanned faster than processes start
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tar in the index. bytes, mtime_ns: of the tar. at, length, crc32: of its segment."""
-
-    name: str
-    samples: int
-    bytes: int
-    mtime_ns: int
-    at: int
-    length: int
-    crc32: int
-
-    @property
-    def stamp(self) -> Stamp:
-        return self.bytes, self.mtime_ns
-
-    @property
-    def records(self) -> int:
-        """Offset of the segment's records."""
-        return self.at + 8 * self.samples
 
 
 class Index:
     """The tars of a folder, in the order of their names, and the places of their samples.
 
-    entries: one for each tar. segments: the segments of all tars, at the offsets in the entries.
+    entries: one for each tar. segments: the segments of all tars, at the offsets in the entries. suffixes: of the
+    image, None for the usual ones, and of the caption.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], segments: bytearray | mmap.mmap):
-        self.folder, self.entries = folder, list(entries)
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[Entry],
+        segments: bytearray | mmap.mmap,
+        suffixes: tuple[str | None, str] = (None, "txt"),
+    ):
+        self.folder, self.entries, self.suffixes = folder, list(entries), suffixes
         self._segments = segments
+
+    def problems(self) -> list[Problem]:
+        """What the tars hold that is not read."""
+        return [
+            Problem(str(self.folder / entry.name), cause, in_words(entry, cause, what), count)
+            for entry in self.entries
+            for cause, what, count in entry.problems
+        ]
 
     def place(self, number: int, row: int, what: int) -> tuple[int, int] | None:
         """Offset and length, in tar `number`, of its sample `row`'s IMAGE, TXT or JSON; None when it has none.
@@ -86,7 +82,7 @@ class Index:
         Raises DataError for a damaged index.
         """
         entry = self.entries[number]
-        record = _RECORD.unpack_from(self._segments, entry.records + _RECORD.size * row)
+        record = RECORD.unpack_from(self._segments, entry.records + RECORD.size * row)
         offset, size = record[what], record[3 + what]
         if offset == -1:
             return None
@@ -100,7 +96,7 @@ class Index:
         Raises DataError for a damaged index.
         """
         entry = self.entries[number]
-        records = np.frombuffer(self._segments, _RECORDS, entry.samples, entry.records)
+        records = np.frombuffer(self._segments, RECORDS, entry.samples, entry.records)
         offsets, sizes = records["offsets"][:, what], records["sizes"][:, what].astype(np.int64)
         wrong = (offsets < -1) | (offsets > entry.bytes - sizes) & (offsets != -1)
         if wrong.any():
@@ -110,10 +106,10 @@ class Index:
     def key(self, number: int, row: int) -> str:
         """The key of sample `row` of tar `number`. Raises DataError for a damaged index."""
         entry = self.entries[number]
-        at = entry.records + _RECORD.size * row
-        start = _RECORD.unpack_from(self._segments, at - _RECORD.size)[-1] if row else 0
-        end = _RECORD.unpack_from(self._segments, at)[-1]
-        first = entry.records + _RECORD.size * entry.samples
+        at = entry.records + RECORD.size * row
+        start = RECORD.unpack_from(self._segments, at - RECORD.size)[-1] if row else 0
+        end = RECORD.unpack_from(self._segments, at)[-1]
+        first = entry.records + RECORD.size * entry.samples
         if not 0 <= start <= end <= entry.at + entry.length - first:
             raise self._damaged(f"{entry.name}: sample {row} has no key")
         try:
@@ -140,121 +136,99 @@ class Index:
 
 @dataclass(frozen=True)
 class Built:
-    """The result of build_index. read: shards that were scanned; bytes: size of the index."""
+    """The result of build_index. read: shards that were scanned. bytes: of the index. problems: files not read."""
 
     shards: int
     samples: int
     read: int
     bytes: int
+    problems: list[Problem]
 
 
 def open_index(folder: Path, options: DataOptions | None = None) -> Index:
     """Opens the index of a folder of tars: maps its file, or scans the tars when there is none.
 
-    Raises DataError for a folder without tars, a tar that is cut short, and an index that is damaged or does not match
-    the tars.
+    Raises DataError for a folder without tars, and an index that is damaged, does not match the tars, or was written
+    for other suffixes; without options.skip_bad also for a tar that is damaged or holds a name that is not UTF-8.
     """
+    options = options or DataOptions()
+    suffixes = suffixes_of(options)
     paths = _tars(folder)
     if (folder / INDEX).exists():
         index = _mapped(folder)
+        if index.suffixes != suffixes:
+            raise DataError(
+                f"{folder / INDEX} was written with {_as_options(*index.suffixes)}, and this command has "
+                f"{_as_options(*suffixes)}; run lift-fast data index again with the same"
+            )
         _check_fresh(index, paths)
+        if not options.skip_bad:
+            for entry in index.entries:
+                refuse(folder, entry)
         return index
     # Scanning a large set takes minutes: a bar shows that there is no index.
     entries: list[Entry] = []
     segments = bytearray()
-    for path in tqdm(paths, "no index: scanning tars", unit="tar", delay=10, disable=None):
-        entry, data = scan(path)
+    for path in bar(paths, "no index: scanning tars", unit="tar", delay=10):
+        entry, data = scan(path, options)
         entries.append(replace(entry, at=len(segments)))
         segments += data
-    return Index(folder, entries, segments)
+    return Index(folder, entries, segments, suffixes)
 
 
-def build_index(folder: str | Path, processes: int | None = None, progress: bool = True) -> Built:
+def build_index(
+    folder: str | Path, processes: int | None = None, progress: bool = True, options: DataOptions | None = None
+) -> Built:
     """Writes the index of a folder of tars into the folder, whole or not at all.
 
     It scans only tars that are not in the folder's index or have changed since. processes: number of processes that
     scan; None for the number of processors.
 
-    Raises DataError for a folder without tars, a tar that is cut short, and a folder that cannot be written to.
+    Raises DataError for a folder without tars and one that cannot be written to; without options.skip_bad also for a
+    tar that is damaged or holds a name that is not UTF-8.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), options or DataOptions()
+    suffixes = suffixes_of(options)
     paths = _tars(folder)
-    index, known = _known(folder)
+    index, known = _known(folder, suffixes)
     reused = [known.get((path.name, _stamp(path))) for path in paths]
     changed = [path for path, entry in zip(paths, reused, strict=True) if entry is None]
     entries: list[Entry] = []
     with (
-        _scans(changed, processes or len(os.sched_getaffinity(0))) as scans,
+        _scans(changed, processes or cpu_count(), options) as scans,
         _written(folder / INDEX) as file,
-        tqdm(total=len(paths), unit="tar", desc="index", disable=not progress) as bar,
+        bar(total=len(paths), unit="tar", desc="index", disable=not progress) as done,
     ):
         at = file.write(_MAGIC)
         for old in reused:
             entry, data = next(scans) if old is None or index is None else (old, index.segment(old))
+            if not options.skip_bad:
+                refuse(folder, entry)
             entries.append(replace(entry, at=at))
             at += file.write(data)
-            bar.update()
-        directory = json.dumps([astuple(entry) for entry in entries]).encode()
+            done.update()
+        tars = [[getattr(entry, field.name) for field in fields(entry)] for entry in entries]
+        directory = json.dumps({"suffixes": suffixes, "tars": tars}).encode()
         file.write(directory + _TAIL.pack(at, len(directory), zlib.crc32(directory), _MAGIC))
     samples = sum(entry.samples for entry in entries)
-    return Built(len(paths), samples, len(changed), (folder / INDEX).stat().st_size)
+    problems = Index(folder, entries, bytearray(), suffixes).problems()
+    return Built(len(paths), samples, len(changed), (folder / INDEX).stat().st_size, problems)
 
 
-def scan(path: Path) -> tuple[Entry, bytes]:
-    """Returns the entry and the segment of one tar. Raises DataError when it is cut short, damaged, or unreadable."""
-    # key -> three offsets and three lengths, in the order IMAGE, TXT, JSON, and the rank of the image's suffix
-    samples: dict[str, list[int]] = {}
-    ranks = {suffix.encode(): rank for rank, suffix in enumerate(IMAGE_SUFFIXES)}
-    try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            status = os.fstat(file)
-            for name, offset, size in members(file, status.st_size):
-                named = key_and_suffix(name)
-                if named is None:
-                    continue
-                key, suffix = named[0].decode(), named[1].lower()
-                sample = samples.get(key)
-                if sample is None:
-                    sample = samples[key] = [-1, -1, -1, 0, 0, 0, len(ranks)]
-                rank = ranks.get(suffix)
-                if rank is not None:
-                    if rank <= sample[6]:
-                        sample[IMAGE], sample[3 + IMAGE], sample[6] = offset, min(size, _UINT32_MAX), rank
-                elif suffix == b"txt":
-                    sample[TXT], sample[3 + TXT] = offset, min(size, _UINT32_MAX)
-                elif suffix == b"json":
-                    sample[JSON], sample[3 + JSON] = offset, min(size, _UINT32_MAX)
-        finally:
-            os.close(file)
-    except NotWhole as error:
-        raise DataError(f"{path} is not a whole tar ({error}); write or copy it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: the name {error.object!r} is not UTF-8; write the tar again with other names"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    keys = [key.encode() for key in samples]
-    numbers = np.array(list(samples.values()), dtype=np.int64).reshape(-1, 7)
-    records = np.empty(len(keys), _RECORDS)
-    records["offsets"], records["sizes"] = numbers[:, :3], numbers[:, 3:6]
-    records["key_end"] = np.cumsum([len(key) for key in keys])
-    data = key_hashes(list(samples)).numpy().astype("<i8").tobytes() + records.tobytes() + b"".join(keys)
-    data += bytes(-len(data) % 8)
-    return Entry(path.name, len(keys), *stamp_of(status), 0, len(data), zlib.crc32(data)), data
+def unread_files(folder: Path) -> list[Problem]:
+    """The images in a folder of tars, and the tars that are compressed or have another suffix: they are not read."""
+    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    with os.scandir(folder) as files:
+        names = [file.name for file in files if not file.name.endswith(".tar")]
+    names = sorted(name for name in names if _TARS.fullmatch(name) or name.lower().endswith(images))
+    if not names:
+        return []
+    named = first_names([os.fsencode(name) for name in names])
+    return [Problem(str(folder), "unused file", f"of a folder with tars only *.tar is read: {named}", len(names))]
 
 
-def key_and_suffix(name: bytes) -> tuple[bytes, bytes] | None:
-    """Splits the name of a file in a tar into the sample's key and the suffix, by WebDataset's rule.
-
-    Returns None for names without a key or a suffix, such as README and ._x.jpg: they belong to no sample.
-    """
-    folder, _, base = name.rpartition(b"/")
-    stem, dot, suffix = base.partition(b".")
-    if not stem or not dot:
-        return None
-    return (folder + b"/" + stem if folder not in (b"", b".") else stem), suffix
+def _as_options(image: str | None, text: str) -> str:
+    return f"{f'--image-suffix {image}' if image else 'no --image-suffix'} and --text-suffix {text}"
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -282,26 +256,31 @@ def _mapped(folder: Path) -> Index:
             file.seek(max(0, length - _TAIL.size))
             tail = file.read()
             at, size, crc32, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, 0, 0, b"")
+            if magic != _MAGIC and magic[:7] == _MAGIC[:7]:
+                raise DataError(f"{path} is of another version of lift-fast; {_REMEDY}")
             if magic != _MAGIC or at + size + _TAIL.size != length:
-                raise DataError(f"{path} is damaged, or of another version of lift-fast; {_REMEDY}")
+                raise DataError(f"{path} is damaged; {_REMEDY}")
             file.seek(at)
             directory = file.read(size)
             if zlib.crc32(directory) != crc32:
                 raise DataError(f"{path} is damaged; {_REMEDY}")
-            entries = [Entry(*fields) for fields in json.loads(directory)]
+            found = json.loads(directory)
+            image, text = found["suffixes"]
+            entries = [Entry(*[*values, [(c, w, n) for c, w, n in told]]) for *values, told in found["tars"]]
             segments = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {_REMEDY}") from error
     end = len(_MAGIC)
     for entry in entries:
-        name, *numbers = astuple(entry)
-        whole = isinstance(name, str) and all(type(number) is int and number >= 0 for number in numbers)
-        if not whole or entry.at != end or entry.length < (8 + _RECORD.size) * entry.samples:
+        numbers = (entry.samples, entry.bytes, entry.mtime_ns, entry.at, entry.length, entry.crc32)
+        whole = isinstance(entry.name, str) and all(type(number) is int and number >= 0 for number in numbers)
+        told = all(c in _CAUSES and isinstance(w, str) and type(n) is int and n > 0 for c, w, n in entry.problems)
+        if not whole or not told or entry.at != end or entry.length < (8 + RECORD.size) * entry.samples:
             raise DataError(f"{path} is damaged (the segment of {entry.name!r}); {_REMEDY}")
         end += entry.length
     if end != at:
         raise DataError(f"{path} is damaged (its segments do not fill it); {_REMEDY}")
-    return Index(folder, entries, segments)
+    return Index(folder, entries, segments, (image, text))
 
 
 def _check_fresh(index: Index, paths: Sequence[Path]) -> None:
@@ -316,28 +295,30 @@ def _check_fresh(index: Index, paths: Sequence[Path]) -> None:
         raise DataError(f"{index.folder / INDEX} is damaged (it lists a tar twice); {_REMEDY}")
 
 
-def _known(folder: Path) -> tuple[Index | None, dict[tuple[str, Stamp], Entry]]:
-    """The folder's index, None when it has none or a damaged one, and its intact entries by a tar's name and stamp."""
+def _known(folder: Path, suffixes: tuple[str | None, str]) -> tuple[Index | None, dict[tuple[str, Stamp], Entry]]:
+    """The folder's index, None when it has none with these suffixes or a damaged one, and its intact entries by a tar's
+    name and stamp."""
     try:
         index = _mapped(folder) if (folder / INDEX).exists() else None
     except DataError:
         index = None
-    if index is None:
+    if index is None or index.suffixes != suffixes:
         return None, {}
     whole = [entry for entry in index.entries if zlib.crc32(index.segment(entry)) == entry.crc32]
     return index, {(entry.name, entry.stamp): entry for entry in whole}
 
 
 @contextmanager
-def _scans(paths: Sequence[Path], processes: int) -> Iterator[Iterator[tuple[Entry, bytes]]]:
-    """Yields an iterator over scan(path) for each tar, in order, computed by `processes` where there are many tars."""
+def _scans(paths: Sequence[Path], processes: int, options: DataOptions) -> Iterator[Iterator[tuple[Entry, bytes]]]:
+    """Yields an iterator over scan(path, options) for each tar, in order, computed by `processes` if they are many."""
+    read = partial(scan, options=options)
     if processes < 2 or len(paths) < _PROCESSES_FROM:
-        yield map(scan, paths)
+        yield map(read, paths)
         return
     # spawn, because forking a process that has threads is unsafe.
     with ProcessPoolExecutor(min(processes, len(paths)), get_context("spawn")) as pool:
         try:
-            yield pool.map(scan, paths, chunksize=max(1, min(8, len(paths) // (4 * processes))))
+            yield pool.map(read, paths, chunksize=max(1, min(8, len(paths) // (4 * processes))))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

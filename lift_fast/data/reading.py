@@ -25,6 +25,11 @@ _AT_ONCE = 1 << 20
 _CHANGED = "it changed or was cut short"
 
 
+def cpu_count() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def stamp_of(status: os.stat_result) -> Stamp:
     """A file's size and time of last change: a file whose stamp differs is another file, or has been written to."""
     return status.st_size, status.st_mtime_ns

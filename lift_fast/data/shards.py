@@ -1,8 +1,9 @@
 """WebDataset tar shards: a folder of `00000.tar, 00001.tar, …`, a sample being the files that share a key.
 
-`KEY.png|jpg|jpeg|webp|gif|bmp` is the image, `KEY.txt` the caption, `KEY.json` the metadata. The key is the path up
-to the first dot of the file's base name; files whose base name begins with a dot, or has no dot, are ignored. Samples
-are read at the offsets in the index, so any order costs the same.
+`KEY.png|jpg|jpeg|webp|gif|bmp` is the image, `KEY.txt` the caption, `KEY.json` the metadata; options choose another
+suffix for image and caption. The key is the path up to the first dot of the file's base name. Files that look like an
+image or a caption and are not used are counted in `problems`. Samples are read at the offsets in the index, so any
+order costs the same.
 """
 
 import io
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from ..errors import DataError
 from .captions import checked_caption
-from .index import IMAGE, IMAGE_SUFFIXES, JSON, TXT, Index, open_index
+from .index import Index, open_index, unread_files
 from .options import DataOptions
 from .reading import FILES, MOST_BYTES, read_parts
 from .samples import BadSample, BadText, Problem, located
+from .scan import IMAGE, IMAGE_SUFFIXES, JSON, TXT
 
 _MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 
@@ -93,20 +95,24 @@ class Shards:
 
     The folder's index (`lift-fast data index` writes it) has their offsets; without an index the tars are scanned.
 
-    Raises DataError for a folder that does not exist or holds no tar, tars without a sample, a tar that is cut short,
-    and an index that is damaged or does not match the tars.
+    With options.skip_bad a damaged tar has the samples before the damage. A sample that lost a file to it is bad.
+
+    Raises DataError for a folder that does not exist or holds no tar, tars without a sample, and an index that is
+    damaged, does not match the tars or was written for other suffixes; without options.skip_bad also for a tar that is
+    damaged or holds a name that is not UTF-8. Raises ConfigError for suffixes that do not differ.
     """
 
     def __init__(self, folder: str | Path, index: Index | None = None, options: DataOptions | None = None):
         self.folder, self.options = Path(folder), options or DataOptions()
         self._index = index or open_index(self.folder, self.options)
-        self.problems: list[Problem] = []
+        self.problems: list[Problem] = self._index.problems() + unread_files(self.folder)
         self.names = [entry.name for entry in self._index.entries]
         self.paths = [self.folder / name for name in self.names]
         self.shard_sizes = [entry.samples for entry in self._index.entries]
         self._ends = list(accumulate(self.shard_sizes))
         if not len(self):
-            raise DataError(f"{self.folder}: {len(self.paths)} tar shards hold no sample")
+            first = f" ({self.problems[0].where}: {self.problems[0].reason})" if self.problems else ""
+            raise DataError(f"{self.folder}: {len(self.paths)} tar shards hold no sample{first}")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -116,7 +122,8 @@ class Shards:
         number, row = self._locate(i)
         place = self._index.place(number, row, IMAGE)
         if place is None:
-            raise BadSample("missing", f"{self.where(i)} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            suffixes = self.options.image_suffix or ", ".join(IMAGE_SUFFIXES)
+            raise BadSample("missing", f"{self.where(i)} has no image ({suffixes})")
         if place[1] > MOST_BYTES:
             raise BadSample("too large", f"{self.where(i)} has {place[1]} bytes; {MOST_BYTES} are read at most")
         try:
@@ -205,7 +212,9 @@ class Shards:
 
     def _caption(self, data: bytes | None, field: str, where: Callable[[], str]) -> str:
         """The caption in the content of a .txt or .json. Raises BadText."""
-        return checked_caption(data if field == "txt" else _parsed(data, where).get(field), field, where)
+        if field == "txt":
+            return checked_caption(data, self.options.text_suffix or field, where)
+        return checked_caption(_parsed(data, where).get(field), field, where)
 
 
 def _parsed(data: bytes | None, where: Callable[[], str]) -> dict:

@@ -2,6 +2,8 @@
 
 Written by hand, because Python's `tarfile` makes an object with every field of each header, which is slow for the
 hundreds of millions of files of a data set; nor does it report an archive that is cut after a member.
+
+Needs os.pread, which Windows does not have.
 """
 
 import os
@@ -13,13 +15,24 @@ from typing import NamedTuple
 BLOCK = 512
 END_MARK = 2 * BLOCK  # zero bytes that end a tar
 _MOST_EXTRA = 1 << 20  # bytes of a long name or of a pax header
+_MOST_PADDING = 1 << 24  # bytes of zeros behind the files; tar pads to 1 MiB at most
 _FILES = b"0\x007"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: no data follows the header, whatever size it declares
+# First bytes of files that are called .tar and are none, and what to say of them.
+_NO_TARS = {
+    b"\x1f\x8b": "it is compressed with gzip; decompress it with gzip -dc",
+    b"BZh": "it is compressed with bzip2; decompress it with bzip2 -dc",
+    b"\xfd7zXZ\0": "it is compressed with xz; decompress it with xz -dc",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; decompress it with zstd -dc",
+    b"\x04\x22\x4d\x18": "it is compressed with lz4; decompress it with lz4 -dc",
+    b"PK\x03\x04": "it is a zip archive",
+    b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file with git lfs pull",
+}
 _PAX = re.compile(rb"(\d{1,20}) ([^=\n]+)=")
 
 
 class NotWhole(Exception):
-    """A tar that is cut short, damaged, or in a form that is not read."""
+    """A tar that is cut short, damaged, or in a form that is not read; what comes before that has been read."""
 
 
 class Member(NamedTuple):
@@ -33,22 +46,22 @@ class Member(NamedTuple):
 def members(file: int, length: int) -> Iterator[Member]:
     """The files in a tar, in order, without links, folders and devices.
 
-    file: descriptor of the tar; length: its bytes. Raises NotWhole; OSError when it cannot be read.
+    file: descriptor of the tar; length: its bytes. Raises NotWhole after the files that lie whole before the damage;
+    OSError when the tar cannot be read.
     """
-    mark = os.pread(file, END_MARK, max(0, length - END_MARK))
-    if len(mark) < END_MARK or any(mark) or length % BLOCK:
-        raise NotWhole("its end-of-archive mark is missing")
     at = 0
     name: bytes | None = None  # from a GNU or pax header before the file's own; the first of several counts
     size: int | None = None
     while any(header := os.pread(file, BLOCK, at)):
-        if not _checksum_is_valid(header):
-            raise NotWhole(f"no header of a member at byte {at}")
+        if len(header) < BLOCK or not _checksum_is_valid(header):
+            known = [what for magic, what in _NO_TARS.items() if not at and header.startswith(magic)]
+            raise NotWhole(known[0] if known else f"no header of a member at byte {at}")
         kind, data = header[156], at + BLOCK
         long = size if size is not None and kind not in b"xgLK" else _number(header[124:136], at)
-        at = data + (0 if kind in _WITHOUT_DATA else -(-long // BLOCK) * BLOCK)
-        if long < 0 or at > length - END_MARK:
-            raise NotWhole(f"its member at byte {data - BLOCK} reaches beyond the end")
+        end = data if kind in _WITHOUT_DATA else data + long
+        if long < 0 or end > length:
+            raise NotWhole(f"its member at byte {at} reaches beyond the end")
+        at = end + -end % BLOCK
         if kind in b"xgLK":
             if long > _MOST_EXTRA:
                 raise NotWhole(f"a name of {long} bytes at byte {data}")
@@ -73,14 +86,20 @@ def members(file: int, length: int) -> Iterator[Member]:
             if not name.endswith(b"/"):  # old tars mark a folder like this
                 yield Member(name, data, long)
         name = size = None
-    if len(header) < BLOCK:
-        raise NotWhole("its end-of-archive mark is missing")
+    mark = os.pread(file, END_MARK, at)
+    if len(mark) < END_MARK and not any(mark):
+        raise NotWhole(f"its end-of-archive mark is missing at byte {at}")
     # The second of two tars joined with `cat` lies behind the end of the first and would be dropped silently.
-    while at < length:
-        rest = os.pread(file, 1 << 20, at)
-        if not rest or rest.count(0) < len(rest):
-            raise NotWhole(f"there is data behind its end at byte {at}, as when tars are joined")
+    end = at
+    while rest := os.pread(file, 1 << 20, at):
+        if behind := rest.lstrip(b"\0"):
+            raise NotWhole(
+                f"there is data behind its end at byte {at + len(rest) - len(behind)}, as when tars are joined or an "
+                "end-of-archive mark is damaged"
+            )
         at += len(rest)
+        if at - end > _MOST_PADDING:
+            raise NotWhole(f"there are only zeros from byte {end} on, as when a download broke off")
 
 
 def _checksum_is_valid(header: bytes) -> bool:

@@ -123,7 +123,8 @@ def test_sizes_that_octal_digits_do_not_hold(tmp_path):
         (bytes(512), "end-of-archive"),
         (header() + END[:-1], "end-of-archive"),
         (header() + bytes(512) + b"x" * 512, "end-of-archive"),
-        (header(size=b"00000000001\0") + END, "beyond the end"),
+        (header(size=b"00000000001\0") + END, "end-of-archive"),
+        (header(size=b"00000002001\0") + END, "beyond the end"),
         (header(size=b"77777777777\0") + END, "beyond the end"),
         (header(size=b"\xff" * 12) + END, "beyond the end"),
         (header(size=b"\x80" + b"\xff" * 11) + END, "beyond the end"),
@@ -336,19 +337,29 @@ def test_numbers_that_lead_out_are_refused(tmp_path):
         b"7",
         b"[1]",
         b"[[]]",
-        b'[["00000.tar", 4, 1, 1, 8, 9, "x"]]',
-        b'[["00000.tar", -4, 1, 1, 8, 9, 0]]',
-        b'[["00000.tar", 1e400, 1, 1, 8, 9, 0]]',
-        b'[["00000.tar", 1, 1, 1, 8, 1152921504606846976, 0]]',
-        b'[["00000.tar", 1, 1, 1, 16, 48, 0]]',
-        b"[[1, 1, 1, 1, 8, 48, 0]]",
-        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7], ["00000.tar", 0, SIZE, TIME, 8, 0, 7]]',
+        b'{"suffixes": [null, "txt"]}',
+        b'{"suffixes": [null], "tars": []}',
+        b'{"suffixes": [null, "txt"], "tars": 7}',
+        b'[["00000.tar", 4, 1, 1, 8, 9, "x", []]]',
+        b'[["00000.tar", -4, 1, 1, 8, 9, 0, []]]',
+        b'[["00000.tar", 1e400, 1, 1, 8, 9, 0, []]]',
+        b'[["00000.tar", 1, 1, 1, 8, 1152921504606846976, 0, []]]',
+        b'[["00000.tar", 1, 1, 1, 16, 48, 0, []]]',
+        b"[[1, 1, 1, 1, 8, 48, 0, []]]",
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7, []], ["00000.tar", 0, SIZE, TIME, 8, 0, 7, []]]',
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7]]',
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7, 1]]',
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7, [["unused file", "x", 0]]]]',
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7, [["no cause", "x", 1]]]]',
+        b'[["00000.tar", 0, SIZE, TIME, 8, 0, 7, [["unused file", 1, 1]]]]',
         b"[" * 100_000,
     ],
 )
 def test_a_directory_of_rubbish_with_a_good_checksum(tmp_path, directory):
     folder = make_set(tmp_path / "set", 4, per_shard=4).folder
-    status, magic = (folder / "00000.tar").stat(), b"LIFTIDX1"
+    status, magic = (folder / "00000.tar").stat(), b"LIFTIDX2"
+    if directory.startswith(b"[["):
+        directory = b'{"suffixes": [null, "txt"], "tars": ' + directory + b"}"
     directory = directory.replace(b"SIZE", b"%d" % status.st_size).replace(b"TIME", b"%d" % status.st_mtime_ns)
     tail = struct.pack("<QQQ8s", 8, len(directory), zlib.crc32(directory), magic)
     (folder / INDEX).write_bytes(magic + directory + tail)
