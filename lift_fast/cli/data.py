@@ -84,6 +84,14 @@ class DataIndex:
     """Folder of tar shards. Tars that are in its index and have not changed are not read again."""
     threads: int | None = None
     """Shards read at a time. Default: the number of processors."""
+    skip_bad: bool = False
+    """Index what can be read of damaged tars, and say what cannot. Reading the data then needs --skip-bad too."""
+    image_suffix: str | None = None
+    """What follows KEY. in the name of the image, such as input.jpg. Default: the first of png, jpg, jpeg, webp, gif
+    and bmp that a sample has. Reading the data then needs the same option."""
+    text_suffix: str | None = None
+    """What follows KEY. in the name of the caption, such as cls. Default: txt. Reading the data then needs the same
+    option."""
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -92,7 +100,9 @@ class DataIndex:
         from ..data.index import build_index
 
         began = time.perf_counter()
-        built = build_index(self.data, self.threads)
+        options = DataOptions(skip_bad=self.skip_bad, image_suffix=self.image_suffix, text_suffix=self.text_suffix)
+        built = build_index(self.data, self.threads, options=options)
+        print_problems(built.problems)
         print(
             f"{self.data}: {counted(built.samples, 'sample')} in {counted(built.shards, 'shard')}, {built.read} read "
             f"anew, in {time.perf_counter() - began:.1f} s; the index has {built.bytes} bytes"

@@ -211,7 +211,7 @@ def build_index(
         directory = json.dumps({"suffixes": suffixes, "tars": tars}).encode()
         file.write(directory + _TAIL.pack(at, len(directory), zlib.crc32(directory), _MAGIC))
     samples = sum(entry.samples for entry in entries)
-    problems = Index(folder, entries, bytearray(), suffixes).problems()
+    problems = Index(folder, entries, bytearray(), suffixes).problems() + unread_files(folder)
     return Built(len(paths), samples, len(changed), (folder / INDEX).stat().st_size, problems)
 
 
