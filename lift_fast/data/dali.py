@@ -14,7 +14,6 @@ Without a GPU DALI only decodes and the host resizes: DALI's antialiased bicubic
 everything else together.
 """
 
-import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Generator
@@ -30,6 +29,7 @@ from ..errors import BackendError, DataError
 from .images import Box, Header, decode_box, read_header
 from .loading import Assembled, Batch, Counts, Loaded, Loading, Pipeline, RowSet, in_words
 from .pixels import MEAN, STD, laid_out
+from .reading import cpu_count
 from .samples import BadSample, Collection, Samples
 from .transforms import centre_of, recoloured, render, render_centre, resize, view_of
 
@@ -266,7 +266,7 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
 
     The host renders the images on which DALI fails. Raises BackendError without DALI, DataError when no image decodes.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads = cpu_count()
     loading = Loading(min(_EVALUATION_BATCH, len(data)), image_size, threads=threads)
     parts: list[Tensor] = []
     samples: list[int] = []

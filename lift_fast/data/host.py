@@ -4,7 +4,6 @@ A batch depends on the seed alone: not on the number of threads, nor on the mode
 the same images in the same order, and the DALI pipeline (dali.py) makes the same samples and crops.
 """
 
-import os
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from ..errors import DataError
 from .images import read_header
 from .loading import Batch, Loaded, Pipeline, in_words
 from .pixels import laid_out
+from .reading import cpu_count
 from .samples import BadSample, Samples
 from .transforms import render, render_centre, view_of
 
@@ -62,7 +62,7 @@ def load_images(data: Samples, image_size: int) -> Loaded:
     images: list[np.ndarray] = []
     samples: list[int] = []
     causes: Counter[str] = Counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode") as pool:
         for sample, made in enumerate(pool.map(rendered, range(len(data)))):
             if isinstance(made, BadSample):
                 causes[made.cause] += 1

@@ -4,12 +4,12 @@ Memory holds the samples that are being processed and one shard's keys, besides 
 """
 
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TextIO, TypeVar
 
+from .reading import cpu_count
 from .samples import BadSample, BadText, Problem, Samples
 
 Found = TypeVar("Found")
@@ -21,7 +21,7 @@ def in_order(work: Callable[[int], Found], rows: Iterable[int], threads: int | N
 
     threads: None for the number of processors, 32 at most.
     """
-    threads = threads or min(32, len(os.sched_getaffinity(0)))
+    threads = threads or min(32, cpu_count())
     queue: deque[tuple[int, Future[Found]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
