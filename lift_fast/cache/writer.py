@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheError, CacheMismatch
-from ..files import write_whole
+from ..files import free_bytes, write_whole
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
 from .manifest import MANIFEST, PARTIAL, Manifest, Shard, shard_name
@@ -194,7 +193,8 @@ class CacheWriter:
                 "before finish"
             )
         shards = tuple(map(self._entry, range(len(self._manifest.shards))))
-        self._write_manifest(MANIFEST, replace(self._manifest, shards=shards))
+        self._manifest = replace(self._manifest, shards=shards)
+        self._write_manifest(MANIFEST, self._manifest)
         self._finished = True
         self._clean_up()
 
@@ -203,16 +203,13 @@ class CacheWriter:
 
         Quotas are not known, nor what other processes write; write_shard reports those.
         """
-        place = self.folder.absolute()
-        while not place.exists():
-            place = place.parent
-        disk = shutil.disk_usage(place)  # before the shards are listed: another rank may complete one meanwhile
+        free = free_bytes(self.folder)  # before the shards are listed: another rank may complete one meanwhile
         missing = sorted(set(range(len(self._manifest.shards))) - self._present())
         needed = self.size_on_disk(missing) + len(self._manifest.to_json()) if missing else 0
-        if disk.total and needed > disk.free:
+        if needed > free:
             raise CacheError(
                 f"{self.folder} needs {needed} bytes ({needed / 1e9:.3g} GB) for {len(missing)} shards, and its disk "
-                f"has {disk.free} bytes ({disk.free / 1e9:.3g} GB) free; free some, or name a folder on another disk"
+                f"has {free} bytes ({free / 1e9:.3g} GB) free; free some, or name a folder on another disk"
             )
 
     def size_on_disk(self, numbers: Sequence[int] | None = None) -> int:

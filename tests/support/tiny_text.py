@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lift_fast.data.options import DataOptions
 from lift_fast.data.sources import open_source
 from lift_fast.text.embed import Rank, embed_share
+from lift_fast.text.encoder import NoTokens
 
 DIM = 24
 
@@ -30,7 +32,7 @@ class TinyEncoder:
     """Encodes a caption as its hash.
 
     mixed: adds a little of the first caption of the batch, so that codes depend on the batch. Those of a real encoder
-    do so too, because of rounding.
+    do so too, because of rounding. A caption of "." alone has no tokens.
     """
 
     mixed: bool = True
@@ -40,6 +42,8 @@ class TinyEncoder:
     encoded: list[str] = field(default_factory=list)
 
     def encode(self, captions, batch_size=64, done=lambda count: None):
+        if empty := [i for i, caption in enumerate(captions) if not caption.strip(".")]:
+            raise NoTokens(empty, f"no tokens in {empty}")
         self.encoded += captions
         out = np.empty((len(captions), self.dim), dtype=np.float32)
         for start in range(0, len(captions), batch_size):
@@ -66,9 +70,9 @@ def write_lines(path: Path, captions) -> Path:
     return path
 
 
-def work(path, out, shard_rows, rank=0, world=1, codec="int8"):
+def work(path, out, shard_rows, rank=0, world=1, codec="int8", skip_bad=False):
     """Embeds one rank's share, without showing progress."""
-    source = open_source(path, shard_rows=shard_rows)
+    source = open_source(path, options=DataOptions(shard_rows=shard_rows, skip_bad=skip_bad))
     return embed_share(source, out, TinyEncoder(), codec=codec, rank=Rank(rank, world), progress=False)
 
 

@@ -1,5 +1,6 @@
 """Embedding by several ranks, with kills and restarts and with repeated captions copied: the bytes are the same."""
 
+import os
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from support.tiny_sets import keys_of, make_set
 from support.tiny_text import TinyEncoder, captions_of, start, work, work_until, write_lines
 
 from lift_fast.cache import Cache, Manifest, encode, key_hash
+from lift_fast.data.options import DataOptions
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.data.sources import open_source
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError
@@ -48,7 +50,7 @@ def share(source, out, **options):
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_are_their_captions_vectors(tmp_path, codec):
     captions = captions_of(1000, 600)
-    source = open_source(write_lines(tmp_path / "c.jsonl", captions), shard_rows=130)
+    source = open_source(write_lines(tmp_path / "c.jsonl", captions), options=DataOptions(shard_rows=130))
     encoder = TinyEncoder(mixed=False)
     done = share(source, tmp_path / "c", encoder=encoder, codec=codec)
     assert (done.computed, done.copied, done.missing) == (len(set(captions)), 1000 - len(set(captions)), 0)
@@ -163,7 +165,7 @@ def test_any_shards_that_are_there_lead_to_the_same_bytes(tmp_path, lines, whole
 
 
 def test_what_is_there_is_not_embedded_again(tmp_path, lines, whole):
-    source, encoder = open_source(lines, shard_rows=ROWS), TinyEncoder()
+    source, encoder = open_source(lines, options=DataOptions(shard_rows=ROWS)), TinyEncoder()
     names = [name for name in whole if name.startswith("text")]
     unfinished(tmp_path / "c", whole, names[:3] + names[4:])
     captions = [source.read(number)[1] for number in range(4)]
@@ -288,16 +290,23 @@ def test_bad_data_in_the_last_shard_is_told_before_a_byte_is_written(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_captions_that_change_while_they_are_embedded(tmp_path):
+@pytest.mark.parametrize(
+    ("late", "words"),
+    [(0, "c.jsonl#00001 of .* changed while it was embedded"), (1, "c.jsonl has changed while it was read")],
+)
+def test_captions_that_change_while_they_are_embedded(tmp_path, late, words):
+    """Also a file whose size and time of change stay the same."""
     path = write_lines(tmp_path / "c.jsonl", ["one", "two"])
 
     class Slow(TinyEncoder):
         def encode(self, *arguments):
+            status = path.stat()
             write_lines(path, ["one", "too"])
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + late))
             return super().encode(*arguments)
 
-    with pytest.raises(DataError, match="c.jsonl#00001 of .* changed while it was embedded"):
-        share(open_source(path, shard_rows=1), tmp_path / "c", encoder=Slow())
+    with pytest.raises(DataError, match=words):
+        share(open_source(path, options=DataOptions(shard_rows=1)), tmp_path / "c", encoder=Slow())
 
 
 def test_another_encoder_codec_or_cut_is_refused(tmp_path):
@@ -310,7 +319,7 @@ def test_another_encoder_codec_or_cut_is_refused(tmp_path):
     other = TinyEncoder()
     other.spec.name = "other"
     with pytest.raises(CacheMismatch, match="encoder name is 'tiny', not 'other'"):
-        share(open_source(path, shard_rows=2), tmp_path / "c", encoder=other)
+        share(open_source(path, options=DataOptions(shard_rows=2)), tmp_path / "c", encoder=other)
     with pytest.raises(CacheError, match="no codec 'int3'"):
         work(path, tmp_path / "d", 2, codec="int3")
     assert not (tmp_path / "d").exists()
@@ -322,7 +331,7 @@ def test_another_encoder_codec_or_cut_is_refused(tmp_path):
 @pytest.mark.parametrize("codec", ["int8", "int2r", "bf16"])
 def test_the_estimate_s_size_is_the_size(tmp_path, codec):
     source, encoder = (
-        open_source(write_lines(tmp_path / "c.jsonl", captions_of(700, 300)), shard_rows=99),
+        open_source(write_lines(tmp_path / "c.jsonl", captions_of(700, 300)), options=DataOptions(shard_rows=99)),
         TinyEncoder(),
     )
     found = estimate(source, tmp_path / "c", encoder, codec=codec, worlds=(1, 4))
@@ -337,7 +346,9 @@ def test_the_estimate_s_size_is_the_size(tmp_path, codec):
 
 
 def test_the_estimate_shares_out_groups(tmp_path, lines):
-    found = estimate(open_source(lines, shard_rows=ROWS), tmp_path / "c", TinyEncoder(), worlds=(1, 2, 3, 50))
+    found = estimate(
+        open_source(lines, options=DataOptions(shard_rows=ROWS)), tmp_path / "c", TinyEncoder(), worlds=(1, 2, 3, 50)
+    )
     per = found.captions_per_s
     assert {world: round(seconds * per) for world, seconds in found.seconds.items()} == {
         1: 36 * ROWS, 2: 20 * ROWS, 3: 16 * ROWS, 50: 16 * ROWS,
@@ -351,7 +362,7 @@ def test_bytes_are_told_in_three_figures():
 
 def test_progress_tells_rate_time_and_size_left(tmp_path, capfd):
     path = write_lines(tmp_path / "c.jsonl", captions_of(300, 200))
-    embed_share(open_source(path, shard_rows=100), tmp_path / "c", TinyEncoder(), rank=Rank(0, 2))
+    embed_share(open_source(path, options=DataOptions(shard_rows=100)), tmp_path / "c", TinyEncoder(), rank=Rank(0, 2))
     shown = capfd.readouterr().err
     assert "embed caption (rank 0 of 2)" in shown and "captions/s" in shown and "to write" in shown and "0 B" in shown
 
