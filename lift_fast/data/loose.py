@@ -24,14 +24,13 @@ from torch import Tensor
 from ..errors import DataError
 from ..ops.rows.table import key_hashes
 from .captions import checked_caption, sorted_out
-from .index import IMAGE_SUFFIXES
 from .options import DataOptions
 from .reading import read_image
 from .samples import BadSample, BadText, Problem, located
+from .scan import IMAGE_SUFFIXES, OTHER_IMAGES, suffixes_of
 
 SHARD_ROWS = 10_000
-# Suffixes of images in formats that are not read, or that IMAGE_SUFFIXES has under another name.
-OTHER_IMAGES = ("jfif", "jpe", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "svg", "psd", "ico", "tga", "ppm")
+_TEXTS = ("txt", "text", "caption", "captions", "cls")
 # Folders with these names are parts of a data set, not classes.
 _NO_CLASS = re.compile(r"train(ing)?|val(id(ation)?)?|dev|test(ing)?|images?|data|.*-\d+-of-\d+", re.IGNORECASE)
 _OTHER_LAYOUT = re.compile(r"metadata\.(csv|tsv|jsonl|ndjson)|.*\.(parquet|arrow|tar)", re.IGNORECASE)
@@ -48,15 +47,13 @@ class _Suffixes:
 
     def __init__(self, options: DataOptions):
         images = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
-        self._usual = {suffix: (_IMAGE, rank) for rank, suffix in enumerate(images)} | {"txt": (_TEXT, 0)}
-        self._chosen: dict[str, tuple[int, int]] = {}  # by the options; these may hold dots
-        if options.image_suffix is not None:
-            self._usual |= dict.fromkeys(images, (_OTHER, 0))
-            self._chosen[options.image_suffix.lower()] = _IMAGE, 0
-        if options.text_suffix is not None:
-            self._usual["txt"] = _OTHER, 0
-            self._chosen[options.text_suffix.lower()] = _TEXT, 0
-        self._usual["json"] = _JSON, 0
+        image, text = suffixes_of(options)
+        self._usual = dict.fromkeys((*images, *_TEXTS), (_OTHER, 0)) | {"json": (_JSON, 0)}
+        self._chosen = {text: (_TEXT, 0)}  # these may hold dots
+        if image is None:
+            self._usual |= {suffix: (_IMAGE, rank) for rank, suffix in enumerate(images)}
+        else:
+            self._chosen[image] = _IMAGE, 0
 
     def split(self, name: str) -> tuple[str, str, int, int] | None:
         """Stem, suffix, part and rank of a file's name; None for a file that is no part of a sample."""
@@ -123,7 +120,7 @@ class _Listing:
 
 _SECOND = "another file of the same sample is read"
 _LOST_JSON = "no image or caption of this name"
-_NOT_CHOSEN = "not of the suffix that was chosen"
+_OTHER_SUFFIX = "not of the suffixes that are read (--image-suffix, --text-suffix)"
 _NO_IMAGE = "captions, where the folders are the classes"
 _NO_FOLDER = "images that do not lie in a class folder"
 _TOO_DEEP = "images in a folder within a class folder"
@@ -247,6 +244,8 @@ class LooseFiles:
             return {}
         try:
             meta = json.loads(_read_text(path))
+        except UnicodeDecodeError as error:
+            raise BadText("not UTF-8", f"{self.where(i)}: its .json is not UTF-8 (byte {error.start})") from error
         except (ValueError, RecursionError) as error:
             raise BadText("does not parse", f"{self.where(i)}: its .json does not parse ({error})") from error
         if not isinstance(meta, dict):
@@ -352,8 +351,8 @@ class LooseFiles:
                 names.setdefault(key.partition("/")[0])
                 kept.add(key, (suffixes[image], None, None))
         advice = (
-            "put the caption of a.jpg into a.txt next to it, name the images in a metadata.csv, or name a folder of "
-            "class folders"
+            "put the caption of a.jpg into a.txt next to it (or name another ending with --text-suffix), name the "
+            "images in a metadata.csv, or name a folder of class folders"
         )
         if len(names) < 2:
             raise DataError(f"{self.folder} holds images and no captions; {advice}")
@@ -374,7 +373,7 @@ def _add_samples(found: _Listing, folder: str, names: list[str], suffixes: _Suff
             continue
         stem, suffix, part, rank = split
         if part == _OTHER:
-            others.append(name)
+            others.append((stem, suffix))
             continue
         parts = stems.setdefault(stem, [None, None, None])
         before = parts[part]
@@ -390,10 +389,10 @@ def _add_samples(found: _Listing, folder: str, names: list[str], suffixes: _Suff
             unused.add(_LOST_JSON, f"{folder}{stem}.json")
         else:
             found.add(folder + stem, [part and part[1] for part in (image, text, meta)])
-    for name in others:  # those of a sample that has the chosen suffix were left out on purpose
-        dots = [at for at, letter in enumerate(name) if letter == "."]
-        if not any(name[:at] in stems for at in dots):
-            unused.add(_NOT_CHOSEN, folder + name)
+    for stem, suffix in others:
+        # A class label next to a caption is no second caption.
+        if suffix.lower() != "cls" or stems.get(stem, [None, None])[_TEXT] is None:
+            unused.add(_OTHER_SUFFIX, f"{folder}{stem}.{suffix}")
 
 
 def _read_text(path: Path) -> bytes:
