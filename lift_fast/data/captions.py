@@ -1,5 +1,6 @@
 """What a caption and a sample key may be: one check for all layouts."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,22 @@ def checked_caption(value: Any, field: str, where: Callable[[], str]) -> str:
     return text
 
 
+def checked_captions(values: Sequence[Any], field: str, where: Callable[[int], str]) -> list[str | BadText]:
+    """What checked_caption returns or raises for each caption of a shard, in order.
+
+    values: what the data set holds; a BadText stays as it is. where(row): names the row, for messages.
+    """
+    found: list[str | BadText] = []
+    for row, value in enumerate(values):
+        try:
+            found.append(
+                value if isinstance(value, BadText) else checked_caption(value, field, functools.partial(where, row))
+            )
+        except BadText as error:
+            found.append(error.with_traceback(None))  # whose frames hold all values
+    return found
+
+
 def checked_keys(keys: Sequence[Any], where: Callable[[int], str]) -> list[str]:
     """Returns the keys of a shard as text. Raises DataError for the first that is no valid key, or a duplicate."""
     names, bad = sorted_out(keys, where)
@@ -48,6 +65,10 @@ def sorted_out(keys: Sequence[Any], where: Callable[[int], str]) -> tuple[list[s
     bad: dict[int, BadText] = {}
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
+        if isinstance(key, BadText):
+            bad[row] = key
+            names.append("")
+            continue
         if problem := _key_problem(key):
             bad[row] = BadText("no key", f"{where(row)} has {problem}")
             names.append("")

@@ -57,7 +57,7 @@ class Problem(NamedTuple):
     where: str
     cause: Cause
     reason: str
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
 class Samples(Protocol):

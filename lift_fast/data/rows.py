@@ -1,0 +1,425 @@
+"""The rows of CSV, TSV and JSONL files: where each begins, what does not parse, and what the fields hold.
+
+Opening a file finds the offset of every row (8 bytes a row stay in memory); fields are read when they are needed.
+"""
+
+import csv
+import io
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import ConfigError, DataError
+from .options import DataOptions
+from .reading import FILES, stamp_of
+from .samples import BadText, Cause, Problem
+from .scan import IMAGE_SUFFIXES
+
+SHARD_ROWS = 10_000
+LINES = (".csv", ".tsv", ".jsonl", ".ndjson")  # suffixes of files with one row for each sample
+_DELIMITED = (".csv", ".tsv")
+_SEARCHED = {",": "comma", "\t": "tab", ";": "semicolon"}  # delimiters that the header of a .csv may have
+_MOST_TEXT = 1 << 24  # characters of a field
+_SKIP = "--skip-bad leaves such rows out"
+_CHANGED = "has changed while it was read; run the command again"
+_UNCLOSED = ("unexpected end of data", "field larger than field limit")  # what csv says of a quote that stays open
+
+# 131 072 by default, and a caption may be longer. The limit is the process's; it is only ever raised.
+csv.field_size_limit(max(csv.field_size_limit(), _MOST_TEXT))
+
+
+class Rows:
+    """The rows of a CSV or TSV file with a header, or of a JSONL file, in UTF-8. Blank lines are skipped.
+
+    columns: the names in the header, or in the first object. After `cut`: names, sizes and starts of the shards;
+    several_lines: number of rows that span lines; in_quotes: number of rows of an unquoted file that have a field in
+    double quotes.
+
+    Raises DataError for a file that cannot be read, or whose header does not parse or does not tell the delimiter;
+    ConfigError for options of CSV with JSONL.
+    """
+
+    def __init__(self, path: str | Path, options: DataOptions | None = None):
+        self.path = Path(path)
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+        self.starts: list[int] = [0]
+        self.problems: list[Problem] = []
+        self.several_lines = self.in_quotes = 0
+        self._options = options or DataOptions()
+        self._bad: dict[int, BadText] = {}  # rows of CSV and TSV that do not parse; in JSONL they are found later
+        self._places = array("q")  # offsets of the rows, and of the end of the last one
+        self._lines: list[int] = []  # number of lines before each shard
+        self._last: tuple[int, list[Any]] = -1, []  # number and rows of the shard that was read last
+        self._counted = -1, 0  # a row, and the number of lines before it
+        self._delimited = self.path.suffix.lower() in _DELIMITED
+        with self._opened() as file:
+            self._stamp = stamp_of(os.fstat(file.fileno()))
+            lines = _Lines(file)
+            try:
+                self.columns = self._header(lines) if self._delimited else self._names_of_first(lines)
+            except (csv.Error, ValueError, RecursionError) as error:
+                raise DataError(self._reason(error, max(1, lines.number))[1]) from error
+            self._first = lines.place if self._delimited else (0, 0)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def cut(self, image: str | None = None) -> None:
+        """Finds the offset of every row, and makes each options.shard_rows of them a shard.
+
+        image: the column that names the images, if there is one. Raises DataError for a row of CSV or TSV that does not
+        parse, unless the options skip bad samples.
+        """
+        shard_rows = self._options.shard_rows or SHARD_ROWS
+        with self._opened() as file:
+            lines = _Lines(file, self._first)
+            for at, number in self._delimited_rows(lines, image) if self._delimited else _json_rows(lines):
+                if len(self._places) % shard_rows == 0:
+                    self._lines.append(number)
+                self._places.append(at)
+            count = len(self._places)
+            self._places.append(lines.place[0])
+        self.sizes = [min(shard_rows, count - start) for start in range(0, count, shard_rows)]
+        self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
+        self.starts = list(accumulate(self.sizes, initial=0))
+
+    def read(self, number: int, names: Sequence[str]) -> list[list[Any]]:
+        """Reads columns of a shard. For a row that does not parse, a BadText stands in each of them.
+
+        Raises DataError when the file cannot be read or has changed.
+        """
+        rows = self._shard(number)
+        if not self._delimited:
+            return [[row if isinstance(row, BadText) else row.get(name) for row in rows] for name in names]
+        columns = [self.columns.index(name) for name in names]
+        if any(row in self._bad for row in range(self.starts[number], self.starts[number + 1])):
+            return [[row if isinstance(row, BadText) else row[k] for row in rows] for k in columns]
+        return [[row[k] for row in rows] for k in columns]
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Reads row i alone. Raises BadText when it does not parse; DataError, IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)} in {self.path}")
+        if i in self._bad:
+            raise BadText(self._bad[i].cause, self._bad[i].reason)
+        try:
+            data = self._bytes(i, i + 1)
+        except OSError as error:
+            raise DataError(f"{self.path}: row {i} cannot be read ({error.strerror})") from error
+        if self._delimited:
+            return dict(zip(self.columns, self._fields(data, 1)[0], strict=True))
+        row = self._object(i, data)
+        if isinstance(row, BadText):
+            raise row
+        return row
+
+    def value(self, i: int, name: str) -> Any:
+        """A field of row i. Raises as row does."""
+        return self.row(i).get(name)
+
+    image = value
+
+    def lacking(self, name: str) -> tuple[Path, Sequence[str]] | None:
+        """File and columns, unless exactly one column has this name."""
+        return None if self.columns.count(name) == 1 else (self.path, self.columns)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of how the file was read, a sentence each."""
+        found = []
+        if self.several_lines:
+            found.append(f"{self.path}: {self.several_lines} rows span several lines, within double quotes")
+        if self.in_quotes:
+            found.append(
+                f"{self.path}: {self.in_quotes} rows have a field in double quotes, which are kept as text; --quoting "
+                "minimal removes them"
+            )
+        return found
+
+    def where(self, i: int) -> str:
+        """File and row of row i, for messages."""
+        return f"{self.path}: row {i}"
+
+    def place(self, i: int) -> str:
+        """File, row and line of row i, for messages."""
+        try:
+            number = bisect_right(self.starts, i) - 1
+            row, lines = self._counted
+            if not self.starts[number] <= row <= i:
+                row, lines = self.starts[number], self._lines[number]
+            lines += self._bytes(row, i).count(b"\n")
+            self._counted = i, lines
+            return f"{self.path}: row {i}, line {lines + 1}"
+        except OSError:
+            return f"{self.path}: row {i}"
+
+    def stamp(self, number: int) -> str:
+        """Size and time of change of the file, as it was opened."""
+        return f"{self._stamp[0]}-{self._stamp[1]}"
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def _bytes(self, first: int, end: int) -> bytes:
+        """The bytes of the rows from `first` to before `end`. Raises OSError, also when the file has changed."""
+        start = self._places[first]
+        return FILES.read(self.path, self._stamp, start, self._places[end] - start)
+
+    def _reason(self, error: Exception, line: int) -> tuple[Cause, str]:
+        """Cause and message of an error while line number `line` was read."""
+        if isinstance(error, UnicodeDecodeError):
+            return "not UTF-8", f"{self.path}: line {line} is not UTF-8 ({error.reason})"
+        return "does not parse", f"{self.path}: line {line} does not parse ({_in_words(error)})"
+
+    # CSV and TSV
+
+    def _header(self, lines: "_Lines") -> list[str]:
+        """Reads the header, and decides on delimiter and quoting."""
+        first = next((line for line in lines if line.strip()), "")
+        lines.back()
+        delimiter, quoting = self._options.delimiter, self._options.quoting
+        if delimiter is None:
+            delimiter = "\t" if self.path.suffix.lower() == ".tsv" else self._delimiter_of(first)
+        delimiter = "\t" if delimiter == "tab" else delimiter
+        if quoting == "auto":
+            quoting = "none" if delimiter == "\t" and '"' not in first else "minimal"
+        self._quoted = quoting == "minimal"
+        self._format: dict[str, Any] = {
+            "delimiter": delimiter,
+            "quoting": csv.QUOTE_MINIMAL if self._quoted else csv.QUOTE_NONE,
+            "strict": True,
+        }
+        return next(filter(None, csv.reader(lines, **self._format)), [])
+
+    def _delimiter_of(self, header: str) -> str:
+        """The delimiter of a header: a comma where there is none. Raises DataError when it may be several."""
+        found = [mark for mark in _SEARCHED if len(next(csv.reader([header], delimiter=mark))) > 1] if header else []
+        if len(found) > 1:
+            marks = " and ".join(_SEARCHED[mark] for mark in found)
+            raise DataError(f"{self.path}: its header has {marks}; say which of them delimits, with --delimiter")
+        return found[0] if found else ","
+
+    def _delimited_rows(self, lines: "_Lines", image: str | None) -> Iterator[tuple[int, int]]:
+        """Yields the place of every row; adds those that do not parse to self._bad. Raises DataError for these when
+        bad samples are not skipped."""
+        width = len(self.columns)
+        names = [k for k, name in enumerate(self.columns) if name == image]
+        reader = csv.reader(lines, **self._format)
+        delimiter = self._format["delimiter"]
+        trusted = self._options.quoting == "minimal"
+        while True:
+            place = lines.begin()
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, UnicodeDecodeError) as error:
+                first, last = place[1] + 1, lines.number
+                if isinstance(error, csv.Error) and str(error).startswith(_UNCLOSED):
+                    lines.back(1)  # the rest may be good
+                    error = csv.Error("a double quote opens there and does not close; --quoting none keeps it as text")
+                    last = first
+                cause, reason = self._reason(error, last)
+                if last > first:
+                    reason += f", in a row whose quote opens at line {first}"
+                yield from self._refused(lines, cause, reason, _could_be_rows(lines.since, delimiter, width, names))
+                continue
+            if not row:
+                continue
+            last = lines.number
+            if last > place[1] + 1:
+                if not trusted and _could_be_rows(lines.since, delimiter, width, names):
+                    reason = (
+                        f"{self.path}: a quote opens at line {place[1] + 1} and closes at line {last}, and each of "
+                        "these lines looks like a row; --quoting none keeps quotes as text, --quoting minimal reads "
+                        "the lines as one row"
+                    )
+                    yield from self._refused(lines, "does not parse", reason, True)
+                    continue
+                self.several_lines += 1
+            if len(row) != width:
+                reason = f"{self.path}: line {last} has {len(row)} fields and the header has {width}"
+                yield from self._refused(lines, "does not parse", reason, False)
+                continue
+            if not self._quoted and b'"' in lines.since[0]:
+                self.in_quotes += any(len(field) > 1 and field[0] == field[-1] == '"' for field in row)
+            yield place
+
+    def _refused(self, lines: "_Lines", cause: Cause, reason: str, each: bool) -> Iterator[tuple[int, int]]:
+        """Yields the places of a bad row: one, or one for each of its lines. Raises DataError unless bad samples are
+        skipped."""
+        if not self._options.skip_bad:
+            raise DataError(f"{reason}; {_SKIP}")
+        for place in lines.places() if each else [lines.began]:
+            self._bad[len(self._places)] = BadText(cause, reason)
+            yield place
+
+    def _fields(self, data: bytes, count: int) -> list[list[str]]:
+        """The fields of `count` rows. Raises DataError when the file has changed."""
+        try:
+            text = io.StringIO(data.decode(), newline="\n")
+            rows = [row for row in csv.reader(text, **self._format) if row]
+        except (csv.Error, ValueError) as error:
+            raise DataError(f"{self.path} {_CHANGED}") from error
+        if len(rows) != count:
+            raise DataError(f"{self.path} {_CHANGED}")
+        return rows
+
+    # all
+
+    def _shard(self, number: int) -> list[Any]:
+        """The rows of a shard: lists of fields, or objects, or BadText."""
+        last, rows = self._last
+        if last != number:
+            first, end = self.starts[number], self.starts[number + 1]
+            try:
+                data = memoryview(self._bytes(first, end))
+            except OSError as error:
+                raise DataError(f"{self.path} {_CHANGED} ({error.strerror})") from error
+            start = self._places[first]
+
+            def part(row: int, stop: int) -> bytes:
+                return bytes(data[self._places[row] - start : self._places[stop] - start])
+
+            if self._delimited:
+                rows = []
+                for bad, group in groupby(range(first, end), self._bad.__contains__):
+                    found = list(group)
+                    rows += (
+                        [self._bad[row] for row in found]
+                        if bad
+                        else self._fields(part(found[0], found[-1] + 1), len(found))
+                    )
+            else:
+                rows = [self._object(row, part(row, row + 1)) for row in range(first, end)]
+            self._last = number, rows
+        return rows
+
+    # JSONL
+
+    def _names_of_first(self, lines: "_Lines") -> list[str]:
+        """The names in the first object. Raises ConfigError for options of CSV."""
+        if self._options.delimiter is not None or self._options.quoting != "auto":
+            raise ConfigError(f"{self.path} holds JSON; --delimiter and --quoting are for CSV and TSV")
+        while True:
+            try:
+                line = next(lines, None)
+                if line is None:
+                    return []
+                if line.strip():
+                    return sorted(_object(line))
+            except (ValueError, RecursionError):
+                if not self._options.skip_bad:
+                    raise
+
+    def _object(self, i: int, data: bytes) -> dict[str, Any] | BadText:
+        """Row i, or what is wrong with it."""
+        try:
+            return _object(data.decode("utf-8" if self._places[i] else "utf-8-sig"))
+        except UnicodeDecodeError as error:
+            return BadText("not UTF-8", f"{self.place(i)} is not UTF-8 ({error.reason})")
+        except (ValueError, RecursionError) as error:
+            return BadText("does not parse", f"{self.place(i)} does not parse ({_in_words(error)})")
+
+
+def _object(line: str) -> dict[str, Any]:
+    row = json.loads(line.strip())  # strips more kinds of space than JSON allows, as does the test for blank lines
+    if not isinstance(row, dict):
+        raise ValueError("it is not a JSON object")
+    return row
+
+
+def _json_rows(lines: "_Lines") -> Iterator[tuple[int, int]]:
+    """Yields the place of every line that is not blank."""
+    for line, place in lines.raw():
+        if line[:1] == b"{" or line.decode("utf-8" if place[0] else "utf-8-sig", "replace").strip():
+            yield place
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return str(error)
+
+
+def _could_be_rows(lines: Sequence[bytes], delimiter: str, width: int, names: Sequence[int]) -> bool:
+    """Whether several lines would be rows if quotes were text.
+
+    names: the column of the names of images, if there is one. When that of the first line ends as an image's name does,
+    those of the other lines must do so.
+    """
+    rows = [line.decode(errors="replace").rstrip("\r\n").split(delimiter) for line in lines if line.strip()]
+    if len(lines) < 2 or any(len(row) != width for row in rows):
+        return False
+    suffixes = [row[k].strip(' "').rpartition(".")[2].lower() for row in rows for k in names]
+    return not suffixes or suffixes[0] not in IMAGE_SUFFIXES or all(suffix in IMAGE_SUFFIXES for suffix in suffixes)
+
+
+class _Lines:
+    """Iterates over the lines of a file as text, from `place` on: the numbers of bytes and of lines before the next.
+
+    since: the bytes of the lines since the last `begin`, which was called at the place `began`.
+
+    Iterating raises UnicodeDecodeError, and goes on with the next line afterwards.
+    """
+
+    def __init__(self, file: BinaryIO, place: tuple[int, int] = (0, 0)):
+        self._file = file
+        self._at, self.number = self.began = place
+        self.since: list[bytes] = []
+        file.seek(self._at)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self._at, self.number
+
+    def begin(self) -> tuple[int, int]:
+        """Begins a row, and returns its place."""
+        self.since.clear()
+        self.began = self._at, self.number
+        return self.began
+
+    def back(self, lines: int = 0) -> None:
+        """Goes back to the beginning of the row, or to the end of its first line."""
+        del self.since[lines:]
+        self._at = self.began[0] + sum(map(len, self.since))
+        self.number = self.began[1] + lines
+        self._file.seek(self._at)
+
+    def places(self) -> Iterable[tuple[int, int]]:
+        """The places of the lines of the row that are not blank."""
+        ends = accumulate(map(len, self.since), initial=self.began[0])
+        places = [(at, self.began[1] + k) for k, at in enumerate(ends)]
+        return [place for place, line in zip(places, self.since, strict=False) if line.strip()]
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            raise StopIteration
+        first = not self._at
+        self._at += len(line)
+        self.number += 1
+        self.since.append(line)
+        return line.decode("utf-8-sig" if first else "utf-8")
+
+    def raw(self) -> Iterator[tuple[bytes, tuple[int, int]]]:
+        """Yields the bytes of each line, and its place."""
+        for line in self._file:
+            place = self._at, self.number
+            self._at += len(line)
+            self.number += 1
+            yield line, place
