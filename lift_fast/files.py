@@ -1,6 +1,8 @@
-"""Atomic writing of files: each appears whole or not at all."""
+"""Atomic writing of files: each appears whole or not at all. And how much a disk has free."""
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,3 +34,12 @@ def write_whole(files: Mapping[Path, bytes], tag: str = "") -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free, for this user, on the disk that a file or folder at `path` would be written to."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    disk = shutil.disk_usage(folder)
+    return disk.free if disk.total else sys.maxsize  # some file systems do not say

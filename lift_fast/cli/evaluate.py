@@ -1,21 +1,63 @@
 """lift-fast eval, compare and report: what trained runs score and cost."""
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
+
+from ..data.options import DataOptions
 from ..errors import ConfigError
-from .common import read_json, write_json
+from ..train.config import PresetName
+from .common import counted, listed, print_problems, read_json, write_json
+
+
+def named_sets(words: list[str]) -> dict[str, Path]:
+    """The data sets that an option --data names: NAME PATH, several times; or paths alone, named by their last part.
+
+    Words are paths alone where their number is odd, or where a slash stands in what would be a name. Raises ValueError
+    for a name that occurs twice, and for words that may be either.
+    """
+    names = words[::2]
+    if words and not any("/" in word for word in words) and all(map(os.path.exists, words)) and len(words) % 2 == 0:
+        raise ValueError(f"is {words[0]} a name or a data set? Write ./{words[0]} for a data set, or take another name")
+    if words and (len(words) % 2 or any("/" in name for name in names)):
+        pairs = [(Path(word).resolve().stem, word) for word in words]
+    else:
+        pairs = list(zip(names, words[1::2], strict=True))
+    found = {name: Path(word) for name, word in pairs}
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"two sets are called {twice}; name each: NAME PATH NAME PATH")
+    return found
+
+
+NamedSets = Annotated[
+    dict[str, Path],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME] PATH [[NAME] PATH ...]",
+        instance_from_str=named_sets,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda sets: [word for name, path in sets.items() for word in (name, str(path))],
+    ),
+]
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained run on held-out sets: retrieval, and composition and zero-shot where a set has them."""
+    """Evaluate a trained run on held-out sets: retrieval, and composition and zero-shot where a set has them.
+
+    Zero-shot classification takes the classes that the metadata of the samples name: a column, or an entry of the
+    .json, called group, label, class, class_name or cls; of class folders their names.
+    """
 
     run: Path
     """Folder of the run."""
-    data: dict[str, Path]
-    """Name and folder of each held-out set: --data openmoji DIR scenes DIR."""
+    data: NamedSets
+    """Held-out sets: --data DIR, or names and folders of several: --data openmoji DIR scenes DIR."""
     json: Path | None = None
     """File to write the figures to."""
     loader: Literal["auto", "host", "dali"] = "auto"
@@ -23,14 +65,28 @@ class Eval:
     trust_remote_code: bool = False
     """Run Python code that comes with LIFT's text encoder."""
     device: str = "auto"
+    field: str | None = None
+    """Caption to read. Default: the one that the run was trained on, or txt in a set that does not have it."""
+    pictures: tuple[Path, ...] = ()
+    """Folders of the image files, one for each --data; needed when they are not where the captions are."""
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __call__(self) -> None:
+        from ..data.samples import Problem
         from ..devices import pick_device
         from ..eval.run import evaluate
 
-        device = pick_device(self.device)
-        trust = self.trust_remote_code
-        result = evaluate(self.run, self.data, device, loader=self.loader, trust_remote_code=trust)
+        result = evaluate(
+            self.run,
+            self.data,
+            pick_device(self.device),
+            loader=self.loader,
+            trust_remote_code=self.trust_remote_code,
+            field=self.field,
+            images=self.pictures,
+            options=self.reading,
+        )
+        print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
         for name, scores in result["retrieval"].items():
             i2t, t2i = scores["i2t"], scores["t2i"]
             print(
@@ -38,7 +94,10 @@ class Eval:
                 f"{t2i['r1']:.1%} {t2i['r5']:.1%} {t2i['r10']:.1%} (n = {scores['n']}, chance {1 / scores['n']:.2%})"
             )
             if result["skipped"][name]:
-                print(f"{name}: {result['skipped'][name]} images do not decode and were left out")
+                causes = listed(result["skipped_causes"][name])
+                print(f"{name}: {counted(result['skipped'][name], 'sample')} left out ({causes})")
+            for note in result["notes"][name]:
+                print(f"{name}: {note}")
         if result["composition"]:
             print("composition: " + ", ".join(f"{k} {v:.1%}" for k, v in result["composition"].items() if k != "n"))
         if result["zero_shot"]:
@@ -55,7 +114,7 @@ class Eval:
 class Compare:
     """Compute what LIFT saves: counted for a preset, on no GPU, and measured for two trained runs on this machine."""
 
-    preset: str = "vit-b16"
+    preset: PresetName = "vit-b16"
     """Model sizes that the exact counts are for (no memory is allocated)."""
     context: tuple[int, ...] = (77, 128)
     """Caption lengths of CLIP, in tokens."""
@@ -67,6 +126,8 @@ class Compare:
     """Folder of the CLIP run to compare it with."""
     data: Path | None = None
     """Data set whose captions the text side is timed on."""
+    pictures: Path | None = None
+    """Folder of the image files of --data; needed when they are not where the captions are."""
     cache: tuple[Path, ...] = ()
     """Caches of --data, one for each --context, embedded from captions of that length."""
     json: Path | None = None
@@ -91,24 +152,30 @@ class Compare:
         """Returns FLOPs, memory, step time and text time of two trained runs (measure.compare_runs)."""
         from .. import run_folder
         from ..cache import Cache
-        from ..data.open import open_data, open_sets
+        from ..data.open import open_data
         from ..devices import pick_device
         from ..measure.compare_runs import check_pair, compare_runs
         from ..text.cached import CachedText
+        from ..train.setup import open_training_sets, read_as_embedded
 
-        samples = open_data(data)
         caches = dict(zip(self.context, map(Cache, self.cache), strict=True))
         captions = {}
         for context, cache in caches.items():
-            cache.check_keys(samples)
-            captions[context] = [samples.caption(i, cache.manifest.field) for i in range(len(samples))]
+            samples = open_data(data, self.pictures, read_as_embedded(DataOptions(), cache))
+            cache.check_data(samples)
+            captions[context] = [
+                caption
+                for number in range(len(samples.shard_sizes))
+                for caption in samples.captions(number, cache.manifest.field)
+                if isinstance(caption, str)
+            ]
         runs = {"lift": run_folder.read_description(lift), "clip": run_folder.read_description(clip)}
         check_pair(runs)
         config = runs["lift"]["config"]
-        training = CachedText(
-            [Cache(folder) for folder in config["cache"]], open_sets(config["data"], config.get("pictures", ()))
-        )
-        return compare_runs(runs, training, caches, captions, pick_device(self.device))
+        trained = [Cache(folder) for folder in config["cache"]]
+        options = DataOptions(**config.get("options", {}))
+        sets, _ = open_training_sets(config["data"], config.get("pictures", ()), options, trained)
+        return compare_runs(runs, CachedText(trained, sets), caches, captions, pick_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -123,7 +190,7 @@ class Report:
     """File that `lift-fast compare --json` wrote for the two runs."""
     out: Path
     """Folder for the report."""
-    data: dict[str, Path]
+    data: NamedSets
     """Name and folder of each data set; the folder holds train and heldout."""
     command: str = "lift-fast report"
     """Command that the report names as its origin."""

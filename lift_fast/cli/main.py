@@ -50,8 +50,13 @@ class Line:
             raise ConfigError(f"log_every must be above 0 seconds, not {self.log_every}")
 
 
-def parse(args: list[str] | None = None) -> Line:
-    """Returns the command line that the arguments describe. args: sys.argv[1:] where None.
+def parse(args: list[str] | None = None) -> Command:
+    """Returns the command that the arguments describe. args: sys.argv[1:] where None. Raises as parse_line does."""
+    return parse_line(args).command
+
+
+def parse_line(args: list[str] | None = None) -> Line:
+    """Returns the command and the options of all commands.
 
     Raises ConfigError for a setting out of range, SystemExit for arguments that do not parse.
     """
@@ -73,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
             if (sys.argv[1:] if args is None else args) == ["--version"]:
                 print(f"lift-fast {__version__}")
                 return
-            line = parse(args)
+            line = parse_line(args)
             progress.configure(quiet=line.quiet, every=line.log_every)
             line.command()
             return

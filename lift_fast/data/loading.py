@@ -269,13 +269,7 @@ class Skipped:
             self._counted.add(row)
             self._order.append(row)
             self.causes[error.cause] += 1
-        if row not in self._listed:
-            self._listed.add(row)
-            line = {"sample": self.data.where(row), "row": row, "cause": error.cause, "reason": error.reason}
-            if len(self._first) < _LISTED:
-                self._first.append(line)
-            self._unwritten.append(json.dumps(line) + "\n")
-            self._write()
+        self.note(row, error)
         bad = self.met.total()
         if self.looked_at >= _JUDGED_FROM and bad > self.most * self.looked_at:
             raise DataError(
@@ -283,6 +277,16 @@ class Skipped:
                 f"{self.most}; the last: {self.data.where(row)} ({error.reason}). lift-fast data check --bad FILE "
                 "lists all"
             )
+
+    def note(self, row: int, error: BadSample) -> None:
+        """Lists one without counting it, unless it is listed already."""
+        if row not in self._listed:
+            self._listed.add(row)
+            line = {"sample": self.data.where(row), "row": row, "cause": error.cause, "reason": error.reason}
+            if len(self._first) < _LISTED:
+                self._first.append(line)
+            self._unwritten.append(json.dumps(line) + "\n")
+            self._write()
 
     def counts(self) -> Counts:
         """What is counted so far."""

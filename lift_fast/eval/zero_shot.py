@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..run_folder import EncodeText
 
+LABELS = ("group", "label", "class", "class_name", "cls")  # entries of the metadata that name a sample's class
 TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")
 
 
@@ -41,19 +42,34 @@ def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def groups_of(metas: Sequence[dict[str, Any]]) -> list[str]:
-    """The distinct groups that samples' metadata name, sorted: the classes of zero-shot classification."""
-    return sorted({meta["group"] for meta in metas if meta.get("group")})
+def label_of(meta: dict[str, Any]) -> str | None:
+    """The class that a sample's metadata name: the first of LABELS that is there. None where there is none, and where
+    it is a number, which says nothing to a text encoder."""
+    for name in LABELS:
+        value = meta.get(name)
+        if isinstance(value, str) and value.strip() and not value.strip().isdigit():
+            return value.strip()
+    return None
+
+
+def has_numbers(metas: Sequence[dict[str, Any]]) -> bool:
+    """Whether samples' metadata hold classes as numbers, without names."""
+    return any(str(meta.get(name, "")).strip().isdigit() for meta in metas for name in LABELS)
+
+
+def labels_of(metas: Sequence[dict[str, Any]]) -> list[str]:
+    """The distinct classes that samples' metadata name, sorted."""
+    return sorted({label for meta in metas if (label := label_of(meta))})
 
 
 def evaluate_zero_shot(image: Tensor, metas: Sequence[dict[str, Any]], encode_text: EncodeText) -> dict[str, Any]:
     """The scores of `zero_shot` for image features [n, dim] and the metadata of their samples.
 
-    Samples without a group are left out.
+    Samples without a class are left out.
     """
-    groups = groups_of(metas)
-    grouped = [i for i, meta in enumerate(metas) if meta.get("group")]
-    labels = torch.tensor([groups.index(metas[i]["group"]) for i in grouped])
-    texts = [prompt for group in groups for prompt in prompts(group)]
-    classes = encode_text(texts).view(len(groups), len(TEMPLATES), -1)
-    return zero_shot(image[grouped], classes, labels)
+    names = labels_of(metas)
+    number = {name: i for i, name in enumerate(names)}
+    labelled = {i: number[label] for i, meta in enumerate(metas) if (label := label_of(meta))}
+    texts = [prompt for name in names for prompt in prompts(name)]
+    classes = encode_text(texts).view(len(names), len(TEMPLATES), -1)
+    return zero_shot(image[list(labelled)], classes, torch.tensor(list(labelled.values())))

@@ -19,7 +19,8 @@ def gather(
     runs, evals: by "lift" and "clip", the content of run.json and of eval.json. compared: the content of
     compare.json. data: set -> split -> number of samples. command: shown in the report as what made it.
 
-    Raises ConfigError when the runs cannot be compared, DataError when compare.json does not compare two runs.
+    Raises ConfigError when the runs cannot be compared, DataError when compare.json does not compare two runs, or an
+    eval.json is of an earlier version.
     """
     check_pair(runs)
     if "runs" not in compared:
@@ -27,6 +28,8 @@ def gather(
     sets = {model: list(scores["retrieval"]) for model, scores in evals.items()}
     if sets["lift"] != sets["clip"]:
         raise ConfigError(f"the runs were evaluated on different sets: {sets['lift']} and {sets['clip']}")
+    if any("image" not in example for scores in evals.values() for example in scores["pictures"]):
+        raise DataError("an eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json …")
     report: dict[str, Any] = {}
     for model, run in runs.items():
         report[model] = {
@@ -69,7 +72,7 @@ def _examples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The example images, each with the caption that each model ranks first."""
     return [
         {
-            **{key: lift[key] for key in ("set", "png_base64", "caption")},
+            **{key: lift[key] for key in ("set", "image", "caption")},
             "lift": lift["first"],
             "lift_right": lift["right"],
             "clip": clip["first"],

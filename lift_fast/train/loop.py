@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -18,8 +19,11 @@ from .setup import Training, setup
 _WARM_UP = 3  # first steps that fill caches and allocate; their times are left out of the medians
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Trains one model and returns the content of run.json. progress: whether to show a progress bar.
+def train(
+    config: TrainConfig, *, progress: bool = True, opened: Callable[[Training], None] | None = None
+) -> dict[str, Any]:
+    """Trains one model and returns the content of run.json. progress: whether to show a progress bar. opened: called
+    when everything has been opened and checked, before the first file is written.
 
     Writes to config.out: metrics.jsonl, TensorBoard events, skipped.jsonl if there are bad samples, and at the end
     model.safetensors and run.json. Everything is checked before the first of these is written.
@@ -28,8 +32,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     not finite (the steps before it are in metrics.jsonl) or the run cannot be written.
     """
     training = setup(config)
+    if opened is not None:
+        opened(training)
     config.out.mkdir(parents=True)
     training.pipeline.skipped.write_to(config.out / "skipped.jsonl")
+    for row, error in training.text.left_out.items():
+        training.pipeline.skipped.note(row, error)  # a short run may not come to them
     started = time.perf_counter()
     with Recorder(config, open_loggers(config, progress)) as recorder, closing(training.batches):
         for step in range(config.steps):
@@ -39,8 +47,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
             lr = config.lr * schedule(step, config.warmup, config.steps)
             stats = HostCopy(training.take_step(pixels, text, lr))
             record = StepRecord(step, stats, lr, data_ms, training.pipeline.skipped.causes.total())
-            recorder.add(record)  # reads the previous step's stats, while the device computes this step
-            record.step_ms = 1e3 * (time.perf_counter() - begun)
+            try:
+                recorder.add(record)  # reads the previous step's stats, while the device computes this step
+            finally:
+                record.step_ms = 1e3 * (time.perf_counter() - begun)
         recorder.flush()
     run = summarise(training, recorder, time.perf_counter() - started)
     run_folder.save(config.out, training.model, run)

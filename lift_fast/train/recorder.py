@@ -6,8 +6,8 @@ figures of a step only after the next step has been launched, so that a GPU neve
 
 import json
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from ..errors import TrainingError
+from ..progress import bar
 from .config import TrainConfig
 
 
@@ -98,15 +98,15 @@ class TensorBoard:
 
 
 class ProgressBar:
-    """A line on the terminal: steps, loss, images per second."""
+    """On stderr: steps, loss, images per second."""
 
     def __init__(self, config: TrainConfig, shown: bool):
         self.batch_size = config.batch_size
-        self.bar = tqdm(total=config.steps, desc=f"train {config.model}", unit="step", disable=not shown)
+        self.bar = bar(total=config.steps, desc=f"train {config.model}", unit="step", disable=not shown)
 
     def log(self, record: dict[str, Any]) -> None:
         rate = 1e3 * self.batch_size / record["step_ms"]
-        self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {rate:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {rate:.0f} images/s", refresh=False)
         self.bar.update()
 
     def close(self) -> None:
@@ -114,12 +114,26 @@ class ProgressBar:
 
 
 def open_loggers(config: TrainConfig, progress: bool) -> list[Logger]:
-    """The logs of a run. They write to config.out, which must exist; progress: whether to show a progress bar."""
-    return [JsonLines(config.out / "metrics.jsonl"), TensorBoard(config.out), ProgressBar(config, progress)]
+    """The logs of a run. They write to config.out, which must exist; progress: whether to show a progress bar.
+
+    When one cannot be opened, those before it are closed."""
+    makers: list[Callable[[], Logger]] = [
+        lambda: JsonLines(config.out / "metrics.jsonl"),
+        lambda: TensorBoard(config.out),
+        lambda: ProgressBar(config, progress),
+    ]
+    with ExitStack() as opened:
+        loggers = []
+        for make in makers:
+            loggers.append(make())
+            opened.callback(loggers[-1].close)
+        opened.pop_all()
+    return loggers
 
 
 class Recorder:
-    """Hands the record of each step to the loggers, one step late. As a context manager it closes the loggers.
+    """Hands the record of each step to the loggers, one step late. As a context manager it closes the loggers, after
+    it has handed them the last step where an error or Ctrl-C ended the run.
 
     losses, step_ms: of every step that has been written, in order.
     """
@@ -128,7 +142,7 @@ class Recorder:
         self.config, self.loggers = config, loggers
         self.losses: list[float] = []
         self.step_ms: list[float] = []
-        self._pending: StepRecord | None = None
+        self._pending: list[StepRecord] = []
         self._closing = ExitStack()
         for logger in loggers:
             self._closing.callback(logger.close)
@@ -136,21 +150,29 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._closing.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        with self._closing:
+            if kind is not None:
+                with suppress(Exception):  # the error that ended the run is the one to raise
+                    self.flush()
 
     def add(self, record: StepRecord) -> None:
         """Takes the record of a step that has been launched, and writes the previous one. Raises as `flush` does."""
-        self.flush()
-        self._pending = record
+        self._pending.append(record)
+        while len(self._pending) > 1:
+            self._write_first()
 
     def flush(self) -> None:
-        """Writes the record that was added last. Raises TrainingError when its loss is not finite."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        """Writes the records that are not written yet. Raises TrainingError when a loss is not finite."""
+        while self._pending:
+            self._write_first()
+
+    def _write_first(self) -> None:
+        pending = self._pending[0]
         loss, grad_norm, logit_scale = pending.stats.read()
+        del self._pending[0]  # only now: Ctrl-C may end the wait for the device
         if not math.isfinite(loss):
+            self._pending.clear()
             raise TrainingError(
                 f"the loss is {loss} at step {pending.step}; lower --lr (now {self.config.lr}) or use "
                 f"--precision fp32. The steps before it are in {self.config.out / 'metrics.jsonl'}"

@@ -1,9 +1,9 @@
 """Sets up a training run: everything is opened, checked and built before the first file is written."""
 
-import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +15,30 @@ from ..data import dali
 from ..data.host import HostPipeline
 from ..data.loading import Batch, Loading, Pipeline
 from ..data.open import open_sets
+from ..data.options import DataOptions
+from ..data.reading import cpu_count
+from ..data.reading import cpu_count
 from ..data.samples import Collection
 from ..devices import gpu_index, pick_device, use_bf16
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
+from ..files import free_bytes
 from ..losses import ClipLoss, CosineLoss
 from ..nn import Clip, Lift
 from ..text.cached import CachedText
 from ..text.tokenized import TokenizedText
+from . import notices
 from .config import TrainConfig
 from .step import Step, Text
+
+_LOGGED = 700  # bytes that a step adds to metrics.jsonl and to TensorBoard's events, rounded up
 
 
 @dataclass
 class Training:
     """A run that is ready to train. Its state while it trains is that of model, optimizer and pipeline.
 
-    description: what run.json says of the model and its text; see run_folder. batches: the pipeline's, endless.
+    description: what run.json says of the model, its text and its data; see run_folder. notices: lines to
+    print before the first step, see notices.py. batches: the pipeline's, endless.
     """
 
     config: TrainConfig
@@ -43,6 +51,7 @@ class Training:
     take_step: Step
     pipeline: Pipeline
     batches: Generator[Batch, None, None]
+    notices: list[str]
 
     def next_inputs(self) -> tuple[Tensor, Text]:
         """The next batch, being copied to the device: pixels, and the text of the same samples; shapes as of Step."""
@@ -56,19 +65,26 @@ def setup(config: TrainConfig) -> Training:
 
     Raises ConfigError for settings that do not fit the data or this machine, and when config.out exists; DataError and
     CacheError for data and caches that cannot be read; CacheMismatch for a cache of other data or another text_dim;
-    BackendError for loader dali when it is not installed.
+    BackendError for loader dali when it is not installed; TrainingError when the disk has no space for the weights.
     """
     device = pick_device(config.device)
     if config.graph and device.type != "cuda":
         raise ConfigError("--graph captures the step as a CUDA graph and needs a CUDA device; leave it out")
     if config.out.exists():
         raise ConfigError(f"{config.out} exists already; remove it or name another --out")
-    data = open_sets(config.data, config.pictures)
+    caches = [Cache(folder) for folder in config.cache]
+    data, read = open_training_sets(config.data, config.pictures, config.options, caches)
 
     torch.manual_seed(config.seed)
-    text = open_text(config, data)
-    description = describe(config, text)
+    text = open_text(config, data, caches)
+    data.leave_out(text.left_out)
+    description = describe(config, text) | {
+        "read": read,
+        "problems": [problem._asdict() for samples in data.sets for problem in samples.problems],
+        "left_out": notices.left_out(text),
+    }
     model = run_folder.build(description).to(device)
+    check_disk(config, model)
     model.set_checkpointing(config.checkpointing)
     model.set_fp8(config.fp8)
     optimizer = make_optimizer(model, config)
@@ -82,21 +98,56 @@ def setup(config: TrainConfig) -> Training:
         compiled=config.compile,
         graphed=config.graph,
     )
+    said = notices.lines(data, text, config.batch_size, config.seed)
     pipeline = make_pipeline(config, data, model.visual.config.image_size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = decode_first(pipeline)
-    return Training(config, description, device, data, text, model, optimizer, take_step, pipeline, batches)
+    return Training(config, description, device, data, text, model, optimizer, take_step, pipeline, batches, said)
 
 
-def open_text(config: TrainConfig, data: Collection) -> CachedText | TokenizedText:
+def open_training_sets(
+    paths: Sequence[Path], images: Sequence[Path], options: DataOptions, caches: Sequence[Cache] = ()
+) -> tuple[Collection, dict[str, Any]]:
+    """Opens the data sets of a run as one; with them the recorded options that all were read with, {} where they
+    differ.
+
+    caches: LIFT: the cache of each set. Raises DataError and ConfigError as open_sets and read_as_embedded do.
+    """
+    each = [read_as_embedded(options, cache) for cache in caches] or [options] * len(paths)
+    recorded = [one.recorded() for one in each]
+    return open_sets(paths, images, each), recorded[0] if all(one == recorded[0] for one in recorded) else {}
+
+
+def read_as_embedded(options: DataOptions, cache: Cache) -> DataOptions:
+    """How to open the data set that a cache was made from: as `embed` opened it.
+
+    Bad samples are left out whatever `options` says: the cache has a row of every sample and knows the bad ones, and
+    Cache.check_data compares sizes, keys and captions, so none can be lost unseen. Raises ConfigError as
+    DataOptions.merged.
+    """
+    return replace(options.merged(cache.manifest.read), skip_bad=True)
+
+
+def check_disk(config: TrainConfig, model: nn.Module) -> None:
+    """Raises TrainingError when the disk of config.out has no space for the weights and the logs."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    needed, free = weights + _LOGGED * config.steps, free_bytes(config.out)
+    if needed > free:
+        raise TrainingError(
+            f"the run needs {needed / 1e6:.1f} MB in {config.out} and its disk has {free / 1e6:.1f} MB free; free some "
+            "space or name another --out"
+        )
+
+
+def open_text(config: TrainConfig, data: Collection, caches: Sequence[Cache]) -> CachedText | TokenizedText:
     """The text side: the caches of a LIFT run, the captions of a CLIP run.
 
     Raises CacheError, CacheMismatch (CachedText), DataError (TokenizedText).
     """
     if config.model == "lift":
-        return CachedText([Cache(folder) for folder in config.cache], data, config.text_dim)
-    return TokenizedText(data, config.field, config.context)
+        return CachedText(caches, data, config.text_dim)
+    return TokenizedText(data, config.field, config.context, config.options.skip_bad)
 
 
 def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str, Any]:
@@ -137,7 +188,7 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
         shuffle_buffer=config.shuffle_buffer,
         max_skipped=config.max_skipped,
         checked=config.checked,
-        threads=len(os.sched_getaffinity(0)),
+        threads=cpu_count(),
         ahead=2 if on_gpu else 0,
     )
     if dali.wanted(config.loader, on_gpu):

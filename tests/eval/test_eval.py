@@ -103,9 +103,11 @@ def test_a_model_is_evaluated_on_the_images_that_decode(tmp_path):
         return F.normalize(torch.randn(len(captions), 24), dim=1)
 
     result = evaluate_model(model, encode_text, sets, torch.device("cpu"), examples=3)
-    assert list(result) == ["retrieval", "composition", "zero_shot", "pictures", "skipped"]
+    assert list(result)[:5] == ["retrieval", "composition", "zero_shot", "pictures", "skipped"]
     assert {name: scores["n"] for name, scores in result["retrieval"].items()} == {"whole": 10, "broken": 9}
     assert result["skipped"] == {"whole": 0, "broken": 1}
+    assert result["skipped_causes"] == {"whole": {}, "broken": {"not a picture": 1}}
+    assert result["notes"] == {"whole": [], "broken": []}
     assert result["composition"] is None and result["zero_shot"] is None
     assert [example["caption"] for example in result["pictures"]] == [f"caption {i}" for i in (0, 1, 2, 1, 2, 3)]
     assert asked == [[f"caption {i}" for i in range(10)], [f"caption {i}" for i in range(1, 10)]]

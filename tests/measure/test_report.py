@@ -112,7 +112,7 @@ def example_report(rng: random.Random) -> dict:
         right = rng.random() < 0.6, rng.random() < 0.5
         pictures.append(
             {
-                "png_base64": base64.b64encode(rng.randbytes(100)).decode(),
+                "image": f"data:image/png;base64,{base64.b64encode(rng.randbytes(100)).decode()}",
                 "caption": caption,
                 "lift_right": right[0],
                 "clip_right": right[1],

@@ -283,7 +283,7 @@ def _pictures(report: dict) -> list[dict[str, Any]]:
     return [
         {
             **{key: picture.get(key) for key in ("caption", "set")},
-            "png": picture.get("png_base64") or "",
+            "image": picture.get("image") or "",
             "guesses": [(model, name, picture.get(model), picture.get(f"{model}_right")) for model, name in MODELS],
         }
         for picture in report.get("pictures") or []
