@@ -17,7 +17,6 @@ from ..data.loading import Batch, Loading, Pipeline
 from ..data.open import open_sets
 from ..data.options import DataOptions
 from ..data.reading import cpu_count
-from ..data.reading import cpu_count
 from ..data.samples import Collection
 from ..devices import gpu_index, pick_device, use_bf16
 from ..errors import ConfigError, TrainingError
