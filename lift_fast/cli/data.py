@@ -160,7 +160,9 @@ class DataStats:
         lines["bad captions"] = listed(figures["bad_captions"])
         width = max(map(len, lines))
         for name, line in lines.items():
-            print(f"{name:{width}}  {line}")
+            print(printable(f"{name:{width}}  {line}"))
+        for remark in figures["remarks"]:
+            print(printable(remark))
         if self.json:
             write_json(self.json, figures)
 
@@ -196,6 +198,8 @@ class DataCheck:
             f"{self.data}: {counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, "
             f"{figures['bad']} bad ({listed(figures['causes'])}); {figures['images_per_s']:.0f} images/s"
         )
+        for remark in figures["remarks"]:
+            print(printable(remark))
         for line in figures["first"]:
             print(printable(f"  {line['sample']}: {line['cause']} ({line['reason']})"))
         if self.json:

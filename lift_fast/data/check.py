@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..errors import DataError
 from ..progress import bar
 from .images import decode, read_header
+from .index import INDEX, scanned
 from .open import open_data
 from .options import DataOptions
-from .passes import Findings, in_order
+from .passes import Findings, in_order, remarks_of
 from .samples import BadSample, BadText, Problem, Samples
 from .scan import key_and_suffix
 from .shards import Shards
@@ -36,11 +38,12 @@ def check(
 
     Returns, JSON-serialisable, "samples" and "shards" that could be opened, "damaged_shards" and "unused_files"; "bad":
     number of samples with any finding; "causes": findings by cause; "first": the first five findings as {"sample",
-    "row", "cause", "reason"}, with row None and a "count" for what is no sample; "seconds"; "images_per_s".
+    "row", "cause", "reason"}, with row None and a "count" for what is no sample; "seconds"; "images_per_s"; "remarks": sentences on
+    how a table was read.
 
     Raises the errors of open_data, and DataError when a table has no column `field`.
     """
-    samples = open_data(path, images, replace(options or DataOptions(), skip_bad=True))
+    samples = _opened(Path(path), images, replace(options or DataOptions(), skip_bad=True))
     samples.caption_field(field)
     found, began = Findings(bad), time.perf_counter()
     for problem in samples.problems:
@@ -63,7 +66,21 @@ def check(
         **found.report(),
         "seconds": seconds,
         "images_per_s": len(samples) / seconds,
+        "remarks": remarks_of(samples),
     }
+
+
+def _opened(path: Path, images: str | Path | None, options: DataOptions) -> Samples:
+    """Opens the data set; tars that were damaged since their index was written without the index. Raises DataError."""
+    try:
+        return open_data(path, images, options)
+    except DataError:
+        if not (path / INDEX).exists():
+            raise
+        samples = Shards(path, scanned(path, options), options)
+        if not any(problem.cause == "damaged shard" for problem in samples.problems):
+            raise
+        return samples
 
 
 def _looked_at(samples: Samples, field: str, row: int) -> list[BadSample]:

@@ -166,14 +166,20 @@ def open_index(folder: Path, options: DataOptions | None = None) -> Index:
             for entry in index.entries:
                 refuse(folder, entry)
         return index
-    # Scanning a large set takes minutes: a bar shows that there is no index.
+    return scanned(folder, options)
+
+
+def scanned(folder: Path, options: DataOptions | None = None) -> Index:
+    """The index of a folder of tars by their content, whatever its file says. Raises DataError as open_index does."""
+    options = options or DataOptions()
     entries: list[Entry] = []
     segments = bytearray()
-    for path in bar(paths, "no index: scanning tars", unit="tar", delay=10):
+    # Scanning a large set takes minutes: a bar shows that there is no index.
+    for path in bar(_tars(folder), "no index: scanning tars", unit="tar", delay=10):
         entry, data = scan(path, options)
         entries.append(replace(entry, at=len(segments)))
         segments += data
-    return Index(folder, entries, segments, suffixes)
+    return Index(folder, entries, segments, suffixes_of(options))
 
 
 def build_index(

@@ -11,6 +11,7 @@ from typing import Any, TextIO, TypeVar
 
 from .reading import cpu_count
 from .samples import BadSample, BadText, Problem, Samples
+from .tables import TableSamples
 
 Found = TypeVar("Found")
 _NAMED = 5  # findings that a report lists
@@ -46,6 +47,11 @@ def whole_meta(samples: Samples, row: int, fields: Sequence[str]) -> dict[str, A
         except BadText:  # missing or no text: check counts it
             continue
     return meta
+
+
+def remarks_of(samples: Samples) -> list[str]:
+    """What a user should know of how a table was read, such as the number of rows that span several lines."""
+    return samples.remarks() if isinstance(samples, TableSamples) else []
 
 
 class Findings:

@@ -11,7 +11,7 @@ from ..errors import ConfigError, DataError
 from ..progress import bar
 from .images import Header, read_header
 from .order import permuted
-from .passes import in_order, whole_meta
+from .passes import in_order, remarks_of, whole_meta
 from .samples import BadSample, BadText, Samples
 from .shards import Shards
 
@@ -35,7 +35,7 @@ def stats(
     characters (median, 95th percentile, max), and the share that repeats an earlier one, estimated above a million
     distinct ones. "no_text": samples without any text, or with metadata that cannot be read. "bad": images by cause.
     "bad_captions": the usual captions, those that training reads, by cause; {} for a set that has none.
-    "unused_files", "damaged_shards": what opening the set found.
+    "unused_files", "damaged_shards": what opening the set found. "remarks": sentences on how a table was read.
 
     Raises ConfigError for a sample below 1.
     """
@@ -99,6 +99,7 @@ def stats(
         "bad_captions": dict(bad_captions.most_common()),
         "unused_files": sum(problem.count for problem in samples.problems if problem.cause == "unused file"),
         "damaged_shards": sum(problem.cause == "damaged shard" for problem in samples.problems),
+        "remarks": remarks_of(samples),
     }
 
 
