@@ -258,7 +258,6 @@ class DataPack:
         if self.json:
             write_json(self.json, figures)
 
-
     def interrupted(self) -> str:
         """What a run that was interrupted leaves."""
         return f"{self.out} was not made"

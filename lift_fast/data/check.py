@@ -38,8 +38,8 @@ def check(
 
     Returns, JSON-serialisable, "samples" and "shards" that could be opened, "damaged_shards" and "unused_files"; "bad":
     number of samples with any finding; "causes": findings by cause; "first": the first five findings as {"sample",
-    "row", "cause", "reason"}, with row None and a "count" for what is no sample; "seconds"; "images_per_s"; "remarks": sentences on
-    how a table was read.
+    "row", "cause", "reason"}, with row None and a "count" for what is no sample; "seconds"; "images_per_s";
+    "remarks": sentences on how a table was read.
 
     Raises the errors of open_data, and DataError when a table has no column `field`.
     """

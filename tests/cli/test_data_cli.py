@@ -111,7 +111,7 @@ def test_check_of_a_damaged_tar(tmp_path, capfd):
     tar.write_bytes(tar.read_bytes()[:3000])
     assert status(f"check {tmp_path}/d") == 1
     out = capfd.readouterr().out
-    assert "6 samples in 2 shards, 0 bad (1 damaged shard)" in out
+    assert "7 samples in 3 shards, 0 bad (1 damaged shard)" in out  # one lies before the cut
     assert "00001.tar: damaged shard" in out and out.count("00001.tar") == 1
 
 
