@@ -32,11 +32,12 @@ class CacheInfo:
         rotation = "".join(f", rotated ({r['kind']}, seed {r['seed']})" for r in [found["rotation"]] if r)
         missing = f" ({len(found['missing'])} missing)" if found["missing"] else ""
         left_out = f", {found['skipped']} of them without a vector" if found["skipped"] else ""
+        read = ", ".join(f"{name} {value!r}" for name, value in found["read"].items())
         lines = {
             "rows": f"{found['rows']} in {found['shards']} shards{missing}{left_out}",
             "vectors": f"{found['dim']} numbers, {found['codec']}{rotation}",
             "size": f"{found['bytes'] / 1e6:.1f} MB; {found['bytes_per_row']} bytes a row, scale and key hash included",
-            "captions": found["field"] + "".join(f", {name} {value!r}" for name, value in found["read"].items()),
+            "captions": found["field"] + (f", read with {read}" if read else ""),
             "encoder": ", ".join(f"{key} {value!r}" for key, value in found["encoder"].items()),
             "format": f"version {found['format']}, identity {found['identity']}",
         }
