@@ -12,6 +12,7 @@ from ..files import write_whole
 if TYPE_CHECKING:
     from ..data.samples import Problem
 
+_NOUNS = ("unused file", "damaged shard", "repeated key")  # causes that have a plural
 _MOST_PROBLEMS = 5  # that are printed
 
 # The keys of ops.rows.codecs.CODECS, repeated because that module imports torch.
@@ -51,8 +52,9 @@ def counted(count: int, noun: str) -> str:
 
 
 def listed(counts: dict[str, int]) -> str:
-    """{"empty": 1, "corrupt": 2} -> "1 empty, 2 corrupt"; {} -> "none"."""
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+    """{"empty": 1, "corrupt": 2, "unused file": 2} -> "1 empty, 2 corrupt, 2 unused files"; {} -> "none"."""
+    words = (counted(count, name) if name in _NOUNS else f"{count} {name}" for name, count in counts.items())
+    return ", ".join(words) or "none"
 
 
 def print_problems(problems: "Sequence[Problem]") -> None:

@@ -115,6 +115,63 @@ def test_check_of_a_damaged_tar(tmp_path, capfd):
     assert "00001.tar: damaged shard" in out and out.count("00001.tar") == 1
 
 
+def test_unused_files_are_named_and_fail_the_check(tmp_path, capfd):
+    """Line 3 of the issue: 22.05.jpg and 22.05.txt in a tar are not read as they are named; an option reads them."""
+    (tmp_path / "files").mkdir()
+    picture = make_set(tmp_path / "made", 1).image_bytes(0)
+    for name in ("22", "22.05"):
+        (tmp_path / f"files/{name}.png").write_bytes(picture)
+        (tmp_path / f"files/{name}.txt").write_text(f"caption {name}")
+    (tmp_path / "d").mkdir()
+    subprocess.run(f"tar -cf {tmp_path}/d/0.tar -C {tmp_path}/files .", shell=True, check=True)
+    assert status(f"check {tmp_path}/d") == 1
+    out = capfd.readouterr().out
+    assert "1 sample in 1 shard, 0 bad (2 unused files)" in out and "22.05.png" in out and "22.05.txt" in out
+    run(f"stats {tmp_path}/d")
+    printed = capfd.readouterr()
+    assert "lift-fast: warning: " in printed.err and "2 unused files (" in printed.err
+    run(f"pack {tmp_path}/d {tmp_path}/out")
+    assert "0 left out (2 unused files)" in capfd.readouterr().out and "bad.jsonl" in names(tmp_path / "out")
+    assert status(f"check {tmp_path}/d --image-suffix 05.png --text-suffix 05.txt") == 1
+    assert "1 sample in 1 shard, 0 bad (2 unused files)" in capfd.readouterr().out
+    # The same files in a folder are two samples.
+    run(f"check {tmp_path}/files")
+    assert "2 samples in 1 shard, 0 bad (none)" in capfd.readouterr().out
+
+
+def test_options_of_data_sets_reach_every_command(tmp_path, capfd):
+    """Line 9: a table with its own delimiter, and columns that are named."""
+    picture = make_set(tmp_path / "made", 1).image_bytes(0)
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / "t.csv").write_text("where|what|id\na.png|a caption|k\n")
+    options = "--delimiter '|' --image-column where --key id"
+    run(f"check {tmp_path}/t.csv {options} --field what")
+    assert "1 sample in 1 shard, 0 bad (none)" in capfd.readouterr().out
+    run(f"stats {tmp_path}/t.csv {options}")
+    assert "text 'what'" in capfd.readouterr().out
+    run(f"pack {tmp_path}/t.csv {tmp_path}/out {options} --field what")
+    assert Shards(tmp_path / "out").shard_keys(0) == ["k"]
+    (tmp_path / "t.csv").write_text(f"where|what|id\n{tmp_path}/a.png|a caption|k\n")
+    assert status(f"check {tmp_path}/t.csv {options} --field what --pictures {tmp_path}/made") == 1
+    assert "leads out of" in (out := capfd.readouterr().out) and "--absolute-paths" in out
+    run(f"check {tmp_path}/t.csv {options} --field what --pictures {tmp_path}/made --absolute-paths")
+
+
+def test_class_folders(tmp_path, capfd):
+    """Line 9: folders as classes."""
+    picture = make_set(tmp_path / "made", 1).image_bytes(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "1.png").write_bytes(picture)
+    run(f"check {tmp_path}/d")
+    assert "2 samples in 1 shard, 0 bad (none)" in capfd.readouterr().out
+    run(f"stats {tmp_path}/d")
+    assert "text 'label'" in capfd.readouterr().out
+    run(f"pack {tmp_path}/d {tmp_path}/out")
+    packed = Shards(tmp_path / "out")
+    assert [packed.caption(i) for i in range(2)] == ["cat", "dog"] and packed.meta(0)["label"] == "cat"
+
+
 def test_pack(tmp_path, capfd):
     make_set(tmp_path / "d", 10, broken={4}, per_shard=4)
     run(
