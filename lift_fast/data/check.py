@@ -102,7 +102,7 @@ def _looked_at(samples: Samples, field: str, row: int) -> list[BadSample]:
 def _duplicates(samples: Samples, found: Findings) -> Iterator[BadSample | None]:
     """Yields, for each sample, what is wrong with its key, or None. Adds tars that are damaged to `found`."""
     for number, size in enumerate(samples.shard_sizes):
-        bad = dict(samples.bad_keys(number))
+        bad: dict[int, BadSample] = dict(samples.bad_keys(number))
         if isinstance(samples, Shards):
             path = samples.paths[number]
             twice, damage = _duplicate_names(path)
@@ -112,18 +112,18 @@ def _duplicates(samples: Samples, found: Findings) -> Iterator[BadSample | None]
         yield from (bad.get(row) for row in range(size))
 
 
-def _duplicate_names(tar: Path) -> tuple[dict[str, BadText], str]:
+def _duplicate_names(tar: Path) -> tuple[dict[str, BadSample], str]:
     """The keys in a tar that have a file twice, of which WebDataset would make two samples, with what is wrong; and why
     the tar could not be read to its end, "" when it could."""
     seen: set[bytes] = set()
-    found: dict[str, BadText] = {}
+    found: dict[str, BadSample] = {}
     try:
         with open(tar, "rb") as file:
             for name, _, _ in members(file.fileno(), os.fstat(file.fileno()).st_size):
                 if name in seen and (named := key_and_suffix(name)):
                     base = name.rpartition(b"/")[2].decode(errors="replace")
                     key = named[0].decode(errors="replace")
-                    found[key] = BadText("repeated key", f"{base} occurs twice in the tar; the last one is read")
+                    found[key] = BadSample("repeated key", f"{base} occurs twice in the tar; the last one is read")
                 seen.add(name)
     except (NotWhole, OSError) as error:
         return found, str(error)
