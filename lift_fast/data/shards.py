@@ -12,15 +12,16 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import DataError
-from .captions import checked_caption
+from .captions import checked_caption, checked_captions
 from .index import Index, open_index, unread_files
 from .options import DataOptions
 from .reading import FILES, MOST_BYTES, read_parts
@@ -141,7 +142,8 @@ class Shards:
 
     def caption(self, i: int, field: str = "txt") -> str:
         """The caption of sample i: its .txt, or the entry `field` of its .json. Raises BadText."""
-        return self._caption(self._text(i, TXT if field == "txt" else JSON), field, lambda: self.where(i))
+        value = self._text(i, TXT) if field == "txt" else self.meta(i).get(field)
+        return checked_caption(value, self._label(field), lambda: self.where(i))
 
     def captions(self, number: int, field: str = "txt") -> list[str | BadText]:
         """All captions of shard `number`, in order, with the errors that caption() raises. Raises DataError when the
@@ -149,22 +151,30 @@ class Shards:
         offsets, sizes = self._index.places(number, TXT if field == "txt" else JSON)
         parts = [(at, size) for at, size in zip(offsets, sizes, strict=True) if at >= 0 and size <= _MOST_TEXT]
         try:
-            texts = iter(read_parts(self.paths[number], self._index.entries[number].stamp, parts))
+            read = iter(read_parts(self.paths[number], self._index.entries[number].stamp, parts))
         except OSError as error:
             raise DataError(f"{self.paths[number]}: the shard cannot be read ({error.strerror})") from error
         first = self._ends[number] - self.shard_sizes[number]
-        captions: list[str | BadText] = []
+
+        def where(row: int) -> str:
+            return self.where(first + row)
+
+        values: list[Any] = []
         for row, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
-
-            def where(i: int = first + row) -> str:
-                return self.where(i)
-
-            try:
-                text = None if at < 0 else next(texts) if size <= _MOST_TEXT else _too_large(size, where)
-                captions.append(self._caption(text, field, where))
-            except BadText as error:
-                captions.append(error)
-        return captions
+            if at < 0:
+                values.append(None)
+            elif size > _MOST_TEXT:
+                values.append(_too_large(size, where(row)))
+            elif field == "txt":
+                data = next(read)
+                # checked_captions is faster for str; what is not ASCII it decodes, and says what is wrong.
+                values.append(data.decode("ascii") if data.isascii() else data)
+            else:
+                try:
+                    values.append(_parsed(next(read), partial(where, row)).get(field))
+                except BadText as error:
+                    values.append(error.with_traceback(None))
+        return checked_captions(values, self._label(field), where)
 
     def meta(self, i: int) -> dict:
         """The parsed .json of sample i, {} when it has none. Raises BadText when it is not a JSON object."""
@@ -204,17 +214,15 @@ class Shards:
         if place is None:
             return None
         if place[1] > _MOST_TEXT:
-            _too_large(place[1], lambda: self.where(i))
+            raise _too_large(place[1], self.where(i))
         try:
             return self._read(number, place)
         except OSError as error:
             raise BadText("unreadable", f"{self.where(i)}: the shard cannot be read ({error.strerror})") from error
 
-    def _caption(self, data: bytes | None, field: str, where: Callable[[], str]) -> str:
-        """The caption in the content of a .txt or .json. Raises BadText."""
-        if field == "txt":
-            return checked_caption(data, self.options.text_suffix or field, where)
-        return checked_caption(_parsed(data, where).get(field), field, where)
+    def _label(self, field: str) -> str:
+        """The name of a caption in messages."""
+        return self.options.text_suffix or field if field == "txt" else field
 
 
 def _parsed(data: bytes | None, where: Callable[[], str]) -> dict:
@@ -232,5 +240,5 @@ def _parsed(data: bytes | None, where: Callable[[], str]) -> dict:
     return meta
 
 
-def _too_large(size: int, where: Callable[[], str]) -> NoReturn:
-    raise BadText("too large", f"{where()}: a text of {size} bytes; {_MOST_TEXT} are read at most")
+def _too_large(size: int, where: str) -> BadText:
+    return BadText("too large", f"{where}: a text of {size} bytes; {_MOST_TEXT} are read at most")
