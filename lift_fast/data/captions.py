@@ -39,13 +39,22 @@ def checked_captions(values: Sequence[Any], field: str, where: Callable[[int], s
     """
     found: list[str | BadText] = []
     for row, value in enumerate(values):
-        try:
-            found.append(
-                value if isinstance(value, BadText) else checked_caption(value, field, functools.partial(where, row))
-            )
-        except BadText as error:
-            found.append(error.with_traceback(None))  # whose frames hold all values
+        if isinstance(value, BadText):
+            found.append(value)
+        elif type(value) is str and value.isascii() and (text := value.strip()):
+            found.append(text)  # what checked_caption would return, in a third of the time
+        else:
+            try:
+                found.append(checked_caption(value, field, functools.partial(where, row)))
+            except BadText as error:
+                found.append(kept(error))
     return found
+
+
+def kept(error: BadText) -> BadText:
+    """An error to keep for later: without its frames and those of its cause, which hold all values of a shard."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def checked_keys(keys: Sequence[Any], where: Callable[[int], str]) -> list[str]:

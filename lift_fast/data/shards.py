@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from .captions import checked_caption, checked_captions
+from .captions import checked_caption, checked_captions, kept
 from .index import Index, open_index, unread_files
 from .options import DataOptions
 from .reading import FILES, MOST_BYTES, read_parts
@@ -173,7 +173,7 @@ class Shards:
                 try:
                     values.append(_parsed(next(read), partial(where, row)).get(field))
                 except BadText as error:
-                    values.append(error.with_traceback(None))
+                    values.append(kept(error))
         return checked_captions(values, self._label(field), where)
 
     def meta(self, i: int) -> dict:

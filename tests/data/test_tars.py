@@ -8,12 +8,14 @@ import json
 import os
 import random
 import tarfile
+import weakref
 
 import pytest
 from support.tiny_sets import keys_of, make_set, png
 
 from lift_fast.cli.main import main
 from lift_fast.data import reading
+from lift_fast.data.captions import checked_captions
 from lift_fast.data.index import INDEX, build_index
 from lift_fast.data.options import DataOptions
 from lift_fast.data.reading import read_parts, stamp_of
@@ -142,6 +144,19 @@ def test_a_json_that_is_none(tmp_path, monkeypatch, content, cause, words):
         bad, fine = shards.captions(0, "caption")
         assert str(bad) == str(error.value) and fine == "fine"
         assert shards.caption(0) == "caption a" and isinstance(shards.captions(0)[1], BadText)
+
+
+def test_a_bad_caption_does_not_keep_its_shard_in_memory(tmp_path):
+    """A run keeps the errors of all shards; through their frames they held every text of them."""
+
+    class Value:
+        pass
+
+    value = Value()
+    gone = weakref.ref(value)
+    errors = checked_captions([b"\xff", value], "txt", str)
+    del value
+    assert len(errors) == 2 and gone() is None
 
 
 def test_good_texts_are_read_as_written(tmp_path):
