@@ -19,7 +19,6 @@ from .reading import Stamp, stamp_of
 from .samples import BadText, Problem, located
 
 KEPT_BYTES = 1 << 30
-_CHANGED = "has changed since the data set was opened; run the command again"
 _ARROW_FILE, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"  # begin of an IPC file, end of an IPC stream
 
 
@@ -239,7 +238,7 @@ class Columns:
                 return _lost(rows, str(error))
             return _joined([self._read(file, name, number) for number in range(len(file.ends))])
         if now != file.rows:
-            raise DataError(f"{file.path} {_CHANGED}")
+            raise _changed(file)
         _check_unchanged(file)
         return _Column(column, {}, column.nbytes)
 
@@ -337,13 +336,17 @@ def _opened_arrow(path: Path, stamp: Stamp, skip_bad: bool) -> _File:
     return _File(path, stamp, schema, ends, pa.Table.from_batches(batches, schema), cut)
 
 
+def _changed(file: _File) -> DataError:
+    return DataError(f"{file.path} has changed since the data set was opened; run the command again")
+
+
 def _check_unchanged(file: _File) -> None:
     try:
         if stamp_of(os.stat(file.path)) == file.stamp:
             return
     except OSError as error:
         raise DataError(f"{file.path} cannot be read ({error.strerror})") from error
-    raise DataError(f"{file.path} {_CHANGED}")
+    raise _changed(file)
 
 
 def _check_offsets(array: Any) -> None:

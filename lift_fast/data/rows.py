@@ -8,14 +8,14 @@ import io
 import json
 import os
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .options import DataOptions
 from .reading import FILES, stamp_of
 from .samples import BadText, Cause, Problem
@@ -23,11 +23,10 @@ from .scan import IMAGE_SUFFIXES
 
 SHARD_ROWS = 10_000
 LINES = (".csv", ".tsv", ".jsonl", ".ndjson")  # suffixes of files with one row for each sample
-_DELIMITED = (".csv", ".tsv")
+DELIMITED = (".csv", ".tsv")
 _SEARCHED = {",": "comma", "\t": "tab", ";": "semicolon"}  # delimiters that the header of a .csv may have
 _MOST_TEXT = 1 << 24  # characters of a field
 _SKIP = "--skip-bad leaves such rows out"
-_CHANGED = "has changed while it was read; run the command again"
 _UNCLOSED = ("unexpected end of data", "field larger than field limit")  # what csv says of a quote that stays open
 
 # 131 072 by default, and a caption may be longer. The limit is the process's; it is only ever raised.
@@ -41,8 +40,7 @@ class Rows:
     several_lines: number of rows that span lines; in_quotes: number of rows of an unquoted file that have a field in
     double quotes.
 
-    Raises DataError for a file that cannot be read, or whose header does not parse or does not tell the delimiter;
-    ConfigError for options of CSV with JSONL.
+    Raises DataError for a file that cannot be read, or whose header does not parse or does not tell the delimiter.
     """
 
     def __init__(self, path: str | Path, options: DataOptions | None = None):
@@ -51,21 +49,21 @@ class Rows:
         self.sizes: list[int] = []
         self.starts: list[int] = [0]
         self.problems: list[Problem] = []
-        self.several_lines = self.in_quotes = 0
+        self.several_lines = self.in_quotes = self._first_several = self._first_in_quotes = 0
         self._options = options or DataOptions()
         self._bad: dict[int, BadText] = {}  # rows of CSV and TSV that do not parse; in JSONL they are found later
         self._places = array("q")  # offsets of the rows, and of the end of the last one
         self._lines: list[int] = []  # number of lines before each shard
-        self._last: tuple[int, list[Any]] = -1, []  # number and rows of the shard that was read last
+        self._last: tuple[int, dict[str, list[Any]]] = -1, {}  # number and columns of the shard that was read last
         self._counted = -1, 0  # a row, and the number of lines before it
-        self._delimited = self.path.suffix.lower() in _DELIMITED
+        self._delimited = self.path.suffix.lower() in DELIMITED
         with self._opened() as file:
             self._stamp = stamp_of(os.fstat(file.fileno()))
             lines = _Lines(file)
             try:
                 self.columns = self._header(lines) if self._delimited else self._names_of_first(lines)
             except (csv.Error, ValueError, RecursionError) as error:
-                raise DataError(self._reason(error, max(1, lines.number))[1]) from error
+                raise self._error(error, max(1, lines.number)) from error
             self._first = lines.place if self._delimited else (0, 0)
 
     def __len__(self) -> int:
@@ -86,6 +84,7 @@ class Rows:
                 self._places.append(at)
             count = len(self._places)
             self._places.append(lines.place[0])
+        self._bad_rows = list(self._bad)
         self.sizes = [min(shard_rows, count - start) for start in range(0, count, shard_rows)]
         self.names = [f"{self.path.name}#{number:05d}" for number in range(len(self.sizes))]
         self.starts = list(accumulate(self.sizes, initial=0))
@@ -95,13 +94,11 @@ class Rows:
 
         Raises DataError when the file cannot be read or has changed.
         """
-        rows = self._shard(number)
-        if not self._delimited:
-            return [[row if isinstance(row, BadText) else row.get(name) for row in rows] for name in names]
-        columns = [self.columns.index(name) for name in names]
-        if any(row in self._bad for row in range(self.starts[number], self.starts[number + 1])):
-            return [[row if isinstance(row, BadText) else row[k] for row in rows] for k in columns]
-        return [[row[k] for row in rows] for k in columns]
+        last, columns = self._last
+        if last != number or not columns.keys() >= set(names):
+            columns = dict(zip(names, self._columns(number, names), strict=True))
+            self._last = number, columns
+        return [columns[name] for name in names]
 
     def row(self, i: int) -> dict[str, Any]:
         """Reads row i alone. Raises BadText when it does not parse; DataError, IndexError."""
@@ -114,7 +111,8 @@ class Rows:
         except OSError as error:
             raise DataError(f"{self.path}: row {i} cannot be read ({error.strerror})") from error
         if self._delimited:
-            return dict(zip(self.columns, self._fields(data, 1)[0], strict=True))
+            fields = self._fields(data, 1, range(len(self.columns)))
+            return {name: values[0] for name, values in zip(self.columns, fields, strict=True)}
         row = self._object(i, data)
         if isinstance(row, BadText):
             raise row
@@ -133,13 +131,12 @@ class Rows:
     def remarks(self) -> list[str]:
         """What a user should know of how the file was read, a sentence each."""
         found = []
-        if self.several_lines:
-            found.append(f"{self.path}: {self.several_lines} rows span several lines, within double quotes")
-        if self.in_quotes:
-            found.append(
-                f"{self.path}: {self.in_quotes} rows have a field in double quotes, which are kept as text; --quoting "
-                "minimal removes them"
-            )
+        for count, line, what in (
+            (self.several_lines, self._first_several, "rows that span several lines, in double quotes"),
+            (self.in_quotes, self._first_in_quotes, "rows with quotes around a field, which --quoting minimal removes"),
+        ):
+            if count:
+                found.append(f"{self.path}: {what}: {count}, the first at line {line}")
         return found
 
     def where(self, i: int) -> str:
@@ -176,11 +173,14 @@ class Rows:
         start = self._places[first]
         return FILES.read(self.path, self._stamp, start, self._places[end] - start)
 
-    def _reason(self, error: Exception, line: int) -> tuple[Cause, str]:
-        """Cause and message of an error while line number `line` was read."""
+    def _error(self, error: Exception, line: int) -> BadText:
+        """What an error means that came up while line number `line` was read."""
         if isinstance(error, UnicodeDecodeError):
-            return "not UTF-8", f"{self.path}: line {line} is not UTF-8 ({error.reason})"
-        return "does not parse", f"{self.path}: line {line} does not parse ({_in_words(error)})"
+            return BadText("not UTF-8", f"{self.path}: line {line} is not UTF-8 ({error.reason})")
+        return BadText("does not parse", f"{self.path}: line {line} does not parse ({_in_words(error)})")
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.path} has changed while it was read; run the command again")
 
     # CSV and TSV
 
@@ -230,10 +230,11 @@ class Rows:
                     lines.back(1)  # the rest may be good
                     error = csv.Error("a double quote opens there and does not close; --quoting none keeps it as text")
                     last = first
-                cause, reason = self._reason(error, last)
+                bad = self._error(error, last)
+                reason = bad.reason
                 if last > first:
                     reason += f", in a row whose quote opens at line {first}"
-                yield from self._refused(lines, cause, reason, _could_be_rows(lines.since, delimiter, width, names))
+                yield from self._refused(lines, bad.cause, reason, _could_be_rows(lines.since, delimiter, width, names))
                 continue
             if not row:
                 continue
@@ -247,13 +248,16 @@ class Rows:
                     )
                     yield from self._refused(lines, "does not parse", reason, True)
                     continue
+                self._first_several = self._first_several or place[1] + 1
                 self.several_lines += 1
             if len(row) != width:
                 reason = f"{self.path}: line {last} has {len(row)} fields and the header has {width}"
                 yield from self._refused(lines, "does not parse", reason, False)
                 continue
             if not self._quoted and b'"' in lines.since[0]:
-                self.in_quotes += any(len(field) > 1 and field[0] == field[-1] == '"' for field in row)
+                if any(len(field) > 1 and field[0] == field[-1] == '"' for field in row):
+                    self._first_in_quotes = self._first_in_quotes or place[1] + 1
+                    self.in_quotes += 1
             yield place
 
     def _refused(self, lines: "_Lines", cause: Cause, reason: str, each: bool) -> Iterator[tuple[int, int]]:
@@ -265,53 +269,58 @@ class Rows:
             self._bad[len(self._places)] = BadText(cause, reason)
             yield place
 
-    def _fields(self, data: bytes, count: int) -> list[list[str]]:
-        """The fields of `count` rows. Raises DataError when the file has changed."""
+    def _fields(self, data: bytes, count: int, columns: Sequence[int]) -> list[list[str]]:
+        """The values of these columns in `count` rows. Raises DataError when the file has changed."""
+        found: list[list[str]] = [[] for _ in columns]
         try:
-            text = io.StringIO(data.decode(), newline="\n")
-            rows = [row for row in csv.reader(text, **self._format) if row]
-        except (csv.Error, ValueError) as error:
-            raise DataError(f"{self.path} {_CHANGED}") from error
-        if len(rows) != count:
-            raise DataError(f"{self.path} {_CHANGED}")
-        return rows
+            # Rows are dropped at once: Python's garbage collection of many of them takes longer than parsing them.
+            for row in csv.reader(io.StringIO(data.decode(), newline="\n"), **self._format):
+                if row:
+                    for values, k in zip(found, columns):  # noqa: B905 - of equal length
+                        values.append(row[k])
+        except (csv.Error, ValueError, IndexError) as error:
+            raise self._changed() from error
+        if any(len(values) != count for values in found):
+            raise self._changed()
+        return found
 
     # all
 
-    def _shard(self, number: int) -> list[Any]:
-        """The rows of a shard: lists of fields, or objects, or BadText."""
-        last, rows = self._last
-        if last != number:
-            first, end = self.starts[number], self.starts[number + 1]
-            try:
-                data = memoryview(self._bytes(first, end))
-            except OSError as error:
-                raise DataError(f"{self.path} {_CHANGED} ({error.strerror})") from error
-            start = self._places[first]
+    def _columns(self, number: int, names: Sequence[str]) -> list[list[Any]]:
+        """Reads columns of a shard, as read does."""
+        first, end = self.starts[number], self.starts[number + 1]
+        try:
+            data = self._bytes(first, end)
+        except OSError as error:
+            raise self._changed() from error
+        start = self._places[first]
 
-            def part(row: int, stop: int) -> bytes:
-                return bytes(data[self._places[row] - start : self._places[stop] - start])
+        def part(row: int, stop: int) -> bytes:
+            return data[self._places[row] - start : self._places[stop] - start]
 
-            if self._delimited:
-                rows = []
-                for bad, group in groupby(range(first, end), self._bad.__contains__):
-                    found = list(group)
-                    rows += (
-                        [self._bad[row] for row in found]
-                        if bad
-                        else self._fields(part(found[0], found[-1] + 1), len(found))
-                    )
-            else:
-                rows = [self._object(row, part(row, row + 1)) for row in range(first, end)]
-            self._last = number, rows
-        return rows
+        found: list[list[Any]] = [[] for _ in names]
+        if not self._delimited:
+            for i in range(first, end):
+                row = self._object(i, part(i, i + 1))
+                for values, name in zip(found, names, strict=True):
+                    values.append(row if isinstance(row, BadText) else row.get(name))
+            return found
+        columns = [self.columns.index(name) for name in names]
+        bad = self._bad_rows[bisect_left(self._bad_rows, first) : bisect_left(self._bad_rows, end)]
+        for stop in (*bad, end):
+            if first < stop:
+                for values, more in zip(found, self._fields(part(first, stop), stop - first, columns), strict=True):
+                    values += more
+            if stop < end:
+                for values in found:
+                    values.append(self._bad[stop])
+            first = stop + 1
+        return found
 
     # JSONL
 
     def _names_of_first(self, lines: "_Lines") -> list[str]:
-        """The names in the first object. Raises ConfigError for options of CSV."""
-        if self._options.delimiter is not None or self._options.quoting != "auto":
-            raise ConfigError(f"{self.path} holds JSON; --delimiter and --quoting are for CSV and TSV")
+        """The names in the first object."""
         while True:
             try:
                 line = next(lines, None)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError
+from .loose import LooseFiles
 from .open import open_data
 from .options import DataOptions
-from .rows import LINES
+from .rows import DELIMITED, LINES
 from .samples import BadText, Samples
 from .shards import Shards
 from .tables import TableSamples
@@ -81,9 +82,14 @@ def open_source(
     """
     options = options or DataOptions()
     samples = open_data(path, images, options, captions_only=True)
-    table = isinstance(samples, TableSamples)
-    if options.shard_rows is not None and not (table and samples.folder.suffix.lower() in LINES):
+    table, suffix = isinstance(samples, TableSamples), samples.folder.suffix.lower()
+    lines, loose = table and suffix in LINES, isinstance(samples, LooseFiles)
+    if options.shard_rows is not None and not (lines or loose):
         raise ConfigError(f"--shard-rows cuts one CSV, TSV or JSONL file; the files at {path} are the shards")
     if options.key is not None and not table:
         raise ConfigError(f"--key names a column; the samples at {path} have their keys in their names")
+    if (options.delimiter is not None or options.quoting != "auto") and not (lines and suffix in DELIMITED):
+        raise ConfigError(f"--delimiter and --quoting are for CSV and TSV, which {path} is not")
+    if (options.image_suffix is not None or options.text_suffix is not None) and table:
+        raise ConfigError(f"--image-suffix and --text-suffix are for tars and folders of files; {path} is a table")
     return Source(samples, field or "txt", options)
