@@ -118,9 +118,9 @@ class _Listing:
         return np.array(self.files[part], np.uint16) != _NO_FILE
 
 
-_SECOND = "another file of the same sample is read"
-_LOST_JSON = "no image or caption of this name"
-_OTHER_SUFFIX = "not of the suffixes that are read (--image-suffix, --text-suffix)"
+_SECOND = "a second image or caption of a sample"
+_LOST_JSON = "metadata without an image or a caption"
+_OTHER_SUFFIX = "other suffixes than those that are read (--image-suffix, --text-suffix)"
 _NO_IMAGE = "captions, where the folders are the classes"
 _NO_FOLDER = "images that do not lie in a class folder"
 _TOO_DEEP = "images in a folder within a class folder"

@@ -115,11 +115,11 @@ def test_files_that_no_sample_uses_are_counted_and_named(tmp_path):
     )
     samples = LooseFiles(tmp_path)
     assert keys(samples) == ["a", "s/b"] and samples.image_bytes(0) == b"a.png"
-    second, suffix = "another file of the same sample is read", "not of the suffixes that are read"
+    second, suffix = "a second image or caption of a sample", "other suffixes than those that are read"
     found = unused(samples)
     assert sum(found.values()) == 5
     assert [reason for reason in found if reason.startswith(suffix)][0].endswith(": a.caption")
-    assert [reason for reason in found if reason.startswith("no image or caption")][0].endswith(": s/lost.json")
+    assert [reason for reason in found if reason.startswith("metadata without")][0].endswith(": s/lost.json")
     assert found[next(reason for reason in found if reason.startswith(second))] == 3
     many = names(tmp_path / "many", *(f"{i}.{suffix}" for i in range(9) for suffix in ("jpg", "png", "txt")))
     assert unused(LooseFiles(many)) == {f"{second}: 0.jpg, 1.jpg, 2.jpg and 6 more": 9}
