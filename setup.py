@@ -169,6 +169,7 @@ setup(
         "lift_fast": ["py.typed", "*.pyi"],
         "lift_fast.measure.report": ["*.j2", "*.css"],
         "lift_fast.ops.tuned": ["*.json"],
+        "lift_fast.text": ["*.gz"],
     },
     ext_modules=[
         Pybind11Extension(

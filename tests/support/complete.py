@@ -6,5 +6,5 @@ no network.
 
 import pytest
 
-for package in ("simplejpeg", "tyro", "instant_clip_tokenizer"):
+for package in ("simplejpeg", "tyro", "ftfy"):
     pytest.importorskip(package)

@@ -3,10 +3,12 @@
 import json
 import random
 import shutil
+import time
 
 import pytest
 import torch
 from support import complete  # noqa: F401
+from support.open_clip_tokens import TOKENS
 from support.tiny_sets import make_set
 
 from lift_fast.cache import Cache
@@ -442,6 +444,27 @@ def test_tokenizer_matches_clip():
     assert tokens[1, :5].tolist() == [49406, 320, 1929, 49407, 0]
     assert tokens[2, :5].tolist() == [49406, 320, 2368, 49407, 0]
     assert not tokens[:, 4:].any()
+
+
+@pytest.mark.parametrize("text", TOKENS)
+def test_the_tokens_of_open_clip(text):
+    """HTML entities, curly quotes, ligatures, full-width letters, combining accents, mojibake, many scripts."""
+    ids = ClipTokenizer(200)([text])[0].tolist()
+    want = [49406, *map(int, TOKENS[text].split()), 49407]
+    assert ids == want + [0] * (200 - len(want))
+
+
+def test_a_text_without_spaces_takes_no_longer_than_one_with():
+    started = time.perf_counter()
+    assert ClipTokenizer()(["x" * 200_000])[0, -1] == 49407
+    assert time.perf_counter() - started < 10  # merging the longest runs first by search would take hours
+
+
+def test_words_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr("lift_fast.text.tokenizer._REMEMBERED", 3)
+    tokenizer, texts = ClipTokenizer(), sentences(30)
+    assert torch.equal(tokenizer(texts), ClipTokenizer()(texts))
+    assert len(tokenizer._words) <= 3
 
 
 @pytest.mark.parametrize("context", [3, 8, 128])
