@@ -8,7 +8,8 @@ images, and those of a batch on which DALI fails nevertheless; rows and views st
 
 DALI silently accepts damaged JPEGs: libjpeg's warnings go to stderr, and half of an image may be grey. So the host
 first decodes each JPEG strictly at an eighth of its size, which is little more than reading its entropy code, where
-damage shows. This is done once a run for each sample, and not at all with Loading.checked.
+damage shows. This is done once a run for each sample, and not at all with Loading.checked. The host also renders JPEGs
+that deviate from the standard without harm (jpeg.py), which another decoder may read differently.
 
 Without a GPU DALI only decodes and the host resizes: DALI's antialiased bicubic resize takes longer on the CPU than
 everything else together.
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, DataError
-from .images import Box, Header, decode_box, read_header
+from .images import Box, is_regular, read_header
+from .jpeg import padded
 from .loading import Assembled, Batch, Counts, Loaded, Loading, Pipeline, RowSet, in_words
 from .pixels import MEAN, STD, laid_out
 from .reading import cpu_count
@@ -67,8 +69,8 @@ class DaliPipeline(Pipeline):
         _dali()
         super().__init__(data, loading)
         self.device_id = device_id
-        self._intact = RowSet(len(data))  # rows whose JPEG has passed the strict decode
-        self._refused: set[int] = set()  # rows that the host renders because DALI failed on their batch
+        self._intact = RowSet(len(data))  # rows whose JPEG DALI reads like the host
+        self._refused: set[int] = set()  # rows that the host renders because it does not, or failed on their batch
 
     def __iter__(self) -> Generator[Batch, None, None]:
         while True:
@@ -111,9 +113,11 @@ class DaliPipeline(Pipeline):
         view = view_of(header.width, header.height, draws, self.loading)
         if not header.plain or row in self._refused:
             return _finished(render(data, header, view, size))
-        if not self.loading.checked and row not in self._intact:
-            _read_strictly(data, header)
-            self._intact.add(row)  # a race between threads may lose it: that JPEG is decoded once more
+        if row not in self._intact:
+            if padded(data) if self.loading.checked else not is_regular(data, header):
+                self._refused.add(row)
+                return _finished(render(data, header, view, size))
+            self._intact.add(row)  # a race between threads may lose it: that JPEG is looked at once more
         return _Job(np.frombuffer(data, np.uint8), view.box, (size, size), flip=view.flip, colour=view.colour)
 
     def _leave_to_host(self, failure: "_Failure") -> None:
@@ -311,9 +315,8 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
 def _centred(data: bytes, size: int) -> _Job:
     """The job that makes render_centre's pixels of an image. Raises BadSample."""
     header = read_header(data)
-    if not header.plain:
+    if not header.plain or not is_regular(data, header):
         return _finished(render_centre(data, header, size))
-    _read_strictly(data, header)
     return _Job(np.frombuffer(data, np.uint8), *centre_of(header.width, header.height, size))
 
 
@@ -321,11 +324,6 @@ def _by_host(job: _Job, size: int) -> _Job:
     """A job of _centred's rendered by the host."""
     data = job.encoded.tobytes()
     return job if job.by_host else _finished(render_centre(data, read_header(data), size))
-
-
-def _read_strictly(data: bytes, header: Header) -> None:
-    """Decodes a JPEG strictly, at the smallest size. Raises BadSample when a part of it is damaged."""
-    decode_box(data, header, (0, 0, header.width, header.height), 1)
 
 
 def _finished(pixels: np.ndarray) -> _Job:

@@ -2,8 +2,8 @@
 
 Headers are parsed without decoding, so that an image that is too large, cut short or in another format costs
 microseconds. libjpeg-turbo (simplejpeg) decodes all JPEGs in its strict mode: an image with a damaged part is refused,
-never half grey. Pillow decodes the other formats, after the size is known, and gets only those chunks of a PNG that
-make its pixels.
+never half grey. A JPEG that deviates from the standard without harm to its pixels is written anew first (jpeg.py).
+Pillow decodes the other formats, after the size is known, and gets only those chunks of a PNG that make its pixels.
 
 The headers are parsed by hand because Pillow is laxer with damaged files: it accepts, for one, a PNG whose pixels have
 a wrong checksum or too few rows. It also does not say which JPEGs every decoder reads alike (Header.plain).
@@ -19,10 +19,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from .jpeg import MAX_SIDE, SEQUENTIAL, harmless, repaired, segments
 from .samples import BadSample
 
 MAX_PIXELS = 1 << 26
-MAX_SIDE = 65_535  # the limit of JPEG; a longer, thinner image costs as much as its rows
 _MAX_SCANS = 500  # of a JPEG, as in libjpeg-turbo's own tools: each scan is a pass over the image
 _MAX_SCANNED = 1 << 30  # pixels of all passes, about a second's work
 _ANY_SCANS = 20  # scans that are allowed for an image of any size
@@ -68,7 +68,8 @@ class Header:
     """What an image's header says.
 
     format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright image. plain: it is an upright JPEG in
-    YCbCr or grey, which every decoder reads alike. orientation: EXIF's, 1 to 8.
+    YCbCr or grey without deviations, which every decoder reads alike. orientation: EXIF's, 1 to 8. deviates: the header
+    of the JPEG deviates from the standard, perhaps without harm (jpeg.py).
     """
 
     format: str
@@ -76,6 +77,7 @@ class Header:
     height: int
     plain: bool
     orientation: int = _UPRIGHT
+    deviates: bool = False
 
 
 def read_header(data: bytes) -> Header:
@@ -106,7 +108,16 @@ def decode(data: bytes, header: Header) -> np.ndarray:
 
     header: read_header(data). Raises BadSample: "truncated"; "corrupt"; "too large" for the available memory.
     """
-    return _decode(data, header, 1)
+    return _decode(data, header, 1)[0]
+
+
+def is_regular(data: bytes, header: Header) -> bool:
+    """Whether a JPEG decodes as it is, so that every decoder reads it alike if its header is plain, and not only
+    without deviations from the standard. Takes little more than reading its entropy code, where damage shows.
+
+    Raises BadSample, as decode does, for a JPEG that does not decode.
+    """
+    return _decode(data, header, scale_of((0, 0, header.width, header.height), 1))[1]
 
 
 def scale_of(box: Box, size: int) -> int:
@@ -127,7 +138,7 @@ def decode_box(data: bytes, header: Header, box: Box, size: int) -> tuple[np.nda
     decode does.
     """
     factor = scale_of(box, size) if header.format == "jpeg" else 1
-    pixels = _decode(data, header, factor)
+    pixels, _ = _decode(data, header, factor)
     if factor == 1:
         return pixels, box
     upside_down, mirrored = _flips(header.orientation)
@@ -153,14 +164,17 @@ def _flips(orientation: int) -> tuple[bool, bool]:
     return orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
 
 
-def _decode(data: bytes, header: Header, factor: int) -> np.ndarray:
-    """Decodes an image upright at 1/factor of its size; factors above 1 are for JPEG. Raises BadSample."""
-    turned = header.orientation > 4
+def _decode(data: bytes, header: Header, factor: int) -> tuple[np.ndarray, bool]:
+    """Decodes an image upright at 1/factor of its size; factors above 1 are for JPEG. Raises BadSample.
+
+    Returns the pixels, and whether these are the bytes that were decoded, and not those of a repaired JPEG.
+    """
+    regular, turned = True, header.orientation > 4
     sides = (header.width, header.height) if turned else (header.height, header.width)
     height, width = (-(-side // factor) for side in sides)
     try:
         if header.format == "jpeg":
-            pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, strict=True)
+            pixels, regular = _by_libjpeg(data, header.deviates, height, width, factor)
         else:
             pixels = _by_pillow(data, header.format)
     except BadSample:
@@ -175,11 +189,28 @@ def _decode(data: bytes, header: Header, factor: int) -> np.ndarray:
         found = f"{pixels.shape[1]} x {pixels.shape[0]}"
         raise BadSample("corrupt", f"its header says {width} x {height} pixels, and there are {found}")
     if header.orientation == _UPRIGHT:
-        return pixels
+        return pixels, regular
     if turned:
         pixels = pixels.swapaxes(0, 1)
     rows, columns = (slice(None, None, -1 if flip else 1) for flip in _flips(header.orientation))
-    return pixels[rows, columns]
+    return pixels[rows, columns], regular
+
+
+def _by_libjpeg(data: bytes, deviates: bool, height: int, width: int, factor: int) -> tuple[np.ndarray, bool]:
+    """Decodes a JPEG strictly, as it is stored, or else without its deviations: uint8 [height, width, 3], and whether
+    it was decoded as it is. deviates: it need not be tried as it is. Raises ValueError."""
+
+    def decoded(encoded: bytes) -> np.ndarray:
+        return simplejpeg.decode_jpeg(encoded, min_height=height, min_width=width, min_factor=factor, strict=True)
+
+    if deviates and (better := repaired(data)) is not None:
+        return decoded(better), False
+    try:
+        return decoded(data), True
+    except ValueError as error:
+        if not harmless(str(error)) or (better := repaired(data)) is None:
+            raise
+    return decoded(better), False
 
 
 def _by_pillow(data: bytes, kind: str) -> np.ndarray:
@@ -240,31 +271,26 @@ def _parser_for(data: bytes) -> Callable[[bytes], Header]:
 
 
 def _parse_jpeg(data: bytes) -> Header:
-    at, frame, exif, adobe = 2, b"", b"", -1
-    while True:
-        if data[at] != 0xFF:
-            raise BadSample("corrupt", f"no JPEG marker at byte {at}")
-        while data[at + 1] == 0xFF:  # fill bytes
-            at += 1
-        marker = data[at + 1]
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
-            at += 2
-            continue
-        length = data[at + 2] << 8 | data[at + 3]
-        segment = data[at + 4 : at + 2 + length]
-        if marker == 0xDA:
-            break
-        if length < 2 or marker in (0xD8, 0xD9):
-            raise BadSample("corrupt", f"JPEG marker {marker:02x} at byte {at}")
-        at += 2 + length
-        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            exif = exif or segment[6:]  # the first of several has the directory; the rest continue it
-        elif marker == 0xEE and segment.startswith(b"Adobe") and len(segment) >= 12:
-            adobe = segment[11]
+    frame, exif, adobe, deviates, exif_at = b"", b"", -1, False, 0
+    for marker, at, end, stray in segments(data):
+        if exif_at:  # with the bytes after the segment, which are its own where its length is wrong
+            exif, exif_at = data[exif_at:at], 0
+        if stray:
+            deviates = True
+        if marker == 0xE1:
+            if not exif and data.startswith(b"Exif\0\0", at + 4):
+                exif_at = at + 10  # the first of several has the directory; the rest continue it
+        elif marker == 0xE0:
+            if data.startswith(b"JFIF\0", at + 4) and end - at >= 18 and data[at + 9] != 1:
+                deviates = True
+        elif marker == 0xEE:
+            if data.startswith(b"Adobe", at + 4) and end - at >= 16:
+                adobe = data[at + 15]
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if marker > 0xC2 or segment[0] != 8:
-                raise BadSample("unsupported", f"a {segment[0]}-bit JPEG of kind SOF{marker - 0xC0}")
-            progressive, frame = marker == 0xC2, segment
+            frame = data[at + 4 : end]
+            if marker > 0xC2 or frame[0] != 8:
+                raise BadSample("unsupported", f"a {frame[0]}-bit JPEG of kind SOF{marker - 0xC0}")
+            progressive = marker == 0xC2
     if not frame:
         raise BadSample("corrupt", "a JPEG without a frame header")
     height, width, count = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4], frame[5]
@@ -285,8 +311,9 @@ def _parse_jpeg(data: bytes) -> Header:
         raise BadSample("unsupported", f"a JPEG of {width} x {height} pixels in {scans} scans")
     rgb = count == 3 and (adobe == 0 or bytes(part[0] for part in parts) == b"RGB")
     orientation = _orientation(exif)
-    plain = orientation == _UPRIGHT and count < 4 and not rgb
-    return Header("jpeg", width, height, plain, orientation)
+    deviates = deviates or not (progressive or data[end - 3 : end] == SEQUENTIAL)
+    plain = orientation == _UPRIGHT and count < 4 and not rgb and not deviates
+    return Header("jpeg", width, height, plain, orientation, deviates)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from lift_fast.data.samples import Cause
 
+from .damage import frame_of, inserted, padded_end, padded_restarts, scan_of, with_jfif_version, with_scan_parameters
+
 Case = tuple[bytes, Cause | None]
 
 
@@ -128,6 +130,12 @@ def _unusual(rng: random.Random) -> dict[str, Case]:
         "jpeg then another": encoded(pixels, "MPO", save_all=True, append_images=frames),
         "jpeg with a broken exif": insert_segment(jpeg, 0xE1, b"Exif\0\0II*\0" + rng.randbytes(30)),
         "jpeg with an endless exif": insert_segment(jpeg, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
+        "jpeg with a broken profile": insert_segment(jpeg, 0xE2, b"ICC_PROFILE\0\3\1profile"),
+        "jpeg with bytes between": inserted(jpeg, frame_of(jpeg), b"xyz"),
+        "jpeg with a scan of zeros": with_scan_parameters(jpeg),
+        "jpeg with padding": padded_end(jpeg, bytes(30)),
+        "jpeg with padded restarts": padded_restarts(encoded(pixels, "JPEG", restart_marker_rows=1), bytes(30)),
+        "jpeg of jfif 2": with_jfif_version(jpeg, 2, 1),
         "jpeg 1 x 1": encoded(pixels[:1, :1], "JPEG"),
         "png": encoded(pixels, "PNG"),
         "png grey": encoded(grey, "PNG"),
@@ -185,8 +193,7 @@ def _damaged(rng: random.Random) -> dict[str, Case]:
     progressive = encoded(noise, "JPEG", progressive=True)
     webp, lossless = encoded(noise, "WEBP", quality=90), encoded(noise, "WEBP", lossless=True)
     gif, bmp = encoded(Image.fromarray(pixels).quantize(64), "GIF"), encoded(pixels, "BMP")
-    scan = jpeg.find(b"\xff\xda") + 14
-    frame = jpeg.find(b"\xff\xc0")
+    scan, frame = scan_of(jpeg)[1], frame_of(jpeg)
     middle = png.find(b"IDAT") + 2000
     scans = progressive.rfind(b"\xff\xda")
     cut = webp[: len(webp) // 2]
@@ -203,7 +210,15 @@ def _damaged(rng: random.Random) -> dict[str, Case]:
         "jpeg with a hole": (jpeg[:scan] + jpeg[-len(jpeg) // 4 :], "corrupt"),
         "jpeg with zeros": (patched(jpeg, scan + 500, bytes(300)), "corrupt"),
         "jpeg progressive and cut": (progressive[: len(progressive) // 2], "truncated"),
-        "jpeg with bytes between": (jpeg[:frame] + b"xyz" + jpeg[frame:], "corrupt"),
+        "jpeg with bytes before its end": (padded_end(jpeg, bytes(range(1, 31))), "corrupt"),
+        "jpeg with a scan of zeros and cut": (
+            padded_end(with_scan_parameters(jpeg)[: len(jpeg) // 2] + b"\xff\xd9", bytes(30)),
+            "corrupt",
+        ),
+        "jpeg progressive and not called so": (
+            patched(progressive, progressive.find(b"\xff\xc2"), b"\xff\xc0"),
+            "corrupt",
+        ),
         "jpeg without tables": (jpeg[:2] + jpeg[frame:], "corrupt"),
         "jpeg 0 wide": (with_size(jpeg, "jpeg", 0, 48), "corrupt"),
         "jpeg without height": (with_size(jpeg, "jpeg", 64, 0), "unsupported"),
