@@ -66,12 +66,13 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
     """
     options = options or DataOptions()
     parts = _parts(*suffixes_of(options))
-    last = {suffix.rpartition(b".")[2] for suffix in parts}
-    looks_used = last.union(suffix.encode() for suffix in (*OTHER_IMAGES, *IMAGE_SUFFIXES, *_TEXTS))
+    known = {suffix.encode() for suffix in (*OTHER_IMAGES, *IMAGE_SUFFIXES, *_TEXTS)}
+    known.update(suffix.rpartition(b".")[2] for suffix in parts)  # of suffixes with dots the last part
     # key -> three offsets and three lengths, in the order IMAGE, TXT, JSON, and the rank of the image's suffix
     samples: dict[str, list[int]] = {}
     names: dict[int, bytes] = {}  # offset -> name, of the members that samples have
     unused: list[bytes] = []
+    links: list[bytes] = []
     labels: list[tuple[str, bytes]] = []
     undecoded: list[bytes] = []
     damage = ""
@@ -79,12 +80,10 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
         file = os.open(path, os.O_RDONLY)
         try:
             status = os.fstat(file)
-            for name, offset, size in members(file, status.st_size):
+            for name, offset, size in members(file, status.st_size, links):
                 named = key_and_suffix(name)
                 if named is None:
-                    base = name.rpartition(b"/")[2]
-                    # macOS adds ._x.jpg to x.jpg: it holds attributes.
-                    if not base.startswith(b"._") and base.lower().rpartition(b".")[2] in looks_used and b"." in base:
+                    if _looks_used(name, known):
                         unused.append(name)
                     continue
                 try:
@@ -99,7 +98,7 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                 if part is None:
                     if suffix == b"cls":
                         labels.append((key, name))
-                    elif suffix.rpartition(b".")[2] in looks_used:
+                    elif suffix.rpartition(b".")[2] in known:
                         unused.append(name)
                     continue
                 what, rank = part
@@ -118,6 +117,8 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
             os.close(file)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    # tar writes a second link to a file, and every symbolic one, without the data.
+    unused += [name + b" (a link)" for name in links if _looks_used(name, known)]
     # A class label next to a caption is no second caption.
     unused += [name for key, name in labels if samples[key][TXT] < 0]
     problems: list[tuple[Cause, str, int]] = []
@@ -150,6 +151,13 @@ def key_and_suffix(name: bytes) -> tuple[bytes, bytes] | None:
     if not stem or not dot:
         return None
     return (folder + b"/" + stem if folder not in (b"", b".") else stem), suffix
+
+
+def _looks_used(name: bytes, known: set[bytes]) -> bool:
+    """Whether a file looks like an image or a text. known: the last parts of the suffixes of such files."""
+    base = name.rpartition(b"/")[2]
+    # macOS adds ._x.jpg to x.jpg: it holds attributes.
+    return not base.startswith(b"._") and b"." in base and base.lower().rpartition(b".")[2] in known
 
 
 def suffixes_of(options: DataOptions) -> tuple[str | None, str]:

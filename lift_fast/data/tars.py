@@ -17,6 +17,7 @@ END_MARK = 2 * BLOCK  # zero bytes that end a tar
 _MOST_EXTRA = 1 << 20  # bytes of a long name or of a pax header
 _MOST_PADDING = 1 << 24  # bytes of zeros behind the files; tar pads to 1 MiB at most
 _FILES = b"0\x007"
+_LINKS = b"12"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes: no data follows the header, whatever size it declares
 # First bytes of files that are called .tar and are none, and what to say of them.
 _NO_TARS = {
@@ -43,11 +44,11 @@ class Member(NamedTuple):
     size: int
 
 
-def members(file: int, length: int) -> Iterator[Member]:
+def members(file: int, length: int, links: list[bytes] | None = None) -> Iterator[Member]:
     """The files in a tar, in order, without links, folders and devices.
 
-    file: descriptor of the tar; length: its bytes. Raises NotWhole after the files that lie whole before the damage;
-    OSError when the tar cannot be read.
+    file: descriptor of the tar; length: its bytes. links: receives the names of links. Raises NotWhole after the files
+    that lie whole before the damage; OSError when the tar cannot be read.
     """
     at = 0
     name: bytes | None = None  # from a GNU or pax header before the file's own; the first of several counts
@@ -78,12 +79,15 @@ def members(file: int, length: int) -> Iterator[Member]:
             continue
         if kind == ord("S"):
             raise NotWhole(f"a sparse file at byte {data}; write the tar without --sparse")
-        if kind in _FILES:
+        if kind in _FILES or (kind in _LINKS and links is not None):
             if name is None:
                 name = _text(header[:100])
                 if header[257:263] == b"ustar\0" and header[345]:
                     name = _text(header[345:500]) + b"/" + name
-            if not name.endswith(b"/"):  # old tars mark a folder like this
+            if kind in _LINKS:
+                assert links is not None
+                links.append(name)
+            elif not name.endswith(b"/"):  # old tars mark a folder like this
                 yield Member(name, data, long)
         name = size = None
     mark = os.pread(file, END_MARK, at)

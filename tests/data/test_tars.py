@@ -255,6 +255,22 @@ def test_files_that_no_sample_uses(tmp_path, names, unused):
             assert shards.problems[0].reason.rpartition(": ")[2].split(", ") == unused
 
 
+def test_links_are_told(tmp_path):
+    """GNU tar writes the second of two hard links, and a symbolic one, as names without data: images that vanish."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "x.tar", "w") as tar:
+        for name, data in sample("a"):
+            (tmp_path / name).write_bytes(data)
+            tar.add(tmp_path / name, name)
+        for name, make in (("b.jpg", os.link), ("c.jpg", os.symlink), ("d", os.link), ("e.md5", os.link)):
+            make(tmp_path / "a.jpg", tmp_path / name)
+            tar.add(tmp_path / name, name)
+    for shards in both_ways(tmp_path / "set"):
+        (problem,) = shards.problems
+        assert problem.count == 2 and problem.reason.endswith(": b.jpg (a link), c.jpg (a link)")
+        assert keys_of(shards) == ["a"]
+
+
 def test_five_files_are_named(tmp_path):
     names = [f"a.{i}{'x' * 300 * (i == 1)}.jpg" for i in range(1000)]
     write_tar(tmp_path / "x.tar", [*sample("a"), *((name, b"") for name in names)], format=tarfile.PAX_FORMAT)
