@@ -4,6 +4,14 @@
 other names come by `from lift_fast.cli.main import parse`.
 """
 
-from .main import main
+import sys
+
+from .interrupt import INTERRUPTED, say_interrupted
+
+try:
+    from .main import main
+except KeyboardInterrupt:  # Ctrl-C before anything began
+    say_interrupted()
+    sys.exit(INTERRUPTED)
 
 __all__ = ["main"]

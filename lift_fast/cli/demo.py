@@ -73,6 +73,10 @@ class Demo:
         )
         step("report", Report(lift, clip, compare, self.out, sets, command))
 
+    def interrupted(self) -> str:
+        """What a demo that was interrupted leaves."""
+        return f"what was finished stays in {self.out}; the same command starts anew"
+
 
 def step(title: str, command: Callable[[], None]) -> None:
     """Runs one command of the demo under its title."""

@@ -7,7 +7,6 @@ Commands import torch, and the parts that need it, when they run, so that `lift-
 """
 
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -21,6 +20,7 @@ from .data import DataTools
 from .demo import Demo
 from .embed import Embed
 from .evaluate import Compare, Eval, Report
+from .interrupt import INTERRUPTED, after_imports, say_interrupted
 from .train import Train
 
 Command = (
@@ -74,21 +74,20 @@ def main(args: list[str] | None = None) -> None:
     """Runs `lift-fast`. args: sys.argv[1:] where None. Raises SystemExit unless the command succeeds."""
     line: Line | None = None
     try:
-        try:
-            if (sys.argv[1:] if args is None else args) == ["--version"]:
-                print(f"lift-fast {__version__}")
+        with after_imports():
+            try:
+                if (sys.argv[1:] if args is None else args) == ["--version"]:
+                    print(f"lift-fast {__version__}")
+                    return
+                line = parse_line(args)
+                progress.configure(quiet=line.quiet, every=line.log_every)
+                line.command()
                 return
-            line = parse_line(args)
-            progress.configure(quiet=line.quiet, every=line.log_every)
-            line.command()
-            return
-        finally:
-            sys.stdout.flush()
+            finally:
+                sys.stdout.flush()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher of ranks passes on what the terminal has sent already
-        left = left_by(line.command) if line else ""
-        print("lift-fast: interrupted" + (f"; {left}" if left else ""), file=sys.stderr)
-        sys.exit(130)
+        say_interrupted(left_by(line.command) if line else "")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it exits
         sys.exit(141)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..data.shards import ShardWriter
 from ..errors import DataError
+from ..progress import bar
 
 _SKIN_TONES = re.compile(r"-1F3F[B-F]")
 
@@ -62,7 +63,6 @@ def write(
     for key, file, caption, group in drawings():
         by_caption.setdefault(caption, (key, file, group))
     import resvg_py  # `drawings` has checked that it is installed
-    from tqdm import tqdm
 
     folder = Path(folder)
     captions = sorted(by_caption)
@@ -72,7 +72,7 @@ def write(
     splits = {"heldout": captions[:heldout], "train": captions[heldout:]}
     for split, names in splits.items():
         with ShardWriter(folder / split, samples_per_shard) as writer:
-            for caption in tqdm(names, unit="drawing", desc=f"openmoji {split}", leave=False):
+            for caption in bar(names, unit="drawing", desc=f"openmoji {split}", leave=False):
                 key, file, group = by_caption[caption]
                 png = resvg_py.svg_to_bytes(
                     svg_path=str(file), width=px, height=px, background="#ffffff", skip_system_fonts=True

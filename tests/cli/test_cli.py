@@ -165,7 +165,7 @@ def test_embed_a_table_as_told_before(tmp_path, capfd, monkeypatch):
     run(f"{command} --dry-run --world 4")
     out = capfd.readouterr().out
     assert files(tmp_path) == ["t.parquet"]
-    assert "3 rows in 1 parquet files" in out and "captions/s (3 sampled)" in out and "with 4 ranks" in out
+    assert f"3 rows in {tmp_path}/t.parquet" in out and "captions/s (3 sampled)" in out and "with 4 ranks" in out
     size = int(re.search(r"3 captions of dim 384 in int4r: .* on disk \((\d+) bytes\)", out)[1])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, words in [
@@ -195,14 +195,15 @@ def test_embed_settings_reach_the_encoder(tmp_path):
 
 
 def test_embed_of_what_it_cannot_read(tmp_path, capfd):
-    (tmp_path / "c.csv").write_text("id,text\n7,a star\n")
+    (tmp_path / "c.csv").write_text("id,words\n7,a star\n")
     out = f"--out {tmp_path}/cache"
     words = {
-        f"--data {tmp_path}/c.csv": "no column 'caption'; choose with --column among: id, text",
-        f"--data {tmp_path}/c.csv --column text --shard-rows 0": "shard_rows is 0",
-        f"--data {tmp_path}/c.csv --column text --batch-size 0": "batch_size is 0",
-        f"--data {tmp_path}/c.csv --column text --preset none": "no preset 'none'",
-        f"--data {tmp_path}": "holds no .tar shard and no .parquet file",
+        f"--data {tmp_path}/c.csv": "has no column of captions (txt, caption, text, title, re_caption); choose with "
+        "--field among: id, words",
+        f"--data {tmp_path}/c.csv --column words --shard-rows 0": "shard_rows is 0",
+        f"--data {tmp_path}/c.csv --column words --batch-size 0": "batch_size is 0",
+        f"--data {tmp_path}/c.csv --column words --preset none": "no preset 'none'",
+        f"--data {tmp_path}": "is no data set, it holds c.csv; expected a folder of .tar shards",
     }
     for options, message in words.items():
         assert message in error_of(capfd, f"embed {options} {out}")
@@ -264,9 +265,9 @@ def test_a_picture_that_does_not_decode(tmp_path, capfd):
     run(f"embed --data {data} --out {cache}")
     run(f"train --model lift --data {data} --cache {cache} --out {tmp_path}/run --steps 3 --batch-size 8")
     out = capfd.readouterr().out
-    assert "skipped 1 images" in out and "s0-007" in out
+    assert "skipped 1 sample (1 not a picture)" in out and "s0-007" in out
     run(f"eval --run {tmp_path}/run --data held {data}")
-    assert "1 images do not decode" in capfd.readouterr().out
+    assert "held: 1 sample left out (1 not a picture)" in capfd.readouterr().out
 
 
 def test_a_cache_that_does_not_fit(tmp_path, capfd, scenes):

@@ -1,0 +1,187 @@
+"""How commands end: Ctrl-C, a reader that has gone, a disk without space; --version and shell completion."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import complete  # noqa: F401
+from support.tiny_sets import make_set
+
+from lift_fast import __version__
+from lift_fast.cli.main import main, parse
+
+COMMAND = [sys.executable, "-c", "from lift_fast.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_set(tmp_path_factory.mktemp("ends") / "data", 40).folder
+
+
+def interrupted(command: str, ready, environment=None) -> tuple[int, str]:
+    """Runs a command, sends it SIGINT as soon as ready() is true; returns its status and what it wrote to stderr."""
+    running = subprocess.Popen(
+        [*COMMAND, *shlex.split(command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    for _ in range(600):
+        if ready():
+            break
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=180)
+    return running.returncode, err
+
+
+def last_line(err: str) -> str:
+    assert "Traceback" not in err and "KeyboardInterrupt" not in err, err
+    lines = err.splitlines()
+    assert sum("interrupted" in line for line in lines) == 1 and lines[-1].startswith("lift-fast: interrupted"), err
+    return lines[-1]
+
+
+def steps_in(out: Path) -> list[dict]:
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def test_ctrl_c_while_training(data, tmp_path):
+    """Line 16 of the issue: 59 lines of traceback. The steps until then are complete."""
+    out = tmp_path / "run"
+    command = f"train --model clip --data {data} --out {out} --steps 100000 --batch-size 4"
+    status, err = interrupted(command, lambda: len(steps_in(out)) > 2)
+    assert status == 130
+    assert f"the steps until then are in {out / 'metrics.jsonl'}" in last_line(err)
+    assert "run the same command again" in last_line(err)
+    steps = steps_in(out)
+    assert [line["step"] for line in steps] == list(range(len(steps))) and len(steps) > 2
+    shown = [line for line in err.splitlines() if line.startswith("train clip: ")]
+    assert len(shown) == 1 and shown[0].startswith(f"train clip: {len(steps)}/100000")
+    assert not (out / "run.json").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.2, 1.6])
+def test_ctrl_c_while_torch_is_imported(data, tmp_path, seconds):
+    """Its import swallows a KeyboardInterrupt, or makes an ImportError of it: it has to wait."""
+    began = time.monotonic()
+    out = tmp_path / "run"
+    command = f"train --model clip --data {data} --out {out} --steps 100000 --batch-size 4"
+    status, err = interrupted(command, lambda: time.monotonic() - began > seconds)
+    assert status == 130
+    assert last_line(err).startswith("lift-fast: interrupted") or steps_in(out)
+
+
+@pytest.mark.parametrize("command", [
+    "data scenes --out {out} --train 1000000",
+    "embed --data {data} --out {out}",
+    "data check {data}",
+    "demo --out {out} --scenes 1000000",
+    "compare --preset vit-b16",
+])  # fmt: skip
+def test_ctrl_c_in_any_command(data, tmp_path, command):
+    began = time.monotonic()
+    line = command.format(data=data, out=tmp_path / "out")
+    status, err = interrupted(line, lambda: time.monotonic() - began > 1.2)
+    assert status == 130
+    last_line(err)
+
+
+def test_ctrl_c_in_ranks(data, tmp_path):
+    """Each rank ends with one line; a launcher may send SIGINT after the terminal has."""
+    began = time.monotonic()
+    command = f"embed --data {data} --out {tmp_path / 'out'}"
+    status, err = interrupted(command, lambda: time.monotonic() - began > 2, {"RANK": "1", "WORLD_SIZE": "2"})
+    assert status == 130
+    last_line(err)
+
+
+def test_a_second_ctrl_c_does_not_bring_the_traceback_back(data, tmp_path):
+    out = tmp_path / "run"
+    command = f"train --model clip --data {data} --out {out} --steps 100000 --batch-size 4"
+    running = subprocess.Popen([*COMMAND, *shlex.split(command)], stderr=subprocess.PIPE, text=True)
+    while not steps_in(out):
+        assert running.poll() is None
+        time.sleep(0.1)
+    for _ in range(3):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, err = running.communicate(timeout=180)
+    assert running.returncode == 130
+    last_line(err)
+
+
+def test_a_reader_that_has_gone(data):
+    """Line 14 of the issue: `lift-fast data stats DIR | head` said "Broken pipe"."""
+    for command in (f"data stats {data}", "train --help"):
+        line = f"{shlex.join(COMMAND)} {command} | true; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.stdout.strip() == "141" and "roken" not in done.stderr, done.stderr
+
+
+def test_the_disk_is_looked_at_before_the_first_step(data, tmp_path, capfd, monkeypatch):
+    """Line 16 of the issue: a full disk was noticed after the last step."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=3_000_000))
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(f"train --model clip --data {data} --out {tmp_path}/a/b --steps 2 --batch-size 4"))
+    assert stop.value.code == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    found = re.search(r"the run needs (\d+\.\d) MB in (.*) and its disk has 3\.0 MB free", message)
+    assert found and float(found[1]) > 5 and found[2] == f"{tmp_path}/a/b"
+    assert not (tmp_path / "a").exists()
+
+
+def test_version(capfd):
+    main(["--version"])
+    assert capfd.readouterr().out == f"lift-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell):
+    done = subprocess.run([*COMMAND, "--tyro-print-completion", shell], capture_output=True, text=True, check=True)
+    assert "vit-b16" in done.stdout and "openmoji" in done.stdout
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+
+
+def help_of(command: str) -> str:
+    done = subprocess.run([*COMMAND, *command.split(), "--help"], capture_output=True, text=True, check=True)
+    return re.sub(r"\s*│\n│\s*", " ", done.stdout)
+
+
+def test_the_options_of_train_are_in_groups():
+    """Line 14 of the issue: 35 flat lines, without the names of the presets."""
+    out = help_of("train")
+    groups = re.findall(r"╭─ (\w+) options", out)
+    assert groups == ["run", "model", "optimizer", "images", "machine", "reading"]
+    boxes = re.split(r"╭─ ", out)[2:]
+    assert max(len(re.findall(r"│ --\w", box)) for box in boxes) <= 12
+    assert "--preset {tiny,vit-ti16,vit-s16,vit-b16," in out
+
+
+def test_the_names_of_the_presets_are_those_that_there_are():
+    from typing import get_args
+
+    from lift_fast.nn import PRESETS
+    from lift_fast.train.config import PresetName
+
+    assert set(get_args(PresetName)) == set(PRESETS)
+
+
+def test_options_of_all_commands_stand_anywhere():
+    for line in ("--quiet train", "train --quiet", "--log-every 5 train"):
+        parse([*line.split(), "--model", "clip", "--data", "a", "--out", "b"])
+    with pytest.raises(Exception, match="log_every must be above 0"):
+        parse(["--log-every", "0", "compare"])
