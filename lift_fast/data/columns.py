@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .reading import Stamp, stamp_of
+from .reading import Stamp, cpu_count, stamp_of
 from .samples import BadText, Problem, located
 
 KEPT_BYTES = 1 << 30
@@ -66,14 +66,16 @@ class Columns:
         self.path, self._skip_bad = path, skip_bad
         self.names = list(groups)
         flat = [file for group in groups.values() for file in group]
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        _pyarrow(flat[0])
+        with ThreadPoolExecutor(min(32, 4 * cpu_count())) as pool:
             opened = dict(zip(flat, pool.map(self._try_to_open, flat), strict=True))
-        errors = [found for found in opened.values() if isinstance(found, DataError)]
         files = {file: found for file, found in opened.items() if isinstance(found, _File)}
-        if errors and not files:
-            raise errors[0]
-        self.problems = [Problem(str(path), "damaged shard", str(error)) for error in errors]
-        self.problems += [Problem(str(path), "damaged shard", found.cut) for found in files.values() if found.cut]
+        errors = {file: found for file, found in opened.items() if isinstance(found, DataError)}
+        for error in errors.values():
+            if not files or not skip_bad:
+                raise DataError(f"{error}; --skip-bad leaves it out" if files else str(error))
+        self.problems = [Problem(str(file), "damaged shard", str(error)) for file, error in errors.items()]
+        self.problems += [Problem(str(file), "damaged shard", found.cut) for file, found in files.items() if found.cut]
         self._files = [[files[file] for file in group if file in files] for group in groups.values()]
         self._first = next(iter(files.values()))
         self.schema = self._first.schema
@@ -148,9 +150,7 @@ class Columns:
         try:
             return _opened(path, self._skip_bad)
         except DataError as error:
-            if self._skip_bad:
-                return error.with_traceback(None)
-            raise
+            return error.with_traceback(None)
 
     def _locate(self, i: int) -> tuple[_File, int]:
         number, row = located(i, self._ends, self.path)
@@ -358,10 +358,21 @@ def _check_offsets(array: Any) -> None:
         array.validate()
         for k in range(kind.num_fields):
             _check_offsets(array.field(k))
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        array.view(pa.binary() if pa.types.is_string(kind) else pa.large_binary()).validate(full=True)
+    elif pa.types.is_dictionary(kind):
+        texts = _as_bytes(array.dictionary)
+        texts.validate(full=True)
+        pa.DictionaryArray.from_arrays(array.indices, texts, safe=False).validate(full=True)
     else:
-        array.validate(full=True)
+        _as_bytes(array).validate(full=True)
+
+
+def _as_bytes(array: Any) -> Any:
+    """Text as the bytes that it is stored in; other arrays as they are."""
+    import pyarrow as pa
+
+    if pa.types.is_string(array.type):
+        return array.view(pa.binary())
+    return array.view(pa.large_binary()) if pa.types.is_large_string(array.type) else array
 
 
 def _lost(rows: int, reason: str) -> _Column:

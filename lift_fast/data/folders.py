@@ -64,6 +64,10 @@ class ParquetImages(TableSamples):
         number, row = located(i, self._ends, self.folder)
         try:
             key, extension = self._name(number, row)
+            if not key:
+                self._columns.value(i, "key")  # raises where the row cannot be read
+        except BadSample:
+            raise
         except DataError as error:
             raise BadSample("unreadable", str(error)) from error
         if not key:
