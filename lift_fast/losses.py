@@ -5,12 +5,13 @@ The functions can be imported from here too: `from lift_fast.losses import contr
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .ops.pairs import exchange
 from .ops.pairs.contrastive import contrastive
 from .ops.pairs.cosine import cosine
 from .ops.pairs.sigmoid import sigmoid
@@ -18,7 +19,8 @@ from .ops.rows.quantized import QuantizedRows
 
 __all__ = ["ClipLoss", "CosineLoss", "SigLipLoss", "cached_step", "contrastive", "cosine", "sigmoid"]
 
-Group = dist.ProcessGroup | str | None
+if TYPE_CHECKING:  # a torch that is built without distributed has no ProcessGroup
+    Group = dist.ProcessGroup | str | None
 Batch = TypeVar("Batch")
 
 
@@ -26,7 +28,7 @@ class _PairLoss(nn.Module):
     """The arguments and the forward that ClipLoss and SigLipLoss share."""
 
     def __init__(
-        self, rank: int, world_size: int, normalize: bool, group: Group, budget: int | None, backend: str | None
+        self, rank: int, world_size: int, normalize: bool, group: "Group", budget: int | None, backend: str | None
     ):
         super().__init__()
         self.rank, self.world_size, self.group = rank, world_size, group
@@ -82,7 +84,7 @@ class ClipLoss(_PairLoss):
         use_horovod: bool = False,
         *,
         normalize: bool = False,
-        group: Group = None,
+        group: "Group" = None,
         budget: int | None = None,
         backend: str | None = None,
     ):
@@ -114,7 +116,7 @@ class SigLipLoss(_PairLoss):
         chunk_size: int = 0,
         *,
         normalize: bool = False,
-        group: Group = None,
+        group: "Group" = None,
         budget: int | None = None,
         backend: str | None = None,
     ):
@@ -142,10 +144,11 @@ class CosineLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _group(group: Group, rank: int, world_size: int) -> Group:
+def _group(group: "Group", rank: int, world_size: int) -> "Group":
     """The process group to use for open_clip's rank and world_size. Raises ValueError when they are not the group's."""
     if world_size == 1:
         return group
+    exchange.check_available()
     if group is None:
         if not dist.is_initialized():
             raise ValueError(

@@ -1,6 +1,8 @@
 """The loss modules with open_clip's signatures, and cached_step: a large batch in micro-batches."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,3 +143,62 @@ def test_cached_step_says_what_is_missing():
         cached_step(model, [], lambda image, scale: image.sum())
     with pytest.raises(ValueError, match="does not depend on the features"):
         cached_step(model, [torch.randn(2, 8)], lambda image, scale: scale * 2)
+
+
+# A torch that was built without distributed: torch._C has no _c10d_init, nor what builds on it, and torch.distributed
+# defines almost nothing. Official builds have a stand-in for ProcessGroup, which others lack.
+WITHOUT_DISTRIBUTED = """
+import importlib.machinery, sys
+
+class Loader(importlib.machinery.ExtensionFileLoader):
+    def exec_module(self, module):
+        super().exec_module(module)
+        for name in ("_c10d_init", "_rpc_init", "_dist_autograd_init"):
+            vars(module).pop(name, None)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._C":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.loader = Loader(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(0, Finder())
+import torch
+assert not torch.distributed.is_available()
+"""
+ONE_PROCESS = """
+import lift_fast.eval.run, lift_fast.nn, lift_fast.ops, lift_fast.train.step
+from lift_fast.losses import ClipLoss, CosineLoss, SigLipLoss, cached_step, contrastive
+
+torch.manual_seed(0)
+image, text, tower = torch.randn(5, 8), torch.randn(5, 8), torch.nn.Linear(8, 8)
+for loss in (ClipLoss(normalize=True), SigLipLoss(normalize=True), CosineLoss()):
+    loss(tower(image), text, 10.0).backward()
+    want = tower.weight.grad.clone()
+    tower.zero_grad()
+    cached_step(tower, image.split(2), lambda features: loss(features, text, 10.0))
+    assert want.any() and torch.allclose(tower.weight.grad, want, atol=1e-5)
+    tower.zero_grad()
+for call in (
+    lambda: ClipLoss(world_size=2)(image, text, 10.0),
+    lambda: SigLipLoss(world_size=2, group="0")(image, text, 10.0),
+    lambda: contrastive(image, text, 10.0, group="0"),
+):
+    try:
+        call()
+    except ValueError as error:
+        assert "built without torch.distributed" in str(error), error
+    else:
+        raise AssertionError("no error")
+print("fine")
+"""
+
+
+@pytest.mark.parametrize(
+    "before", ["", "import torch._dynamo; del torch.distributed.ProcessGroup\n"], ids=["official", "no ProcessGroup"]
+)
+def test_losses_of_a_torch_without_distributed(before):
+    code = WITHOUT_DISTRIBUTED + before + ONE_PROCESS
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr[-2000:]

@@ -23,7 +23,7 @@ def shared_arguments(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
     normalize: bool,
-    group: dist.ProcessGroup | str | None,
+    group: "dist.ProcessGroup | str | None",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, bool, bool, bool, str | None]:
     """The first nine arguments of both ops. Raises ValueError for arguments that do not match."""
     name = exchange.group_name(group)

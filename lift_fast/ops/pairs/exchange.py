@@ -66,7 +66,7 @@ class Gathered(Columns):
 
     local_only = False
 
-    def __init__(self, t: Tensor, q: Tensor | None, rows: int, group: dist.ProcessGroup):
+    def __init__(self, t: Tensor, q: Tensor | None, rows: int, group: "dist.ProcessGroup"):
         self.group, self.rows, self.world = group, rows, group.size()
         self.first = rows * group.rank()
         if len(t) == rows:
@@ -104,7 +104,7 @@ class Gathered(Columns):
 class Ring(Columns):
     """The texts of one rank after the other; their statistics and gradients travel with them and end at their owner."""
 
-    def __init__(self, t: Tensor, q: Tensor | None, group: dist.ProcessGroup):
+    def __init__(self, t: Tensor, q: Tensor | None, group: "dist.ProcessGroup"):
         super().__init__(t.contiguous(), q)
         self.group, self.world, self.rank = group, group.size(), group.rank()
         self.turns, self.count, self.first = self.world, self.world * len(t), self.rank * len(t)
@@ -176,7 +176,7 @@ def columns(
     return Gathered(t, q, rows, process_group)
 
 
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """x of all ranks, concatenated in the order of the ranks."""
     out = x.new_empty(group.size() * len(x), *x.shape[1:])
     _collective("all_gather_single", "all_gather_into_tensor")(_bytes(out), _bytes(x.contiguous()), group=group)
@@ -188,12 +188,19 @@ def _collective(name: str, former_name: str) -> Callable[..., Any]:
     return getattr(dist, name, None) or getattr(dist, former_name)
 
 
-def resolve(name: str) -> dist.ProcessGroup:
-    """The process group of this name."""
+def check_available() -> None:
+    """Raises ValueError for a torch that is built without distributed, as some for edge devices and macOS are."""
+    if not dist.is_available():
+        raise ValueError("this torch is built without torch.distributed, which ranks and groups need; use one process")
+
+
+def resolve(name: str) -> "dist.ProcessGroup":
+    """The process group of this name. Raises ValueError for a torch without distributed."""
+    check_available()
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def group_name(group: dist.ProcessGroup | str | None) -> str | None:
+def group_name(group: "dist.ProcessGroup | str | None") -> str | None:
     """Group name to pass to a custom op."""
     return group if group is None or isinstance(group, str) else group.group_name
 
