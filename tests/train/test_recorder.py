@@ -8,7 +8,7 @@ import torch
 
 from lift_fast.errors import TrainingError
 from lift_fast.train.config import TrainConfig
-from lift_fast.train.recorder import HostCopy, JsonLines, Recorder, StepRecord
+from lift_fast.train.recorder import HostCopy, JsonLines, Recorder, StepRecord, open_loggers
 
 
 class Log:
@@ -80,6 +80,66 @@ def test_loggers_are_closed_once_and_all_of_them(tmp_path):
         with Recorder(config(tmp_path), [first, Broken(), last]):
             pass
     assert first.closed == last.closed == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_step_before_an_error_is_written(tmp_path, error):
+    """It was lost when the next batch failed, or on Ctrl-C."""
+    log = Log()
+    with pytest.raises(error):
+        with Recorder(config(tmp_path), [log]) as recorder:
+            recorder.add(record(0))
+            recorder.add(record(1))
+            raise error
+    assert [written["step"] for written in log.records] == [0, 1] and log.closed == 1
+    assert recorder.losses == [1.0, 1.0]
+
+
+def test_an_error_is_not_hidden_by_the_last_step_s(tmp_path):
+    log = Log()
+    with pytest.raises(ValueError, match="the batch"):
+        with Recorder(config(tmp_path), [log]) as recorder:
+            recorder.add(record(0, math.nan))
+            raise ValueError("the batch")
+    assert log.records == [] and log.closed == 1
+
+
+def test_ctrl_c_while_waiting_for_the_device_loses_no_step(tmp_path):
+    class Slow(HostCopy):
+        asked = 0
+
+        def read(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+            return super().read()
+
+    log, first = Log(), record(0)
+    first.stats = Slow(torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(KeyboardInterrupt):
+        with Recorder(config(tmp_path), [log]) as recorder:
+            recorder.add(first)
+            recorder.add(record(1))
+    assert [written["step"] for written in log.records] == [0, 1]
+
+
+def test_loggers_are_closed_when_a_later_one_cannot_be_opened(tmp_path, monkeypatch):
+    """open_loggers leaked those before it."""
+    opened = []
+
+    class Open(Log):
+        def __init__(self, path):
+            super().__init__()
+            opened.append(self)
+
+    def full(path):
+        raise OSError("no space")
+
+    monkeypatch.setattr("lift_fast.train.recorder.JsonLines", Open)
+    monkeypatch.setattr("lift_fast.train.recorder.TensorBoard", full)
+    with pytest.raises(OSError, match="no space"):
+        open_loggers(config(tmp_path), progress=False)
+    assert [logger.closed for logger in opened] == [1]
 
 
 def test_json_lines_are_on_disk_at_once(tmp_path):
