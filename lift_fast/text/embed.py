@@ -220,9 +220,9 @@ def embed_share(
                     raise DataError(
                         f"{source.names[number]} of {source.path} changed while it was embedded; run the command again"
                     )
-                firsts: list[tuple[int, int] | None] = [
-                    None if caption is None or row in bad else seen.setdefault(caption, (number, row))
-                    for row, caption in enumerate(captions)
+                firsts = [
+                    None if caption is None else seen.setdefault(caption, (number, row))
+                    for row, caption in enumerate(_usable(captions, bad))
                 ]
                 if number not in missing:
                     continue
@@ -267,7 +267,7 @@ def estimate(
     sample: list[str] = []
     for number in sorted(set(spread)):
         read = source.read(number)
-        captions = [caption for row, caption in enumerate(read.captions) if caption is not None and row not in read.bad]
+        captions = list(filter(None, _usable(read.captions, read.bad)))
         wanted = batch_size * spread.count(number)
         sample += captions[:: max(1, len(captions) // wanted)][:wanted]
 
@@ -325,15 +325,21 @@ def _read_all(
     title = _title(f"read {source.field}", rank)
     with bar(total=total, unit=" captions", unit_scale=True, desc=title, disable=not progress) as shown:
         for group in mine:
-            seen: set[str] = set()
+            seen: set[str | None] = set()
             for number in group:
                 keys, captions, bad = source.read(number)
                 digest, before = digest_of(captions), len(seen)
                 writer.expect(number, keys, digest)
-                seen.update(caption for row, caption in enumerate(captions) if caption is not None and row not in bad)
+                seen.update(_usable(captions, bad))
+                seen.discard(None)
                 found[number] = _Read(digest, len(seen) - before, bad)
                 shown.update(len(captions))
     return found
+
+
+def _usable(captions: Sequence[str | None], bad: Mapping[int, BadText]) -> Sequence[str | None]:
+    """The captions of a shard, None for those of samples that are left out."""
+    return [None if row in bad else caption for row, caption in enumerate(captions)] if bad else captions
 
 
 def _vectors(
