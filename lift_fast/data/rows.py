@@ -234,38 +234,38 @@ class Rows:
                 reason = bad.reason
                 if last > first:
                     reason += f", in a row whose quote opens at line {first}"
-                yield from self._refused(lines, bad.cause, reason, _could_be_rows(lines.since, delimiter, width, names))
+                yield from self._refused(lines, bad.cause, reason)
                 continue
             if not row:
                 continue
             last = lines.number
-            if last > place[1] + 1:
-                if not trusted and _could_be_rows(lines.since, delimiter, width, names):
-                    reason = (
-                        f"{self.path}: a quote opens at line {place[1] + 1} and closes at line {last}, and each of "
-                        "these lines looks like a row; --quoting none keeps quotes as text, --quoting minimal reads "
-                        "the lines as one row"
-                    )
-                    yield from self._refused(lines, "does not parse", reason, True)
-                    continue
-                self._first_several = self._first_several or place[1] + 1
-                self.several_lines += 1
+            if last > place[1] + 1 and not trusted and _could_be_rows(lines.since, delimiter, width, names):
+                reason = (
+                    f"{self.path}: a quote opens at line {place[1] + 1} and closes at line {last}, and each of "
+                    "these lines looks like a row; --quoting none keeps quotes as text, --quoting minimal reads "
+                    "the lines as one row"
+                )
+                yield from self._refused(lines, "does not parse", reason)
+                continue
             if len(row) != width:
                 reason = f"{self.path}: line {last} has {len(row)} fields and the header has {width}"
-                yield from self._refused(lines, "does not parse", reason, False)
+                yield from self._refused(lines, "does not parse", reason)
                 continue
+            if last > place[1] + 1:
+                self._first_several = self._first_several or place[1] + 1
+                self.several_lines += 1
             if not self._quoted and b'"' in lines.since[0]:
                 if any(len(field) > 1 and field[0] == field[-1] == '"' for field in row):
                     self._first_in_quotes = self._first_in_quotes or place[1] + 1
                     self.in_quotes += 1
             yield place
 
-    def _refused(self, lines: "_Lines", cause: Cause, reason: str, each: bool) -> Iterator[tuple[int, int]]:
-        """Yields the places of a bad row: one, or one for each of its lines. Raises DataError unless bad samples are
-        skipped."""
+    def _refused(self, lines: "_Lines", cause: Cause, reason: str) -> Iterator[tuple[int, int]]:
+        """Yields the places of a bad row's lines, each as a row, because a quote may have joined rows. Raises DataError
+        unless bad samples are skipped."""
         if not self._options.skip_bad:
             raise DataError(f"{reason}; {_SKIP}")
-        for place in lines.places() if each else [lines.began]:
+        for place in lines.places():
             self._bad[len(self._places)] = BadText(cause, reason)
             yield place
 
