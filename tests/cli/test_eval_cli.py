@@ -1,0 +1,225 @@
+"""lift-fast eval, compare and report on data sets of users: names, classes, repeated captions, formats, bad samples."""
+
+import base64
+import json
+import random
+import shlex
+
+import numpy as np
+import pytest
+from support import complete  # noqa: F401
+from support.hostile import encoded
+from support.tiny_sets import make_set, png
+
+from lift_fast.cli.evaluate import named_sets
+from lift_fast.cli.main import main
+from lift_fast.data.shards import ShardWriter
+
+
+def run(command: str) -> None:
+    main(shlex.split(command))
+
+
+def error_of(capfd, command: str) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(command)
+    assert stop.value.code == 2
+    return capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A CLIP run, the tars it was trained on, and the folder of both."""
+    root = tmp_path_factory.mktemp("trained")
+    make_set(root / "data", 12)
+    run(f"train --model clip --data {root}/data --out {root}/run --steps 2 --batch-size 4 --context 12")
+    return root
+
+
+def evaluated(trained, tmp_path, options, capfd) -> tuple[dict, str]:
+    """eval.json and what was printed."""
+    capfd.readouterr()
+    run(f"eval --run {trained}/run --json {tmp_path}/eval.json {options}")
+    return json.loads((tmp_path / "eval.json").read_text()), capfd.readouterr().out
+
+
+def test_data_without_a_name_is_named_by_its_folder(trained, tmp_path, capfd):
+    """Line 14 of the issue: "Failed to parse key-value pairs!"."""
+    result, out = evaluated(trained, tmp_path, f"--data {trained}/data", capfd)
+    assert list(result["retrieval"]) == ["data"] and out.startswith("data: R@1/5/10")
+
+
+@pytest.mark.parametrize(("words", "names"), [
+    ("mine DIR/a", {"mine": "a"}),
+    ("one DIR/a two DIR/b", {"one": "a", "two": "b"}),
+    ("DIR/a", {"a": "a"}),
+    ("DIR/a DIR/b", {"a": "a", "b": "b"}),
+    ("DIR/a DIR/b DIR/c", {"a": "a", "b": "b", "c": "c"}),
+    ("DIR/t.csv", {"t": "t.csv"}),
+])  # fmt: skip
+def test_names_of_sets(words, names):
+    found = named_sets(words.replace("DIR", "/some/where").split())
+    assert {name: str(path) for name, path in found.items()} == {k: f"/some/where/{v}" for k, v in names.items()}
+
+
+def test_a_folder_where_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert list(named_sets(["val"])) == ["val"] and list(named_sets(["."])) == [tmp_path.name]
+    assert named_sets(["val", "val/part"]).keys() == {"val"}
+    with pytest.raises(ValueError, match="is val a name or a data set"):  # it would have been one set, called val
+        named_sets(["val", "test"])
+    assert list(named_sets(["./val", "./test"])) == ["val", "test"]
+
+
+def test_names_that_occur_twice(trained, capfd):
+    assert "two sets are called data" in error_of(
+        capfd, f"eval --run {trained}/run --data {trained}/data {trained}/../{trained.name}/data"
+    )
+
+
+def table(folder, rows, name="metadata.csv"):
+    """A folder of images with a table: rows of (caption, the other columns)."""
+    folder.mkdir()
+    header = ["file_name", "caption", *rows[0][1]]
+    lines = [",".join(header)]
+    for i, (caption, others) in enumerate(rows):
+        (folder / f"{i}.png").write_bytes(png(random.Random(i)))
+        lines.append(",".join([f"{i}.png", caption, *map(str, others.values())]))
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("column", ["label", "class", "class_name", "cls", "group"])
+def test_columns_of_classes_give_zero_shot(trained, tmp_path, capfd, column):
+    """Line 14 of the issue: a column `label` gave none."""
+    data = table(tmp_path / "data", [(f"caption {i}", {column: ["cat", "dog", "horse"][i % 3]}) for i in range(9)])
+    result, out = evaluated(trained, tmp_path, f"--data {data}", capfd)
+    assert (result["zero_shot"]["classes"], result["zero_shot"]["n"]) == (3, 9)
+    assert "zero-shot: " in out and "of 9 among 3 classes" in out
+
+
+def test_class_folders_give_zero_shot(trained, tmp_path, capfd):
+    for i in range(8):
+        folder = tmp_path / "data" / ("cat", "dog")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(png(random.Random(i)))
+    result, _ = evaluated(trained, tmp_path, f"--data {tmp_path}/data", capfd)
+    assert result["zero_shot"]["classes"] == 2
+
+
+def test_classes_that_are_numbers_are_told(trained, tmp_path, capfd):
+    """The kind of it: "3" says nothing to a text encoder."""
+    data = table(tmp_path / "data", [(f"caption {i}", {"label": i % 3}) for i in range(9)])
+    result, out = evaluated(trained, tmp_path, f"--data {data}", capfd)
+    assert result["zero_shot"] is None
+    assert "data: its classes are numbers, and zero-shot classification needs their names" in out
+
+
+def test_equal_captions_are_told(trained, tmp_path, capfd):
+    """Line 6 of the issue: they lower R@1 of a perfect model."""
+    data = table(tmp_path / "data", [(f"caption {i // 2 if i < 6 else i}", {"n": i}) for i in range(10)])
+    result, out = evaluated(trained, tmp_path, f"--data {data}", capfd)
+    scores = result["retrieval"]["data"]
+    assert scores["repeats"] == 3
+    assert (scores["ceiling"]["t2i"]["r1"], scores["ceiling"]["i2t"]["r1"]) == (0.7, 0.4)
+    assert (
+        "data: 3 of 10 captions repeat an earlier one, so a perfect model scores at most 70.0% R@1 from text to image "
+        "and 40.0% from image to text\n"
+    ) in out
+
+
+def test_the_examples_say_what_they_hold(trained, tmp_path, capfd):
+    """Line 14 of the issue: `png_base64` held JPEG."""
+    kinds = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
+    with ShardWriter(tmp_path / "data") as writer:
+        for i, kind in enumerate(kinds):
+            writer.write(f"k{i}", encoded(pixels, kind), f"caption {i}", {})
+    result, _ = evaluated(trained, tmp_path, f"--data {tmp_path}/data", capfd)
+    assert not any("png_base64" in example for example in result["pictures"])
+    for example, (kind, name) in zip(result["pictures"], kinds.items(), strict=True):
+        head, _, body = example["image"].partition(",")
+        assert head == f"data:image/{name};base64" and base64.b64decode(body) == encoded(pixels, kind)
+
+
+def test_bad_samples_are_left_out_and_counted_where_they_may_be(trained, tmp_path, capfd):
+    """samples in = samples scored + samples counted by cause."""
+    data = table(tmp_path / "data", [("" if i == 2 else f"caption {i}", {"n": i}) for i in range(9)])
+    (data / "4.png").write_bytes(b"no picture")
+    (data / "5.png").unlink()
+    message = error_of(capfd, f"eval --run {trained}/run --data {data}")
+    assert "has no caption" in message and "Traceback" not in message
+    result, out = evaluated(trained, tmp_path, f"--data {data} --skip-bad", capfd)
+    causes = result["skipped_causes"]["data"]
+    assert causes == {"no caption": 1, "not a picture": 1, "missing": 1} or sum(causes.values()) == 3
+    assert result["skipped"]["data"] + result["retrieval"]["data"]["n"] == 9
+    assert "data: 3 samples left out (" in out
+
+
+def test_a_set_without_a_usable_caption(trained, tmp_path, capfd):
+    data = table(tmp_path / "data", [("", {"n": i}) for i in range(4)])
+    assert "no caption can be used" in error_of(capfd, f"eval --run {trained}/run --data {data} --skip-bad")
+
+
+def test_images_and_settings_of_the_data_set_can_be_given(trained, tmp_path, capfd):
+    """eval takes the same data sets as train, and reads them in the same way."""
+    (tmp_path / "photos").mkdir()
+    lines = ["picture;words"]
+    for i in range(8):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(png(random.Random(i)))
+        lines.append(f"{i}.png;caption {i}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    options = f"--pictures {tmp_path}/photos --image-column picture --field words"
+    run(f"train --model clip --data {tmp_path}/t.csv {options} --out {tmp_path}/run --steps 2 --batch-size 4")
+    written = json.loads((tmp_path / "run/run.json").read_text())
+    assert written["read"] == {"image_column": "picture"} and written["field"] == "words"
+    run(f"eval --run {tmp_path}/run --data {tmp_path}/t.csv --pictures {tmp_path}/photos --json {tmp_path}/own.json")
+    assert json.loads((tmp_path / "own.json").read_text())["retrieval"]["t"]["n"] == 8
+    result, _ = evaluated(trained, tmp_path, f"--data {tmp_path}/t.csv {options}", capfd)
+    assert result["retrieval"]["t"]["n"] == 8
+    message = error_of(capfd, f"eval --run {trained}/run --data a {trained}/data --pictures a b")
+    assert "one --pictures for each --data, or none: got 2 for 1" in message
+
+
+def test_a_set_that_lacks_the_run_s_caption_field_is_told(tmp_path, capfd):
+    make_set(tmp_path / "long", 12)
+    run(f"train --model clip --data {tmp_path}/long --field long --out {tmp_path}/run --steps 2 --batch-size 4")
+    with ShardWriter(tmp_path / "short") as writer:
+        for i in range(6):
+            writer.write(f"k{i}", png(random.Random(i)), f"caption {i}", {})
+    capfd.readouterr()
+    run(f"eval --run {tmp_path}/run --data {tmp_path}/long {tmp_path}/short --json {tmp_path}/eval.json")
+    out = capfd.readouterr().out
+    assert "short: the run was trained on the captions 'long', which it does not have; 'txt' was read" in out
+    pictures = json.loads((tmp_path / "eval.json").read_text())["pictures"]
+    assert {example["caption"] for example in pictures if example["set"] == "long"} >= {"long caption 0"}
+    assert {example["caption"] for example in pictures if example["set"] == "short"} >= {"caption 0"}
+
+
+def test_one_image_that_comes_up_again_and_again_is_one(tmp_path, capfd):
+    """Line 14 of the issue: "skipped 12 pictures" for one picture met twelve times."""
+    make_set(tmp_path / "data", 6, broken={2})
+    run(f"train --model clip --data {tmp_path}/data --out {tmp_path}/run --steps 8 --batch-size 5 --max-skipped 1")
+    out = capfd.readouterr().out
+    assert "skipped 1 sample (1 not a picture), which came up " in out
+
+
+def test_compare_takes_captions_that_have_changed_for_other_data(tmp_path, capfd):
+    """Line 4 of the issue: only their keys were compared."""
+    data = make_set(tmp_path / "data", 12).folder
+    run(f"embed --data {data} --out {tmp_path}/cache")
+    shared = f"--data {data} --steps 2 --batch-size 4"
+    run(f"train --model lift --cache {tmp_path}/cache --out {tmp_path}/lift {shared}")
+    run(f"train --model clip --out {tmp_path}/clip {shared}")
+    compare = (
+        f"compare --preset tiny --context 77 --lift {tmp_path}/lift --clip {tmp_path}/clip --data {data} "
+        f"--cache {tmp_path}/cache"
+    )
+    run(compare)
+    tar = sorted(data.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes().replace(b"caption 1", b"caption 7"))
+    message = error_of(capfd, compare)
+    assert "captions 'txt'" in message and "00000.tar" in message
