@@ -24,7 +24,7 @@ class DataOptions:
     number."""
     image_column: str | None = None
     """Tables and parquet: column that names or holds the image. Default: the first of file_name, filepath, filename,
-    image and path that there is."""
+    image, path and image_path that there is; one that holds images goes before those that name them."""
     image_suffix: str | None = None
     """Tars and folders of files: what follows KEY. in the name of the image, such as input.jpg. Default: the first of
     png, jpg, jpeg, webp, gif and bmp that a sample has."""
@@ -35,9 +35,11 @@ class DataOptions:
     semicolon."""
     quoting: Literal["auto", "minimal", "none"] = "auto"
     """CSV and TSV: none: a quote is a character like any other. minimal: a field in double quotes may hold delimiters.
-    auto: none where a tab delimits, else minimal."""
+    auto: none where a tab delimits and the header has no quotes, else minimal, but rows that a quote may have joined
+    by mistake are refused."""
     shard_rows: int | None = None
-    """CSV, TSV and JSONL: rows in a shard. Default: 10 000. Of tars and parquet each file is a shard."""
+    """CSV, TSV, JSONL and folders of files: samples in a shard. Default: 10 000. Of tars and parquet each file is a
+    shard."""
     absolute_paths: bool = False
     """Tables: allow names of images that are absolute, or lead out of the folder of images."""
 

@@ -9,8 +9,8 @@ import pytest
 from pyarrow import parquet
 from support.tiny_sets import make_set
 
-from lift_fast.data.shards import ShardWriter
 from lift_fast.data.options import DataOptions
+from lift_fast.data.shards import ShardWriter
 from lift_fast.data.sources import open_source
 from lift_fast.errors import ConfigError, DataError
 
