@@ -1,15 +1,18 @@
 """eval/: retrieval, composition and zero-shot by hand, and the evaluation of a model."""
 
+import random
+
 import pytest
 import torch
-from support.tiny_sets import make_set
+from support.tiny_sets import make_set, png
 from torch.nn import functional as F
 
+from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.errors import ConfigError
 from lift_fast.eval.composition import captions_and_foils, composition
 from lift_fast.eval.retrieval import ranks, recalls, retrieval
 from lift_fast.eval.run import _require_first, evaluate_model
-from lift_fast.eval.zero_shot import TEMPLATES, prompts, zero_shot
+from lift_fast.eval.zero_shot import TEMPLATES, has_numbers, label_of, prompts, zero_shot
 from lift_fast.nn import Lift, Preset, TextConfig, VitConfig
 from lift_fast.sugarcrepe import TASKS
 
@@ -119,3 +122,66 @@ def test_a_score_belongs_to_one_set():
     result["composition"] = {"mean": 1.0}
     with pytest.raises(ConfigError, match="two is the second set for composition"):
         _require_first(result, "composition", "two")
+
+
+def perfect(caption_of):
+    """Features of a perfect model: an image is nearest to its own caption, and near its group's images."""
+    torch.manual_seed(0)
+    text = F.normalize(torch.randn(len(set(caption_of)), 64), dim=1)
+    image = F.normalize(text[list(caption_of)] + 0.01 * torch.randn(len(caption_of), 64), dim=1)
+    return image, text
+
+
+@pytest.mark.parametrize(
+    "caption_of", [[0, 1, 2, 3], [0, 0, 1, 2, 2, 2], [0] * 12 + [1] * 7 + [2] * 6 + [3, 4, 5, 5], [0, 0]]
+)
+def test_a_perfect_model_scores_the_ceiling(caption_of):
+    """Line 6 of the issue: with equal captions it scored 73 %, and nothing said so."""
+    image, text = perfect(caption_of)
+    scores = retrieval(image, text, caption_of)
+    for way in ("i2t", "t2i"):
+        assert scores[way] == pytest.approx(scores["ceiling"][way])
+    assert scores["repeats"] == len(caption_of) - len(set(caption_of))
+    distinct = len(set(caption_of)) == len(caption_of)
+    assert (scores["ceiling"]["t2i"]["r1"] == scores["ceiling"]["i2t"]["r1"] == 1) == distinct
+
+
+def test_no_model_exceeds_the_ceiling():
+    torch.manual_seed(1)
+    for trial in range(50):
+        caption_of = torch.randint(0, 4, (9,)).unique(return_inverse=True)[1].tolist()
+        image = F.normalize(torch.randn(9, 3), dim=1)
+        text = F.normalize(torch.randn(max(caption_of) + 1, 3), dim=1)
+        if trial % 2:
+            image, text = perfect(caption_of)
+        scores = retrieval(image, text, caption_of)
+        for way in ("i2t", "t2i"):
+            assert all(scores[way][k] <= scores["ceiling"][way][k] + 1e-6 for k in scores[way])
+
+
+def test_equal_captions_are_encoded_once_and_tie_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    preset = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(width=16, layers=1, heads=2), embed_dim=16, text_dim=24)
+    with ShardWriter(tmp_path / "data") as writer:
+        for i in range(12):
+            writer.write(f"k{i}", png(random.Random(i)), f"caption {i // 4}", {})
+    asked = []
+
+    def encode_text(captions):
+        asked.append(list(captions))
+        return F.normalize(torch.randn(len(captions), 24), dim=1)
+
+    data = {"set": Shards(tmp_path / "data")}
+    result = evaluate_model(Lift(preset).eval(), encode_text, data, torch.device("cpu"))
+    assert asked == [["caption 0", "caption 1", "caption 2"]]
+    scores = result["retrieval"]["set"]
+    assert scores["i2t"]["r1"] == 0 and scores["ceiling"]["i2t"] == {"r1": 0, "r5": 1, "r10": 1}
+    assert [example["caption"] for example in result["pictures"]] == [f"caption {i // 4}" for i in range(8)]
+
+
+def test_the_class_of_a_sample():
+    assert label_of({"label": "cat", "n": 3}) == label_of({"group": "cat", "label": "dog"}) == "cat"
+    assert label_of({"label": 3, "class_name": " tabby cat "}) == "tabby cat"
+    for nothing in ({}, {"label": 3}, {"label": "7"}, {"label": ""}, {"label": ["cat"]}, {"cls": None}):
+        assert label_of(nothing) is None
+    assert has_numbers([{"label": 3}]) and has_numbers([{}, {"cls": "7"}]) and not has_numbers([{"label": "cat"}, {}])
