@@ -134,7 +134,7 @@ class Embed:
             )
             return
         cache = Cache(self.out)
-        print(f"{prefix}{len(cache) - left_out} captions, dim {cache.dim}, in {self.out}")
+        print(f"{prefix}{counted(len(cache) - left_out, 'caption')}, dim {cache.dim}, in {self.out}")
         if left_out:
             print(
                 f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)}), which keep their rows; "

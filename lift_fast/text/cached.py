@@ -10,13 +10,15 @@ from ..cache import Cache
 from ..data.samples import BadText, Collection
 from ..errors import CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
+from .skipped import reasons
 
 
 class CachedText:
     """The text caches of a Collection, one for each of its data sets, read as one by the collection's row numbers.
 
     len(text): rows of all caches. dim: length of a vector. encoder, field, rotation: those of the caches' manifests.
-    left_out: row number -> error, for the samples that the caches have no vector of.
+    left_out: row number -> error, for the samples that the caches have no vector of. not_compared: shards whose captions
+    could not be compared, because their cache has no digest of them.
 
     Raises CacheMismatch when a cache was made from other keys or captions, when the caches differ in encoder, caption
     field, codec or rotation, or when their dim is not `text_dim`.
@@ -24,8 +26,9 @@ class CachedText:
 
     def __init__(self, caches: Sequence[Cache], data: Collection, text_dim: int | None = None):
         self.caches, self.starts, self._len = list(caches), data.starts, len(data)
+        self.not_compared = 0
         for cache, samples in zip(self.caches, data.sets, strict=True):
-            cache.check_data(samples, progress=True)
+            self.not_compared += cache.check_data(samples, progress=True).unknown
         first = self.caches[0]
         self.dim, self.rotation = first.dim, first.rotation
         self.encoder, self.field = first.manifest.encoder, first.manifest.field
@@ -64,13 +67,13 @@ class CachedText:
 
 
 def _left_out(caches: Sequence[Cache], data: Collection) -> dict[int, BadText]:
-    """Row number -> error, for the rows without a vector."""
+    """Row number -> error, for the rows without a vector. Raises DataError, CacheError."""
     found: dict[int, BadText] = {}
-    for cache, first in zip(caches, data.starts.tolist(), strict=False):
+    for cache, samples, start in zip(caches, data.sets, data.starts.tolist(), strict=False):
+        first, encoder = 0, str(cache.manifest.encoder.get("name", "the encoder"))
         for number, shard in enumerate(cache.manifest.shards):
-            found |= {
-                first + row: BadText("no caption", f"{data.where(first + row)} was left out of {cache.folder}")
-                for row in cache.skipped(number).tolist()
-            }
+            rows = cache.skipped(number).tolist()
+            for row, error in reasons(samples, cache.manifest.field, encoder, number, first, rows).items():
+                found[start + first + row] = error
             first += shard.rows
     return found

@@ -190,7 +190,7 @@ def embed_share(
     left = writer.size_on_disk(todo)
     computed = copied = 0
     first = FirstVectors(encoder.spec.name, rotation, warn)
-    left_out = SkippedList(source, encoder.spec.name, {number: read.bad for number, read in plan.items()})
+    left_out = SkippedList(source, encoder.spec.name)
     zero = encode(torch.zeros(1, encoder.dim), codec, rotation)
     with bar(
         total=sum(plan[number].new for number in todo),
@@ -229,7 +229,7 @@ def embed_share(
                 shown.set_postfix_str(f"{in_bytes(left)} to write")
                 found = _rows(number, captions, firsts, encode_captions, zero, writer)
                 if found.empty and not source.options.skip_bad:
-                    raise left_out.without_tokens(number, found.empty[0])
+                    raise left_out.reasons(number, found.empty[:1])[found.empty[0]]
                 writer.write_shard(number, found.rows, key_hashes(keys).tolist(), found.skipped)
                 left -= writer.size_on_disk([number])
                 computed += found.computed
@@ -309,11 +309,10 @@ def in_bytes(count: float) -> str:
 @dataclass(frozen=True)
 class _Read:
     """What the first reading of a shard found. captions: their digest. new: captions, each counted once, that no
-    earlier shard of the group has. bad: row -> what is wrong with its caption or its key."""
+    earlier shard of the group has."""
 
     captions: str
     new: int
-    bad: Mapping[int, BadText]
 
 
 def _read_all(
@@ -332,7 +331,7 @@ def _read_all(
                 writer.expect(number, keys, digest)
                 seen.update(_usable(captions, bad))
                 seen.discard(None)
-                found[number] = _Read(digest, len(seen) - before, bad)
+                found[number] = _Read(digest, len(seen) - before)
                 shown.update(len(captions))
     return found
 

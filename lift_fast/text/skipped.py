@@ -9,11 +9,11 @@ often the run was killed.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from ..data.samples import BadText
+from ..data.samples import BadText, Samples
 from ..data.sources import Source
 from ..errors import CacheError
 from ..files import write_whole
@@ -21,25 +21,47 @@ from ..files import write_whole
 SKIPPED = "skipped.jsonl"
 
 
-class SkippedList:
-    """The samples of a source that are left out. causes: how many, by cause.
+def reasons(
+    samples: Samples, field: str, encoder: str, number: int, first: int, rows: Sequence[int]
+) -> dict[int, BadText]:
+    """Row of shard `number` -> why a cache has no vector of it, for `rows`: its caption or key is bad, or its caption
+    has no tokens.
 
-    known: shard -> row -> what is wrong with its caption or key; a shard that is not in it is read again.
+    first: the number of the shard's first sample. encoder: its name, for messages. Raises DataError when the shard
+    cannot be read.
     """
+    keys = samples.bad_keys(number) if rows else {}
+    found: dict[int, BadText] = {}
+    for row in rows:
+        try:
+            caption = samples.caption(first + row, field)
+        except BadText as error:
+            found[row] = error.with_traceback(None)
+            continue
+        found[row] = keys.get(row) or BadText(
+            "no tokens",
+            f"{samples.where(first + row)}: the tokenizer of {encoder} makes no token of its caption {caption!r}; give "
+            "it another caption, or leave it out with --skip-bad",
+        )
+    return found
 
-    def __init__(self, source: Source, encoder: str, known: Mapping[int, Mapping[int, BadText]]):
-        self.source, self.encoder, self.known = source, encoder, known
+
+class SkippedList:
+    """The samples of a source that are left out of a cache. causes: how many, by cause. encoder: as for `reasons`."""
+
+    def __init__(self, source: Source, encoder: str):
+        self.source, self.encoder = source, encoder
         self.causes: Counter[str] = Counter()
         self._starts = list(accumulate(source.sizes, initial=0))
         self._lines: list[dict[str, object]] = []
 
+    def reasons(self, number: int, rows: Sequence[int]) -> dict[int, BadText]:
+        """Row -> why it has no vector, for rows of a shard. Raises DataError."""
+        return reasons(self.source.samples, self.source.field, self.encoder, number, self._starts[number], rows)
+
     def add(self, number: int, rows: Sequence[int]) -> None:
         """Takes the numbers of the rows of a shard that have no vector. Raises DataError when it cannot be read."""
-        if not rows:
-            return
-        bad = self.known[number] if number in self.known else self.source.read(number).bad
-        for row in rows:
-            error = bad[row] if row in bad else self.without_tokens(number, row)
+        for row, error in self.reasons(number, rows).items():
             self.causes[error.cause] += 1
             self._lines.append(
                 {
@@ -50,16 +72,6 @@ class SkippedList:
                     "reason": error.reason,
                 }
             )
-
-    def without_tokens(self, number: int, row: int) -> BadText:
-        """The error of a row whose caption has no tokens."""
-        sample = self._starts[number] + row
-        caption = self.source.samples.caption(sample, self.source.field)
-        return BadText(
-            "no tokens",
-            f"{self.source.samples.where(sample)}: the tokenizer of {self.encoder} makes no token of its caption "
-            f"{caption!r}; give it another caption, or leave it out with --skip-bad",
-        )
 
     def write_to(self, folder: Path) -> None:
         """Writes the list, with what is lost of damaged shards; removes an older one when there is nothing to list.

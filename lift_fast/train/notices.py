@@ -40,12 +40,17 @@ def repeats(text: Text, samples: int, batch_size: int, seed: int) -> tuple[float
 
 
 def lines(data: Collection, text: Text, batch_size: int, seed: int) -> list[str]:
-    """What to say of the texts: how many samples have none, and how many texts repeat."""
+    """What to say of the texts: how many samples have none, what was not compared, and how many texts repeat."""
     said = []
     if text.left_out:
         causes = ", ".join(f"{count} {cause}" for cause, count in left_out(text).items())
         first = next(iter(text.left_out.values()))
         said.append(f"{len(text.left_out)} of {len(data)} samples are left out ({causes}); the first: {first.reason}")
+    if isinstance(text, CachedText) and text.not_compared:
+        said.append(
+            f"the captions of {text.not_compared} shards were not compared, only their keys: the cache has no digest of "
+            "the captions that it was made from, as one of import-parquet"
+        )
     share, all_same = repeats(text, len(data), batch_size, seed)
     if all_same:
         said.append("all texts that were looked at are the same: with one text there is nothing to learn")

@@ -12,15 +12,16 @@ from support.tiny_caches import contents
 from support.tiny_sets import make_set
 from support.tiny_text import TinyEncoder, captions_of, work, write_lines
 
-from lift_fast.cache import Cache
+from lift_fast.cache import Cache, CacheWriter, encode
 from lift_fast.data.open import open_data
 from lift_fast.data.options import DataOptions
 from lift_fast.data.samples import BadText, Collection
-from lift_fast.data.sources import open_source
+from lift_fast.data.sources import Source, open_source
 from lift_fast.errors import CacheMismatch, DataError, EncoderError
 from lift_fast.text.cached import CachedText
 from lift_fast.text.embed import Rank, embed, embed_share
 from lift_fast.text.tokenized import TokenizedText
+from lift_fast.train.notices import lines
 
 # Rows of a table that no caption can be made of, and why.
 BAD = [
@@ -213,11 +214,20 @@ def test_training_leaves_out_what_the_cache_has_no_vector_of(tmp_path):
         caches.append(Cache(tmp_path / f"cache-{name}"))
     data = Collection(sets)
     text = CachedText(caches, data)
-    assert sorted(text.left_out) == [1, 4] and "left out of" in str(text.left_out[4])
+    assert sorted(text.left_out) == [1, 4] and "has no caption" in str(text.left_out[4])
     data.leave_out(text.left_out)
     assert TokenizedText(data, "caption", 8, skip_bad=True).left_out.keys() == {1, 4}
     with pytest.raises(BadText, match="has no caption"):
         TokenizedText(data, "caption", 8)
+
+
+def test_training_gives_the_causes_that_embed_gives(tmp_path):
+    path = table(tmp_path / "c.jsonl", mixed_rows(60, 2))
+    options = DataOptions(skip_bad=True, shard_rows=20)
+    done = share(open_source(path, options=options), tmp_path / "c")
+    text = CachedText([Cache(tmp_path / "c")], Collection([open_data(path, options=options, captions_only=True)]))
+    assert dict(Counter(error.cause for error in text.left_out.values())) == done.skipped
+    assert [error.reason for error in text.left_out.values()] == [line["reason"] for line in listed(tmp_path / "c")]
 
 
 def test_captions_that_changed_stop_training(tmp_path):
@@ -232,6 +242,22 @@ def test_captions_that_changed_stop_training(tmp_path):
     write_lines(path, [*captions_of(20, 20)[:-1], "another"])
     with pytest.raises(CacheMismatch, match="the keys are the same"):
         CachedText([cache], Collection([open_data(path, captions_only=True)]))
+
+
+def test_a_cache_without_digests_is_told_before_training(tmp_path):
+    """One of import-parquet: keys are compared, and captions cannot be."""
+    samples = make_set(tmp_path / "data", 8)
+    source = [{"name": name, "samples": size} for name, size in zip(samples.names, samples.shard_sizes, strict=True)]
+    writer = CacheWriter(tmp_path / "c", 4, "f32", {"name": "x"}, source, "txt")
+    for number, size in enumerate(samples.shard_sizes):
+        writer.write_shard(number, encode(torch.randn(size, 4), "f32"), samples.shard_hashes(number).tolist())
+    writer.finish()
+    data = Collection([samples])
+    text = CachedText([Cache(tmp_path / "c")], data)
+    assert text.not_compared == 2
+    assert "the captions of 2 shards were not compared, only their keys" in lines(data, text, 4, 0)[0]
+    share(Source(samples), tmp_path / "whole")
+    assert CachedText([Cache(tmp_path / "whole")], data).not_compared == 0
 
 
 def test_how_the_data_was_read_is_recorded(tmp_path):
