@@ -69,8 +69,9 @@ class DaliPipeline(Pipeline):
         _dali()
         super().__init__(data, loading)
         self.device_id = device_id
-        self._intact = RowSet(len(data))  # rows whose JPEG DALI reads like the host
-        self._refused: set[int] = set()  # rows that the host renders because it does not, or failed on their batch
+        # Rows of JPEGs that were looked at: as they should be, or not and therefore rendered by the host.
+        self._intact, self._irregular = RowSet(len(data)), RowSet(len(data))
+        self._refused: set[int] = set()  # rows that the host renders because DALI failed on their batch
 
     def __iter__(self) -> Generator[Batch, None, None]:
         while True:
@@ -111,11 +112,11 @@ class DaliPipeline(Pipeline):
         data, size = self.data.image_bytes(row), self.loading.image_size
         header = read_header(data)
         view = view_of(header.width, header.height, draws, self.loading)
-        if not header.plain or row in self._refused:
+        if not header.plain or row in self._irregular or row in self._refused:
             return _finished(render(data, header, view, size))
         if row not in self._intact:
             if padded(data) if self.loading.checked else not is_regular(data, header):
-                self._refused.add(row)
+                self._irregular.add(row)
                 return _finished(render(data, header, view, size))
             self._intact.add(row)  # a race between threads may lose it: that JPEG is looked at once more
         return _Job(np.frombuffer(data, np.uint8), view.box, (size, size), flip=view.flip, colour=view.colour)

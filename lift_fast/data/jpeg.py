@@ -17,10 +17,12 @@ What is recognised, with libjpeg's warning and where it comes from:
 - "extraneous bytes before marker", in the header: any bytes between two segments, as long as nothing that the pixels
   need can be lost in them: a table, or an Adobe, JFIF or Exif segment.
 - "extraneous bytes before marker", after pixels: two or more zero bytes, or bytes of ones (FF 00), before a restart
-  marker, the end or another scan. Any other bytes there are taken for damage. So are zeros where zero bits encode
-  blocks without detail: the end of a scan that got out of step looks the same.
+  marker, the end or another scan. Any other bytes there are taken for damage. Where zero bits encode blocks without
+  detail, the end of a scan that got out of step looks like padding: there the pixels must end in the ones that fill
+  their last byte.
 
-Premature ends, bad Huffman codes, restart markers out of order and inconsistent progressions are never repaired.
+Of a JPEG of several scans, pixels that end in a byte like padding are not told from it, and it is refused. Premature
+ends, bad Huffman codes, restart markers out of order and inconsistent progressions are never repaired.
 """
 
 import re
@@ -37,6 +39,7 @@ _HARMLESS = re.compile(
 )
 MAX_SIDE = 65_535  # pixels: the limit of JPEG; a longer, thinner image costs as much as its rows
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
+_END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOI, _EOI, _SOS, _DHT, _DRI, _APP0, _APP1, _APP14, _COM = 0xD8, 0xD9, 0xDA, 0xC4, 0xDD, 0xE0, 0xE1, 0xEE, 0xFE
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended sequential, progressive
 SEQUENTIAL = b"\0\x3f\0"  # the parameters of a scan that is not progressive
@@ -91,7 +94,7 @@ def repaired(data: bytes) -> bytes | None:
     """A JPEG without the deviations above, to be decoded strictly; None where it has others or they may be damage."""
     try:
         return _Repair(data).written()
-    except (BadSample, IndexError, StopIteration):
+    except (BadSample, IndexError):
         return None
 
 
@@ -114,7 +117,7 @@ class _Scan:
 
 
 class _Repair:
-    """Writes one JPEG anew. Raises BadSample, IndexError or StopIteration for one that is not repaired."""
+    """Writes one JPEG anew. Raises BadSample or IndexError for one that is not repaired."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -138,8 +141,8 @@ class _Repair:
         """The bytes of the new JPEG."""
         if any(stray for *_, stray in self.head) and not self._nothing_lost():
             raise BadSample("corrupt", "a segment may be lost")
-        *_, (_, marker, _) = self._pieces(self.pixels_at)
-        alone = marker == _EOI  # the first scan is the only one
+        end = _END_OF_SCAN.search(self.data, self.pixels_at)
+        alone = end is not None and end[0][1] == _EOI  # the first scan is the only one
         if self.kind != 0xC2 and self.scan.parameters != SEQUENTIAL:
             numbers = [number for number, _, _ in self.scan.components]
             if self.kind != 0xC0 or not alone or numbers != [part[0] for part in self.parts]:
@@ -201,10 +204,12 @@ class _Repair:
             across, down = 8 * max(part[1] >> 4 for part in self.parts), 8 * max(part[1] & 15 for part in self.parts)
         left = -(-self.width // across) * -(-self.height // down)
         tests = 0
-        for piece, marker, _ in self._pieces(self.pixels_at):
+        for number, (piece, marker, _) in enumerate(self._pieces(self.pixels_at)):
+            if left <= 0 or marker not in (_EOI, 0xD0 | number & 7):
+                raise BadSample("corrupt", "restart markers that do not fit")
             bare, unit = self._bare(piece)
             # Blocks up to a restart marker are an image of their own, one block high.
-            units = min(self.interval, left) if self.interval else left
+            units = min(self.interval or left, left)
             height, width = (down, across * units) if self.interval else (self.height, self.width)
             if unit and tests < _MOST_TESTS and width <= MAX_SIDE:
                 tests += 1
@@ -237,7 +242,8 @@ class _Repair:
         bare = piece.rstrip(b"\0")
         if bare.endswith(b"\xff"):
             bare = piece[: len(bare) + 1]  # the zero belongs to the FF
-        if len(piece) - len(bare) >= _LEAST_PADDING and not self._zeros_are_blocks():
+        ended = bool(bare) and bare[-1] & 1  # by the ones that fill the last byte
+        if len(piece) - len(bare) >= _LEAST_PADDING and (ended or not self._zeros_are_blocks()):
             return bare, b"\0"
         end = len(piece)
         while end >= 2 and piece[end - 2 : end] == b"\xff\0":
