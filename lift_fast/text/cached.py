@@ -17,8 +17,8 @@ class CachedText:
     """The text caches of a Collection, one for each of its data sets, read as one by the collection's row numbers.
 
     len(text): rows of all caches. dim: length of a vector. encoder, field, rotation: those of the caches' manifests.
-    left_out: row number -> error, for the samples that the caches have no vector of. not_compared: shards whose captions
-    could not be compared, because their cache has no digest of them.
+    left_out: row number -> error, for the samples that the caches have no vector of. not_compared: shards whose
+    captions could not be compared, because their cache has no digest of them.
 
     Raises CacheMismatch when a cache was made from other keys or captions, when the caches differ in encoder, caption
     field, codec or rotation, or when their dim is not `text_dim`.

@@ -48,8 +48,8 @@ def lines(data: Collection, text: Text, batch_size: int, seed: int) -> list[str]
         said.append(f"{len(text.left_out)} of {len(data)} samples are left out ({causes}); the first: {first.reason}")
     if isinstance(text, CachedText) and text.not_compared:
         said.append(
-            f"the captions of {text.not_compared} shards were not compared, only their keys: the cache has no digest of "
-            "the captions that it was made from, as one of import-parquet"
+            f"the captions of {text.not_compared} shards were not compared, only their keys: the cache has no digest "
+            "of the captions that it was made from, as one of import-parquet"
         )
     share, all_same = repeats(text, len(data), batch_size, seed)
     if all_same:
