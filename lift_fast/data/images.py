@@ -39,7 +39,8 @@ _ADAM7 = (  # of each pass: first row, row step, first column, column step
     *((2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)),
 )
 _MOST_DEFLATED = 1032  # the largest ratio of unpacked to packed bytes in a zlib stream
-_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # written anew, since the checksum of no data says nothing about the pixels
 _OTHER_KINDS = (  # (offset, signature, name)
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
@@ -354,6 +355,7 @@ def _only_pixels(data: bytes) -> bytes:
             if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
                 raise BadSample("corrupt", f"wrong checksum of the PNG chunk {kind!r} at byte {start - 8}")
             parts.append(data[start - 8 : end + 4])
+    parts.append(_PNG_END)
     packed = sum(len(part) for part in parts)
     if _unpacked(data) > _MOST_DEFLATED * packed:
         raise BadSample("corrupt", f"a PNG with too little data: {packed} bytes for {_unpacked(data)} of pixels")

@@ -155,6 +155,30 @@ def test_lossless_kinds_give_the_pixels_back():
         assert (whole(data) == pixels).all()
 
 
+def test_formal_faults_that_leave_the_pixels_alone():
+    """Bytes after the end, wrong checksums of what makes no pixels, sizes that are not used."""
+    pixels = scene(random.Random(3), 47, 36)
+    png, bmp = encoded(pixels, "PNG"), encoded(pixels, "BMP")
+    palette = Image.fromarray(pixels).quantize(64)
+    gif, webp = encoded(palette, "GIF"), encoded(pixels, "WEBP", lossless=True)
+    note, zlib_end = png_chunk(b"tEXt", b"a\0note"), png.find(b"IEND") - 4
+    files = {
+        "png then junk": png + b"junk",
+        "png with a wrong checksum of its end": png[:-4] + b"junk",
+        "png with a wrong checksum of a note": png[:33] + note[:-4] + b"junk" + png[33:],
+        "png with a broken profile": png[:33] + png_chunk(b"iCCP", b"a\0\0junk") + png[33:],
+        "png with junk after its stream": png[:zlib_end] + png_chunk(b"IDAT", b"junk") + png[zlib_end:],
+        "webp then junk": webp + b"junk",
+        "bmp then junk": bmp + b"junk",
+        "bmp of no size": bmp[:2] + bytes(4) + bmp[6:],
+        "bmp without its last padding": bmp[:-3],
+    }
+    for name, data in files.items():
+        assert (whole(data) == pixels).all(), name
+    for data in (gif + b"junk", gif[:-1], gif[:-1] + bytes(9) + b";"):
+        assert (whole(data) == np.asarray(palette.convert("RGB"))).all()
+
+
 def test_the_name_does_not_matter_and_the_format_is_told():
     formats = {kind.split()[0] for kind in GOOD}
     assert formats == {"jpeg", "png", "webp", "gif", "bmp"}
