@@ -48,12 +48,13 @@ def check(
     found, began = Findings(bad), time.perf_counter()
     for problem in samples.problems:
         found.add_problem(problem)
-    duplicates = _duplicates(samples, found)
+    keys = _bad_keys(samples, found)
     work = functools.partial(_looked_at, samples, field)
     with bar(total=len(samples), unit="sample", desc="check", disable=not progress, leave=False) as shown:
         for row, wrong in in_order(work, range(len(samples)), threads):
-            if duplicate := next(duplicates):
-                wrong.append(duplicate)
+            # A row that cannot be read has neither image nor caption nor key, for one reason.
+            if (bad_key := next(keys)) and all(bad_key.reason != error.reason for error in wrong):
+                wrong.append(bad_key)
             if wrong:
                 found.add(samples.where(row), row, wrong)
             shown.update()
@@ -94,12 +95,12 @@ def _looked_at(samples: Samples, field: str, row: int) -> list[BadSample]:
     try:
         samples.caption(row, field)
     except BadText as error:
-        if not any(error.reason == other.reason for other in wrong):  # a row that cannot be read lacks both
+        if all(error.reason != other.reason for other in wrong):
             wrong.append(error)
     return wrong
 
 
-def _duplicates(samples: Samples, found: Findings) -> Iterator[BadSample | None]:
+def _bad_keys(samples: Samples, found: Findings) -> Iterator[BadSample | None]:
     """Yields, for each sample, what is wrong with its key, or None. Adds tars that are damaged to `found`."""
     for number, size in enumerate(samples.shard_sizes):
         bad: dict[int, BadSample] = dict(samples.bad_keys(number))

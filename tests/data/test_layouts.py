@@ -318,6 +318,16 @@ def test_bad_keys_are_bad_samples_and_pack_names_them_anew(tmp_path):
         pack(open_data(tmp_path / "d", options=DataOptions(key="id")), tmp_path / "refused", progress=False)
 
 
+def test_a_row_that_does_not_parse_is_one_finding(tmp_path):
+    """It has no image, no caption and no key, for one reason."""
+    write_images(tmp_path / "d", [Sample("good", "good")] * 3)
+    (tmp_path / "d/metadata.csv").write_text("file_name,caption,key\n0.jpg,x,a\n1.jpg,y\n2.jpg,z,c\n")
+    figures = check(tmp_path / "d", progress=False)
+    assert figures["causes"] == {"does not parse": 1} and (figures["samples"], figures["bad"]) == (3, 1)
+    packed = pack(open_data(tmp_path / "d", options=DataOptions(skip_bad=True)), tmp_path / "out", progress=False)
+    assert packed["samples"] == 2 and packed["causes"] == figures["causes"]
+
+
 def test_a_caption_that_is_no_text_is_not_replaced_by_another(tmp_path):
     """pack --field takes the first caption that a sample has: a list there is bad, whatever the next one is."""
     write_images(tmp_path / "d", [Sample("good", "good")] * 3)
