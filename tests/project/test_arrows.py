@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "cache": {"errors", "files", "progress", "ops"},
     "data": {"errors", "files", "progress", "ops"},
     "demo": {"errors", "progress", "sugarcrepe", "data"},
-    "text": {"errors", "progress", "ops", "cache", "data"},
+    "text": {"errors", "files", "progress", "ops", "cache", "data"},
     "run_folder": {"errors", "files", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
     "train": {"errors", "files", "progress", "devices", "run_folder"}
