@@ -26,6 +26,7 @@ from .errors import CacheMismatch, ConfigError, DataError, TrainingError
 from .files import write_whole
 from .nn import Clip, Lift, preset
 from .text.encoder import Encoder
+from .text.repository import code_notice, code_of, locate
 from .text.spec import EncoderSpec
 from .text.tokenizer import ClipTokenizer
 
@@ -103,7 +104,10 @@ def text_encoder(
     # That run.json allows remote code does not permit running it here: the run may come from somebody else.
     spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
     if run["encoder"]["trust_remote_code"] and not trust_remote_code:
-        raise ConfigError(f"{spec.name} runs code from its repository; allow it with --trust-remote-code")
+        raise ConfigError(
+            f"{spec.name} runs code from its repository ({'; '.join(code_of(spec, locate(spec)[0])) or 'now none'}); "
+            "read it, then allow it with --trust-remote-code"
+        )
     encoder = Encoder(spec, device=device)
     if encoder.dim != run["text_dim"]:
         raise CacheMismatch(
@@ -113,6 +117,15 @@ def text_encoder(
         return lambda captions: encoder.encode(captions).cpu()
     rotation = Rotation.from_dict(run["rotation"], encoder.dim)
     return lambda captions: rotation.apply(encoder.encode(captions)).cpu()
+
+
+def encoder_code(folder: Path) -> list[str]:
+    """What to print before the encoder of the run in `folder` may run code: `text.repository.code_notice` of it.
+
+    Raises DataError as read_description does, EncoderError when the encoder is not found.
+    """
+    encoder = read_description(folder).get("encoder")
+    return code_notice(replace(EncoderSpec(**encoder), trust_remote_code=True)) if encoder else []
 
 
 def _tower_encoder(model: Clip, tokenizer: ClipTokenizer, device: torch.device) -> EncodeText:

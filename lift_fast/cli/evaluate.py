@@ -11,7 +11,7 @@ import tyro
 from ..data.options import DataOptions
 from ..errors import ConfigError
 from ..train.config import PresetName
-from .common import counted, listed, print_problems, read_json, write_json
+from .common import counted, listed, print_problems, printable, read_json, write_json
 
 
 def named_sets(words: list[str]) -> dict[str, Path]:
@@ -75,7 +75,11 @@ class Eval:
         from ..data.samples import Problem
         from ..devices import pick_device
         from ..eval.run import evaluate
+        from ..run_folder import encoder_code
 
+        if self.trust_remote_code:
+            for line in encoder_code(self.run):
+                print(printable(line), flush=True)
         result = evaluate(
             self.run,
             self.data,

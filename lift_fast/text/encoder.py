@@ -26,7 +26,8 @@ from ..errors import EncoderError
 from .repository import code_of, declared_pooling, first_line, locate, model_type, resolved
 from .spec import Dtype, EncoderSpec, check_batch_size
 
-# Trained on rows of full length whose padding is attended to, so that a caption is encoded as such a row.
+# Trained on rows of full length whose padding is attended to, so that a caption is encoded as such a row, padded on the
+# side that its tokenizer says.
 _FULL_ROWS = ("siglip", "siglip2", "siglip_text_model", "siglip2_text_model")
 # Captions that a new encoder is tried with: they differ in length.
 _TRIAL = ("a dog", "a photo of two small red dogs in the park")
@@ -185,9 +186,12 @@ class Encoder:
         Tokens that were added to a tokenizer may have none, as those of images in language models.
         """
         try:
-            rows = int(self._text.get_input_embeddings().weight.shape[0])
-        except (AttributeError, NotImplementedError, TypeError):  # a model without such a table
-            return len(self.tokenizer)
+            table = self._text.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            table = None
+        if not isinstance(table, torch.nn.Embedding):
+            return len(self.tokenizer)  # a model without such a table
+        rows = table.weight.shape[0]
         if self.tokenizer.vocab_size > rows:
             raise EncoderError(
                 f"the tokenizer of {self.spec.name} has {self.tokenizer.vocab_size} tokens, and the model has "
@@ -213,6 +217,10 @@ class Encoder:
         """
         short, long = (row or [0] for row in self._tokens([self.spec.prompt + text for text in _TRIAL]))
         with torch.no_grad():
+            if self._takes_positions:
+                given, self._takes_positions = self._vectors([short]), False
+                # Of some models the first position is not 0.
+                self._takes_positions = bool(torch.allclose(self._vectors([short]), given, rtol=1e-3))
             alone, padded = (F.normalize(self._vectors(rows).float(), dim=-1)[-1] for rows in ([short], [long, short]))
         moved = float(torch.linalg.vector_norm(padded - alone))
         return len(alone), not moved > _MOVED[getattr(torch, self.spec.dtype)]
@@ -268,9 +276,10 @@ class Encoder:
                 f"for {self._embeddings}; leave the caption out, or take a tokenizer that fits"
             )
         width = self._width or max(map(len, rows))
+        left = (self.tokenizer.padding_side if self._width else self.spec.padding) == "left"
         ids, mask = torch.full((len(rows), width), self._padding), torch.zeros(len(rows), width, dtype=torch.int64)
         for i, row in enumerate(rows):
-            at = slice(width - len(row), width) if self.spec.padding == "left" else slice(len(row))
+            at = slice(width - len(row), width) if left else slice(len(row))
             ids[i, at], mask[i, at] = torch.tensor(row), 1
         return ids.to(self.device), mask.to(self.device)
 

@@ -122,7 +122,8 @@ def _open_clip(model: Mapping) -> dict[str, Any]:
 def _hugging_face(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig  # not at the top: the import takes seconds
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)  # with the defaults that the file omits
+    # With the defaults that the file omits.
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     return {
         "heads": config.num_attention_heads,
