@@ -22,6 +22,10 @@ takes precedence where the two differ:
     e5-instruct  intfloat/multilingual-e5-large-instruct: `average_pool`, documents without a prompt.
     sbert        sentence-transformers/*: what the repository's files declare; all-MiniLM-L6-v2's card: "longer than
                  256 word pieces is truncated".
+    clip         openai/clip-vit-base-patch32, laion/CLIP-ViT-H-14-laion2B-s32B-b79K: the projected text features, of 77
+                 tokens at most.
+    siglip       google/siglip-base-patch16-224, google/siglip2-base-patch16-224: the text features of 64 tokens,
+                 padding included ("padding=max_length since the model was trained with this").
 
 SFR, Linq and E5-Mistral set `add_eos_token` in tokenizer_config.json, which transformers 5 ignores where tokenizer.json
 contradicts it (github.com/embeddings-benchmark/mteb, pull request 5237), so their presets have an end_token.
@@ -62,6 +66,12 @@ PRESETS = {
     "e5": Preset(r"(multilingual-)?e5-(small|base|large)(-v2)?", "mean", prompt="passage: ", max_length=512),
     "e5-instruct": Preset(r"multilingual-e5-large-instruct", "mean", max_length=512),
     "sbert": Preset(r"sentence-transformers/.*", "own", max_length=256),
+    "clip": Preset(
+        r"clip-vit-(base|large)-patch\d+(-336)?|clip-vit-(b-16|b-32|l-14|h-14|g-14|bigg-14)-(laion2b|datacomp).*",
+        "own",
+        max_length=77,
+    ),
+    "siglip": Preset(r"siglip2?-(base|large|so400m|giant-opt)-patch\d+-.*", "own", max_length=64),
 }
 
 

