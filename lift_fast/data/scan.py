@@ -75,6 +75,8 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
     links: list[bytes] = []
     labels: list[tuple[str, bytes]] = []
     undecoded: list[bytes] = []
+    last: bytes | None = None
+    key, sample = "", [0]  # of the name before
     damage = ""
     try:
         file = os.open(path, os.O_RDONLY)
@@ -86,14 +88,16 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                     if _looks_used(name, known):
                         unused.append(name)
                     continue
-                try:
-                    key, suffix = named[0].decode(), named[1].lower()
-                except UnicodeDecodeError:
-                    undecoded.append(name)
-                    continue
-                sample = samples.get(key)
-                if sample is None:
-                    sample = samples[key] = [-1, -1, -1, 0, 0, 0, len(parts)]
+                suffix = named[1].lower()
+                if named[0] != last:  # most files are of the sample of the one before
+                    last = named[0]
+                    try:
+                        key = last.decode()
+                    except UnicodeDecodeError:
+                        undecoded.append(name)
+                        last = None
+                        continue
+                    sample = samples.setdefault(key, [-1, -1, -1, 0, 0, 0, len(parts)])
                 part = parts.get(suffix)
                 if part is None:
                     if suffix == b"cls":

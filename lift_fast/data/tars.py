@@ -82,7 +82,7 @@ def members(file: int, length: int, links: list[bytes] | None = None) -> Iterato
         if kind in _FILES or (kind in _LINKS and links is not None):
             if name is None:
                 name = _text(header[:100])
-                if header[257:263] == b"ustar\0" and header[345]:
+                if header[345] and header[257:263] == b"ustar\0":
                     name = _text(header[345:500]) + b"/" + name
             if kind in _LINKS:
                 assert links is not None
@@ -109,9 +109,10 @@ def members(file: int, length: int, links: list[bytes] | None = None) -> Iterato
 def _checksum_is_valid(header: bytes) -> bool:
     """Whether the header checksum, the sum of its bytes with its own field read as spaces, is valid."""
     # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65 521: much faster than sum().
-    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
+    field = header[148:156]
+    total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(field) & 0xFFFF) + 8 * ord(" ")
     try:
-        return (total - int(_text(header[148:156]).strip() or b"0", 8)) % 65_521 == 0
+        return (total - int(_text(field).strip() or b"0", 8)) % 65_521 == 0
     except ValueError:
         return False
 
