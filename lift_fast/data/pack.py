@@ -109,7 +109,7 @@ def pack(
                 good += 1
                 resized += made.resized
             if not good:
-                worst = found.first[0]
+                worst = next((line for line in found.first if line["row"] is not None), found.first[0])
                 raise DataError(
                     f"{samples.folder}: none of its {len(samples)} samples is good; the first: {worst['sample']}: "
                     f"{worst['cause']} ({worst['reason']})"

@@ -78,7 +78,7 @@ class Findings:
 
     def _add(self, where: str, row: int | None, cause: str, reason: str, more: dict[str, int]) -> None:
         # The line has an entry for the sample's name, which most reasons begin with. Names may not be Unicode.
-        reason = reason.removeprefix(where).lstrip(": ").encode(errors="backslashreplace").decode()
+        reason = reason.removeprefix(where).lstrip(":, ").encode(errors="backslashreplace").decode()
         line = {"sample": where, "row": row, "cause": cause, "reason": reason, **more}
         self.causes[cause] += more.get("count", 1)
         if len(self.first) < _NAMED:

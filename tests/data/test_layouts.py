@@ -326,6 +326,10 @@ def test_a_row_that_does_not_parse_is_one_finding(tmp_path):
     assert figures["causes"] == {"does not parse": 1} and (figures["samples"], figures["bad"]) == (3, 1)
     packed = pack(open_data(tmp_path / "d", options=DataOptions(skip_bad=True)), tmp_path / "out", progress=False)
     assert packed["samples"] == 2 and packed["causes"] == figures["causes"]
+    (tmp_path / "d/metadata.csv").unlink()
+    (tmp_path / "d/metadata.jsonl").write_text('{"image": "0.jpg", "caption": "x"}\n{nope\n')
+    (line,) = check(tmp_path / "d", progress=False)["first"]
+    assert line["row"] == 1 and line["reason"].startswith("line 2 does not parse (")
 
 
 def test_a_caption_that_is_no_text_is_not_replaced_by_another(tmp_path):
