@@ -22,8 +22,8 @@ class Encoding:
     """How the encoder turns a caption into a vector."""
 
     preset: str | None = None
-    """Sets defaults for the options below: nv-embed, sfr, linq, e5-mistral, mistral, vicuna, qwen3, e5, e5-instruct or
-    sbert. Default: the one that the encoder's name suggests."""
+    """Sets defaults for the options below: nv-embed, sfr, linq, e5-mistral, mistral, vicuna, qwen3, e5, e5-instruct,
+    sbert, clip or siglip. Default: the one that the encoder's name suggests."""
     pooling: Pooling | None = None
     """own: what the encoder's repository declares."""
     prompt: str | None = None
