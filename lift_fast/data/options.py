@@ -13,8 +13,6 @@ _NOT_RECORDED = ("skip_bad", "absolute_paths")
 class DataOptions:
     """How the files of a data set are read. The defaults suit most sets; a text cache records the others, so that
     training reads the same keys and captions.
-
-    Raises ConfigError for a value out of range.
     """
 
     skip_bad: bool = False
@@ -44,6 +42,7 @@ class DataOptions:
     """Tables: allow names of images that are absolute, or lead out of the folder of images."""
 
     def __post_init__(self) -> None:
+        """Raises ConfigError for a value out of range."""
         if self.shard_rows is not None and self.shard_rows < 1:
             raise ConfigError(f"shard_rows is {self.shard_rows}: a shard holds at least 1 sample")
         if (
