@@ -226,9 +226,11 @@ class RowSet:
         return bool(self._bits[row >> 3] & 1 << (row & 7))
 
     def add(self, row: int) -> None:
+        """Adds a number."""
         self._bits[row >> 3] |= 1 << (row & 7)
 
     def discard(self, row: int) -> None:
+        """Removes a number, if it is there."""
         self._bits[row >> 3] &= ~(1 << (row & 7)) & 0xFF
 
 
