@@ -14,9 +14,11 @@ import pytest
 from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
+from lift_fast.cli.common import print_problems
 from lift_fast.cli.data import DataOpenMoji
 from lift_fast.cli.main import main, parse
 from lift_fast.data.index import INDEX
+from lift_fast.data.samples import Problem
 from lift_fast.data.shards import Shards
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
@@ -137,6 +139,15 @@ def test_unused_files_are_named_and_fail_the_check(tmp_path, capfd):
     # The same files in a folder are two samples.
     run(f"check {tmp_path}/files")
     assert "2 samples in 1 shard, 0 bad (none)" in capfd.readouterr().out
+
+
+def test_few_problems_are_printed_and_the_others_counted(capfd):
+    problems = [Problem(f"d/{i}.tar", "damaged shard", "cut \x1b[2J") for i in range(7)]
+    print_problems([Problem("d", "unused file", "a.tif and 2 more", 3), *problems])
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "lift-fast: warning: d: 3 unused files (a.tif and 2 more)"
+    assert lines[1] == r"lift-fast: warning: d/0.tar: damaged shard (cut \x1b[2J)"
+    assert len(lines) == 6 and "3 more" in lines[5]
 
 
 def test_options_of_data_sets_reach_every_command(tmp_path, capfd):
