@@ -1,7 +1,7 @@
 """What a data set is to the pipelines: numbered samples, however they are stored."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -160,12 +160,23 @@ class Collection:
         number, sample = self.locate(row)
         return self.sets[number].where(sample)
 
-    def bad_captions(self, field: str) -> dict[int, BadText]:
-        """Reads every caption once: row number -> what is wrong with it, in order."""
+    def bad_captions(self, field: str, has_tokens: Callable[[str], bool] = bool) -> dict[int, BadText]:
+        """Reads every caption once: row number -> what is wrong with it, in order.
+
+        has_tokens: whether the text encoder's tokenizer makes anything of a caption.
+        """
         bad: dict[int, BadText] = {}
         for samples, first in zip(self.sets, self.starts.tolist(), strict=False):
             for number, size in enumerate(samples.shard_sizes):
                 captions = samples.captions(number, field)
-                bad |= {first + row: c for row, c in enumerate(captions) if isinstance(c, BadText)}
+                for row, caption in enumerate(captions, first):
+                    if isinstance(caption, BadText):
+                        bad[row] = caption
+                    elif not has_tokens(caption):
+                        bad[row] = BadText(
+                            "no tokens",
+                            f"{self.where(row)}: the tokenizer makes no token of its caption {caption!r}; give it "
+                            "another caption, or leave it out with --skip-bad",
+                        )
                 first += size
         return bad

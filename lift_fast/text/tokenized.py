@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..data.samples import Collection
-from .tokenizer import ClipTokenizer
+from .tokenizer import ClipTokenizer, has_tokens
 
 
 class TokenizedText:
@@ -18,7 +18,7 @@ class TokenizedText:
 
     def __init__(self, data: Collection, field: str, context: int, skip_bad: bool = False):
         self.data, self.field = data, field
-        self.left_out = data.bad_captions(field)
+        self.left_out = data.bad_captions(field, has_tokens)
         if self.left_out and not skip_bad:
             raise next(iter(self.left_out.values()))
         self.tokenizer = ClipTokenizer(context)

@@ -27,6 +27,7 @@ _SPECIAL = {"<start_of_text>": _START, "<end_of_text>": _END}
 _WORDS = regex.compile(
     rf"{'|'.join(_SPECIAL)}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
 )
+_PLAIN = regex.compile("[0-9A-Za-z]")
 _REMEMBERED = 1 << 18  # words, at most: some 100 MB
 
 
@@ -71,6 +72,13 @@ class ClipTokenizer:
             self._words.clear()
         self._words[word] = ids
         return ids
+
+
+def has_tokens(caption: str) -> bool:
+    """Whether anything is left of a caption: nothing is of one such as "&nbsp;" or an escape sequence of terminals."""
+    if "&" not in caption and "\x1b" not in caption and _PLAIN.search(caption):
+        return True
+    return bool(_clean(caption))
 
 
 def _clean(text: str) -> str:

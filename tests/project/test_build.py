@@ -115,6 +115,9 @@ def test_a_wheel_without_cuda(tree, tmp_path):
     ]
     site = unpacked(tree)
     assert {"page.html.j2", "style.css"} <= {file.name for file in (site / "lift_fast/measure/report").iterdir()}
+    assert (site / "lift_fast/text/clip_merges.txt.gz").is_file()
+    [about] = site.glob("lift_fast-*.dist-info")
+    assert {file.name for file in (about / "licenses").iterdir()} == {"LICENSE", "LICENSE-CLIP"}
     # No top-level kernels, tests or benchmarks.
     assert {path.name for path in site.iterdir()} == {"lift_fast", f"lift_fast-{lift_fast.__version__}.dist-info"}
     *files, info = imported(site, tmp_path)

@@ -12,12 +12,14 @@ from support.open_clip_tokens import TOKENS
 from support.tiny_sets import make_set
 
 from lift_fast.cache import Cache
+from lift_fast.data.samples import Collection
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError, EncoderError
 from lift_fast.text.embed import embed
 from lift_fast.text.encoder import Encoder, NoTokens
 from lift_fast.text.spec import EncoderSpec
-from lift_fast.text.tokenizer import ClipTokenizer
+from lift_fast.text.tokenized import TokenizedText
+from lift_fast.text.tokenizer import ClipTokenizer, has_tokens
 
 WORDS = "a red circle to the left of two small blue stars on grey paper beside the old house".split()
 
@@ -452,6 +454,23 @@ def test_the_tokens_of_open_clip(text):
     ids = ClipTokenizer(200)([text])[0].tolist()
     want = [49406, *map(int, TOKENS[text].split()), 49407]
     assert ids == want + [0] * (200 - len(want))
+
+
+@pytest.mark.parametrize("text", [*TOKENS, "&nbsp;", "&#32;&amp;#32;", "\x1b[31m", "\u2003\ufeff"])
+def test_captions_without_tokens_in_clips_tokenizer(text):
+    assert has_tokens(text) == (ClipTokenizer(200)([text]).count_nonzero() > 2)
+
+
+def test_training_clip_leaves_out_captions_without_tokens(tmp_path):
+    """They would all be the same row: start and end of text."""
+    with ShardWriter(tmp_path / "data") as writer:
+        for key, caption in (("a", "fine"), ("b", "&nbsp;"), ("c", "\x1b[31m")):
+            writer.write(key, b"", caption, {})
+    data = Collection([Shards(tmp_path / "data")])
+    with pytest.raises(DataError, match="'b'.* the tokenizer makes no token of its caption '&nbsp;'"):
+        TokenizedText(data, "txt", 8)
+    left_out = TokenizedText(data, "txt", 8, skip_bad=True).left_out
+    assert {row: error.cause for row, error in left_out.items()} == {1: "no tokens", 2: "no tokens"}
 
 
 def test_a_text_without_spaces_takes_no_longer_than_one_with():
