@@ -66,7 +66,10 @@ class Source:
             return samples.described(self.field)
         if isinstance(samples, Shards):
             shards = f"{len(self.names)} tar shards"
-        what = "their .txt" if self.field == "txt" else f"{self.field!r} of their .json"
+        text = (self.options.text_suffix or "txt").lstrip(".")
+        what = f"their .{text}" if self.field == "txt" else f"{self.field!r} of their .json"
+        if isinstance(samples, LooseFiles) and samples.classes:
+            what = "the names of their folders"
         return f"{len(samples)} samples in {shards} at {self.path}, captions from {what}"
 
 

@@ -14,6 +14,7 @@ from support.hostile import encoded, scene
 from lift_fast.data.loose import LooseFiles, holds_images
 from lift_fast.data.options import DataOptions
 from lift_fast.data.samples import BadSample, BadText
+from lift_fast.data.sources import open_source
 from lift_fast.errors import ConfigError, DataError
 
 
@@ -227,6 +228,20 @@ def test_class_folders(tmp_path):
     assert samples.shard_stamp(0) == samples.shard_stamp(0)
     with pytest.raises(DataError, match="no column 'long'"):
         samples.captions(0, "long")
+
+
+def test_captions_are_embedded_from_folders(tmp_path):
+    source = open_source(names(tmp_path / "c", "cat/1.jpg", "dog/2.jpg"))
+    assert source.read(0) == (["cat/1", "dog/2"], ["cat", "dog"], {}) and "from the names of their folders" in str(
+        source
+    )
+    files = names(tmp_path / "f", "a.jpg", "a.cls", "b.jpg", "b.cls", "c.jpg")
+    with pytest.raises(BadText, match="sample 'c' has no caption"):
+        open_source(files, options=DataOptions(text_suffix="cls")).read(0)
+    source = open_source(files, options=DataOptions(text_suffix="cls", skip_bad=True))
+    keys, captions, bad = source.read(0)
+    assert (keys, captions) == (["a", "b", "c"], ["a.cls", "b.cls", None]) and list(bad) == [2]
+    assert "captions from their .cls" in str(source)
 
 
 def test_class_folders_with_other_files(tmp_path):
