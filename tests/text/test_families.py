@@ -389,3 +389,47 @@ def test_the_commit_that_code_comes_from_is_named(saved, tmp_path, own_modules, 
 def test_a_model_without_code_has_no_notice(saved):
     assert code_notice(EncoderSpec(str(saved("Bert")), trust_remote_code=True)) == []
     assert code_notice(EncoderSpec("nobody/nothing")) == []  # not looked for without trust_remote_code
+
+
+def command(line, capfd):
+    """Runs a command: what it printed, and its exit status."""
+    import shlex
+
+    from lift_fast.cli.main import main
+
+    capfd.readouterr()
+    try:
+        status = main(shlex.split(line)) or 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capfd.readouterr()
+    return captured.out + captured.err, status
+
+
+def test_embed_names_the_code_and_its_place(saved, tmp_path, own_modules, capfd):
+    pytest.importorskip("tyro")
+    folder = with_code(shutil.copytree(saved("Bert"), tmp_path / "model"))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions()))
+    line = f"embed --data {tmp_path}/t.jsonl --encoder {folder} --pooling mean --max-length 12 --out {tmp_path}/cache"
+    code = f"configuration_own.py, helpers.py, modeling_own.py of {folder}"
+    printed, status = command(line, capfd)
+    assert status == 2 and f"comes with it, which runs only if you allow it: {code}; read it" in printed
+    assert "Traceback" not in printed and not (tmp_path / "cache").exists()
+    printed, status = command(f"{line} --trust-remote-code", capfd)
+    assert status == 0 and f"{folder} runs code that comes with it: {code}\n" in printed
+    # The manifest says that the encoder needs code, which a run does not decide to allow.
+    from lift_fast.run_folder import encoder_code
+
+    (tmp_path / "run.json").write_text(
+        json.dumps({"encoder": json.loads((tmp_path / "cache/manifest.json").read_text())["encoder"]})
+    )
+    assert encoder_code(tmp_path) == [f"{folder} runs code that comes with it: {code}"]
+
+
+def test_embed_stops_where_all_captions_get_one_vector(saved, tmp_path, capfd):
+    pytest.importorskip("tyro")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions()))
+    line = f"embed --data {tmp_path}/t.jsonl --encoder {saved('GPT2')} --pooling cls --max-length 12 --out {tmp_path}/c"
+    printed, status = command(line, capfd)
+    assert status == 2 and "gives different captions the same vector with the pooling cls" in printed
+    assert "Traceback" not in printed
