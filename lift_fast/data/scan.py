@@ -76,7 +76,7 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
     labels: list[tuple[str, bytes]] = []
     undecoded: list[bytes] = []
     last: bytes | None = None
-    key, sample = "", [0]  # of the name before
+    key, sample = "", samples.get("")  # of the name before
     damage = ""
     try:
         file = os.open(path, os.O_RDONLY)
@@ -88,7 +88,6 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                     if _looks_used(name, known):
                         unused.append(name)
                     continue
-                suffix = named[1].lower()
                 if named[0] != last:  # most files are of the sample of the one before
                     last = named[0]
                     try:
@@ -97,7 +96,8 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                         undecoded.append(name)
                         last = None
                         continue
-                    sample = samples.setdefault(key, [-1, -1, -1, 0, 0, 0, len(parts)])
+                    sample = samples.get(key)
+                suffix = named[1].lower()
                 part = parts.get(suffix)
                 if part is None:
                     if suffix == b"cls":
@@ -105,6 +105,8 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                     elif suffix.rpartition(b".")[2] in known:
                         unused.append(name)
                     continue
+                if sample is None:  # README.md makes no sample
+                    sample = samples[key] = [-1, -1, -1, 0, 0, 0, len(parts)]
                 what, rank = part
                 if what == IMAGE:
                     if rank > sample[6]:
@@ -124,7 +126,7 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
     # tar writes a second link to a file, and every symbolic one, without the data.
     unused += [name + b" (a link)" for name in links if _looks_used(name, known)]
     # A class label next to a caption is no second caption.
-    unused += [name for key, name in labels if samples[key][TXT] < 0]
+    unused += [name for key, name in labels if key not in samples or samples[key][TXT] < 0]
     problems: list[tuple[Cause, str, int]] = []
     if unused:
         problems.append(("unused file", first_names(unused), len(unused)))

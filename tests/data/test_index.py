@@ -161,9 +161,9 @@ def test_names_that_are_odd(tmp_path):
         add(tar, "old.d/", kind=tarfile.AREGTYPE)
     entry, segment = scan(path)
     index = Index(tmp_path, [entry], bytearray(segment))
-    assert index.keys(0) == ["a", "c", "d", "../e", "f", "g"]
+    assert index.keys(0) == ["a", "c", "d", "../e"]
     assert index.hashes(0).tolist() == [key_hash(key) for key in index.keys(0)]
-    assert [what for row in range(6) for what in range(3) if index.place(0, row, what)] == [0, 1, 2, 1]
+    assert [what for row in range(4) for what in range(3) if index.place(0, row, what)] == [0, 1, 2, 1]
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         add(tar, "zero.txt", b"x", pax_headers={"path": "a\0b.txt"})
     assert scan(path)[0].samples == 1

@@ -106,7 +106,7 @@ def test_an_entry_of_the_json_that_is_no_text(tmp_path, value, cause, words):
         ("a.txt", b"\xed\xa0\xbd", "not UTF-8", "not UTF-8"),
         ("a.txt", b"", "no caption", "has no caption 'txt'"),
         ("a.txt", b"\xef\xbb\xbf \r\n", "no caption", "has no caption 'txt'"),
-        ("a.md5", b"x", "no caption", "has no caption 'txt'"),
+        ("a.md5", b"x", "no caption", "has no caption 'txt'"),  # there is no a.txt
         ("a.txt", b"x" * 101, "too large", "a text of 101 bytes; 100 are read at most"),
     ],
 )
@@ -255,6 +255,16 @@ def test_files_that_no_sample_uses(tmp_path, names, unused):
             assert shards.problems[0].reason.rpartition(": ")[2].split(", ") == unused
 
 
+def test_files_of_other_kinds_make_no_sample(tmp_path):
+    """A README.md was a sample without image and caption, which ended `embed`."""
+    names = ["README.md", "dataset.yaml", "b.md5", "c.05.jpg", "d.cls"]
+    write_tar(tmp_path / "x.tar", [*sample("a"), *((name, b"x") for name in names)])
+    for shards in both_ways(tmp_path):
+        assert keys_of(shards) == ["a"]
+        (problem,) = shards.problems  # what looks like an image or a caption is still counted
+        assert problem.count == 2 and problem.reason.endswith(": c.05.jpg, d.cls")
+
+
 def test_links_are_told(tmp_path):
     """GNU tar writes the second of two hard links, and a symbolic one, as names without data: images that vanish."""
     (tmp_path / "set").mkdir()
@@ -322,7 +332,10 @@ def test_other_files_in_a_folder_of_tars(tmp_path):
 
 def test_other_suffixes(tmp_path):
     files = [("a.input.jpg", b"in"), ("a.target.jpg", b"out"), ("a.caption.txt", b"long"), ("a.txt", b"short")]
-    write_tar(tmp_path / "x.tar", [*files, ("b.INPUT.JPG", b"in b"), ("b.Caption.Txt", b"long b"), ("c.jpg", b"c")])
+    write_tar(
+        tmp_path / "x.tar",
+        [*files, ("b.INPUT.JPG", b"in b"), ("b.Caption.Txt", b"long b"), ("c.jpg", b"c"), ("c.json", b"{}")],
+    )
     for given in (("input.jpg", "caption.txt"), (".Input.JPG", ".caption.txt")):
         options = DataOptions(image_suffix=given[0], text_suffix=given[1])
         for shards in both_ways(tmp_path, options):
