@@ -39,8 +39,11 @@ def repeats(text: Text, samples: int, batch_size: int, seed: int) -> tuple[float
     return sum(shares) / max(1, len(shares)), len(seen) == 1 and samples - len(text.left_out) > 1
 
 
-def lines(data: Collection, text: Text, batch_size: int, seed: int) -> list[str]:
-    """What to say of the texts: how many samples have none, what was not compared, and how many texts repeat."""
+def lines(data: Collection, text: Text, batch_size: int, seed: int, negatives: bool) -> list[str]:
+    """What to say of the texts: how many samples have none, whose captions were not compared, and how many repeat.
+
+    negatives: whether the loss takes the other texts of a batch for negatives.
+    """
     said = []
     if text.left_out:
         causes = ", ".join(f"{count} {cause}" for cause, count in left_out(text).items())
@@ -54,7 +57,7 @@ def lines(data: Collection, text: Text, batch_size: int, seed: int) -> list[str]
     share, all_same = repeats(text, len(data), batch_size, seed)
     if all_same:
         said.append("all texts that were looked at are the same: with one text there is nothing to learn")
-    elif share >= _MANY:
+    elif negatives and share >= _MANY:
         said.append(
             f"{share:.0%} of the samples of a batch have the text of another one in it, and the contrastive loss takes "
             "equal texts for negatives of each other; smaller batches and more varied captions have fewer"

@@ -97,7 +97,7 @@ def setup(config: TrainConfig) -> Training:
         compiled=config.compile,
         graphed=config.graph,
     )
-    said = notices.lines(data, text, config.batch_size, config.seed)
+    said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
     pipeline = make_pipeline(config, data, model.visual.config.image_size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -105,10 +105,14 @@ def cache_of(folder, data, vectors, skipped=()):
 def test_equal_cached_vectors_repeat(tmp_path):
     data = make_set(tmp_path / "data", 24)
     vectors = torch.nn.functional.normalize(torch.randn(24, 24, generator=torch.Generator().manual_seed(0)))
+    collection = Collection([data])
     for name, count, want in (("own", 24, 0.0), ("two", 2, 1.0), ("one", 1, 1.0)):
         cache = cache_of(tmp_path / name, data, vectors[torch.arange(24) % count])
-        found = notices.repeats(CachedText([Cache(cache)], Collection([data])), 24, 12, seed=0)
-        assert found == (want, count == 1)
+        text = CachedText([Cache(cache)], collection)
+        assert notices.repeats(text, 24, 12, seed=0) == (want, count == 1)
+        told = [len(notices.lines(collection, text, 12, 0, negatives=negatives)) for negatives in (True, False)]
+        unknown = 1  # this cache has no digest of its captions
+        assert told == [unknown + (count < 3), unknown + (count == 1)]
 
 
 def test_rows_that_a_cache_left_out_are_left_out_of_training(tmp_path):
@@ -175,6 +179,6 @@ def test_notices_change_no_loss(tmp_path, monkeypatch):
     """They draw from a generator of their own."""
     config = clip(tmp_path, [f"caption {i % 5}" for i in range(24)], steps=4)
     _, with_them = said_by(config)
-    monkeypatch.setattr(notices, "lines", lambda *args: [])
+    monkeypatch.setattr(notices, "lines", lambda *args, **settings: [])
     again = TrainConfig(**{**vars(config), "out": tmp_path / "again"})
     assert train(again, progress=False)["loss"] == with_them["loss"]
