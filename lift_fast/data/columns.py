@@ -71,9 +71,9 @@ class Columns:
             opened = dict(zip(flat, pool.map(self._try_to_open, flat), strict=True))
         files = {file: found for file, found in opened.items() if isinstance(found, _File)}
         errors = {file: found for file, found in opened.items() if isinstance(found, DataError)}
-        for error in errors.values():
-            if not files or not skip_bad:
-                raise DataError(f"{error}; --skip-bad leaves it out" if files else str(error))
+        if errors and not (files and skip_bad):
+            first = next(iter(errors.values()))
+            raise DataError(f"{first}; --skip-bad leaves it out") if files else first
         self.problems = [Problem(str(file), "damaged shard", str(error)) for file, error in errors.items()]
         self.problems += [Problem(str(file), "damaged shard", found.cut) for file, found in files.items() if found.cut]
         self._files = [[files[file] for file in group if file in files] for group in groups.values()]
