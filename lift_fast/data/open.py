@@ -46,6 +46,7 @@ def open_data(
     captions/, raw_captions/ or caption_embeddings/   ParquetImages of the first of these that exists; the folders of
                                                       images lie in images/, or next to it when there is no images/
     data/ with .parquet files, as on the Hub          TableImages
+    train/, test/, … with one of the layouts above    that of the only one
     image files in it or in folders below it          LooseFiles
 
     Of several splits, such as train-00000-of-00002.parquet and test-00000-of-00001.parquet, name one: `path`/train.
@@ -88,7 +89,10 @@ def open_data(
         return _columns(path / _HUB, files, images, options, captions_only)
     if images is not None:
         return ParquetImages(path, images, options)
-    _check_one(path, [part.name for part in sorted(path.iterdir()) if part.name in _SPLITS and _is_table(part)])
+    splits = [name for name in sorted(_SPLITS) if _is_table(path / name)]
+    _check_one(path, splits)
+    if splits:
+        return open_data(path / splits[0], None, options, captions_only=captions_only)
     if holds_images(path, options):
         return LooseFiles(path, options)
     names = sorted(entry.name for entry in path.iterdir())

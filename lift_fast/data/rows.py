@@ -37,8 +37,8 @@ class Rows:
     """The rows of a CSV or TSV file with a header, or of a JSONL file, in UTF-8. Blank lines are skipped.
 
     columns: the names in the header, or in the first object. After `cut`: names, sizes and starts of the shards;
-    several_lines: number of rows that span lines; in_quotes: number of rows of an unquoted file that have a field in
-    double quotes.
+    several_lines: number of rows that span lines; in_quotes: number of rows that have a field in double quotes, where
+    these are kept as text because nothing else was asked for.
 
     Raises DataError for a file that cannot be read, or whose header does not parse or does not tell the delimiter.
     """
@@ -217,7 +217,7 @@ class Rows:
         names = [k for k, name in enumerate(self.columns) if name == image]
         reader = csv.reader(lines, **self._format)
         delimiter = self._format["delimiter"]
-        trusted = self._options.quoting == "minimal"
+        trusted, told = self._options.quoting == "minimal", self._options.quoting == "auto" and not self._quoted
         while True:
             place = lines.begin()
             try:
@@ -254,7 +254,7 @@ class Rows:
             if last > place[1] + 1:
                 self._first_several = self._first_several or place[1] + 1
                 self.several_lines += 1
-            if not self._quoted and b'"' in lines.since[0]:
+            if told and b'"' in lines.since[0]:
                 if any(len(field) > 1 and field[0] == field[-1] == '"' for field in row):
                     self._first_in_quotes = self._first_in_quotes or place[1] + 1
                     self.in_quotes += 1

@@ -160,6 +160,8 @@ def test_of_several_splits_one_is_named(tmp_path):
     with pytest.raises(DataError, match="holds the splits test, train; name the one to read: .*/folders/test"):
         open_data(tmp_path / "folders")
     assert len(open_data(tmp_path / "folders" / "train")) == 5
+    with_metadata(tmp_path / "one" / "train", "metadata.csv")
+    assert open_data(tmp_path / "one").image_bytes(4) == image(4)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"_data_files": [{}]}', '{"_data_files": [7]}', b"\xff"])
