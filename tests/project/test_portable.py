@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-SCRIPT = '''
+SCRIPT = """
 import builtins, importlib, pkgutil, types
 
 GONE = {
@@ -48,7 +48,7 @@ for name in modules:
 from lift_fast.data.reading import FILES, cpu_count
 
 print(len(modules), sorted(tried), FILES._most, cpu_count() >= 1)
-'''
+"""
 
 
 def test_every_module_is_imported_without_posix():
