@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from PIL import Image
 from support import complete  # noqa: F401
-from support.real_data import BAD, LAYOUTS, WITHOUT_TOKENS, Plan, Wanted, Written, number_of, plans, write
+from support.real_data import IMAGE_CAUSES, LAYOUTS, WITHOUT_TOKENS, Plan, Wanted, Written, number_of, plans, write
 from support.tiny_text import DIM, TinyEncoder
 
 from lift_fast import run_folder
@@ -156,8 +156,11 @@ class Driver:
     def all(self) -> None:
         """Runs every command, without and with --skip-bad."""
         if not self.written.images:
-            self.text(False)
-            self.text(True)
+            for skip in (False, True):
+                self.text(skip)
+                self.without_images("data", "check", self.written.path, *self.data)
+                self.without_images("data", "stats", self.written.path, *self.data)
+                self.without_images("data", "pack", self.written.path, self.new("packed"), *self.data)
             return
         self.check()
         for skip in (False, True):
@@ -171,6 +174,10 @@ class Driver:
             trained = self.train("clip", skip, None)
             if trained is not None:
                 self.evaluate(trained, skip)
+
+    def without_images(self, *arguments: Any) -> None:
+        """Commands that need images say so."""
+        assert run(*arguments, *(self.field if arguments[1] != "stats" else [])).status == 2
 
     # data
 
@@ -276,7 +283,7 @@ class Driver:
         options = ["--skip-bad"] if skip else []
         ended = run(
             *("embed", "--data", self.written.path, "--out", out, "--codec", "f32", "--device", "cpu"),
-            *(*self.data, *self.field, *options),
+            *(*self.written.options, *self.field, *options),
         )
         unusable = [wanted for wanted in self.samples if self.text_is_bad(wanted)]
         if ended.status == 2:
@@ -303,7 +310,7 @@ class Driver:
 
     @staticmethod
     def text_is_bad(wanted: Wanted) -> bool:
-        causes = wanted.causes - {cause for _, cause in BAD.values()} - {"unreadable"}
+        causes = wanted.causes - IMAGE_CAUSES
         return not wanted.texts or bool(causes) or any(text in WITHOUT_TOKENS for text in wanted.texts)
 
     def compare_rows(self, cache: Cache, vectors: np.ndarray, skipped: set[int]) -> None:

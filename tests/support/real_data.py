@@ -164,6 +164,7 @@ BAD: dict[str, tuple[Callable[[int], bytes | None], str]] = {
     "wrong png": (lambda n: _flipped(_solid(n, "PNG")), "corrupt"),
     "huge png": (lambda n: with_size(_solid(n, "PNG"), "png", 20000, 20000), "too large"),
 }
+IMAGE_CAUSES = {cause for _, cause in BAD.values()} | {"unreadable"}
 SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "gif": "gif", "bmp": "bmp"}
 
 
@@ -437,8 +438,14 @@ def _encoded(value: Any) -> bytes | None:
 # Tables.
 
 
-def _image_name(folder: Path, number: int, sample: Sample, pictures: Path) -> tuple[str | None, str | None]:
-    """Writes the image; returns its name in the table and the cause when it cannot be used."""
+def _image_name(
+    folder: Path, number: int, sample: Sample, pictures: Path | None, outside: bool
+) -> tuple[str | None, str | None]:
+    """Writes the image; returns its name in the table and the cause when it cannot be used.
+
+    pictures: the folder that names are relative to. outside: whether names may lead out of it.
+    """
+    pictures = pictures or folder
     suffix = SUFFIX.get(sample.image, "jpg")
     name = f"{number:03d}.{suffix}"
     data = image_of(sample.image, number)
@@ -456,7 +463,7 @@ def _image_name(folder: Path, number: int, sample: Sample, pictures: Path) -> tu
     if data is not None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
-    return name, None if sample.naming == "plain" else "unreadable"
+    return name, None if sample.naming == "plain" or (outside and sample.naming != "folder") else "unreadable"
 
 
 def _cell(value: Any, delimiter: str, quoted: bool) -> bytes:
@@ -478,11 +485,20 @@ def _without_breaks(value: Any) -> Any:
     return value
 
 
-def _columns(plan: Plan) -> tuple[str, str, str | None, list[str], str | None]:
+def _pictures(folder: Path, plan: Plan) -> Path | None:
+    """The folder of the images where it is not the table's."""
+    if not plan.get("pictures"):
+        return None
+    (folder.parent / "pictures").mkdir()
+    return folder.parent / "pictures"
+
+
+def _columns(plan: Plan) -> tuple[str | None, str, str | None, list[str], str | None]:
     """Names of the columns of image, caption and key, and the options and the field that they need."""
     image, caption, key = plan.get("image", "file_name"), plan.get("caption", "caption"), plan.get("key")
     options = ["--image-column=pic"] if image == "pic" else []
     options += ["--key=id"] if key == "id" else []
+    options += ["--absolute-paths"] if plan.get("outside") else []
     return image, caption, key, options, "words" if caption == "words" else None
 
 
@@ -512,26 +528,33 @@ def write_lines(folder: Path, plan: Plan) -> Written:
     quoted = delimiter != "\t"
     file = folder / (f"metadata.{suffix}" if plan.get("folder") else f"table.{suffix}")
     image, caption, key, options, named = _columns(plan)
-    out = Written(folder if plan.get("folder") else file, [], options, field=named)
+    out = Written(
+        folder if plan.get("folder") else file, [], options, _pictures(folder, plan), named, images=bool(image)
+    )
     if delimiter == "|":
         out.options.append("--delimiter=|")
     if plan.get("shard rows"):
         out.options.append(f"--shard-rows={plan.get('shard rows')}")
     end = plan.get("end", "\n").encode()
-    columns = [*([key] if key else []), image, caption, "n"]
+    columns = [*([key] if key else []), *([image] if image else []), caption, "n"]
     lines = [delimiter.join(columns).encode()]
     seen: set[str] = set()
     for number, sample in enumerate(plan.samples):
         value = sample.caption if quoted else _without_breaks(sample.caption)
         sample = replace(sample, caption=value)
         wanted = wanted_of(number, sample)
-        name, problem = _image_name(folder, number, sample, folder)
-        if problem:
-            wanted.image, wanted.causes = None, wanted.causes | {problem}
+        names = []
+        if image:
+            name, problem = _image_name(folder, number, sample, out.pictures, plan.get("outside", False))
+            names.append(name)
+            if problem:
+                wanted.image, wanted.causes = None, wanted.causes | {problem}
+        else:
+            wanted.causes -= IMAGE_CAUSES
         cells = [_row_key(plan, number, sample, wanted, seen, True)] if key else []
         if not key:
             _row_key(plan, number, sample, wanted, seen, True)
-        cells += [name, value, number]
+        cells += [*names, value, number]
         row = delimiter.encode().join(_cell(cell, delimiter, quoted) for cell in cells)
         if sample.row == "too few fields":
             row = row.rpartition(delimiter.encode())[0]
@@ -543,7 +566,7 @@ def write_lines(folder: Path, plan: Plan) -> Written:
                 out.exact = False
             else:
                 wanted = replace(wanted, texts=('"open',), causes=wanted.causes - cause_of(value))
-                if sample.image in BAD:
+                if image and sample.image in BAD:
                     wanted.causes.add(BAD[sample.image][1])
         elif sample.row == "blank line before":
             row = end + row
@@ -572,7 +595,9 @@ def write_jsonl(folder: Path, plan: Plan) -> Written:
     folder.mkdir(parents=True)
     file = folder / ("metadata.jsonl" if plan.get("folder") else "table.jsonl")
     image, caption, key, options, named = _columns(plan)
-    out = Written(folder if plan.get("folder") else file, [], options, field=named)
+    out = Written(
+        folder if plan.get("folder") else file, [], options, _pictures(folder, plan), named, images=bool(image)
+    )
     if plan.get("shard rows"):
         out.options.append(f"--shard-rows={plan.get('shard rows')}")
     end = plan.get("end", "\n").encode()
@@ -580,10 +605,13 @@ def write_jsonl(folder: Path, plan: Plan) -> Written:
     seen: set[str] = set()
     for number, sample in enumerate(plan.samples):
         wanted = wanted_of(number, sample)
-        name, problem = _image_name(folder, number, sample, folder)
-        if problem:
-            wanted.image, wanted.causes = None, wanted.causes | {problem}
-        row = {image: name, "n": number}
+        row: dict[str, Any] = {"n": number}
+        if image:
+            row[image], problem = _image_name(folder, number, sample, out.pictures, plan.get("outside", False))
+            if problem:
+                wanted.image, wanted.causes = None, wanted.causes | {problem}
+        else:
+            wanted.causes -= IMAGE_CAUSES
         keyed = _row_key(plan, number, sample, wanted, seen, False)
         if key:
             row[key] = keyed
@@ -664,7 +692,7 @@ def _table(
         if isinstance(sample.caption, bytes) or sample.caption in HALVES:
             out.exact = wanted.sure = False  # it is a question of taste whether the file is damaged
         if how == "names":
-            name, problem = _image_name(folder, number, sample, folder)
+            name, problem = _image_name(folder, number, sample, out.pictures, plan.get("outside", False))
             names.append(name)
             if problem:
                 wanted.image, wanted.causes = None, wanted.causes | {problem}
@@ -675,6 +703,8 @@ def _table(
                 wanted.image, wanted.causes = None, wanted.causes | {"missing"}
             else:
                 blobs.append({"bytes": data, "path": f"{number:03d}.jpg" if number % 2 else None})
+        else:
+            wanted.causes -= IMAGE_CAUSES
         keys.append(_row_key(plan, number, sample, wanted, seen, True))
         out.samples.append(wanted)
     columns: dict[str, Any] = {}
@@ -700,7 +730,7 @@ def write_parquet(folder: Path, plan: Plan) -> Written:
     folder.mkdir(parents=True)
     how, where = plan.get("how", "names"), plan.get("where", "file")
     _, _, _, options, named = _columns(plan)
-    out = Written(folder, [], options, field=named, images=how != "none")
+    out = Written(folder, [], options, _pictures(folder, plan), named, images=how != "none")
     groups = _groups(plan) if where in ("folder", "data") else [list(enumerate(plan.samples))]
     seen: set[str] = set()
     for number, group in enumerate(groups):
@@ -843,6 +873,7 @@ _TABLE = {
     "key": (None, "key", "id"),
 }
 _LINES = {**_TABLE, "end": ("\n", "\r\n"), "no last end": (False, True), "mark": (False, True)}
+_PLACES = {"pictures": (False, False, True), "outside": (False, False, True)}
 _CSV = {**_LINES, "shard rows": (None, 1, 3)}
 _ROWS = ("too few fields", "too many fields", "open quote", "blank line before")
 _FILES = ("cut", "empty", "noise", "flip")
@@ -854,7 +885,9 @@ _TAR_ROWS, _TAR_DAMAGE = ("dotted name", "name that is no UTF-8"), (*_FILES, "gz
 LAYOUTS = {
     "tars": Layout(write_tars, rows=_TAR_ROWS, damage=_TAR_DAMAGE, styles=_TARS),
     "tars with json": Layout(write_tars, True, False, _TAR_ROWS, _TAR_DAMAGE, {**_TARS, "field": ("cap",)}),
-    "csv": Layout(write_lines, False, True, _ROWS, (*_FILES, "half a line"), {**_CSV, "form": (("csv", ","),)}),
+    "csv": Layout(
+        write_lines, False, True, _ROWS, (*_FILES, "half a line"), {**_CSV, **_PLACES, "form": (("csv", ","),)}
+    ),
     "csv with other delimiters": Layout(
         write_lines, False, True, _ROWS, _FILES, {**_CSV, "form": (("csv", ";"), ("csv", "\t"), ("csv", "|"))}
     ),
@@ -865,7 +898,7 @@ LAYOUTS = {
         True,
         ("bad json", "not an object", "blank line before"),
         (*_FILES, "half a line"),
-        {**_CSV, "escaped": (True, False)},
+        {**_CSV, **_PLACES, "escaped": (True, False)},
     ),
     "metadata.csv": Layout(
         write_lines, False, True, _ROWS, _FILES, {**_CSV, **_IN_FOLDER, "form": (("csv", ","), ("tsv", "\t"))}
@@ -876,7 +909,16 @@ LAYOUTS = {
     "metadata.parquet": Layout(
         write_parquet, False, True, (), _FILES, {**_ARROW, "image": ("file_name",), "where": ("metadata",)}
     ),
-    "parquet with names": Layout(write_parquet, False, True, (), _FILES, {**_ARROW, "where": ("file", "folder")}),
+    "parquet with names": Layout(
+        write_parquet, False, True, (), _FILES, {**_ARROW, **_PLACES, "where": ("file", "folder")}
+    ),
+    "csv without images": Layout(
+        write_lines, False, False, _ROWS, _FILES, {**_CSV, "image": (None,), "form": (("csv", ","), ("tsv", "\t"))}
+    ),
+    "jsonl without images": Layout(write_jsonl, True, False, ("bad json",), _FILES, {**_CSV, "image": (None,)}),
+    "parquet without images": Layout(
+        write_parquet, styles={**_ARROW, "image": (None,), "how": ("none",), "where": ("file", "folder")}
+    ),
     "parquet with images": Layout(
         write_parquet,
         False,
