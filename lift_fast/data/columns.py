@@ -227,6 +227,8 @@ class Columns:
         def read(parquet: Any) -> Any:
             columns = [name]
             table = parquet.read(columns=columns) if group is None else parquet.read_row_group(group, columns=columns)
+            if parquet.metadata.num_rows == file.rows and table.num_rows != rows:
+                raise ValueError(f"{table.num_rows} of {rows} rows of {name!r} can be read")
             return parquet.metadata.num_rows, table.column(name)
 
         try:
@@ -305,9 +307,21 @@ def _opened(path: Path, skip_bad: bool) -> _File:
     def footer(parquet: Any) -> tuple[Any, list[int]]:
         metadata = parquet.metadata
         groups = (metadata.row_group(k).num_rows for k in range(metadata.num_row_groups))
-        return parquet.schema_arrow, list(accumulate(groups))
+        return _readable(parquet.schema_arrow), list(accumulate(groups))
 
     return _File(path, stamp, *read_parquet(path, footer))
+
+
+def _readable(schema: Any) -> Any:
+    """The schema. Raises ValueError when the name of a column, or of a part of one, is not UTF-8."""
+    names = list(schema.names)
+    kinds = list(schema.types)
+    while kinds:
+        kind = kinds.pop()
+        parts = [kind.field(k) for k in range(kind.num_fields)]
+        names += [part.name for part in parts]
+        kinds += [part.type for part in parts]
+    return schema
 
 
 def _opened_arrow(path: Path, stamp: Stamp, skip_bad: bool) -> _File:
@@ -318,12 +332,12 @@ def _opened_arrow(path: Path, stamp: Stamp, skip_bad: bool) -> _File:
         file = pa.memory_map(str(path))
         if file.read_at(len(_ARROW_FILE), 0) == _ARROW_FILE:
             reader = pa.ipc.open_file(file)
-            schema = reader.schema
+            schema = _readable(reader.schema)
             for number in range(reader.num_record_batches):
                 batches.append(reader.get_batch(number))
         else:
             reader = pa.ipc.open_stream(file)
-            schema = reader.schema
+            schema = _readable(reader.schema)
             batches.extend(reader)
             if file.read_at(len(_ARROW_END), stamp[0] - len(_ARROW_END)) != _ARROW_END:
                 raise ValueError("it lacks its end mark")

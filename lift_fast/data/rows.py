@@ -234,7 +234,7 @@ class Rows:
                 reason = bad.reason
                 if last > first:
                     reason += f", in a row whose quote opens at line {first}"
-                yield from self._refused(lines, bad.cause, reason)
+                yield from self._refused(lines.places(), bad.cause, reason)
                 continue
             if not row:
                 continue
@@ -245,11 +245,11 @@ class Rows:
                     "these lines looks like a row; --quoting none keeps quotes as text, --quoting minimal reads "
                     "the lines as one row"
                 )
-                yield from self._refused(lines, "does not parse", reason)
+                yield from self._refused(lines.places(), "does not parse", reason)
                 continue
             if len(row) != width:
                 reason = f"{self.path}: line {last} has {len(row)} fields and the header has {width}"
-                yield from self._refused(lines, "does not parse", reason)
+                yield from self._refused([place], "does not parse", reason)
                 continue
             if last > place[1] + 1:
                 self._first_several = self._first_several or place[1] + 1
@@ -260,12 +260,12 @@ class Rows:
                     self.in_quotes += 1
             yield place
 
-    def _refused(self, lines: "_Lines", cause: Cause, reason: str) -> Iterator[tuple[int, int]]:
-        """Yields the places of a bad row's lines, each as a row, because a quote may have joined rows. Raises DataError
-        unless bad samples are skipped."""
+    def _refused(self, places: Iterable[tuple[int, int]], cause: Cause, reason: str) -> Iterator[tuple[int, int]]:
+        """Yields the places of bad rows: of all lines, where a quote may have joined rows. Raises DataError unless bad
+        samples are skipped."""
         if not self._options.skip_bad:
             raise DataError(f"{reason}; {_SKIP}")
-        for place in lines.places():
+        for place in places:
             self._bad[len(self._places)] = BadText(cause, reason)
             yield place
 

@@ -148,12 +148,17 @@ def test_a_quote_that_stays_open(tmp_path):
     assert rows_of(path, skip_bad=True) == ["one", "does not parse", "three", "four"]
 
 
-@pytest.mark.parametrize("last", ['d.jpg,"x",4', "d.jpg,x,y,4", 'd.jpg,x",y,4'])
+@pytest.mark.parametrize("last", ['d.jpg,"x",4', 'd.jpg,x" y,4'])
 def test_a_quote_that_joins_bad_rows_loses_none(tmp_path, last):
     """Each line that it joined is counted."""
     text = f'image,caption,n\na.jpg,"open,1\nb.jpg,two,2\nc.jpg,three\n{last}\ne.jpg,five,5\n'
     found = rows_of(written(tmp_path / "c.csv", text), skip_bad=True)
     assert len(found) == 5 and found[-1] == "five" and found[0] == "does not parse"
+
+
+def test_a_row_of_several_lines_and_the_wrong_number_of_fields_is_one_row(tmp_path):
+    path = written(tmp_path / "c.csv", 'image,caption\na.jpg,"one\nmore",x\nb.jpg,two\n')
+    assert rows_of(path, skip_bad=True) == ["does not parse", "two"]
 
 
 def test_quotes_that_a_tsv_keeps_are_told(tmp_path):
@@ -531,3 +536,34 @@ def test_options_of_other_layouts(tmp_path):
 def test_the_class_opens_one_file(tmp_path):
     path = written(tmp_path / "c.csv", "image,caption\na,b\n")
     assert TableImages(path, tmp_path / "elsewhere").root == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "arrow"])
+def test_damaged_bytes_are_errors_of_ours(tmp_path, kind):
+    """A name of a column that is no UTF-8, and a page with fewer rows than its header says, were other errors."""
+    rng, path = random.Random(2), tmp_path / f"c.{kind}"
+    rows = [{"image": f"{k}.png", "caption": f'caption "{k}"', "key": f"k{k}"} for k in range(9)]
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    elif kind == "arrow":
+        write_arrow(path, pa.Table.from_pylist(rows))
+    elif kind == "jsonl":
+        written(path, "\n".join(map(json.dumps, rows)))
+    else:
+        quoted = ['"' + row["caption"].replace('"', '""') + '"' for row in rows]
+        lines = [f"{row['image']},{text},{row['key']}" for row, text in zip(rows, quoted, strict=True)]
+        written(path, "\n".join(["image,caption,key", *lines]))
+    whole = path.read_bytes()
+    for turn in range(600):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 3])):
+            damaged[rng.randrange(len(damaged))] = rng.choice([*b'"\n,\r\0', 255, rng.randrange(256)])
+        path.write_bytes(damaged)
+        try:
+            source = open_source(path, options=SKIP if turn % 2 else None)
+            for number, size in enumerate(source.sizes):
+                read = source.read(number)
+                assert len(read.keys) == len(read.captions) == size
+                assert {row for row, text in enumerate(read.captions) if text is None} <= read.bad.keys()
+        except DataError:
+            continue
