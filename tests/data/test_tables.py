@@ -540,7 +540,6 @@ def test_the_class_opens_one_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "arrow"])
 def test_damaged_bytes_are_errors_of_ours(tmp_path, kind):
-    """A name of a column that is no UTF-8, and a page with fewer rows than its header says, were other errors."""
     rng, path = random.Random(2), tmp_path / f"c.{kind}"
     rows = [{"image": f"{k}.png", "caption": f'caption "{k}"', "key": f"k{k}"} for k in range(9)]
     if kind == "parquet":
@@ -567,3 +566,25 @@ def test_damaged_bytes_are_errors_of_ours(tmp_path, kind):
                 assert {row for row, text in enumerate(read.captions) if text is None} <= read.bad.keys()
         except DataError:
             continue
+
+
+def test_names_of_columns_that_are_not_utf8(tmp_path):
+    for path in (tmp_path / "c.arrow", tmp_path / "c.parquet"):
+        table = pa.table({"image": ["a"], "caption": ["b"]})
+        write_arrow(path, table) if path.suffix == ".arrow" else parquet.write_table(table, path, store_schema=False)
+        path.write_bytes(path.read_bytes().replace(b"caption", b"capt\xffon"))
+        with pytest.raises(DataError, match="is not a whole (Arrow|parquet) file"):
+            open_data(path)
+
+
+def test_a_page_with_fewer_rows_than_its_file_says(tmp_path):
+    path = tmp_path / "c.parquet"
+    parquet.write_table(pa.table({"image": list("abc"), "caption": list("xyz")}), path)
+    data = bytearray(path.read_bytes())
+    at = parquet.read_metadata(path).row_group(0).column(1).data_page_offset
+    at = data.index(b"\x2c\x15\x06", at)  # the number of values in the page, as a zigzag varint
+    data[at + 2] = 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="2 of 3 rows of 'caption' can be read"):
+        open_data(path).captions(0)
+    assert captions_of(open_data(path, options=SKIP)) == ["damaged shard"] * 3
