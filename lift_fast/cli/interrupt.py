@@ -18,8 +18,12 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 
 @contextmanager
 def after_imports() -> Iterator[None]:
-    """Within it SIGINT raises KeyboardInterrupt when no import is under way, at once or after it."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    """Within it SIGINT raises KeyboardInterrupt when no import is under way, at once or after it.
+
+    Changes nothing where it is ignored, as in a shell's background, and where there are no timers (Windows).
+    """
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 

@@ -122,6 +122,18 @@ def test_a_second_ctrl_c_does_not_bring_the_traceback_back(data, tmp_path):
     last_line(err)
 
 
+def test_where_ctrl_c_is_ignored_it_stays_so(tmp_path):
+    """A shell starts what it runs in the background so."""
+    out = tmp_path / "out"
+    script = f"trap '' INT; exec {shlex.join(COMMAND)} data scenes --out {out} --train 300 --heldout 2 --px 24"
+    running = subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, text=True)
+    for _ in range(20):
+        time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=180)[1] == "" and running.returncode == 0
+    assert (out / "heldout").is_dir()
+
+
 def test_a_reader_that_has_gone(data):
     """Line 14 of the issue: `lift-fast data stats DIR | head` said "Broken pipe"."""
     for command in (f"data stats {data}", "train --help"):
