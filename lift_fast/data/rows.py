@@ -241,9 +241,8 @@ class Rows:
             last = lines.number
             if last > place[1] + 1 and not trusted and _could_be_rows(lines.since, delimiter, width, names):
                 reason = (
-                    f"{self.path}: a quote opens at line {place[1] + 1} and closes at line {last}, and each of "
-                    "these lines looks like a row; --quoting none keeps quotes as text, --quoting minimal reads "
-                    "the lines as one row"
+                    f"{self.path}: a quote opens at line {place[1] + 1} and closes at line {last}, and lines "
+                    "between look like rows; --quoting none keeps quotes as text, --quoting minimal reads them as one"
                 )
                 yield from self._refused(lines.places(), "does not parse", reason)
                 continue
@@ -366,13 +365,17 @@ def _could_be_rows(lines: Sequence[bytes], delimiter: str, width: int, names: Se
     """Whether several lines would be rows if quotes were text.
 
     names: the column of the names of images, if there is one. When that of the first line ends as an image's name does,
-    those of the other lines must do so.
+    one more line with such a name suffices: others may be bad. Else all lines must have as many fields as the header.
     """
     rows = [line.decode(errors="replace").rstrip("\r\n").split(delimiter) for line in lines if line.strip()]
-    if len(lines) < 2 or any(len(row) != width for row in rows):
-        return False
-    suffixes = [row[k].strip(' "').rpartition(".")[2].lower() for row in rows for k in names]
-    return not suffixes or suffixes[0] not in IMAGE_SUFFIXES or all(suffix in IMAGE_SUFFIXES for suffix in suffixes)
+    whole = [len(row) == width for row in rows]
+    named = [
+        fits and all(row[k].strip(' "').rpartition(".")[2].lower() in IMAGE_SUFFIXES for k in names)
+        for row, fits in zip(rows, whole, strict=True)
+    ]
+    if names and named[:1] == [True]:
+        return any(named[1:])
+    return len(rows) > 1 and all(whole)
 
 
 class _Lines:

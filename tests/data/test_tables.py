@@ -156,6 +156,15 @@ def test_a_quote_that_joins_bad_rows_loses_none(tmp_path, last):
     assert len(found) == 5 and found[-1] == "five" and found[0] == "does not parse"
 
 
+def test_a_quote_that_swallows_bad_rows_among_good_ones_is_refused(tmp_path):
+    """That a swallowed line is no row does not make the quote one: others name images."""
+    text = 'image,caption,n\na.jpg,"open,1\n\nb.jpg,two\nc.jpg,three,3\nd.jpg,close",4\ne.jpg,five,5\n'
+    path = written(tmp_path / "c.csv", text)
+    with pytest.raises(DataError, match="opens at line 2 and closes at line 6, and lines between look like rows"):
+        open_data(path)
+    assert rows_of(path, skip_bad=True) == [*["does not parse"] * 4, "five"]
+
+
 def test_a_row_of_several_lines_and_the_wrong_number_of_fields_is_one_row(tmp_path):
     path = written(tmp_path / "c.csv", 'image,caption\na.jpg,"one\nmore",x\nb.jpg,two\n')
     assert rows_of(path, skip_bad=True) == ["does not parse", "two"]

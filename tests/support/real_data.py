@@ -466,6 +466,10 @@ def _image_name(
     return name, None if sample.naming == "plain" or (outside and sample.naming != "folder") else "unreadable"
 
 
+# Captions that are written as they are, without the quotes that CSV asks for.
+STRAY = {"open quote": b'"quoted start', "closing quote": b'end quote"'}
+
+
 def _cell(value: Any, delimiter: str, quoted: bool) -> bytes:
     if value is None or isinstance(value, Absent):
         return b""
@@ -560,14 +564,14 @@ def write_lines(folder: Path, plan: Plan) -> Written:
             row = row.rpartition(delimiter.encode())[0]
         elif sample.row == "too many fields":
             row += delimiter.encode() + b"more"
-        elif sample.row == "open quote":
-            row = delimiter.encode().join([*(_cell(cell, delimiter, quoted) for cell in cells[:-2]), b'"open', b"1"])
+        elif sample.row in STRAY:
+            stray = STRAY[sample.row]
+            row = delimiter.encode().join([*(_cell(cell, delimiter, quoted) for cell in cells[:-2]), stray, b"1"])
+            wanted = replace(wanted, texts=(stray.decode(),), causes=wanted.causes - cause_of(value))
+            if image and sample.image in BAD:
+                wanted.causes.add(BAD[sample.image][1])
             if quoted:
                 out.exact = False
-            else:
-                wanted = replace(wanted, texts=('"open',), causes=wanted.causes - cause_of(value))
-                if image and sample.image in BAD:
-                    wanted.causes.add(BAD[sample.image][1])
         elif sample.row == "blank line before":
             row = end + row
         if sample.row in ("too few fields", "too many fields"):
@@ -875,7 +879,7 @@ _TABLE = {
 _LINES = {**_TABLE, "end": ("\n", "\r\n"), "no last end": (False, True), "mark": (False, True)}
 _PLACES = {"pictures": (False, False, True), "outside": (False, False, True)}
 _CSV = {**_LINES, "shard rows": (None, 1, 3)}
-_ROWS = ("too few fields", "too many fields", "open quote", "blank line before")
+_ROWS = ("too few fields", "too many fields", *STRAY, *STRAY, "blank line before")
 _FILES = ("cut", "empty", "noise", "flip")
 _ARROW = {**_TABLE, "text": ("string",) * 6 + ("large_string", "dictionary", "list", "struct", "float", "int")}
 _IN_FOLDER = {"folder": (True,), "image": ("file_name",), "shard rows": (None,)}
