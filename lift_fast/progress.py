@@ -68,11 +68,12 @@ class _Lines:
             total = len(iterable)  # type: ignore[arg-type]
         self.iterable, self.total, self.leave = iterable, total, leave
         self.n = self.initial = initial
-        self.words = {"prefix": desc, "unit": unit, "unit_scale": unit_scale, "postfix": ""}
+        scaled = unit_scale and (total is None or total >= 1000)  # "4.00/4.00" otherwise
+        self.words = {"prefix": desc, "unit": unit, "unit_scale": scaled, "postfix": ""}
         self.began = time.monotonic()
         self.next = self.began + max(delay, _settings["every"])
         self.shown_from = self.began + delay
-        self.printed: float | None = None
+        self.printed: float = initial  # count of the last line; there is none before the first sample
         self.closed = False
 
     def update(self, n: float = 1) -> None:

@@ -177,7 +177,8 @@ class DataCheck:
     pictures: Path | None = None
     """Folder of the image files, where DATA does not hold them."""
     field: str = "txt"
-    """Caption to read: txt, an entry of the .json, or a column. Where there is no txt it is caption or re_caption."""
+    """Caption to read: txt, an entry of the .json, or a column. Tables: txt is the first of txt, caption, text, title
+    and re_caption that there is."""
     bad: Path | None = None
     """File to list bad samples in, a line of JSON each: sample, row, cause, reason."""
     threads: int | None = None

@@ -154,7 +154,8 @@ class TableSamples:
         kind = "Arrow" if self.names[0].endswith(".arrow") else "parquet"
         files = f"{len(self.names)} {kind} files at {self.folder}"
         if isinstance(self._table, Rows):
-            files = f"{self.folder}, cut into {len(self.names)} shards"
+            shards = "1 shard" if len(self.names) == 1 else f"{len(self.names)} shards"
+            files = f"{self.folder}, cut into {shards}"
         elif self.folder.suffix.lower() in TABLES:
             files = str(self.folder)
         others = [name for name in CAPTION_COLUMNS if name in self.columns and name != field]

@@ -61,7 +61,19 @@ def test_an_error_leaves_a_line_of_how_far_it_came(capfd):
     with pytest.raises(KeyError), bar(total=9, desc="embed", unit_scale=True, unit="B") as shown:
         shown.update(5)
         raise KeyError
-    assert [line.split(",")[0] for line in lines(capfd)] == ["embed: 5.00/9.00"]
+    assert [line.split(",")[0] for line in lines(capfd)] == ["embed: 5/9"]
+
+
+def test_an_error_before_anything_was_done_leaves_no_line(capfd):
+    with pytest.raises(KeyError), bar(total=9, desc="read"):
+        raise KeyError
+    assert lines(capfd) == []
+
+
+def test_large_counts_are_shortened(capfd):
+    with bar(total=2000, desc="embed", unit_scale=True, unit="B") as shown:
+        shown.update(1500)
+    assert [line.split(",")[0] for line in lines(capfd)] == ["embed: 1.50k/2.00k"]
 
 
 def test_without_a_total(capfd):
