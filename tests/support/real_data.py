@@ -544,6 +544,9 @@ def write_lines(folder: Path, plan: Plan) -> Written:
     lines = [delimiter.join(columns).encode()]
     seen: set[str] = set()
     for number, sample in enumerate(plan.samples):
+        if number % (plan.get("shard rows") or len(plan.samples)) == 0:
+            seen.clear()  # keys are compared within a shard
+        known = seen.copy()
         value = sample.caption if quoted else _without_breaks(sample.caption)
         sample = replace(sample, caption=value)
         wanted = wanted_of(number, sample)
@@ -575,9 +578,11 @@ def write_lines(folder: Path, plan: Plan) -> Written:
         elif sample.row == "blank line before":
             row = end + row
         if sample.row in ("too few fields", "too many fields"):
+            seen &= known  # nothing is known of the row
             wanted = Wanted(number, wanted.key, (), None, {"does not parse"})
         if isinstance(value, bytes) or (isinstance(value, str) and not texts_of(value) and value.strip()):
             # The row is not UTF-8, so its name is not known either.
+            seen &= known  # nothing is known of the row
             wanted = Wanted(number, wanted.key, (), None, {"not UTF-8", "does not parse"})
         if isinstance(value, str) and any(c in value for c in "\r\n\0"):
             wanted.sure = out.exact = False
@@ -608,6 +613,9 @@ def write_jsonl(folder: Path, plan: Plan) -> Written:
     lines = []
     seen: set[str] = set()
     for number, sample in enumerate(plan.samples):
+        if number % (plan.get("shard rows") or len(plan.samples)) == 0:
+            seen.clear()  # keys are compared within a shard
+        known = seen.copy()
         wanted = wanted_of(number, sample)
         row: dict[str, Any] = {"n": number}
         if image:
@@ -622,6 +630,7 @@ def write_jsonl(folder: Path, plan: Plan) -> Written:
         if isinstance(sample.caption, bytes):
             marker = "@caption@"
             line = json.dumps(row | {caption: marker}).encode().replace(marker.encode(), sample.caption)
+            seen &= known  # nothing is known of the row
             wanted = Wanted(number, wanted.key, (), None, {"not UTF-8", "does not parse"})
         else:
             if not isinstance(sample.caption, Absent):
@@ -635,6 +644,7 @@ def write_jsonl(folder: Path, plan: Plan) -> Written:
         elif sample.row == "blank line before":
             line = end + line
         if sample.row in ("bad json", "not an object"):
+            seen &= known  # nothing is known of the row
             wanted = Wanted(number, wanted.key, (), None, {"does not parse", "not UTF-8"})
         lines.append(line)
         out.samples.append(wanted)
