@@ -138,6 +138,14 @@ class Driver:
         assert found, f"an image of no sample came out ({number})"
         return found[0]
 
+    def texts_of(self, wanted: Wanted) -> list[str]:
+        """The captions that are right for the image of a sample.
+
+        In the layout of LIFT's authors the key names the image: rows with the same key are about one image.
+        """
+        same = [s for s in self.samples if s is wanted or (self.plan.layout == "authors" and s.key == wanted.key)]
+        return [text for one in same for text in one.texts]
+
     def accounted(self, used: int, counted: Counter[str] | dict[str, int]) -> None:
         """samples in = samples used + samples counted by cause. Shards that are lost count for any number."""
         assert set(counted) <= CAUSES, counted
@@ -263,9 +271,7 @@ class Driver:
             wanted = self.by_number(number_of(np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))))
             if self.flipped:
                 continue
-            # In the authors' layout an image's name is its sample's key: rows with one key are about one image.
-            same = [other for other in self.samples if other.number == wanted.number or other.key == wanted.key]
-            assert any(text in other.texts for other in same), (wanted, text)
+            assert text in self.texts_of(wanted), (wanted, text)
             assert image == wanted.image or image[:4] == b"\x89PNG"
             if wanted.sure and not wanted.causes:
                 assert meta.get("source_key", key) == str(wanted.key)
@@ -365,11 +371,11 @@ class Driver:
             if self.flipped:
                 continue
             wanted = self.by_number(number_of(pixels))
-            assert wanted.texts, wanted
+            texts = self.texts_of(wanted)
             if model == "lift":
-                assert any((text.numpy() == encoder.vector(caption)).all() for caption in wanted.texts), wanted
+                assert any((text.numpy() == encoder.vector(caption)).all() for caption in texts), wanted
             else:
-                assert any(torch.equal(text, tokens_of(caption)) for caption in wanted.texts), wanted
+                assert any(torch.equal(text, tokens_of(caption)) for caption in texts), wanted
             used.add(wanted.number)
         if self.written.exact:
             assert found["captions"] == len(self.samples)
