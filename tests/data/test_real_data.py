@@ -469,7 +469,7 @@ def try_layout(layout: str, sets: int, anew: bool = False) -> None:
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_every_command_on_generated_sets(layout):
-    try_layout(layout, 5)
+    try_layout(layout, 4)
 
 
 @pytest.mark.campaign
