@@ -160,6 +160,15 @@ class Collection:
         number, sample = self.locate(row)
         return self.sets[number].where(sample)
 
+    def bad_keys(self) -> dict[int, BadText]:
+        """Row number -> what is wrong with the key, in order."""
+        bad: dict[int, BadText] = {}
+        for samples, first in zip(self.sets, self.starts.tolist(), strict=False):
+            for number, size in enumerate(samples.shard_sizes):
+                bad |= {first + row: error for row, error in samples.bad_keys(number).items()}
+                first += size
+        return bad
+
     def bad_captions(self, field: str, has_tokens: Callable[[str], bool] = bool) -> dict[int, BadText]:
         """Reads every caption once: row number -> what is wrong with it, in order.
 

@@ -10,8 +10,8 @@ class TokenizedText:
     """The captions of a Collection as tokens, read and tokenized when a batch asks for them.
 
     field: the caption to use: txt, an entry of the .json, or a column. context: tokens a caption. skip_bad: whether
-    samples without a usable caption are left out. left_out: row number -> what is wrong with its caption; no batch may
-    ask for these.
+    samples without a usable caption are left out, and those without a usable key as well: the same ones as LIFT leaves
+    out, whose text is found by its key. left_out: row number -> what is wrong with it; no batch may ask for these.
 
     Every caption is read once. Raises BadText for the first that cannot be used, unless skip_bad.
     """
@@ -19,7 +19,9 @@ class TokenizedText:
     def __init__(self, data: Collection, field: str, context: int, skip_bad: bool = False):
         self.data, self.field = data, field
         self.left_out = data.bad_captions(field, has_tokens)
-        if self.left_out and not skip_bad:
+        if skip_bad:
+            self.left_out = dict(sorted((data.bad_keys() | self.left_out).items()))
+        elif self.left_out:
             raise next(iter(self.left_out.values()))
         self.tokenizer = ClipTokenizer(context)
 

@@ -133,6 +133,19 @@ def test_a_repeat_of_a_bad_row_is_not_its_copy(tmp_path):
         }
 
 
+def test_lift_and_clip_leave_out_the_same_samples(tmp_path):
+    bad = [(row, cause) for row, cause in BAD if cause != "no tokens"]  # of these each tokenizer has its own
+    rows = [{**row, "file_name": "a.png"} for row in mixed_rows(40, 3, bad)]
+    path = table(tmp_path / "c.jsonl", rows)
+    share(open_source(path, options=SKIP), tmp_path / "c")
+    data = Collection([open_data(path, options=SKIP)])
+    lift, clip = CachedText([Cache(tmp_path / "c")], data).left_out, TokenizedText(data, "txt", 16, True).left_out
+    assert {row: error.cause for row, error in lift.items()} == {row: error.cause for row, error in clip.items()}
+    assert list(clip) == sorted(clip) and Counter(error.cause for error in clip.values()) == Counter(
+        cause for _, cause in bad
+    )
+
+
 def test_nothing_is_left_of_a_set_of_bad_captions(tmp_path):
     path = table(tmp_path / "c.jsonl", [{"caption": None}, {"caption": "."}, {"caption": 3}])
     done = share(open_source(path, options=SKIP), tmp_path / "c")
