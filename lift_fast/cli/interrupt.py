@@ -1,7 +1,7 @@
-"""Ctrl-C while modules are imported: it waits until they are.
+"""Ctrl-C where Python would lose it.
 
-Imports of torch and others catch KeyboardInterrupt or turn it into an ImportError, so that the command would go on, or
-end with another error.
+Imports of torch and others catch KeyboardInterrupt or turn it into an ImportError: it waits until they are done. Python
+drops what is raised while an object is deleted or in a callback: it is raised again.
 """
 
 import signal
@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 130  # exit status, as shells have it
-_AGAIN = 0.05  # seconds
+_AFTER_IMPORT = 0.05  # seconds until the next look at whether the import is done
+_AGAIN = 1.0  # seconds after which a KeyboardInterrupt that nothing handles has been dropped
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
 @contextmanager
 def after_imports() -> Iterator[None]:
-    """Within it SIGINT raises KeyboardInterrupt when no import is under way, at once or after it.
+    """Within it SIGINT raises KeyboardInterrupt when no import is under way, at once or after it, and until it arrives.
 
     Changes nothing where it is ignored, as in a shell's background, and where there are no timers (Windows).
     """
@@ -28,11 +29,14 @@ def after_imports() -> Iterator[None]:
         return
 
     def arrived(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM and _is_handled():
+            return  # the command cleans up
         while frame is not None:
             if frame.f_code.co_filename == _IMPORTING:
-                signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+                signal.setitimer(signal.ITIMER_REAL, _AFTER_IMPORT)
                 return
             frame = frame.f_back
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         raise KeyboardInterrupt
 
     before = {kind: signal.signal(kind, arrived) for kind in (signal.SIGINT, signal.SIGALRM)}
@@ -42,6 +46,14 @@ def after_imports() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def _is_handled() -> bool:
+    """Whether a KeyboardInterrupt is on its way up: in a finally, an except or the end of a with block."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def say_interrupted(left: str = "") -> None:

@@ -16,6 +16,7 @@ from support import complete  # noqa: F401
 from support.tiny_sets import make_set
 
 from lift_fast import __version__
+from lift_fast.cli.interrupt import after_imports
 from lift_fast.cli.main import main, parse
 
 COMMAND = [sys.executable, "-c", "from lift_fast.cli import main; main()"]
@@ -83,16 +84,49 @@ def test_ctrl_c_while_torch_is_imported(data, tmp_path, seconds):
     assert last_line(err).startswith("lift-fast: interrupted") or steps_in(out)
 
 
+class Dropping:
+    """Its deletion is interrupted; Python drops the KeyboardInterrupt."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_arrives_all_the_same():
+    with pytest.raises(KeyboardInterrupt), after_imports():
+        Dropping()
+        for _ in range(100):
+            time.sleep(0.1)
+
+
+def test_a_ctrl_c_comes_once():
+    """Cleaning up, which may take long, is not interrupted."""
+    cleaned = False
+    with pytest.raises(KeyboardInterrupt), after_imports():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            try:
+                time.sleep(1.5)
+                raise ValueError
+            except ValueError:
+                time.sleep(1)
+                cleaned = True
+    assert cleaned and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("command", [
     "data scenes --out {out} --train 1000000",
     "embed --data {data} --out {out}",
-    "data check {data}",
+    "data check {data} --bad {pipe}",  # it waits for a reader of the pipe
     "demo --out {out} --scenes 1000000",
     "compare --preset vit-b16",
 ])  # fmt: skip
 def test_ctrl_c_in_any_command(data, tmp_path, command):
     began = time.monotonic()
-    line = command.format(data=data, out=tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    line = command.format(data=data, out=tmp_path / "out", pipe=tmp_path / "pipe")
     status, err = interrupted(line, lambda: time.monotonic() - began > 1.2)
     assert status == 130
     last_line(err)

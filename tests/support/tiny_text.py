@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,15 @@ class TinyEncoder:
 
     def vector(self, caption):
         return np.frombuffer(hashlib.shake_128(caption.encode()).digest(2 * self.dim), "<i2") / np.float32(1 << 15)
+
+
+def keep_code_in(folder: Path, monkeypatch) -> None:
+    """Has transformers copy the code of models into this folder, and forget what it imported from another."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    others = [place for place in sys.path if not (Path(place) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", others)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def captions_of(count, kinds):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from support.tiny_text import keep_code_in
 from test_presets import WORDS, save_tokenizer
 from torch.nn import functional as F
 
@@ -345,7 +346,7 @@ def with_code(folder):
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
 
 
 def test_code_is_named_before_it_may_run(saved, tmp_path, own_modules):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny_text import keep_code_in
 from torch.nn import functional as F
 
 from lift_fast.errors import ConfigError, EncoderError
@@ -239,7 +240,7 @@ class NVEmbedModel(PreTrainedModel):
 def nv_embed(tmp_path, monkeypatch):
     import transformers
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     folder = tmp_path / "NV-Embed-v2"
     vocab = save_tokenizer(folder, "<s> $A", eos="</s>", pad="</s>")
     (folder / "modeling_nvembed.py").write_text(NV_EMBED)

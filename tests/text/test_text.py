@@ -10,6 +10,7 @@ import torch
 from support import complete  # noqa: F401
 from support.open_clip_tokens import TOKENS
 from support.tiny_sets import make_set
+from support.tiny_text import keep_code_in
 
 from lift_fast.cache import Cache
 from lift_fast.data.samples import Collection
@@ -400,7 +401,7 @@ def own_code(folder, rest=382, instruction=True):
 
 @pytest.mark.parametrize("instruction", [True, False])
 def test_an_encode_of_its_own_goes_before_a_declared_pooling(copied, monkeypatch, tmp_path, instruction):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     own_code(copied, instruction=instruction)
     encoder = Encoder(EncoderSpec(str(copied), prompt="abc", trust_remote_code=True, max_length=100))
     assert encoder.pooling == "encode"
@@ -412,7 +413,7 @@ def test_an_encode_of_its_own_goes_before_a_declared_pooling(copied, monkeypatch
 
 
 def test_an_encode_of_another_width_is_told(copied, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     own_code(copied, rest=0)
     encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
     with pytest.raises(EncoderError, match=r"returned \[1, 2\] for 1 captions, not \[1, 384\]"):
@@ -420,7 +421,7 @@ def test_an_encode_of_another_width_is_told(copied, monkeypatch, tmp_path):
 
 
 def test_an_encode_that_fails_is_told(copied, monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     own_code(copied, rest="DynamicCache.from_legacy_cache")
     encoder = Encoder(EncoderSpec(str(copied), trust_remote_code=True))
     with pytest.raises(EncoderError, match="own repository, fails: name 'DynamicCache' .*another transformers than"):
