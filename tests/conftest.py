@@ -7,6 +7,7 @@ Compiled: `triton_usage` compiles a kernel for any GPU and reads the resource us
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -20,6 +21,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Jobs in a shell's background ignore SIGINT, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):

@@ -29,8 +29,9 @@ def after_imports() -> Iterator[None]:
         return
 
     def arrived(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGALRM and _is_handled():
-            return  # the command cleans up
+        if number == signal.SIGALRM and _is_handled():  # the command cleans up
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            return
         while frame is not None:
             if frame.f_code.co_filename == _IMPORTING:
                 signal.setitimer(signal.ITIMER_REAL, _AFTER_IMPORT)
