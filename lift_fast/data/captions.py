@@ -1,6 +1,7 @@
 """What a caption and a sample key may be: one check for all layouts."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,21 @@ def sorted_out(keys: Sequence[Any], where: Callable[[int], str]) -> tuple[list[s
         if (earlier := first.setdefault(name, row)) != row:
             bad[row] = BadText("repeated key", f"{where(row)} has the key {name!r}, as {where(earlier)} has")
     return names, bad
+
+
+def parsed_meta(data: bytes | None, where: Callable[[], str]) -> dict:
+    """The JSON object in the content of a .json; {} for None. Raises BadText."""
+    if data is None:
+        return {}
+    try:
+        meta = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadText("not UTF-8", f"{where()}: its .json is not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadText("does not parse", f"{where()}: its .json does not parse ({error})") from error
+    if not isinstance(meta, dict):
+        raise BadText("does not parse", f"{where()}: its .json is not an object")
+    return meta
 
 
 def halved(text: str) -> bool:

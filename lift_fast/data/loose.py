@@ -8,7 +8,6 @@ where it follows the first: 22.jpg and 22.05.jpg are two images with the keys 22
 """
 
 import hashlib
-import json
 import os
 import re
 from array import array
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..ops.rows.table import key_hashes
-from .captions import checked_caption, sorted_out
+from .captions import checked_caption, parsed_meta, sorted_out
 from .options import DataOptions
 from .reading import read_image
 from .samples import BadSample, BadText, Problem, located
@@ -240,17 +239,7 @@ class LooseFiles:
         if self.classes:
             return {"label": self._found.key(i).partition("/")[0]}
         path = self._path(i, _JSON)
-        if path is None:
-            return {}
-        try:
-            meta = json.loads(_read_text(path))
-        except UnicodeDecodeError as error:
-            raise BadText("not UTF-8", f"{self.where(i)}: its .json is not UTF-8 (byte {error.start})") from error
-        except (ValueError, RecursionError) as error:
-            raise BadText("does not parse", f"{self.where(i)}: its .json does not parse ({error})") from error
-        if not isinstance(meta, dict):
-            raise BadText("does not parse", f"{self.where(i)}: its .json is not an object")
-        return meta
+        return parsed_meta(None if path is None else _read_text(path), lambda: self.where(i))
 
     def where(self, i: int) -> str:
         """Folder and key of sample i, for messages."""

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from .captions import checked_caption, checked_captions, kept
+from .captions import checked_caption, checked_captions, kept, parsed_meta
 from .index import Index, open_index, unread_files
 from .options import DataOptions
 from .reading import FILES, MOST_BYTES, read_parts
@@ -171,14 +170,14 @@ class Shards:
                 values.append(data.decode("ascii") if data.isascii() else data)
             else:
                 try:
-                    values.append(_parsed(next(read), partial(where, row)).get(field))
+                    values.append(parsed_meta(next(read), partial(where, row)).get(field))
                 except BadText as error:
                     values.append(kept(error))
         return checked_captions(values, self._label(field), where)
 
     def meta(self, i: int) -> dict:
         """The parsed .json of sample i, {} when it has none. Raises BadText when it is not a JSON object."""
-        return _parsed(self._text(i, JSON), lambda: self.where(i))
+        return parsed_meta(self._text(i, JSON), lambda: self.where(i))
 
     def where(self, i: int) -> str:
         """Shard and key of sample i, for messages."""
@@ -223,21 +222,6 @@ class Shards:
     def _label(self, field: str) -> str:
         """The name of a caption in messages."""
         return self.options.text_suffix or field if field == "txt" else field
-
-
-def _parsed(data: bytes | None, where: Callable[[], str]) -> dict:
-    """The JSON object in the content of a .json; {} for None. Raises BadText."""
-    if data is None:
-        return {}
-    try:
-        meta = json.loads(data)
-    except UnicodeDecodeError as error:
-        raise BadText("not UTF-8", f"{where()}: its .json is not UTF-8 (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise BadText("does not parse", f"{where()}: its .json does not parse ({error})") from error
-    if not isinstance(meta, dict):
-        raise BadText("does not parse", f"{where()}: its .json is not an object")
-    return meta
 
 
 def _too_large(size: int, where: str) -> BadText:
