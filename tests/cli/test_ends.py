@@ -27,6 +27,14 @@ def data(tmp_path_factory) -> Path:
     return make_set(tmp_path_factory.mktemp("ends") / "data", 40).folder
 
 
+@pytest.fixture(scope="module")
+def many_captions(tmp_path_factory) -> Path:
+    """So many that no machine has embedded them before a test interrupts it."""
+    file = tmp_path_factory.mktemp("many") / "captions.csv"
+    file.write_text("".join(["key,caption\n", *(f"{i},a photo of thing number {i}\n" for i in range(200_000))]))
+    return file
+
+
 def interrupted(command: str, ready, environment=None) -> tuple[int, str]:
     """Runs a command, sends it SIGINT as soon as ready() is true; returns its status and what it wrote to stderr."""
     running = subprocess.Popen(
@@ -118,24 +126,24 @@ def test_a_ctrl_c_comes_once():
 
 @pytest.mark.parametrize("command", [
     "data scenes --out {out} --train 1000000",
-    "embed --data {data} --out {out}",
+    "embed --data {many_captions} --out {out}",
     "data check {data} --bad {pipe}",  # it waits for a reader of the pipe
     "demo --out {out} --scenes 1000000",
     "compare --preset vit-b16",
 ])  # fmt: skip
-def test_ctrl_c_in_any_command(data, tmp_path, command):
+def test_ctrl_c_in_any_command(data, many_captions, tmp_path, command):
     began = time.monotonic()
     os.mkfifo(tmp_path / "pipe")
-    line = command.format(data=data, out=tmp_path / "out", pipe=tmp_path / "pipe")
+    line = command.format(data=data, many_captions=many_captions, out=tmp_path / "out", pipe=tmp_path / "pipe")
     status, err = interrupted(line, lambda: time.monotonic() - began > 1.2)
     assert status == 130
     last_line(err)
 
 
-def test_ctrl_c_in_ranks(data, tmp_path):
+def test_ctrl_c_in_ranks(many_captions, tmp_path):
     """Each rank ends with one line; a launcher may send SIGINT after the terminal has."""
     began = time.monotonic()
-    command = f"embed --data {data} --out {tmp_path / 'out'}"
+    command = f"embed --data {many_captions} --out {tmp_path / 'out'}"
     status, err = interrupted(command, lambda: time.monotonic() - began > 2, {"RANK": "1", "WORLD_SIZE": "2"})
     assert status == 130
     last_line(err)
