@@ -81,7 +81,8 @@ class Embed:
         from ..data.passes import remarks_of
         from ..data.sources import open_source
         from ..devices import pick_device
-        from ..text.embed import Rank, embed_share
+        from ..ranks import Rank
+        from ..text.embed import embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
         from ..text.repository import code_notice

@@ -19,7 +19,6 @@ With DataOptions.skip_bad a sample whose caption or key cannot be used, or whose
 the row's codes are those of a row of zeros, and its number is in the shard (cache/shard.py). skipped.py lists them.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +33,11 @@ from ..cache import Cache, CacheWriter, Rotation, encode, key_hashes
 from ..cache.manifest import digest_of
 from ..data.samples import BadText, Samples
 from ..data.sources import Source
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..progress import bar
+from ..ranks import Rank
 from .encoder import NoTokens
 from .first_vectors import FirstVectors
 from .skipped import SkippedList
@@ -61,42 +61,6 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str], batch_size: int, done: Callable[[int], object]) -> Tensor:
         """Returns the captions' vectors, float32 [len(captions), dim]; calls done with a count after each batch."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One of `world` processes that share the work. number: its rank. local: its rank on its machine.
-
-    Raises ConfigError for numbers that are not those of a rank.
-    """
-
-    number: int = 0
-    world: int = 1
-    local: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.number < self.world and self.local >= 0):
-            raise ConfigError(
-                f"RANK {self.number} of WORLD_SIZE {self.world}, LOCAL_RANK {self.local} is not a rank: RANK must be "
-                "less than WORLD_SIZE, and none may be negative; start the processes with torchrun"
-            )
-
-    @staticmethod
-    def from_environment() -> "Rank":
-        """The rank of this process from torchrun's environment variables, else rank 0 of 1. Raises ConfigError."""
-        try:
-            number, world, local = (
-                int(os.environ.get(name, default))
-                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, as torchrun sets them: {error}"
-            ) from error
-        return Rank(number, world, local)
-
-    def __str__(self) -> str:
-        return f"rank {self.number} of {self.world}"
 
 
 @dataclass(frozen=True)

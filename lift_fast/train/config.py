@@ -21,7 +21,7 @@ class RunSettings:
     data: tuple[Path, ...]
     """Training sets, read as one: each a folder or a file of any layout in docs/data.md."""
     out: Path
-    """Folder to write the run to; it must not exist."""
+    """Folder of the run. The same command again goes on from its newest checkpoint."""
     cache: tuple[Path, ...] = ()
     """LIFT: one text cache for each --data, in the same order."""
     pictures: tuple[Path, ...] = ()
@@ -30,8 +30,11 @@ class RunSettings:
     """CLIP: caption to train on: txt, an entry of the .json, or a column. For LIFT the cache decides."""
     steps: int = 200
     batch_size: int = 256
+    """Samples of a step, of all ranks together; a multiple of the number of ranks."""
     seed: int = 0
     """The same seed on the same machine gives the same losses (on a GPU up to the order in which atomics add)."""
+    resume: bool = False
+    """Only go on with a run: an error where --out has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,16 @@ class ModelSettings:
     """CLIP: caption length in tokens."""
     loss: Literal["contrastive", "cosine"] = "contrastive"
     """contrastive: CLIP's loss over all pairs of the batch. cosine (LIFT only): positives alone, without negatives."""
+    init_from: Path | None = None
+    """Weights to start from: a run of lift-fast, or an image tower of open_clip, timm, Hugging Face or the authors."""
+    lock: Literal["none", "tower"] = "none"
+    """tower: train without changing the image tower, as LiT does (arXiv 2111.07991); usually with --init-from."""
+    unlocked_blocks: int = 0
+    """--lock tower: the number of last blocks that are trained all the same."""
+    patch_dropout: float = 0.0
+    """Fraction of an image's patches that are left out at random while training (FLIP, arXiv 2212.00794)."""
+    patch_dropout_steps: int | None = None
+    """Steps with patch dropout; those after them see all patches. Default: all steps leave patches out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +67,14 @@ class OptimizerSettings:
 
     lr: float = 1e-3
     """Largest learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up: a cosine to zero, or constant until the cool-down."""
     warmup: int = 20
-    """Steps of linear warm-up of the learning rate, which then follows a cosine to zero."""
+    """Steps of linear warm-up of the learning rate."""
+    cooldown: int = 0
+    """--schedule constant: the number of last steps, in which the learning rate falls linearly to zero."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate of each block of a tower relative to the next one; 1: the same for all."""
     weight_decay: float = 0.2
     """Gains, biases and the logit scale are not decayed."""
     beta1: float = 0.9
@@ -63,6 +82,12 @@ class OptimizerSettings:
     eps: float = 1e-6
     clip_grad: float = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    ema: float = 0.0
+    """Decay a step of an exponential moving average of the weights, which the run then ends with; 0: none."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 100 is a spike. Default: only NaN and infinity are."""
+    on_spike: Literal["stop", "skip"] = "stop"
+    """A spike ends the run, or its step changes no weights and is counted. Either way its samples are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +126,39 @@ class MachineSettings:
     """Compile the image tower with torch.compile."""
     graph: bool = False
     """Capture the whole step as a CUDA graph and replay it."""
+    micro_batch: int | None = None
+    """Images that a rank takes through the tower at once, with the gradients of the whole batch (arXiv 2101.06983).
+    Default: all. Costs one more forward and saves the memory of the others."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several ranks: ddp keeps all weights on each; fsdp (FSDP2) shards weights, gradients and optimizer over them."""
+    threads: int | None = None
+    """CPU threads of a rank. Default: its share of the machine's cores."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for one that has died or fallen behind before they end with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Checkpoints, from which the same command goes on, and evaluation on the way."""
+
+    save_minutes: float | None = 10.0
+    """Minutes between checkpoints; None: --save-every alone decides."""
+    save_every: int | None = None
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+    save_weights: bool = False
+    """Beside each checkpoint write OUT/weights/STEP, which lift-fast eval takes while the run goes on."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out sets to evaluate on, named by the last part of their path."""
+    eval_every: int | None = None
+    """Steps between evaluations. Default: none; the scores are kept in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
-class TrainConfig(MachineSettings, ImageSettings, OptimizerSettings, ModelSettings, RunSettings):
+class TrainConfig(CheckpointSettings, MachineSettings, ImageSettings, OptimizerSettings, ModelSettings, RunSettings):
     """Settings of a training run. The defaults are the paper's (arXiv:2506.04209, section 4), except that preset, steps
     and batch_size fit one small machine.
 
@@ -135,15 +189,47 @@ class TrainConfig(MachineSettings, ImageSettings, OptimizerSettings, ModelSettin
                 "the contrastive loss of a batch of 1 is always 0, since a sample's negatives are the rest of its "
                 "batch; batch_size must be at least 2"
             )
+        self._check_combinations()
         minimum = {"steps": 1, "batch_size": 1, "context": 3, "warmup": 0, "weight_decay": 0, "eps": 0, "seed": 0}
+        minimum |= {"cooldown": 0, "unlocked_blocks": 0, "keep_last": 1, "micro_batch": 1, "threads": 1}
+        minimum |= {"save_every": 1, "keep_every": 1, "eval_every": 1, "patch_dropout_steps": 1}
         for name, least in minimum.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.seed >= 1 << 63:
             raise ConfigError(f"seed must be below 2**63, not {self.seed}")
-        for name in ("lr", "clip_grad", "min_crop_area"):
-            if not getattr(self, name) > 0:
+        for name in ("lr", "clip_grad", "min_crop_area", "layer_decay", "timeout", "save_minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "min_crop_area", "flip", "colour", "max_skipped"):
+        for name in ("beta1", "beta2", "min_crop_area", "flip", "colour", "max_skipped", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name in ("ema", "patch_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
+        if self.spike is not None and not self.spike > 1:
+            raise ConfigError(f"spike must be above 1, not {self.spike}")
+
+    def _check_combinations(self) -> None:
+        """Raises ConfigError for settings that do not go together."""
+        if self.cooldown and self.schedule != "constant":
+            raise ConfigError("--cooldown ends a constant schedule; add --schedule constant, or leave it out")
+        if self.warmup + self.cooldown > self.steps and self.cooldown:
+            raise ConfigError(
+                f"warmup {self.warmup} and cooldown {self.cooldown} take more than the {self.steps} steps"
+            )
+        if self.unlocked_blocks and self.lock == "none":
+            raise ConfigError("--unlocked-blocks are the blocks that --lock tower leaves; add it, or leave them out")
+        if self.patch_dropout_steps is not None and not self.patch_dropout:
+            raise ConfigError("--patch-dropout-steps needs --patch-dropout")
+        if self.graph and self.micro_batch is not None:
+            raise ConfigError("--graph captures a step of one piece; leave out --micro-batch or --graph")
+        if self.graph and self.patch_dropout_steps is not None:
+            raise ConfigError("--graph captures one shape, and --patch-dropout-steps changes it; leave one out")
+        if self.graph and self.parallel == "fsdp":
+            raise ConfigError("--graph works in one process, --parallel fsdp in several; leave one out")
+        if bool(self.eval_data) != (self.eval_every is not None):
+            raise ConfigError("--eval-data and --eval-every go together: give both, or neither")
+        names = [path.resolve().stem for path in self.eval_data]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two sets of --eval-data have the same name ({', '.join(names)}); rename a folder")

@@ -14,6 +14,7 @@ ARROWS: dict[str, set[str]] = {
     "former_paths": set(),
     "progress": set(),
     "devices": {"errors"},
+    "ranks": {"errors"},
     "kernels": set(),
     "sugarcrepe": set(),
     "ops": {"errors", "kernels", "_C"},
@@ -22,12 +23,12 @@ ARROWS: dict[str, set[str]] = {
     "cache": {"errors", "files", "progress", "ops"},
     "data": {"errors", "files", "progress", "ops"},
     "demo": {"errors", "progress", "sugarcrepe", "data"},
-    "text": {"errors", "files", "progress", "ops", "cache", "data"},
+    "text": {"errors", "files", "progress", "ranks", "ops", "cache", "data"},
     "run_folder": {"errors", "files", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "train": {"errors", "files", "progress", "devices", "run_folder"}
-    | {"ops", "losses", "nn", "cache", "data", "text", "measure"},
-    "eval": {"errors", "devices", "run_folder", "sugarcrepe", "nn", "data"},
+    "eval": {"errors", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
+    "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
+    | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops; they do not import each other

@@ -14,7 +14,8 @@ import torch
 
 from lift_fast.data.options import DataOptions
 from lift_fast.data.sources import open_source
-from lift_fast.text.embed import Rank, embed_share
+from lift_fast.ranks import Rank
+from lift_fast.text.embed import embed_share
 from lift_fast.text.encoder import NoTokens
 
 DIM = 24

@@ -21,7 +21,8 @@ from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.data.sources import open_source
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError
 from lift_fast.ops.rows.codecs import CODECS
-from lift_fast.text.embed import Estimate, Rank, embed, embed_share, estimate, groups, in_bytes
+from lift_fast.ranks import Rank
+from lift_fast.text.embed import Estimate, embed, embed_share, estimate, groups, in_bytes
 
 SHARDS, ROWS = 36, 40  # ROWS per shard; a group has 16 shards, so there are three
 

@@ -18,8 +18,9 @@ from lift_fast.data.options import DataOptions
 from lift_fast.data.samples import BadText, Collection
 from lift_fast.data.sources import Source, open_source
 from lift_fast.errors import CacheMismatch, DataError, EncoderError
+from lift_fast.ranks import Rank
 from lift_fast.text.cached import CachedText
-from lift_fast.text.embed import Rank, embed, embed_share
+from lift_fast.text.embed import embed, embed_share
 from lift_fast.text.tokenized import TokenizedText
 from lift_fast.train.notices import lines
 

@@ -1,0 +1,101 @@
+"""Ranks: the processes that share one piece of work, as torchrun starts them, and what they tell each other.
+
+torchrun --nproc-per-node 8 --no-python lift-fast train …
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of `world` processes that share the work.
+
+    number: its rank. local: its rank on its machine. local_world: number of ranks on its machine.
+
+    Raises ConfigError for numbers that are not those of a rank.
+    """
+
+    number: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.number < self.world and 0 <= self.local and self.local_world >= 1):
+            raise ConfigError(
+                f"RANK {self.number} of WORLD_SIZE {self.world}, LOCAL_RANK {self.local} is not a rank: RANK must be "
+                "less than WORLD_SIZE, and none may be negative; start the processes with torchrun"
+            )
+
+    @staticmethod
+    def from_environment() -> "Rank":
+        """The rank of this process from torchrun's environment variables, else rank 0 of 1. Raises ConfigError."""
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        try:
+            number, world, local, local_world = (int(os.environ.get(name, usual)) for name, usual in names.items())
+        except ValueError as error:
+            raise ConfigError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, as torchrun sets them: {error}"
+            ) from error
+        return Rank(number, world, local, local_world)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes what all share."""
+        return self.number == 0
+
+    def __str__(self) -> str:
+        return f"rank {self.number} of {self.world}"
+
+
+@contextmanager
+def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
+    """Within it the ranks are a process group, torch's default one: NCCL for tensors on GPUs, gloo for others.
+
+    Does nothing for a single rank, or where the caller has made a group. timeout: seconds that a collective waits.
+    Raises ConfigError for a torch without distributed, or when the ranks do not find each other in time.
+    """
+    if rank.world == 1 or (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    if not dist.is_available():
+        raise ConfigError(f"{rank}: this torch is built without torch.distributed, which ranks need; use one process")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=rank.number, world_size=rank.world)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{rank}: the ranks did not find each other ({error}); start them with torchrun") from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def every(value: T) -> list[T]:
+    """The values that all ranks pass, in their order. A collective: all ranks call it. [value] without a group."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def of_first(value: T) -> T:
+    """The value that rank 0 passes. A collective: all ranks call it. `value` without a group."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
