@@ -56,9 +56,9 @@ class Lift(_Scaled):
         self.visual = Vit(preset.vit)
         self.head = Head(preset.vit.width, text_dim or preset.text_dim)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [batch, 3, H, W] -> features [batch, text_dim], not normalised."""
-        return self.head(self.visual(pixels))
+    def encode_image(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Normalised pixels [batch, 3, H, W] -> features [batch, text_dim], not normalised. kept: see `Vit.tokens`."""
+        return self.head(self.visual(pixels, kept))
 
 
 class Clip(_Scaled):
@@ -73,9 +73,9 @@ class Clip(_Scaled):
         nn.init.normal_(self.visual_projection.weight, std=preset.vit.width**-0.5)
         nn.init.normal_(self.text_projection.weight, std=preset.text.width**-0.5)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [batch, 3, H, W] -> features [batch, embed_dim], not normalised."""
-        return self.visual_projection(self.visual(pixels))
+    def encode_image(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Normalised pixels [batch, 3, H, W] -> features [batch, embed_dim], not normalised. kept: see `Vit.tokens`."""
+        return self.visual_projection(self.visual(pixels, kept))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [batch, context] -> features [batch, embed_dim], not normalised."""

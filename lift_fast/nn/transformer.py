@@ -1,5 +1,7 @@
 """The pre-norm transformer of the ViT and of CLIP's text tower."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """The weights of one block, x + Attention(LN(x)) followed by x + MLP(LN(x)); ops/block.py computes it."""
+    """One block, x + Attention(LN(x)) followed by x + MLP(LN(x)): its weights, and a call of ops/block.py."""
 
     def __init__(self, width: int, mlp_dim: int, norm_eps: float):
         super().__init__()
@@ -30,6 +32,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, norm_eps)
         self.fc_1 = nn.Linear(width, mlp_dim)
         self.fc_2 = nn.Linear(mlp_dim, width)
+
+    def forward(self, x: Tensor, residual: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """`ops.block.block` of x and residual with these weights; options: its keyword arguments."""
+        return block(x, residual, *self.weights(), **options)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The weights in the order of the arguments of ops/block.py."""
@@ -76,10 +82,9 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch: Tensor | None = None
         for layer in self.blocks:
-            x, branch = block(
+            x, branch = layer(  # a module's call, so that hooks see it: FSDP2 gathers a block's weights in one
                 x,
                 branch,
-                *layer.weights(),  # type: ignore[operator]
                 heads=self.heads,
                 eps=self.norm_eps,
                 activation=self.activation,

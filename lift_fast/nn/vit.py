@@ -39,16 +39,21 @@ class Vit(nn.Module):
         )
         self.ln_post = LayerNorm(config.width, config.norm_eps)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.tokens(pixels)
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept: as for `tokens`."""
+        x = self.tokens(pixels, kept)
         if self.config.norm_after_pool or self.config.pool == "cls":  # only the class token needs to be normalised
             return self.ln_post(self.pooled(x))
         return self.pooled(self.ln_post(x))
 
-    def tokens(self, pixels: Tensor) -> Tensor:
+    def tokens(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
         """The output of the last block, [batch, tokens, width], with the class token first if there is one.
 
-        Raises ValueError for pixels that are not [batch, 3, H, W] with multiples of patch_size.
+        kept: int64 [batch, n], the numbers of the patches that each image keeps, counted row by row; None: all, or in
+        training those that patch dropout draws from torch's generator.
+
+        Raises ValueError for pixels that are not [batch, 3, H, W] with multiples of patch_size, or kept that is not
+        [batch, n].
         """
         config, size = self.config, self.config.patch_size
         if pixels.dim() != 4 or pixels.shape[2] % size or pixels.shape[3] % size:
@@ -63,10 +68,13 @@ class Vit(nn.Module):
         positions = positions.to(x.dtype)
         first = int(config.class_token)
         x = x + positions[first:]
-        if self.training and config.patch_dropout:
-            kept = max(1, int(x.shape[1] * (1 - config.patch_dropout)))
-            chosen = torch.rand(x.shape[:2], device=x.device).topk(kept, dim=1, sorted=False).indices
-            x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))
+        if kept is None and self.training and config.patch_dropout:
+            count = patches_left(x.shape[1], config.patch_dropout)
+            kept = torch.rand(x.shape[:2], device=x.device).topk(count, dim=1, sorted=False).indices
+        if kept is not None:
+            if kept.dim() != 2 or len(kept) != len(x):
+                raise ValueError(f"kept must be [{len(x)}, n], patch numbers of each image, not {tuple(kept.shape)}")
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
         if config.class_token:
             cls = self.class_embedding.to(x.dtype) + positions[0]
             x = torch.cat([cls.expand(x.shape[0], 1, -1), x], dim=1)
@@ -89,8 +97,13 @@ class Vit(nn.Module):
         """Bytes that the blocks keep for the backward of a batch, computed in dtype, without the weights."""
         patches = self.config.grid**2
         if self.training and self.config.patch_dropout:
-            patches = max(1, int(patches * (1 - self.config.patch_dropout)))
+            patches = patches_left(patches, self.config.patch_dropout)
         return self.transformer.activation_bytes(batch, patches + self.config.class_token, dtype, device)
+
+
+def patches_left(patches: int, rate: float) -> int:
+    """The number of an image's patches that patch dropout of this rate keeps: at least one."""
+    return max(1, int(patches * (1 - rate)))
 
 
 def resized(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:

@@ -91,9 +91,11 @@ class _Block(torch.autograd.Function):
         h, a = up(y, w1, b1, activation, fp8, backend)
         m = product(a, w2, b2, fp8)
 
+        # Not views, of which FSDP2 warns: nothing else uses the tensors that they would be views of.
+        out_s2, out_m = (torch.ops.aten._unsafe_view(t, x.shape) for t in (s2, m))
         kept: list[Tensor] = [s1]
         if checkpointing != "block":
-            kept += [s2]
+            kept += [out_s2]  # the output itself, so that autograd sees whether it is overwritten
         if checkpointing in ("none", "mlp"):
             kept += [mean1, rstd1, mean2, rstd2, qkv, lse]
             if checkpointing == "none":
@@ -102,7 +104,7 @@ class _Block(torch.autograd.Function):
                 kept += [out]
         ctx.save_for_backward(ln1_w, ln1_b, ln2_w, ln2_b, w_qkv, b_qkv, w_o, b_o, w1, w2, b1, *kept)
         ctx.options, ctx.shape, ctx.added = options, x.shape, residual is not None
-        return s2.view(x.shape), m.view(x.shape)
+        return out_s2, out_m
 
     @staticmethod
     @once_differentiable
@@ -117,6 +119,7 @@ class _Block(torch.autograd.Function):
         out: Tensor | None = None
         if checkpointing in ("none", "mlp"):
             s2, mean1, rstd1, mean2, rstd2, qkv, lse, *kept = kept
+            s2 = s2.view(rows)
             h, *kept = kept if checkpointing == "none" else (None, *kept)
             out = kept[0] if kept else None
         else:
@@ -125,7 +128,7 @@ class _Block(torch.autograd.Function):
             out, lse = torch.ops.lift_fast.attention(qkv, qkv.shape[-1] ** -0.5, causal, attend)
             h = None
             if checkpointing == "branches":
-                (s2,) = kept
+                s2 = kept[0].view(rows)
                 y, _, mean2, rstd2 = torch.ops.lift_fast.layernorm(s2, None, ln2_w, ln2_b, eps, backend)
             else:
                 branch = product(out.view(rows), w_o, b_o, fp8)
