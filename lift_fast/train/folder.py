@@ -14,8 +14,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from ..errors import ConfigError, TrainingError
 from ..files import write_whole
@@ -27,7 +28,7 @@ _SHOWN = 3  # differences in a message
 # What a run that ended before it had begun may leave.
 _BEFORE_START = {LOCK, f"{STARTED}.part"}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of file systems without them
-_TRIES = 10
+_TRIES = 100
 
 State = Literal["new", "begun", "complete"]
 
@@ -167,32 +168,32 @@ def _but(entries: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key != name}
 
 
-def _make_and_lock(out: Path, made: list[Path]) -> BinaryIO | None:
+def _make_and_lock(out: Path, made: list[Path]) -> FileIO | None:
     """Makes the folder and locks it: the locked file, None without locks. made: gets the folders that were made."""
     for _ in range(_TRIES):
-        for path in (*reversed(out.parents), out):
-            if not path.exists():
-                path.mkdir(exist_ok=True)
-                made.append(path)
-        with suppress(FileNotFoundError):  # its last holder has just removed it, or the folder
+        with suppress(FileNotFoundError):  # the last holder is just removing the lock or the folder
+            for path in (*reversed(out.parents), out):
+                if not path.exists():
+                    path.mkdir(exist_ok=True)
+                    made.append(path)
             return _lock(out / LOCK)
     raise OSError(errno.ENOENT, "the folder is removed again and again", str(out))
 
 
-def _lock(path: Path) -> BinaryIO | None:
+def _lock(path: Path) -> FileIO | None:
     """Opens and locks a file. Raises OSError, FileNotFoundError where it has been removed meanwhile, ConfigError."""
     try:
         import fcntl
     except ImportError:
         return None
-    file = open(path, "a+b")
+    file = open(path, "a+b", buffering=0)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise FileNotFoundError(errno.ENOENT, "removed while it was being locked", str(path))
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        file.flush()
+        with suppress(OSError):  # on a full disk the lock says nothing of its holder
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     except BaseException as error:
         holder = _holder(file)
         file.close()
@@ -206,7 +207,7 @@ def _lock(path: Path) -> BinaryIO | None:
     return file
 
 
-def _holder(file: BinaryIO) -> str:
+def _holder(file: FileIO) -> str:
     """What a lock file says of its holder: " (pid 7 on host a)", "" where it says nothing."""
     try:
         file.seek(0)

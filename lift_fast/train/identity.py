@@ -140,7 +140,7 @@ def _other_data(were: dict[str, Any], are: dict[str, Any]) -> list[str]:
 def _other_samples(then: dict[str, Any], now: dict[str, Any]) -> str:
     """The first difference between two data sets, "" without one."""
     if more := now["samples"] - then["samples"]:
-        return f"{abs(more)} samples {'more' if more > 0 else 'less'}"
+        return f"{abs(more)} {'more' if more > 0 else 'fewer'} sample{'s' * (abs(more) > 1)}"
     if then["sizes"] != now["sizes"]:
         return "cut into other shards"
     if then["captions"] != now["captions"]:

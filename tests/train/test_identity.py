@@ -175,18 +175,19 @@ def test_another_data_set_is_told_by_its_first_difference(sets, tmp_path):
     cut = make_set(tmp_path / "cut", 10, per_shard=3, seed=1)
     images = make_set(tmp_path / "images", 7, seed=3)
     assert now(first, second) == []
-    assert now(more, second) == ["another data set (1 of 2): 2 samples more"]
-    assert now(first, fewer) == ["another data set (2 of 2): 3 samples less"]
+    assert now(more, second) == ["another data set (1 of 2): 2 more samples"]
+    assert now(first, fewer) == ["another data set (2 of 2): 3 fewer samples"]
     assert now(cut, fewer) == [
         "another data set (1 of 2): cut into other shards",
-        "another data set (2 of 2): 3 samples less",
+        "another data set (2 of 2): 3 fewer samples",
     ]
     assert now(first, images) == ["another data set (2 of 2): other images"]
     assert now(first, second, ("a", "c")) == ["another data set (2 of 2): other captions"]
     assert now(second, first, ("b", "a"))
+    assert now(make_set(tmp_path / "eleven", 11, seed=1), second) == ["another data set (1 of 2): 1 more sample"]
     one = fingerprints(open_sets(sets[:1]), [])
     assert compared(before, one) == ["2 of --data, now 1"]
-    assert compared(one, fingerprints(Collection([more]), [])) == ["another data set: 2 samples more"]
+    assert compared(one, fingerprints(Collection([more]), [])) == ["another data set: 2 more samples"]
 
 
 def test_at_most_16_images_of_a_set_are_read(tmp_path):
