@@ -66,12 +66,12 @@ def make_optimizer(model: Lift | Clip, config: TrainConfig) -> torch.optim.AdamW
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of each group to lr times its lr_scale, without waiting for the device."""
+    """Sets each group's learning rate to lr times its lr_scale, or 1 if it has none, without waiting for the device."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr * group["lr_scale"])
+            group["lr"].fill_(lr * group.get("lr_scale", 1.0))
         else:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _layers_above(model: Lift | Clip, name: str) -> int:

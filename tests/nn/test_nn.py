@@ -109,6 +109,57 @@ def test_patch_dropout_leaves_out_patches_in_training_only():
     assert vit.activation_bytes(3) > vit.train().activation_bytes(3)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_kept_patches_are_those_that_are_named(class_token, training):
+    """Each image alone with its patches, in any order, taken from what the tower computes before its blocks."""
+    vit = tower(patch_dropout=0.7, class_token=class_token).train(training)
+    seen = []
+    vit.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    pixels = torch.randn(3, 3, 24, 24, dtype=torch.float64)
+    kept = torch.tensor([[8, 0, 3, 4], [1, 2, 7, 5], [0, 1, 2, 3]])
+    got = vit(pixels, kept)
+    vit.eval()(pixels)
+    few, whole = seen
+    first = int(class_token)
+    for i in range(3):
+        assert torch.equal(few[i], torch.cat([whole[i, :first], whole[i, first + kept[i]]]))
+        torch.testing.assert_close(vit(pixels[i : i + 1], kept[i : i + 1])[0], got[i])
+    torch.testing.assert_close(vit(pixels, kept.flip(1)), got)
+    torch.testing.assert_close(vit(pixels, torch.arange(9).repeat(3, 1)), vit(pixels))
+    for wrong in (kept[:2], kept[0], kept[None]):
+        with pytest.raises(ValueError, match=r"kept must be \[3, n\]"):
+            vit(pixels, wrong)
+
+
+@pytest.mark.parametrize("kind", [Lift, Clip])
+def test_kept_patches_reach_the_tower(kind):
+    model = kind(SMALL)
+    pixels, kept = torch.randn(2, 3, 24, 24), torch.tensor([[1], [4]])
+    torch.testing.assert_close(model.encode_image(pixels, kept)[1:], model.encode_image(pixels[1:], kept[1:]))
+    assert not torch.allclose(model.encode_image(pixels, kept), model.encode_image(pixels))
+
+
+def test_a_block_is_called_as_a_module():
+    """FSDP2 gathers a block's weights in hooks of its call, and warns of outputs that are views."""
+    transformer = Transformer(32, 3, 4)
+    outputs = []
+    for block in transformer.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    transformer(torch.randn(2, 5, 32)).sum().backward()
+    assert len(outputs) == 3
+    assert all(t._base is None and t.shape == (2, 5, 32) for output in outputs for t in output)
+
+
+def test_overwriting_what_the_backward_needs_is_an_error():
+    for level in ("none", "mlp", "branches"):
+        transformer = Transformer(32, 1, 4)
+        transformer.checkpointing = level
+        transformer.blocks[0].register_forward_hook(lambda module, args, output: output[0].add_(1))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation|one of the variables needed"):
+            transformer(torch.randn(2, 5, 32)).sum().backward()
+
+
 def test_pictures_of_another_size():
     vit = tower()
     pixels = torch.randn(2, 3, 40, 24, dtype=torch.float64)
