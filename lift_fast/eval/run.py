@@ -1,7 +1,6 @@
 """Evaluates a model on held-out sets: retrieval on each, composition and zero-shot where a set's metadata allow it."""
 
 import base64
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,24 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import run_folder
-from ..data import dali, host
 from ..data.images import read_header
 from ..data.open import open_data
 from ..data.options import DataOptions
-from ..data.pixels import normalise
-from ..data.samples import BadText, Samples
-from ..devices import gpu_index
-from ..errors import ConfigError, DataError
+from ..data.samples import Samples
+from ..errors import ConfigError, DataError, TrainingError
 from ..nn import Clip, Lift
+from ..ranks import Rank
 from ..run_folder import EncodeText
 from .composition import evaluate_composition, has_foils
+from .images import Images, image_features
 from .retrieval import retrieval
+from .shares import agreed, of_first
+from .texts import Captions, Texts, encode_texts, matched, read_captions
 from .zero_shot import LABELS, evaluate_zero_shot, has_numbers, labels_of
 
-_IMAGES_AT_ONCE = 256  # in the image tower
 _TRIED = 8  # samples that are asked for a caption, to see whether a set has the field
 
 
@@ -41,6 +39,7 @@ def evaluate(
     field: str | None = None,
     images: Sequence[Path] = (),
     options: DataOptions | None = None,
+    rank: Rank | None = None,
 ) -> dict[str, Any]:
     """Evaluates the trained run in `folder` on `sets`: name -> path of a held-out data set.
 
@@ -49,24 +48,29 @@ def evaluate(
 
     field: the caption to read. Default: the one that the run was trained on, or "txt" in a set that does not have it.
     images: the folder of the image files of each set, or none at all. options: how the sets are read; where they have
-    the default, as the run's own data was read.
+    the default, as the run's own data was read. rank: this process among those that share the work, in one process
+    group and each on its own device; all of them return the same.
 
     Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.text_encoder and
-    evaluate_model raise.
+    evaluate_model raise; RankFailed when another rank has ended with an error.
     """
-    model, run = run_folder.load(folder, device)
-    given = options or DataOptions()
-    settings = {**run.get("read", {}), **given.recorded()}
-    reading = replace(given, **{name: value for name, value in settings.items() if hasattr(given, name)})
-    if images and len(images) != len(sets):
-        raise ConfigError(f"one --pictures for each --data, or none: got {len(images)} for {len(sets)}")
-    folders: Sequence[Path | None] = images or len(sets) * [None]
-    held_out = {
-        name: open_data(path, of_images, reading) for (name, path), of_images in zip(sets.items(), folders, strict=True)
-    }
-    wanted = run.get("field", "txt")
-    fields = {name: field or field_of(data, wanted) for name, data in held_out.items()}
-    encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
+    rank = rank or Rank()
+
+    def opened() -> tuple[Lift | Clip, EncodeText, dict[str, Samples], DataOptions, str]:
+        model, run = run_folder.load(folder, device)
+        reading = options_of(run, options or DataOptions())
+        if images and len(images) != len(sets):
+            raise ConfigError(f"one --pictures for each --data, or none: got {len(images)} for {len(sets)}")
+        folders: Sequence[Path | None] = images or len(sets) * [None]
+        held_out = {
+            name: open_data(path, of_images, reading)
+            for (name, path), of_images in zip(sets.items(), folders, strict=True)
+        }
+        encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
+        return model, encode_text, held_out, reading, run.get("field", "txt")
+
+    model, encode_text, held_out, reading, wanted = agreed(opened, rank)
+    fields = of_first(lambda: {name: field or field_of(data, wanted) for name, data in held_out.items()}, rank)
     result = evaluate_model(
         model,
         encode_text,
@@ -76,6 +80,7 @@ def evaluate(
         examples=examples,
         fields=fields,
         skip_bad=reading.skip_bad,
+        rank=rank,
     )
     for name, found in fields.items():
         if field is None and found != wanted:
@@ -83,6 +88,12 @@ def evaluate(
                 f"the run was trained on the captions {wanted!r}, which it does not have; {found!r} was read"
             )
     return result
+
+
+def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:
+    """How the held-out sets of a run are read: as given; where that has the default, as the run's own data was."""
+    settings = {**run.get("read", {}), **given.recorded()}
+    return replace(given, **{name: value for name, value in settings.items() if hasattr(given, name)})
 
 
 def field_of(data: Samples, wanted: str) -> str:
@@ -96,7 +107,6 @@ def field_of(data: Samples, wanted: str) -> str:
     return "txt"
 
 
-@torch.no_grad()
 def evaluate_model(
     model: Lift | Clip,
     encode_text: EncodeText,
@@ -107,11 +117,12 @@ def evaluate_model(
     examples: int = 8,
     fields: Mapping[str, str] | None = None,
     skip_bad: bool = False,
+    rank: Rank | None = None,
 ) -> dict[str, Any]:
     """Evaluates `model`, in eval mode and on `device`, on `sets`: name -> data set.
 
     encode_text: captions -> features float32 [captions, dim] on the CPU, of unit length. fields: name -> the caption
-    field to read; default "txt". skip_bad: leave out samples without a usable caption.
+    field to read; default "txt". skip_bad: leave out samples without a usable caption. rank: as of evaluate.
 
     Returns the content of eval.json:
         retrieval      {set: scores}, see retrieval.retrieval
@@ -127,58 +138,77 @@ def evaluate_model(
 
     Raises ConfigError when two sets have foils or two have classes, since each of these scores is of one set; DataError
     when no image of a set decodes, and for a caption that cannot be used, unless skip_bad; BackendError for loader dali
-    when it is not installed.
+    when it is not installed; RankFailed when another rank has ended with an error.
     """
+    rank = rank or Rank()
     result: dict[str, Any] = {"retrieval": {}, "composition": None, "zero_shot": None, "pictures": []}
     result |= {"skipped": {}, "skipped_causes": {}, "problems": {}, "notes": {}}
     for name, data in sets.items():
-        image, samples, causes = image_features(model, data, device, loader)
-        captions, bad = captions_of(data, samples, (fields or {}).get(name, "txt"), skip_bad)
-        if bad:
-            kept = [i for i in range(len(samples)) if i not in bad]
-            image, samples, captions = image[kept], [samples[i] for i in kept], [captions[i] for i in kept]
-            causes = dict((Counter(causes) + Counter(error.cause for error in bad.values())).most_common())
-        distinct = list(dict.fromkeys(captions))
-        number = {caption: i for i, caption in enumerate(distinct)}
-        caption_of = [number[caption] for caption in captions]
-        text = encode_text(distinct)
-        repeated = len(distinct) < len(captions)
-        result["skipped"][name], result["skipped_causes"][name] = sum(causes.values()), causes
+        field = (fields or {}).get(name, "txt")
+        scores = _evaluate_set(model, encode_text, name, data, device, loader, examples, field, skip_bad, rank)
+        for task in ("composition", "zero_shot"):
+            if scores[task] is not None:
+                _require_first(result, task, name)
+                result[task] = scores[task]
+        result["pictures"] += scores["pictures"]
+        for key in ("retrieval", "skipped", "skipped_causes", "notes"):
+            result[key][name] = scores[key]
         result["problems"][name] = [problem._asdict() for problem in data.problems]
-        result["retrieval"][name] = retrieval(image, text, caption_of if repeated else None)
-        result["pictures"] += _examples(name, data, samples[:examples], distinct, caption_of, image, text)
-
-        metas = [data.meta(sample) for sample in samples]
-        if has_foils(metas):
-            _require_first(result, "composition", name)
-            result["composition"] = evaluate_composition(image, metas, encode_text)
-        if len(labels_of(metas)) > 1:
-            _require_first(result, "zero_shot", name)
-            result["zero_shot"] = evaluate_zero_shot(image, metas, encode_text)
-        result["notes"][name] = notes_on(result["retrieval"][name], metas)
     return result
 
 
-def captions_of(
-    data: Samples, samples: Sequence[int], field: str, skip_bad: bool
-) -> tuple[list[str], dict[int, BadText]]:
-    """The captions of samples, and position in `samples` -> error for those that cannot be used, whose caption is "".
+def _evaluate_set(
+    model: Lift | Clip,
+    encode_text: EncodeText,
+    name: str,
+    data: Samples,
+    device: torch.device,
+    loader: str,
+    examples: int,
+    field: str,
+    skip_bad: bool,
+    rank: Rank,
+) -> dict[str, Any]:
+    """What evaluate_model returns of one set."""
+    images = Images(data, model.visual.config.image_size, device, loader, rank)
+    features = image_features(model.encode_image, images)
+    captions = agreed(lambda: read_captions(data, features.samples, field, skip_bad) if rank.is_first else None, rank)
+    texts = encode_texts(captions, encode_text, rank, skip_bad)
 
-    Raises BadText for the first of these, unless skip_bad; DataError when none can be used.
+    def score() -> dict[str, Any]:
+        assert captions is not None  # on rank 0
+        image, chosen, causes = matched(features, captions, texts)
+        found = score_set(image, chosen, texts)
+        return found | {
+            "skipped": sum(causes.values()),
+            "skipped_causes": causes,
+            "notes": notes_on(found["retrieval"], chosen.metas),
+            "pictures": _examples(name, data, image[:examples], chosen, texts),
+        }
+
+    return of_first(score, rank)
+
+
+def score_set(image: Tensor, captions: Captions, texts: Texts) -> dict[str, Any]:
+    """The scores of one set: retrieval; composition where every sample has foils and zero_shot where there are two
+    classes, else None.
+
+    image: features of unit length, float32 [n, dim]; captions: of the same n samples.
+
+    Raises TrainingError when a feature is not finite.
     """
-    captions: list[str] = []
-    bad: dict[int, BadText] = {}
-    for i, sample in enumerate(samples):
-        try:
-            captions.append(data.caption(sample, field))
-        except BadText as error:
-            if not skip_bad:
-                raise
-            captions.append("")
-            bad[i] = error
-    if len(bad) == len(samples):
-        raise DataError(f"{data.folder}: no caption can be used; the first: {bad[0].reason}")
-    return captions, bad
+    if not (image.isfinite().all() and texts.vectors.isfinite().all()):
+        raise TrainingError("the model's features are not finite: its weights have diverged; take earlier ones")
+    distinct = list(dict.fromkeys(captions.captions))
+    number = {caption: i for i, caption in enumerate(distinct)}
+    caption_of = [number[caption] for caption in captions.captions]
+    repeated = len(distinct) < len(caption_of)
+    metas = captions.metas
+    return {
+        "retrieval": retrieval(image, texts(distinct), caption_of if repeated else None),
+        "composition": evaluate_composition(image, metas, texts) if has_foils(metas) else None,
+        "zero_shot": evaluate_zero_shot(image, metas, texts) if len(labels_of(metas)) > 1 else None,
+    }
 
 
 def notes_on(scores: dict[str, Any], metas: Sequence[dict[str, Any]]) -> list[str]:
@@ -198,46 +228,22 @@ def notes_on(scores: dict[str, Any], metas: Sequence[dict[str, Any]]) -> list[st
     return notes
 
 
-def image_features(
-    model: Lift | Clip, data: Samples, device: torch.device, loader: str = "auto"
-) -> tuple[Tensor, list[int], dict[str, int]]:
-    """The features of every image of a set that decodes, the numbers of their samples, and how many do not, by cause.
-
-    Features: float32 [n, dim] on the CPU, of unit length. Raises DataError when no image decodes; BackendError for
-    loader dali when it is not installed.
-    """
-    size = model.visual.config.image_size
-    if dali.wanted(loader, device.type == "cuda"):
-        pixels, samples, causes = dali.load_images(data, size, gpu_index(device))
-    else:
-        pixels, samples, causes = host.load_images(data, size)
-    parts = [model.encode_image(normalise(part.to(device))).float().cpu() for part in pixels.split(_IMAGES_AT_ONCE)]
-    return F.normalize(torch.cat(parts), dim=-1), samples, causes
-
-
-def _examples(
-    name: str,
-    data: Samples,
-    samples: Sequence[int],
-    captions: Sequence[str],
-    caption_of: Sequence[int],
-    image: Tensor,
-    text: Tensor,
-) -> list[dict[str, Any]]:
+def _examples(name: str, data: Samples, image: Tensor, captions: Captions, texts: Texts) -> list[dict[str, Any]]:
     """For the report: the first images of a set, each with its caption and the caption that the model ranks first.
 
-    captions: the distinct ones, whose features are text; caption_of: the number of each sample's among them.
+    image: the features of these first images; captions: of all.
     """
-    best = (image[: len(samples)] @ text.T).argmax(dim=1).tolist()
+    distinct = list(dict.fromkeys(captions.captions))
+    best = (image @ texts(distinct).T).argmax(dim=1).tolist()
     return [
         {
             "set": name,
             "image": data_uri(data.image_bytes(sample)),
-            "caption": captions[own],
-            "first": captions[first],
-            "right": first == own,
+            "caption": caption,
+            "first": distinct[first],
+            "right": distinct[first] == caption,
         }
-        for sample, own, first in zip(samples, caption_of, best, strict=False)
+        for sample, caption, first in zip(captions.samples, captions.captions, best, strict=False)
     ]
 
 

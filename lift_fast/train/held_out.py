@@ -1,0 +1,161 @@
+"""Evaluation on held-out sets while a run trains: the scores of `lift-fast eval`, every so many steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import run_folder
+from ..data.open import open_data
+from ..errors import ConfigError
+from ..eval.images import ImageFeatures, Images, image_features
+from ..eval.run import field_of, options_of, score_set
+from ..eval.shares import agreed, of_first
+from ..eval.texts import Captions, Texts, encode_texts, matched, read_captions
+from ..nn import Clip, Lift, preset
+from ..nn.transformer import Transformer
+from ..ranks import Rank
+from ..run_folder import EncodeText
+from .config import TrainConfig
+
+_KEPT = 1 << 29  # bytes of decoded pixels of all sets that stay in memory; more are decoded anew each time
+
+
+class HeldOut:
+    """The held-out sets of a run, config.eval_data, opened and checked before the first step.
+
+    Samples whose image does not decode, or whose caption cannot be used, are left out and counted. LIFT's frozen text
+    encoder encodes the captions once, now, and is dropped; CLIP's text tower encodes them in each evaluation.
+
+    run: of run.json, what run_folder needs, and "field" and "read" where they are not the default. device: of the
+    model. rank: this process; the constructor and `scores` are collectives.
+
+    Raises DataError and ConfigError for a set that cannot be read, and for an encoder that runs code from its
+    repository, which is not permitted while training; what run_folder.text_encoder raises; RankFailed when another
+    rank has ended with an error.
+    """
+
+    def __init__(self, config: TrainConfig, run: dict[str, Any], device: torch.device, rank: Rank):
+        self.run, self.device, self.rank = run, device, rank
+        options = options_of(run, config.options)
+        size = preset(run["preset"]).vit.image_size
+
+        def opened() -> dict[str, Images]:
+            if "encoder" in run and run["encoder"].get("trust_remote_code"):
+                raise ConfigError(
+                    f"{run['encoder']['name']} runs code from its repository, so --eval-data cannot encode captions "
+                    "while training; leave it out and evaluate with: lift-fast eval --trust-remote-code"
+                )
+            sets = {path.resolve().stem: open_data(path, None, options) for path in config.eval_data}
+            return {name: Images(data, size, device, config.loader, rank) for name, data in sets.items()}
+
+        def read() -> dict[str, Captions]:
+            found = {}
+            for name, images in self.images.items():
+                field = field_of(images.data, run.get("field", "txt"))
+                found[name] = read_captions(images.data, range(len(images.data)), field, skip_bad=True)
+            return found
+
+        def load() -> EncodeText:
+            with torch.device("meta"):
+                model = run_folder.build(run)  # without weights: only its kind matters
+            return run_folder.text_encoder(model, run, device)
+
+        def check() -> None:
+            for images in self.images.values():
+                images.check()
+
+        self.images = agreed(opened, rank)
+        agreed(lambda: check() if rank.is_first else None, rank)
+        # Only rank 0 has captions, since it alone computes the scores.
+        captions = agreed(lambda: read() if rank.is_first else {}, rank)
+        self.captions = {name: captions.get(name) for name in self.images}
+        self.texts: dict[str, Texts] | None = None
+        if run["model"] == "lift":
+            # Loading a model may draw random numbers, which are the training's.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self.texts = self._encode_texts(agreed(load, rank))
+        if sum(images.bytes for images in self.images.values()) <= _KEPT:
+            for images in self.images.values():
+                images.keep()
+
+    @torch.no_grad()
+    def scores(self, model: Lift | Clip, towers: nn.Module | None = None) -> dict[str, dict[str, Any]]:
+        """The scores of the model as it is now, in float32, the same on every rank. A collective.
+
+        model: what is trained, on the device. towers: with FSDP2 the module that shards the model's weights
+        (parallel.spread). The training goes on as if this had not been called.
+
+        Returns {set: {"t2i_r1", "i2t_r1", "n", "left_out"}}, and where a set has them "composition", the mean over the
+        tasks, and "zero_shot_top1".
+
+        Raises DataError when no image of a set decodes; TrainingError when features are not finite; RankFailed.
+        """
+        found = {}
+        with _evaluating(model), _unsharded(towers, next(iter(self.images.values())).none.pixels.to(self.device)):
+            texts = self.texts
+            if texts is None:
+                texts = self._encode_texts(run_folder.text_encoder(model, self.run, self.device))
+            for name, images in self.images.items():
+                features = image_features(model.encode_image, images)
+                score = partial(_scores, features, self.captions[name], texts[name])
+                found[name] = of_first(score, self.rank)
+        return found
+
+    def _encode_texts(self, encode_text: EncodeText) -> dict[str, Texts]:
+        return {name: encode_texts(found, encode_text, self.rank, True) for name, found in self.captions.items()}
+
+
+def _scores(images: ImageFeatures, captions: Captions | None, texts: Texts) -> dict[str, Any]:
+    """What HeldOut.scores returns of one set."""
+    assert captions is not None  # on rank 0
+    image, chosen, causes = matched(images, captions, texts)
+    scores = score_set(image, chosen, texts)
+    found = {f"{way}_r1": scores["retrieval"][way]["r1"] for way in ("t2i", "i2t")}
+    found |= {"n": len(image), "left_out": sum(causes.values())}
+    if scores["composition"]:
+        found["composition"] = scores["composition"]["mean"]
+    if scores["zero_shot"]:
+        found["zero_shot_top1"] = scores["zero_shot"]["top1"]
+    return found
+
+
+@contextmanager
+def _evaluating(model: Lift | Clip) -> Iterator[None]:
+    """Within it the model is as lift-fast eval has it: in eval mode, and without float8."""
+    modes = [(module, module.training) for module in model.modules()]
+    fp8 = [(module, module.fp8) for module in model.modules() if isinstance(module, Transformer)]
+    model.eval()
+    model.set_fp8(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for transformer, enabled in fp8:
+            transformer.fp8 = enabled
+
+
+@contextmanager
+def _unsharded(towers: nn.Module | None, pixels: Tensor) -> Iterator[None]:
+    """Within it the model in `towers` may be called by parts: the weights that FSDP2 gathers for a call of the whole
+    towers are there, and those of a block are gathered in its call. pixels: any that the towers take.
+
+    Afterwards no gathered weights are left, which a later change of the sharded ones would not reach.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(towers, FSDPModule):
+        yield
+        return
+    towers(pixels)  # FSDP2 finds its root module in the first call of all
+    towers.unshard()
+    try:
+        yield
+    finally:
+        for module in towers.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
