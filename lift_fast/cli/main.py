@@ -21,6 +21,7 @@ from .demo import Demo
 from .embed import Embed
 from .evaluate import Compare, Eval, Report
 from .interrupt import INTERRUPTED, after_imports, say_interrupted
+from .threads import wait_briefly
 from .train import Train
 
 Command = (
@@ -72,6 +73,7 @@ def parse_line(args: list[str] | None = None) -> Line:
 
 def main(args: list[str] | None = None) -> None:
     """Runs `lift-fast`. args: sys.argv[1:] where None. Raises SystemExit unless the command succeeds."""
+    wait_briefly()
     line: Line | None = None
     try:
         with after_imports():
