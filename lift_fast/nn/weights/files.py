@@ -40,11 +40,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
     Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / _pair(path)[0]
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+    path = weights_file(path)
     state: Any
     if path.suffix == ".safetensors":
         try:
@@ -72,6 +68,19 @@ def read(path: str | Path) -> dict[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return state
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that `read` reads: the path itself, or in a folder the first of the usual names.
+
+    Raises ConfigError when there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / _pair(path)[0]
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    return path
 
 
 def config_fields(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""The weights that a run starts from: those of another run, or another project's image tower."""
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from .. import run_folder
+from ..errors import ConfigError
+from ..nn import Clip, Lift, VitConfig
+from ..nn.weights import load
+from ..nn.weights.files import weights_file
+
+
+def init_from(model: Lift | Clip, path: Path) -> str:
+    """Loads the weights at `path` into a new model that is not yet sharded; returns a sentence on what was loaded.
+
+    path: a folder with the weights and run.json of lift-fast, or anything that `nn.weights.load` takes. The image tower
+    is always loaded. If it is of images of another size, its positions are interpolated to the model's. Of a run of the
+    same kind and sizes all is loaded. LIFT also takes its authors' head and logit scale, if the head has its sizes.
+
+    Raises ConfigError for weights that cannot be read, and for a tower of other sizes or conventions than the model's;
+    DataError for a damaged run.json.
+    """
+    folder = path.parent if path.name == "model.safetensors" else path
+    if (folder / "run.json").is_file():
+        return _from_run(model, folder)
+    loaded = load(path)
+    _check(loaded.visual.config, model.visual.config, path)
+    loaded.visual.resize(model.visual.config.image_size)
+    model.visual.load_state_dict(loaded.visual.state_dict())
+    said = f"Weights: the image tower of {path}, in the layout of {loaded.layout}"
+    if loaded.head is None or not isinstance(model, Lift):
+        return said
+    theirs, ours = ([tuple(p.shape) for p in head.parameters()] for head in (loaded.head, model.head))
+    if theirs != ours or loaded.projection is not None:
+        return f"{said}, without its head, which has other sizes"
+    model.head.load_state_dict(loaded.head.state_dict())
+    if loaded.logit_scale is None:
+        return f"{said}, and its head"
+    with torch.no_grad():
+        model.logit_scale.copy_(loaded.logit_scale)
+    model.clamp_logit_scale()
+    return f"{said}, its head and logit scale"
+
+
+def weights_digest(path: Path) -> str:
+    """A checksum, as hexadecimal digits, of the file of weights that `init_from` reads at `path`.
+
+    Raises ConfigError when there is none.
+    """
+    digest = hashlib.sha256()
+    with weights_file(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_run(model: Lift | Clip, folder: Path) -> str:
+    source, run = run_folder.load(folder)
+    _check(source.visual.config, model.visual.config, folder)
+    source.visual.resize(model.visual.config.image_size)
+    name = {"lift": "LIFT", "clip": "CLIP"}[run["model"]]
+    theirs, ours = source.state_dict(), model.state_dict()
+    sizes = [{key: tensor.shape for key, tensor in state.items()} for state in (theirs, ours)]
+    if sizes[0] == sizes[1]:
+        model.load_state_dict(theirs)
+        text = f", for the text of {run['encoder']['name']}" if isinstance(model, Lift) else ""
+        return f"Weights: all of the {name} run {folder}{text}"
+    model.visual.load_state_dict(source.visual.state_dict())
+    why = "the rest has other sizes" if type(source) is type(model) else "the rest is of another kind of model"
+    return f"Weights: the image tower of the {name} run {folder}; {why}, and starts afresh"
+
+
+def _check(found: VitConfig, wanted: VitConfig, path: Path) -> None:
+    """Raises ConfigError unless two towers compute the same with the same weights, up to the size of their images."""
+    pairs = {
+        f.name: (getattr(found, f.name), getattr(wanted, f.name))
+        for f in fields(VitConfig)
+        if f.name not in ("image_size", "mlp_dim", "patch_dropout")
+    }
+    pairs["mlp_dim"] = found.hidden, wanted.hidden
+    if found.pool == wanted.pool == "cls":
+        del pairs["norm_after_pool"]  # both orders are equal
+    different = [f"{name} is {theirs!r}, not {ours!r}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if different:
+        raise ConfigError(f"--init-from {path}: its image tower is not the one of this run: {', '.join(different)}")
