@@ -175,9 +175,9 @@ def cached_step(
     """Forward and backward of one large batch in micro-batches, with exactly the gradients of the whole batch.
 
     A contrastive loss is not a sum over samples, so the gradients of micro-batches do not add up to the gradient of
-    the batch. GradCache (arXiv 2101.06983; here for one tower) encodes every micro-batch without a graph, computes the
-    loss once over all features, then encodes every micro-batch again and back-propagates the gradient of its features.
-    This costs one more forward of the tower, and the memory of one micro-batch.
+    the batch. GradCache (arXiv 2101.06983) encodes every micro-batch without a graph, computes the loss once over all
+    features, then encodes every micro-batch again and back-propagates the gradient of its features. This costs one more
+    forward of the tower, and the memory of one micro-batch.
 
         loss = cached_step(
             model.encode_image,
@@ -188,7 +188,8 @@ def cached_step(
 
     encode: micro-batch -> features [rows, dim], or a tuple of the features and further tensors that do not depend on
         the micro-batch, such as the model's logit_scale.exp(). A DistributedDataParallel model must return everything
-        that needs a gradient; its gradients are reduced once, with the last micro-batch.
+        that needs a gradient; its gradients are reduced once, with the last micro-batch. To take trained texts through
+        their tower with the images, return the features of both side by side, [rows, 2 * dim].
     batches: the micro-batches, of any sizes, in the order of the texts.
     loss: (features of all micro-batches, *further tensors) -> scalar. Other tensors that it uses, such as trained
         texts, get their gradients too; it may use a process group.
