@@ -23,6 +23,7 @@ from lift_fast.measure.flops import count
 from lift_fast.measure.peaks import gemm, mfu, peak
 from lift_fast.nn import PRESETS, Lift, Preset, Vit, VitConfig
 from lift_fast.ops.transformer import float8
+from lift_fast.train.parallel import Towers
 from lift_fast.train.step import Step
 
 from .harness import Suite
@@ -120,13 +121,13 @@ def _case(suite: Suite, where: str, name: str, preset: Preset, batch: int) -> No
     text = torch.randn(batch, preset.text_dim, device=where)
     codes = quantized(text)
 
-    def ours(**options: bool) -> Call:
+    def ours(compiled: bool = False, graphed: bool = False) -> Call:
         model = Lift(preset).to(where).train()
-        graphed = options.get("graphed", False)
+        towers = Towers(model, compiled)
         lr = torch.tensor(1e-4, device=where) if graphed else 1e-4
         optimizer = adamw(model, lr, fused=True, capturable=graphed)
         precision = None if dtype == torch.float32 else dtype
-        step = Step(model, ClipLoss(normalize=True), optimizer, precision=precision, clip_grad=1.0, **options)
+        step = Step(model, ClipLoss(normalize=True), optimizer, towers=towers, precision=precision, graphed=graphed)
         return lambda: step(pixels, codes, 1e-4)
 
     def peer(tower: Callable[[VitConfig], nn.Module], compile: bool, fused: bool = True) -> Call:

@@ -2,7 +2,12 @@
 
 
 class LiftFastError(Exception):
-    """The base of every error that a user can act on. The message says what is wrong, where, and what to do."""
+    """The base of every error that a user can act on. The message says what is wrong, where, and what to do.
+
+    reported: whether another rank raises it as well and says it, so that this one need not.
+    """
+
+    reported = False
 
 
 class ConfigError(LiftFastError):
@@ -54,4 +59,20 @@ class TrainingError(LiftFastError):
     """Raised for a run that cannot continue, such as one whose loss is no longer finite.
 
     What to do: restart from the last checkpoint with the change that the message suggests.
+    """
+
+
+class RankLost(LiftFastError):
+    """Raised on a rank when another one has died, or has not answered in time.
+
+    What to do: see what that rank says; then run the same command again, which a launcher such as torchrun may do by
+    itself (--max-restarts).
+    """
+
+
+class Stopped(LiftFastError):
+    """Raised when a run has stopped on request, by SIGTERM, SIGINT or SIGUSR1, and its checkpoint is written. The
+    command line ends with status 75 then (EX_TEMPFAIL of sysexits.h).
+
+    What to do: run the same command again; it goes on from the checkpoint.
     """

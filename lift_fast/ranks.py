@@ -4,7 +4,8 @@ torchrun --nproc-per-node 8 --no-python lift-fast train …
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +14,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import ConfigError
+from .errors import ConfigError, LiftFastError, RankLost, TrainingError
 
 T = TypeVar("T")
+_COMMUNICATION = re.compile(r"^Dist|gloo|[Cc]onnection (closed|reset|refused)|[Tt]imed out|peer|NCCL|Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,21 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def answering(rank: Rank) -> Iterator[None]:
+    """Makes a RankLost of what torch.distributed raises within it when another rank has died or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        if rank.world == 1 or not _COMMUNICATION.search(f"{type(error).__name__}: {error}"):
+            raise
+        raise RankLost(
+            f"{rank} has lost another rank, which has died or did not answer in time ({str(error).splitlines()[0]}); "
+            "run the same command again"
+        ) from error
+
+
 def every(value: T) -> list[T]:
     """The values that all ranks pass, in their order. A collective: all ranks call it. [value] without a group."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -99,3 +116,35 @@ def of_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def together(work: Callable[[], T], only_first: bool = False) -> T:
+    """Runs work() on every rank, or on rank 0 alone, and returns what it returns, in the latter case to every rank.
+
+    When it raises a LiftFastError or OSError on any rank, all raise: those on which it did their own, the others a
+    LiftFastError of that kind. Only the first one's `reported` is False: one rank says what is wrong. A collective.
+    """
+    value: T | None = None
+    error: LiftFastError | OSError | None = None
+    try:
+        if not only_first or rank_number() == 0:
+            value = work()
+    except (LiftFastError, OSError) as raised:
+        error = raised
+    message = (
+        None if error is None else (type(error) if isinstance(error, LiftFastError) else TrainingError, str(error))
+    )
+    found = every((value if only_first else None, message))
+    failed = [(number, what) for number, (_, what) in enumerate(found) if what is not None]
+    if not failed:
+        return found[0][0] if only_first else value  # type: ignore[return-value]
+    number, (kind, reason) = failed[0]
+    error = error or kind(reason)
+    if isinstance(error, LiftFastError):
+        error.reported = rank_number() != number
+    raise error
+
+
+def rank_number() -> int:
+    """This process's rank in the default process group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

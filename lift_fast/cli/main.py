@@ -1,7 +1,8 @@
 """The entry point: parses the command line and runs the command that it names.
 
 Exit statuses: 0 for success; 1 where `lift-fast data check` found bad samples; 2 for wrong arguments or bad input,
-with one message on stderr; 130 after Ctrl-C; 141 where the reader of the output has gone, as `head` does.
+with one message on stderr; 75 where a signal stopped a run, with which the same command goes on; 130 after Ctrl-C; 141
+where the reader of the output has gone, as `head` does.
 
 Commands import torch, and the parts that need it, when they run, so that `lift-fast --help` answers at once.
 """
@@ -14,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from .. import __version__, progress
-from ..errors import ConfigError, LiftFastError
+from ..errors import ConfigError, LiftFastError, Stopped
 from .cache import CacheTools
 from .data import DataTools
 from .demo import Demo
@@ -23,6 +24,8 @@ from .evaluate import Compare, Eval, Report
 from .interrupt import INTERRUPTED, after_imports, say_interrupted
 from .threads import wait_briefly
 from .train import Train
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 
 Command = (
     Annotated[DataTools, tyro.conf.subcommand("data")]
@@ -93,7 +96,13 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it exits
         sys.exit(141)
+    except Stopped as stopped:
+        if not stopped.reported:
+            print(f"lift-fast: {stopped}", file=sys.stderr)
+        sys.exit(STOPPED)
     except LiftFastError as error:
+        if error.reported:
+            sys.exit(2)
         message = str(error)
     except OSError as error:
         message = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

@@ -8,6 +8,7 @@ import tyro
 
 from ..data.options import DataOptions
 from ..train.config import (
+    CheckpointSettings,
     ImageSettings,
     MachineSettings,
     ModelSettings,
@@ -27,18 +28,23 @@ def grouped(
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerSettings],
     images: tyro.conf.OmitArgPrefixes[ImageSettings],
     machine: tyro.conf.OmitArgPrefixes[MachineSettings],
+    checkpoints: tyro.conf.OmitArgPrefixes[CheckpointSettings],
     reading: tyro.conf.OmitArgPrefixes[DataOptions],
 ) -> TrainConfig:
     """The TrainConfig of these settings. tyro shows each argument as a group of options. Raises ConfigError."""
-    settings = (run, model, optimizer, images, machine)
+    settings = (run, model, optimizer, images, machine, checkpoints)
     return TrainConfig(**{name: value for group in settings for name, value in vars(group).items()}, options=reading)
 
 
 def print_notices(training: "Training") -> None:
     """Prints, on stderr, what opening the data found, and what else to know of it before the first step."""
+    if not training.rank.is_first:
+        return
     print_problems([problem for samples in training.data.sets for problem in samples.problems])
     for line in training.notices:
-        print(printable(f"lift-fast: warning: {line}"), file=sys.stderr)
+        warn(line)
+    if training.step:
+        print(f"going on from the checkpoint of step {training.step} in {training.config.out}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,17 @@ class Train:
     config: Annotated[TrainConfig, tyro.conf.arg(name="", constructor=grouped)]
 
     def __call__(self) -> None:
+        from ..ranks import Rank
         from ..train.loop import train
 
-        run = train(self.config, opened=print_notices)
-        print(
-            f"{run['model']}: loss {run['loss'][0]:.3f} -> {run['loss'][-1]:.3f}, {run['images_per_s']:.0f} images/s, "
-            f"{run['seconds']:.0f} s, in {self.config.out}"
-        )
+        run = train(self.config, opened=print_notices, warn=warn)
+        if not Rank.from_environment().is_first:
+            return
+        losses = [loss for loss in run["loss"] if loss is not None]
+        fall = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
+        print(f"{run['model']}: {fall}{run['images_per_s']:.0f} images/s, {run['seconds']:.0f} s, in {self.config.out}")
+        if run.get("skipped_steps"):
+            print(f"{counted(run['skipped_steps'], 'step')} changed no weights; see {self.config.out / 'spikes.jsonl'}")
         if run["skipped_pictures"]:
             first = run["skipped"][0]
             met = run["skipped_met"]
@@ -66,13 +76,15 @@ class Train:
             print(printable(line))
 
     def interrupted(self) -> str:
-        """What a run that was interrupted leaves."""
+        """What a run that was interrupted before or after its steps, or twice, leaves."""
         out = self.config.out
         if not out.exists():
             return "nothing was written"
         if (out / "run.json").exists():
             return f"the run in {out} is complete"
-        return (
-            f"the steps until then are in {out / 'metrics.jsonl'}, and no weights were written; remove {out} and run "
-            "the same command again"
-        )
+        return f"the same command goes on from the newest checkpoint in {out}"
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)

@@ -169,15 +169,22 @@ class Collection:
                 first += size
         return bad
 
-    def bad_captions(self, field: str, has_tokens: Callable[[str], bool] = bool) -> dict[int, BadText]:
+    def bad_captions(
+        self,
+        field: str,
+        has_tokens: Callable[[str], bool] = bool,
+        read: Callable[[int, Sequence[str | BadText]], object] = lambda number, captions: None,
+    ) -> dict[int, BadText]:
         """Reads every caption once: row number -> what is wrong with it, in order.
 
-        has_tokens: whether the text encoder's tokenizer makes anything of a caption.
+        has_tokens: whether the text encoder's tokenizer makes anything of a caption. read: called with the number of a
+        set and the captions of each of its shards, in order.
         """
         bad: dict[int, BadText] = {}
-        for samples, first in zip(self.sets, self.starts.tolist(), strict=False):
+        for turn, (samples, first) in enumerate(zip(self.sets, self.starts.tolist(), strict=False)):
             for number, size in enumerate(samples.shard_sizes):
                 captions = samples.captions(number, field)
+                read(turn, captions)
                 for row, caption in enumerate(captions, first):
                     if isinstance(caption, BadText):
                         bad[row] = caption

@@ -135,7 +135,7 @@ def rewind(out: Path, step: int) -> History:
 
     def note(record: dict[str, Any]) -> None:
         if {"loss", "step_ms"} <= record.keys():  # else it is an evaluation
-            history.losses.append(float(record["loss"]))
+            history.losses.append(math.nan if record["loss"] is None else float(record["loss"]))
             history.step_ms.append(float(record["step_ms"]))
 
     try:
@@ -250,5 +250,6 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     whole = line.endswith(b"\n") and isinstance(record, dict) and type(record.get("step")) is int
-    numbers = whole and all(isinstance(record.get(name, 0.0), int | float) for name in ("loss", "step_ms"))
+    # The loss of a step that was skipped may be null.
+    numbers = whole and all(isinstance(record.get(name, 0.0), int | float | None) for name in ("loss", "step_ms"))
     return record if numbers else None

@@ -1,10 +1,10 @@
 """Sets up a training run: everything is opened, checked and built before the first file is written."""
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,20 @@ from ..errors import ConfigError, TrainingError
 from ..files import free_bytes
 from ..losses import ClipLoss, CosineLoss
 from ..nn import Clip, Lift
+from ..ranks import Rank, together
 from ..text.cached import CachedText
 from ..text.tokenized import TokenizedText
-from . import notices
+from . import folder, notices, parallel
+from .checkpoint import Checkpoints, Found
 from .config import TrainConfig
+from .ema import Ema
+from .held_out import HeldOut
+from .identity import fingerprints, mathematics
+from .initial import init_from, weights_digest
+from .optimizer import lock, make_optimizer
+from .patches import patches_kept
+from .schedule import patch_dropout
+from .state import tensors_of
 from .step import Step, Text
 
 _LOGGED = 700  # bytes that a step adds to metrics.jsonl and to TensorBoard's events, rounded up
@@ -34,44 +44,174 @@ _LOGGED = 700  # bytes that a step adds to metrics.jsonl and to TensorBoard's ev
 
 @dataclass
 class Training:
-    """A run that is ready to train. Its state while it trains is that of model, optimizer and pipeline.
+    """A run that is ready to train. Its state while it trains is that of model, optimizer, ema and pipeline.
 
-    description: what run.json says of the model, its text and its data; see run_folder. notices: lines to
-    print before the first step, see notices.py. batches: the pipeline's, endless.
+    description: what run.json says of the model, its text and its data; see run_folder. notices: lines to print before
+    the first step, see notices.py. settings: what started.json keeps. batches: the pipeline's, endless. found: the
+    checkpoint that the run goes on from, None for a new run; step: number of steps that are done.
     """
 
     config: TrainConfig
-    description: dict[str, Any]
+    rank: Rank
     device: torch.device
+    description: dict[str, Any]
+    settings: dict[str, Any]
+    identity: str
     data: Collection
     text: CachedText | TokenizedText
     model: Lift | Clip
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
     take_step: Step
     pipeline: Pipeline
     batches: Generator[Batch, None, None]
+    checkpoints: Checkpoints
+    held_out: HeldOut | None
+    found: Found | None
     notices: list[str]
 
-    def next_inputs(self) -> tuple[Tensor, Text]:
-        """The next batch, being copied to the device: pixels, and the text of the same samples; shapes as of Step."""
+    @property
+    def step(self) -> int:
+        """Number of steps that were done when training was set up."""
+        return self.found.step if self.found else 0
+
+    def next_batch(self) -> tuple[Tensor, Text, Tensor]:
+        """The next batch of this rank, being copied to the device: pixels, and the text of the same samples, shapes as
+        of Step; and the samples' row numbers, on the CPU."""
         batch = next(self.batches)
         pixels = batch.pixels.to(self.device, non_blocking=True)
-        return pixels, self.text.rows(batch.rows).to(self.device, non_blocking=True)
+        return pixels, self.text.rows(batch.rows).to(self.device, non_blocking=True), batch.rows
+
+    def kept(self, step: int) -> Tensor | None:
+        """The patches that each image of this rank keeps in `step`, on the device; None: all."""
+        rate = patch_dropout(step, self.config)
+        if not rate:
+            return None
+        rows = self.config.batch_size // self.rank.world
+        samples = range(self.rank.number * rows, (self.rank.number + 1) * rows)
+        grid = self.model.visual.config.grid
+        return patches_kept(self.config.seed, step, samples, grid**2, rate).to(self.device, non_blocking=True)
 
 
-def setup(config: TrainConfig) -> Training:
-    """Opens the data and the text, seeds torch, builds the model, and decodes the first batch. Writes nothing.
+class Opened(NamedTuple):
+    """What a rank opens and builds by itself."""
 
-    Raises ConfigError for settings that do not fit the data or this machine, and when config.out exists; DataError and
+    caches: list[Cache]
+    data: Collection
+    text: CachedText | TokenizedText
+    description: dict[str, Any]
+    model: Lift | Clip
+
+
+def setup(
+    config: TrainConfig,
+    rank: Rank,
+    device: torch.device,
+    open_until: ExitStack,
+    warn: Callable[[str], object],
+) -> Training | None:
+    """Opens the data and the text, seeds torch, builds the model, loads the newest checkpoint, and decodes the first
+    batch. None when config.out holds this run, complete. A new run has written nothing yet. A collective of all ranks.
+
+    open_until: keeps the lock on the folder of a run that goes on. warn: called with a warning for the user, from then
+    on also when a checkpoint cannot be written.
+
+    Raises ConfigError for settings that do not fit the data, this machine or the run in config.out; DataError and
     CacheError for data and caches that cannot be read; CacheMismatch for a cache of other data or another text_dim;
-    BackendError for loader dali when it is not installed; TrainingError when the disk has no space for the weights.
+    BackendError for loader dali when it is not installed; TrainingError when the disk has no space for the weights, and
+    when no checkpoint can be read.
     """
-    device = pick_device(config.device)
+    started = together(lambda: folder.read_started(config.out, config.resume), only_first=True)
+    if started is not None and rank.is_first:
+        open_until.enter_context(folder.locked(config.out))
+    opened = together(lambda: open_run(config, rank, device))
+    _, data, text, description, model = opened
+    settings = together(lambda: identity(config, opened, device), only_first=True)
+    state = together(lambda: folder.open_folder(config.out, settings, config.resume), only_first=True)
+    if state == "complete":
+        return None
+
+    said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
+    weights = config.init_from
+    if weights is not None and state == "new":
+        said.append(together(lambda: init_from(model, weights)))
+    lock(model, config)
+    if config.loss == "cosine":
+        model.logit_scale.requires_grad_(False)  # that loss has none, and DDP waits for every gradient
+    towers = parallel.spread(model, config.parallel, rank, device, config.compile)
+    optimizer = make_optimizer(model, config)
+    ema = Ema(model, config.ema) if config.ema else None
+    take_step = Step(
+        model,
+        make_loss(config, rank),
+        optimizer,
+        towers=towers,
+        rank=rank,
+        precision=torch.bfloat16 if use_bf16(config.precision, device) else None,
+        clip_grad=config.clip_grad,
+        micro_batch=config.micro_batch,
+        graphed=config.graph,
+    )
+    checkpoints = Checkpoints(
+        config.out / "checkpoints",
+        rank,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        timeout=config.timeout,
+        warn=warn,
+    )
+    found = checkpoints.newest(warn) if state == "begun" else None
+    run = started["checksum"] if started else ""
+    pipeline = together(lambda: make_pipeline(config, data, model.visual.config.image_size, device, rank))
+    if found is not None:
+        if found.state["run"] != run:
+            raise TrainingError(f"{found.folder} is a checkpoint of another run; remove it")
+        checkpoints.load(found, tensors_of(model, optimizer, ema))
+        pipeline.load_state_dict(found.state["loader"])
+        pipeline.skipped.load_state_dict(found.state["skipped"])
+    held_out = together(lambda: HeldOut(config, description, device, rank)) if config.eval_data else None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batches = together(lambda: decode_first(pipeline))
+    return Training(
+        config,
+        rank,
+        device,
+        description,
+        settings,
+        run,
+        data,
+        text,
+        model,
+        optimizer,
+        ema,
+        take_step,
+        pipeline,
+        batches,
+        checkpoints,
+        held_out,
+        found,
+        said,
+    )
+
+
+def open_run(config: TrainConfig, rank: Rank, device: torch.device) -> Opened:
+    """Opens the data sets and the caches, and builds the model on the device: what each rank does by itself.
+
+    Raises as `setup`.
+    """
     if config.graph and device.type != "cuda":
         raise ConfigError("--graph captures the step as a CUDA graph and needs a CUDA device; leave it out")
-    if config.out.exists():
-        raise ConfigError(f"{config.out} exists already; remove it or name another --out")
-    caches = [Cache(folder) for folder in config.cache]
+    if config.graph and rank.world > 1:
+        raise ConfigError(f"--graph works in one process, and there are {rank.world} ranks; leave it out")
+    if config.batch_size % rank.world:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not a multiple of the {rank.world} ranks, which each take a part of "
+            f"it; use {config.batch_size // rank.world * rank.world or rank.world}"
+        )
+    if config.fp8 and config.parallel == "fsdp" and config.compile:
+        raise ConfigError("--fp8 with --parallel fsdp is not compiled; leave out --compile")
+    caches = [Cache(path) for path in config.cache]
     data, read = open_training_sets(config.data, config.pictures, config.options, caches)
 
     torch.manual_seed(config.seed)
@@ -86,23 +226,46 @@ def setup(config: TrainConfig) -> Training:
     check_disk(config, model)
     model.set_checkpointing(config.checkpointing)
     model.set_fp8(config.fp8)
-    optimizer = make_optimizer(model, config)
-    loss: nn.Module = ClipLoss(normalize=True) if config.loss == "contrastive" else CosineLoss()
-    take_step = Step(
-        model,
-        loss,
-        optimizer,
-        precision=torch.bfloat16 if use_bf16(config.precision, device) else None,
-        clip_grad=config.clip_grad,
-        compiled=config.compile,
-        graphed=config.graph,
-    )
-    said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
-    pipeline = make_pipeline(config, data, model.visual.config.image_size, device)
+    return Opened(caches, data, text, description, model)
+
+
+def device_of(config: TrainConfig, rank: Rank) -> torch.device:
+    """The device of a rank: with several GPUs a rank's own. Makes it torch's current one, and gives the rank its share
+    of the machine's processors. Raises ConfigError as pick_device."""
+    device = pick_device(config.device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    batches = decode_first(pipeline)
-    return Training(config, description, device, data, text, model, optimizer, take_step, pipeline, batches, said)
+        device = pick_device(f"cuda:{rank.local if device.index is None else device.index}")
+        torch.cuda.set_device(device)
+    if config.threads is not None or rank.local_world > 1:  # torchrun lets each rank have one thread
+        torch.set_num_threads(threads_of(config, rank))
+    return device
+
+
+def threads_of(config: TrainConfig, rank: Rank) -> int:
+    """The number of CPU threads of a rank."""
+    return config.threads or max(1, cpu_count() // rank.local_world)
+
+
+def make_loss(config: TrainConfig, rank: Rank) -> nn.Module:
+    """The loss of the global batch, from a rank's features."""
+    if config.loss == "cosine":
+        return CosineLoss()
+    return ClipLoss(gather_with_grad=True, rank=rank.number, world_size=rank.world, normalize=True)
+
+
+def identity(config: TrainConfig, opened: Opened, device: torch.device) -> dict[str, Any]:
+    """What started.json keeps of a run, and must be the same when it goes on. Raises ConfigError, for --init-from."""
+    captions = opened.text.digests if isinstance(opened.text, TokenizedText) else ()
+    return {
+        "mathematics": mathematics(
+            config,
+            precision="bf16" if use_bf16(config.precision, device) else "fp32",
+            text_dim=opened.description.get("text_dim"),
+            read=opened.description["read"],
+            init_from=None if config.init_from is None else weights_digest(config.init_from),
+        ),
+        "fingerprints": fingerprints(opened.data, opened.caches, captions, opened.text.left_out),
+    }
 
 
 def open_training_sets(
@@ -158,27 +321,14 @@ def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str,
     return description | {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation}
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW. As in open_clip, gains, biases and the logit scale are not decayed.
-
-    With config.graph the learning rate is a tensor on the device, because a captured step reads it from there.
-    """
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    free = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    lr = torch.tensor(config.lr, device=decayed[0].device) if config.graph else config.lr
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True, capturable=config.graph)
-
-
-def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device) -> Pipeline:
+def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device, rank: Rank) -> Pipeline:
     """The pipeline that config.loader names, with image_size pixels a side.
 
     Raises ConfigError as Loading and Pipeline do; BackendError for DALI when it is not installed.
     """
     on_gpu = device.type == "cuda"
     loading = Loading(
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // rank.world,
         image_size=image_size,
         seed=config.seed,
         min_crop_area=config.min_crop_area,
@@ -187,7 +337,9 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
         shuffle_buffer=config.shuffle_buffer,
         max_skipped=config.max_skipped,
         checked=config.checked,
-        threads=cpu_count(),
+        rank=rank.number,
+        world=rank.world,
+        threads=threads_of(config, rank),
         ahead=2 if on_gpu else 0,
     )
     if dali.wanted(config.loader, on_gpu):

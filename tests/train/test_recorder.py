@@ -24,12 +24,14 @@ class Log:
         self.closed += 1
 
 
-def config(tmp_path):
-    return TrainConfig("clip", (tmp_path / "data",), tmp_path / "out", batch_size=8)
+def config(tmp_path, **changes):
+    (tmp_path / "out").mkdir(exist_ok=True)
+    return TrainConfig("clip", (tmp_path / "data",), tmp_path / "out", batch_size=8, **changes)
 
 
-def record(step, loss=1.0):
-    return StepRecord(step, HostCopy(torch.tensor([loss, 2.0, 3.0])), 0.1, 4.0, 5)
+def record(step, loss=1.0, limit=math.inf):
+    stats = HostCopy(torch.tensor([loss, 2.0, 3.0]))
+    return StepRecord(step, stats, 0.1, HostCopy([5.0, 0.0, 0.0]), torch.tensor([7, 9]), limit, 4.0)
 
 
 def test_a_step_is_written_when_the_next_one_has_been_launched(tmp_path):
@@ -61,7 +63,7 @@ def test_a_step_is_written_when_the_next_one_has_been_launched(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_after_the_steps_before_it(tmp_path, loss):
     log = Log()
-    with pytest.raises(TrainingError, match=f"the loss is {loss} at step 1; lower --lr"):
+    with pytest.raises(TrainingError, match=f"the loss is {loss} at step 1; that step changed no weights"):
         with Recorder(config(tmp_path), [log]) as recorder:
             recorder.add(record(0))
             recorder.add(record(1, loss))
@@ -132,7 +134,7 @@ def test_loggers_are_closed_when_a_later_one_cannot_be_opened(tmp_path, monkeypa
             super().__init__()
             opened.append(self)
 
-    def full(path):
+    def full(path, step):
         raise OSError("no space")
 
     monkeypatch.setattr("lift_fast.train.recorder.JsonLines", Open)

@@ -10,19 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lift_fast.losses import ClipLoss
 from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig
 from lift_fast.ops.rows.quantized import QuantizedRows
+from lift_fast.train.parallel import Towers
 from lift_fast.train.step import Step
 
 SMALL = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(9, 60, 16, 2, 2), embed_dim=12, text_dim=24)
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def make(kind, device, capturable=False, preset=SMALL, **options):
+def make(kind, device, capturable=False, preset=SMALL, compiled=False, **options):
     torch.manual_seed(0)
     with torch.device(device):
         model = Lift(preset) if kind == "lift" else Clip(preset)
     lr = torch.tensor(1e-3, device=device) if capturable else 1e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True, capturable=capturable)
-    return model, Step(model, ClipLoss(normalize=True), optimizer, **options)
+    towers = Towers(model, compiled)
+    return model, Step(model, ClipLoss(normalize=True), optimizer, towers=towers, **options)
 
 
 def batch(kind, device, size=6, seed=0):
@@ -115,7 +117,7 @@ def test_the_whole_tower_compiles_without_a_break():
     torch._dynamo.reset()
     model, step = make("lift", "cpu")
     _, compiled = make("lift", "cpu")
-    compiled.encode = torch.compile(compiled.model.encode_image, fullgraph=True, backend="aot_eager")
+    compiled.towers.encode_image = torch.compile(compiled.model.encode_image, fullgraph=True, backend="aot_eager")
     explained = torch._dynamo.explain(model.encode_image)(torch.zeros(2, 3, 16, 16))
     assert explained.graph_break_count == 0 and explained.graph_count == 1
     for turn in range(3):

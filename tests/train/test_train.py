@@ -4,13 +4,14 @@ import errno
 import io
 import json
 import math
+import os
 import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from support import complete  # noqa: F401
+from support.ranks import SMALL
 from support.tiny_sets import make_set
 
 from lift_fast import run_folder
@@ -21,17 +22,15 @@ from lift_fast.data.samples import Collection
 from lift_fast.data.shards import Shards
 from lift_fast.devices import pick_device, use_bf16
 from lift_fast.errors import CacheMismatch, ConfigError, DataError, TrainingError
-from lift_fast.nn import PRESETS, Preset, TextConfig, VitConfig
+from lift_fast.nn import PRESETS
 from lift_fast.text.cached import CachedText
 from lift_fast.train.config import TrainConfig
-from lift_fast.train.loop import schedule, train
-from lift_fast.train.setup import make_optimizer
+from lift_fast.train.loop import train
 
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    small = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(width=16, layers=1, heads=2), embed_dim=16, text_dim=24)
-    monkeypatch.setitem(PRESETS, "small", small)
+    monkeypatch.setitem(PRESETS, "small", SMALL)
 
 
 def make_cache(folder, data, dim=24, seed=0, name="test", codec="int8", rotation=None):
@@ -207,15 +206,15 @@ def test_broken_pictures_are_counted_and_training_goes_on(tmp_path):
     shards = make_set(tmp_path / "data", 20, broken={4, 11})
     make_cache(tmp_path / "cache", shards)
     config = TrainConfig(
-        "lift", (shards.folder,), tmp_path / "run", (tmp_path / "cache",), preset="small", steps=4, batch_size=6
+        "lift", (shards.folder,), tmp_path / "run", (tmp_path / "cache",), preset="small", steps=9, batch_size=6
     )
     run = quiet(config)
     assert run["skipped_pictures"] == 2
     assert {line["row"] for line in run["skipped"]} == {4, 11}
     lines = (config.out / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == run["skipped"]
-    assert run["loader"]["state"]["taken"] >= 6 and run["loader"]["kind"] == "HostPipeline"
-    assert len(run["loss"]) == 4
+    assert run["loader"]["state"]["epoch"] == 2 and run["loader"]["kind"] == "HostPipeline"
+    assert len(run["loss"]) == 9
 
 
 def test_a_cache_of_other_data_is_refused_before_anything_is_written(two_sets, tmp_path):
@@ -265,14 +264,22 @@ def test_pictures_that_are_missing_or_broken_are_told_before_anything_is_written
 
 
 def test_a_full_disk_at_the_end_is_told(two_sets, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     lift, _ = two_sets
+    fsync = os.fsync
+
+    def full(descriptor):
+        if (lift.out / "metrics.jsonl").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(TrainingError, match=r"cannot write the run to .*No space left"):
         quiet(lift)
-    assert sorted(path.name for path in lift.out.iterdir() if "tfevents" not in path.name) == ["metrics.jsonl"]
+    written = sorted(path.name for path in lift.out.iterdir() if "tfevents" not in path.name)
+    assert written == ["metrics.jsonl", "started.json"]
+    monkeypatch.undo()
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+    assert quiet(lift)["loss"] == quiet(again(lift, lift.out.with_name("other")))["loss"]  # the same command again
 
 
 def test_caches_of_two_encoders_are_refused(two_sets, tmp_path):
@@ -297,10 +304,13 @@ def test_settings_that_cannot_work(two_sets, tmp_path):
         again(clip, tmp_path / "x", loss="cosine")
     with pytest.raises(ConfigError, match="leave out --cache"):
         again(clip, tmp_path / "x", cache=lift.cache)
-    quiet(lift)
+    assert not (tmp_path / "x").exists()
+    lift.out.mkdir()
+    (lift.out / "notes.txt").write_text("of another")
     with pytest.raises(ConfigError, match="exists already"):
         quiet(lift)
-    assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match="no run in"):
+        quiet(again(lift, tmp_path / "x", resume=True))
 
 
 def test_clip_names_a_caption_that_is_missing(two_sets, tmp_path):
@@ -312,7 +322,7 @@ def test_clip_names_a_caption_that_is_missing(two_sets, tmp_path):
 
 def test_a_loss_that_explodes_stops_the_run(two_sets, tmp_path):
     lift, _ = two_sets
-    with pytest.raises(TrainingError, match=r"lower --lr"):
+    with pytest.raises(TrainingError, match=r"Lower --lr"):
         quiet(again(lift, tmp_path / "x", lr=float("inf")))
     assert (tmp_path / "x" / "metrics.jsonl").exists()
     with pytest.raises(DataError, match="no finished run"):
@@ -331,24 +341,14 @@ def test_a_checkpoint_that_does_not_fit_is_told(two_sets):
         run_folder.load(lift.out)
 
 
-def test_schedule():
-    factors = [schedule(step, 10, 110) for step in range(110)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == factors[10] == 1
-    assert factors[60] == pytest.approx(0.5)
-    assert 0 < factors[-1] < 0.001
-    assert np.all(np.diff(factors[10:]) < 0)
-    assert schedule(0, 0, 1) == 1
-
-
-def test_gains_and_biases_do_not_decay(two_sets):
+def test_a_complete_run_is_not_trained_again(two_sets):
     lift, _ = two_sets
-    model = run_folder.build({"model": "lift", "preset": "small", "text_dim": 24})
-    decayed, free = make_optimizer(model, lift).param_groups
-    assert decayed["weight_decay"] == lift.weight_decay
-    assert free["weight_decay"] == 0
-    assert any(p is model.logit_scale for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    run = quiet(lift)
+    before = (lift.out / "model.safetensors").stat().st_mtime_ns
+    assert quiet(lift) == json.loads(json.dumps(run, default=str))
+    assert (lift.out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"holds another run \(--lr 0.001, now 0.002\)"):
+        quiet(again(lift, lift.out, lr=2e-3))
 
 
 def test_devices_and_precision():
