@@ -30,7 +30,8 @@ def init_from(model: Lift | Clip, path: Path) -> str:
     _check(loaded.visual.config, model.visual.config, path)
     loaded.visual.resize(model.visual.config.image_size)
     model.visual.load_state_dict(loaded.visual.state_dict())
-    said = f"Weights: the image tower of {path}, in the layout of {loaded.layout}"
+    tower = loaded.visual.config
+    said = f"Weights: the image tower of {path} ({loaded.layout}, pool {tower.pool}, {tower.activation})"
     if loaded.head is None or not isinstance(model, Lift):
         return said
     theirs, ours = ([tuple(p.shape) for p in head.parameters()] for head in (loaded.head, model.head))

@@ -102,7 +102,7 @@ def test_the_authors_tower_and_head(tmp_path, authors):
     save_file(save(visual, "lift", head=head, logit_scale=scale), tmp_path / "lift.safetensors")
     model = make("lift")
     said = init_from(model, tmp_path / "lift.safetensors")
-    assert "in the layout of lift, its head and logit scale" in said
+    assert said.endswith("(lift, pool avg, gelu), its head and logit scale")
     assert same(model.visual, visual) and same(model.head, head) and model.logit_scale == 2
     other = make("lift", text_dim=24)
     kept = make("lift", text_dim=24)
@@ -140,7 +140,7 @@ def test_a_tower_of_open_clip(tmp_path, kind):
     visual = randomised(Vit(replace(SMALL.vit, image_size=40)))
     model = make(kind)
     said = init_from(model, open_clip_folder(tmp_path / "theirs", visual, pool_type="avg"))
-    assert said == f"Weights: the image tower of {tmp_path / 'theirs'}, in the layout of open_clip"
+    assert said == f"Weights: the image tower of {tmp_path / 'theirs'} (open_clip, pool avg, gelu)"
     visual.resize(24)
     assert same(model.visual, visual)
 
