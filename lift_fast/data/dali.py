@@ -29,10 +29,11 @@ from torch import Tensor
 from ..errors import BackendError, DataError
 from .images import Box, is_regular, read_header
 from .jpeg import padded
-from .loading import Assembled, Batch, Counts, Loaded, Loading, Pipeline, RowSet, in_words
+from .loading import Assembled, Batch, Loaded, Loading, Pipeline
 from .pixels import MEAN, STD, laid_out
 from .reading import cpu_count
 from .samples import BadSample, Collection, Samples
+from .skipped import RowSet, in_words
 from .transforms import centre_of, recoloured, render, render_centre, resize, view_of
 
 _RESIZES_ON_CPU = False  # True is slow; tests set it to run the GPU's graph on the CPU
@@ -83,27 +84,21 @@ class DaliPipeline(Pipeline):
     def _batches(self) -> Generator[Batch, None, None]:
         """Yields batches from the pipeline's position. Raises _Failure when DALI fails; batches in flight are lost."""
         source = self._assembled(self._job, self.loading.ahead)
-        running: deque[tuple[Assembled[_Job], Counts]] = deque()
+        running: deque[Assembled[_Job]] = deque()
         dali = _Decoder(self.loading, self.device_id)
-        counted = self.skipped.counts()
         try:
             while True:
-                assembled = next(source)
-                running.append((assembled, self.skipped.counts()))
+                running.append(next(source))
                 try:
-                    dali.put(assembled.items)
+                    dali.put(running[-1].items)
                     if len(running) <= self.loading.ahead:
                         continue
                     pixels = dali.get()
                 except Exception as error:
-                    raise _Failure([made for made, _ in running], error) from error
-                made, counted = running.popleft()
-                self._place = made.after
+                    raise _Failure(list(running), error) from error
+                made = running.popleft()
+                self._reach(made)
                 yield Batch(pixels, made.rows)
-        except (GeneratorExit, _Failure):
-            # Batches in flight will be assembled again, and their bad samples counted then.
-            self.skipped.back_to(counted)
-            raise
         finally:
             source.close()
             dali.close()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..errors import DataError
 from .images import read_header
-from .loading import Batch, Loaded, Pipeline, in_words
+from .loading import Batch, Loaded, Pipeline
 from .pixels import laid_out
 from .reading import cpu_count
 from .samples import BadSample, Samples
+from .skipped import in_words
 from .transforms import render, render_centre, view_of
 
 
@@ -30,7 +31,7 @@ class HostPipeline(Pipeline):
 
     def __iter__(self) -> Generator[Batch, None, None]:
         for made in self._assembled(self._render, self.loading.ahead):
-            self._place = made.after
+            self._reach(made)
             yield Batch(self._stacked(made.items), made.rows)
 
     def _render(self, row: int, draws: np.ndarray) -> np.ndarray:

@@ -1,13 +1,11 @@
-"""What the pipelines share: settings, batches, the position in the data, and the bad samples that were skipped."""
+"""What the pipelines share: settings, batches, and the position in the data."""
 
-import json
-from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from itertools import chain
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,25 +14,26 @@ from torch import Tensor
 from ..errors import ConfigError, DataError
 from .order import Order, uniform
 from .samples import BadSample, Collection
+from .skipped import Bad, Skipped, in_words
+from .stand_ins import candidates, left_over
 
 Item = TypeVar("Item")
 DRAWS = 26  # random numbers in [0, 1) that determine a sample's view; see transforms.view_of
-_JUDGED_FROM = 1000  # samples: the share of bad ones among fewer means little
-_LISTED = 20
 _ROWS_AT_ONCE = 1024
+_TRIES = 8  # candidates of a slot that a thread tries before the share of bad samples is judged
 
 
 @dataclass(frozen=True)
 class Loading:
     """Settings of a pipeline, for either decoder.
 
-    image_size: pixels a side. min_crop_area: random crops keep at least this share of an image's area. flip:
-    probability that an image is mirrored. colour: brightness, contrast and saturation are each scaled by a factor from
-    1 - colour to 1 + colour. dtype, layout: of the pixels; torch.uint8 as decoded, or a floating dtype normalised by
-    ImageNet's mean and std. shuffle_buffer, rank, world: the arguments of Order. max_skipped: share of bad samples
-    above which the run ends. checked: `lift-fast data check` has decoded every image, so DALI, which silently accepts
-    damaged JPEGs, needs no strict decode before it. threads: number of threads that read and decode. ahead: number of
-    batches that are decoded while the model works on one.
+    batch_size: samples of each rank in a batch. image_size: pixels a side. min_crop_area: random crops keep at least
+    this share of an image's area. flip: probability that an image is mirrored. colour: brightness, contrast and
+    saturation are each scaled by a factor from 1 - colour to 1 + colour. dtype, layout: of the pixels; torch.uint8 as
+    decoded, or a floating dtype normalised by ImageNet's mean and std. shuffle_buffer, rank, world: the arguments of
+    Order. max_skipped: share of bad samples above which the run ends. checked: `lift-fast data check` has decoded every
+    image, so DALI, which silently accepts damaged JPEGs, needs no strict decode before it. threads: number of threads
+    that read and decode. ahead: number of batches that are decoded while the model works on one.
     """
 
     batch_size: int
@@ -70,19 +69,20 @@ class Loading:
 
 @dataclass(frozen=True)
 class Place:
-    """A position in the data: this rank has made `batch` batches of the epoch from `taken` samples, good and bad."""
+    """A position in the data: `batch` global batches of the epoch have been made."""
 
     epoch: int
     batch: int
-    taken: int
 
 
 @dataclass(frozen=True)
 class Assembled(Generic[Item]):
-    """A batch before its items are stacked: the items, their row numbers int64 [rows], and the place after it."""
+    """A batch before its items are stacked: the items, their row numbers int64 [rows], the bad samples for which others
+    stand in, and the place after it."""
 
     items: list[Item]
     rows: Tensor
+    bad: list[Bad]
     after: Place
 
 
@@ -104,16 +104,19 @@ class Loaded(NamedTuple):
 
 
 class Pipeline:
-    """Endless shuffled batches of a Collection, each sample at most once an epoch and never twice in a batch.
+    """Endless shuffled batches of a Collection, each sample at its own place once an epoch and never twice in a batch.
 
-    A bad sample is left out and counted in `skipped`; the rank's next sample takes its place. The remainder of an
-    epoch, fewer samples than a global batch and different ones in each epoch, is not used.
+    Another sample stands in for a bad one, which is counted in `skipped` (stand_ins.py has the rule); so a sample may
+    come up a second time in an epoch. Which samples a global batch holds depends on the seed, the epoch, the batch's
+    number and on which samples are bad: not on ranks, threads or the decoder. The remainder of an epoch, fewer samples
+    than a global batch and different ones in each epoch, is used for stand-ins alone.
 
-    Iterating starts at the pipeline's position, which state_dict() returns as of the batch yielded last. A pipeline
-    that loads this state continues with the next sample. Only one iteration may run at a time.
+    Iterating starts at the pipeline's position, which state_dict() returns as of the batch yielded last; `skipped` is
+    of that batch, too. A pipeline that loads this state, as any rank of any number of ranks with the same global batch,
+    continues with the next global batch. Only one iteration may run at a time.
 
     Raises ConfigError for a batch larger than the data; DataError, while iterating, for a share of bad samples above
-    max_skipped, or too few good samples for one batch.
+    max_skipped, or fewer good samples than a global batch.
     """
 
     def __init__(self, data: Collection, loading: Loading):
@@ -126,14 +129,14 @@ class Pipeline:
             world=loading.world,
             shuffle_buffer=loading.shuffle_buffer,
         )
-        self.skipped = Skipped(data, loading.max_skipped)
-        self._place = Place(0, 0, 0)
+        self.skipped = Skipped(data, loading.max_skipped, loading.rank)
+        self._place = Place(0, 0)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, int | None]:
-        """This rank's position: {"epoch", "batch", "taken"} and the settings that determine the order."""
+        """The position, the same on every rank: {"epoch", "batch"} and the settings that determine the order."""
         return {**asdict(self._place), **self._order_of()}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
@@ -144,196 +147,157 @@ class Pipeline:
                     f"the loader's state was taken with {name} {state.get(name, 'unknown')}, and this one has {value}: "
                     "the rest of the epoch would be other samples"
                 )
-        self._place = Place(*(int(state[name] or 0) for name in ("epoch", "batch", "taken")))
+        self._place = Place(*(int(state[name] or 0) for name in ("epoch", "batch")))
 
     def _order_of(self) -> dict[str, int | None]:
-        names = ("seed", "batch_size", "rank", "world", "shuffle_buffer")
-        return {"samples": self.order.samples, **{name: getattr(self.loading, name) for name in names}}
+        names = ("samples", "seed", "global_batch", "shuffle_buffer")
+        return {name: getattr(self.order, name) for name in names}
 
     def _assembled(
         self, work: Callable[[int, np.ndarray], Item], depth: int
     ) -> "Generator[Assembled[Item], None, None]":
-        """Yields full batches of what `work(row, draws)` returns, in order, from the pipeline's position.
+        """Yields batches of what `work(row, draws)` returns, in order, from the pipeline's position.
 
         draws: the sample's random numbers in this epoch, float64 [DRAWS]. work runs on loading.threads threads, `depth`
-        batches ahead; a sample for which it raises BadSample is skipped. The caller sets self._place to the `after` of
-        each batch that it yields.
+        batches ahead; it raises BadSample for a sample that cannot be used. The caller passes each batch that it yields
+        to _reach first.
         """
-        size, place = self.loading.batch_size, self._place
-        queue: deque[tuple[_Sample, Future[Item] | None]] = deque()
-        upcoming = self._upcoming(place)
-        items: list[Item] = []
-        rows: list[int] = []
+        begun: deque[tuple[Place, list[Future[_Tried[Item]]]]] = deque()
+        upcoming = self._upcoming(self._place)
         with ThreadPoolExecutor(self.loading.threads, thread_name_prefix="decode") as pool:
+            assembly = _Assembly(self, work, pool)
             try:
                 while True:
-                    if not rows or not queue:
-                        while len(queue) < (1 + depth) * size:
-                            sample = next(upcoming)
-                            # The last samples of an epoch are needed only to replace bad ones.
-                            spare = sample.taken >= self.order.batches * size
-                            queue.append((sample, None if spare else pool.submit(work, sample.row, sample.draws)))
-                    sample, future = queue.popleft()
-                    if sample.epoch != place.epoch:
-                        if not place.batch:
-                            raise DataError(self.skipped.too_few(len(rows), len(self.order), size))
-                        place, items, rows = Place(sample.epoch, 0, 0), [], []
-                    if place.batch == self.order.batches:
-                        continue
-                    try:
-                        items.append((future or pool.submit(work, sample.row, sample.draws)).result())
-                    except BadSample as error:
-                        self.skipped.add(sample.row, error)
-                        continue
-                    rows.append(sample.row)
-                    self.skipped.looked_at += 1
-                    if len(rows) == size:
-                        place = Place(sample.epoch, place.batch + 1, sample.taken + 1)
-                        yield Assembled(items, torch.tensor(rows), place)
-                        items, rows = [], []
+                    while len(begun) <= depth:
+                        at, rows, draws = next(upcoming)
+                        begun.append((at, assembly.begin(at, rows, draws)))
+                    yield assembly.finish(*begun.popleft())
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _upcoming(self, place: Place) -> "Generator[_Sample, None, None]":
-        """Yields this rank's samples from `place` on, without end."""
-        epoch, taken = place.epoch, place.taken
+    def _reach(self, made: "Assembled[Item]") -> None:
+        """Moves the position behind a batch that is about to be yielded, and counts its samples. Raises DataError."""
+        self.skipped.add(len(made.rows), made.bad)
+        self._place = made.after
+
+    def _upcoming(self, place: Place) -> Generator[tuple[Place, list[int], np.ndarray], None, None]:
+        """Yields the place of each batch from `place` on, without end, and its samples of this rank: their rows, and
+        their draws, float64 [batch_size, DRAWS]."""
+        epoch, batch = place.epoch, place.batch
+        some = max(1, _ROWS_AT_ONCE // self.loading.batch_size)
         while True:
-            while taken < len(self.order):
-                rows = self.order.rows(epoch, taken, min(taken + _ROWS_AT_ONCE, len(self.order)))
+            for start in range(batch, self.order.batches, some):
+                batches = np.arange(start, min(start + some, self.order.batches))
+                rows = self.order.rows(epoch, self.order.positions(batches))
                 draws = uniform(DRAWS, self.loading.seed, epoch, rows)
-                for i, row in enumerate(rows.tolist()):
-                    yield _Sample(epoch, taken + i, row, draws[i])
-                taken += len(rows)
-            epoch, taken = epoch + 1, 0
+                for i, number in enumerate(batches.tolist()):
+                    yield Place(epoch, number), rows[i].tolist(), draws[i]
+            epoch, batch = epoch + 1, 0
 
 
-class _Sample(NamedTuple):
-    """One sample of the order. taken: number of this rank's samples before it in the epoch."""
-
-    epoch: int
-    taken: int
-    row: int
-    draws: np.ndarray
+_Found = tuple[int, Item]  # a row number, and what `work` made of its sample
+_Tried = tuple[_Found[Item] | None, list[Bad]]  # the first good sample, and the bad ones before it
 
 
-class RowSet:
-    """A set of row numbers below `rows`, in a bit each. Memory that no number touches is never used."""
+class _Assembly(Generic[Item]):
+    """Assembles a pipeline's batches: decodes their samples on threads, and finds stand-ins for bad ones."""
 
-    def __init__(self, rows: int):
-        self._bits = np.zeros(-(-rows // 8), dtype=np.uint8)
+    def __init__(self, pipeline: Pipeline, work: Callable[[int, np.ndarray], Item], pool: ThreadPoolExecutor):
+        self.order, self.skipped, self.seed = pipeline.order, pipeline.skipped, pipeline.loading.seed
+        self.work, self.pool = work, pool
+        first = self.order.rank * self.order.batch_size
+        self.slots = range(first, first + self.order.batch_size)  # of this rank in a global batch
+        self.verdicts: dict[int, BadSample | None] = {}  # of rows that were judged to find what is left over
 
-    def __contains__(self, row: int) -> bool:
-        return bool(self._bits[row >> 3] & 1 << (row & 7))
+    def begin(self, at: Place, rows: list[int], draws: np.ndarray) -> list[Future[_Tried[Item]]]:
+        """Starts to decode the samples of this rank's slots."""
+        return [
+            self.pool.submit(self._first_good, chain([(row, draws[i])], self._candidates(at, slot, 1)))
+            for i, (slot, row) in enumerate(zip(self.slots, rows, strict=True))
+        ]
 
-    def add(self, row: int) -> None:
-        """Adds a number."""
-        self._bits[row >> 3] |= 1 << (row & 7)
+    def finish(self, at: Place, begun: list[Future[_Tried[Item]]]) -> Assembled[Item]:
+        """Waits for the samples, and finds stand-ins for the bad ones. Raises DataError."""
+        found: dict[int, _Found[Item]] = {}
+        bad: list[Bad] = []
+        waiting = dict(zip(self.slots, begun, strict=True))
+        tried, without = Counter[int](), []
+        while waiting:
+            for slot in list(waiting):
+                first, others = waiting.pop(slot).result()
+                if others:
+                    bad += others
+                    tried[slot] += len(others)
+                    if self.skipped.too_many(len(found), len(bad)):
+                        self.skipped.add(len(found), bad)
+                if first:
+                    found[slot] = first
+                elif tried[slot] < len(candidates(slot, self.order.global_batch, self.order.samples)):
+                    waiting[slot] = self.pool.submit(self._first_good, self._candidates(at, slot, tried[slot]))
+                else:
+                    without.append(slot)
+        if without:
+            self._leave_over(at, sorted(without), found, bad)
+        rows = torch.tensor([found[slot][0] for slot in self.slots])
+        return Assembled([found[slot][1] for slot in self.slots], rows, bad, Place(at.epoch, at.batch + 1))
 
-    def discard(self, row: int) -> None:
-        """Removes a number, if it is there."""
-        self._bits[row >> 3] &= ~(1 << (row & 7)) & 0xFF
+    def _first_good(self, samples: Iterable[tuple[int, np.ndarray]]) -> _Tried[Item]:
+        bad: list[Bad] = []
+        for row, draws in samples:
+            error = self.skipped.known(row)
+            if not error:
+                try:
+                    return (row, self.work(row, draws)), bad
+                except BadSample as raised:
+                    error = BadSample(raised.cause, raised.reason)  # without the frames that `raised` keeps alive
+            bad.append((row, error))
+        return None, bad
 
+    def _candidates(self, at: Place, slot: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the row and the draws of a few candidates of a slot, from number `start` on."""
+        some = candidates(slot, self.order.global_batch, self.order.samples)[start : start + _TRIES]
+        rows = self._rows(at, np.array(some, dtype=np.int64))
+        yield from zip(rows.tolist(), uniform(DRAWS, self.seed, at.epoch, rows), strict=True)
 
-class Counts(NamedTuple):
-    """What Skipped has counted up to a point: Skipped.counts() and back_to()."""
+    def _rows(self, at: Place, positions: np.ndarray) -> np.ndarray:
+        """The rows at positions that are counted from the beginning of a global batch."""
+        return self.order.rows(at.epoch, (at.batch * self.order.global_batch + positions) % self.order.samples)
 
-    looked_at: int
-    causes: Counter[str]
-    met: Counter[str]
-    samples: int
+    def _leave_over(self, at: Place, without: list[int], found: dict[int, _Found[Item]], bad: list[Bad]) -> None:
+        """Finds a sample for each slot that is without a good candidate, and adds to `found` and `bad`."""
+        batch, samples = self.order.global_batch, self.order.samples
+        rows = self._rows(at, np.arange(samples)).tolist()
+        self.verdicts |= dict(bad)
+        self.verdicts |= {row: None for row, _ in found.values()}
 
+        def good(position: int) -> bool:
+            row = rows[position]
+            if row not in self.verdicts:
+                _, others = self._first_good([(row, uniform(DRAWS, self.seed, at.epoch, row))])
+                self.verdicts[row] = others[0][1] if others else None
+            return self.verdicts[row] is None
 
-class Skipped:
-    """The bad samples of a run: counts them by cause, lists each in a file, and ends the run when they are too many.
+        list(self.pool.map(good, range(without[-1])))  # on all threads what left_over asks for one after another
+        for slot in without:
+            while slot not in found:
+                position = left_over(slot, batch, samples, good)
+                if position is None:
+                    list(self.pool.map(good, range(samples)))  # to say how many are
+                    self.skipped.add(len(found), bad)
+                    raise DataError(self._too_few())
+                row = rows[position]
+                first, others = self._first_good([(row, uniform(DRAWS, self.seed, at.epoch, row))])
+                if first:
+                    found[slot] = first
+                bad += others  # one that has become bad since it was judged
+                self.verdicts |= dict(others)
 
-    causes: number of bad samples by cause, each counted once. met: how often they came up, by cause; a sample that is
-    bad in every epoch comes up in every epoch. looked_at: number of samples so far, good and bad, each as often as it
-    came up. most: largest share of bad ones among these.
-    """
-
-    def __init__(self, data: Collection, most: float):
-        self.data, self.most = data, most
-        self.looked_at = 0
-        self.causes: Counter[str] = Counter()
-        self.met: Counter[str] = Counter()
-        rows = sum(data.shard_sizes)
-        self._counted, self._listed = RowSet(rows), RowSet(rows)
-        self._order = array("q")  # the rows that are counted, in order
-        self._first: list[dict[str, Any]] = []
-        self._unwritten: list[str] = []
-        self._path: Path | None = None
-
-    def add(self, row: int, error: BadSample) -> None:
-        """Counts one. Raises DataError when the share of bad samples is above `most`."""
-        self.looked_at += 1
-        self.met[error.cause] += 1
-        if row not in self._counted:
-            self._counted.add(row)
-            self._order.append(row)
-            self.causes[error.cause] += 1
-        self.note(row, error)
-        bad = self.met.total()
-        if self.looked_at >= _JUDGED_FROM and bad > self.most * self.looked_at:
-            raise DataError(
-                f"{bad} of {self.looked_at} samples are bad ({in_words(self.met)}), more than --max-skipped "
-                f"{self.most}; the last: {self.data.where(row)} ({error.reason}). lift-fast data check --bad FILE "
-                "lists all"
-            )
-
-    def note(self, row: int, error: BadSample) -> None:
-        """Lists one without counting it, unless it is listed already."""
-        if row not in self._listed:
-            self._listed.add(row)
-            line = {"sample": self.data.where(row), "row": row, "cause": error.cause, "reason": error.reason}
-            if len(self._first) < _LISTED:
-                self._first.append(line)
-            self._unwritten.append(json.dumps(line) + "\n")
-            self._write()
-
-    def counts(self) -> Counts:
-        """What is counted so far."""
-        return Counts(self.looked_at, self.causes.copy(), self.met.copy(), len(self._order))
-
-    def back_to(self, counts: Counts) -> None:
-        """Forgets what was counted after `counts`, because those samples come up again. They are not listed again."""
-        self.looked_at, self.causes, self.met, samples = counts
-        while len(self._order) > samples:
-            self._counted.discard(self._order.pop())
-
-    def write_to(self, path: Path) -> None:
-        """Appends a JSON line for each bad sample to this file, once: at once for those so far, then as they occur.
-
-        The file is made with the first line.
-        """
-        self._path = path
-        self._write()
-
-    def _write(self) -> None:
-        if self._path is not None and self._unwritten:
-            with self._path.open("a") as file:
-                file.writelines(self._unwritten)
-            self._unwritten.clear()
-
-    def too_few(self, good: int, samples: int, wanted: int) -> str:
-        """The message for an epoch of `samples` samples whose `good` ones do not fill a batch of `wanted`."""
-        first = self._first[0]
+    def _too_few(self) -> str:
+        """The message for a set that was judged whole and has fewer good samples than a global batch."""
+        bad = {row: error for row, error in self.verdicts.items() if error}
+        row, error = next(iter(bad.items()))
         return (
-            f"only {good} of {samples} images decode, too few for a batch of {wanted} (bad so far: "
-            f"{in_words(self.causes)}); the first: {first['sample']} ({first['reason']})"
+            f"only {self.order.samples - len(bad)} of {self.order.samples} images decode, too few for a batch of "
+            f"{self.order.global_batch} (bad: {in_words(Counter(error.cause for error in bad.values()))}); the first: "
+            f"{self.skipped.data.where(row)} ({error.reason})"
         )
-
-    def report(self) -> dict[str, Any]:
-        """{"skipped_pictures": samples, "skipped_causes": {cause: samples}, "skipped_met": n, "skipped": [{"sample",
-        "row", "cause", "reason"}]}: each bad sample counts once, and skipped_met is how often they came up in all
-        epochs. "skipped" lists the first 20 samples."""
-        return {
-            "skipped_pictures": self.causes.total(),
-            "skipped_causes": dict(self.causes.most_common()),
-            "skipped_met": self.met.total(),
-            "skipped": self._first,
-        }
-
-
-def in_words(counts: Counter[str]) -> str:
-    """Counts by cause: "3 truncated, 1 empty"."""
-    return ", ".join(f"{count} {cause}" for cause, count in counts.most_common())

@@ -59,15 +59,15 @@ def permuted(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
 
 
 class Order:
-    """The rows that rank `rank` of `world` ranks sees in each epoch, in order.
+    """The rows of each epoch, in order, and which of them rank `rank` of `world` ranks has.
 
     shard_sizes: samples of each shard, in row order. shuffle_buffer: None shuffles all samples of an epoch; a number
     puts the shards in random order and shuffles within windows of that many samples, so that a disk or a network reads
     a shard at a time. The order of an epoch depends on the seed and the epoch alone, not on the ranks: global batch g
-    is its positions [g * world * batch_size, (g + 1) * world * batch_size), and rank r has the r-th part of them.
+    is its positions [g * global_batch, (g + 1) * global_batch), and rank r has the r-th part of them.
 
-    Attributes: samples, the number of samples of all ranks; batches, the number of full batches of each rank in an
-    epoch. The remainder, fewer samples than a global batch, is a different random subset in each epoch.
+    Attributes: samples, the number of samples of all ranks; global_batch, world * batch_size; batches, the number of
+    full global batches in an epoch. The remainder is a different random subset in each epoch.
 
     Raises ConfigError when a global batch is larger than the data, and for a rank or buffer out of range.
     """
@@ -96,24 +96,19 @@ class Order:
             raise ConfigError(f"shuffle_buffer must be at least 1 sample, not {shuffle_buffer}")
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.shuffle_buffer = shuffle_buffer
-        self.batches = self.samples // (batch_size * world)
+        self.global_batch = batch_size * world
+        self.batches = self.samples // self.global_batch
         self._sizes = sizes
         self._starts = np.cumsum(sizes) - sizes
         self._of_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def __len__(self) -> int:
-        """Number of this rank's samples in an epoch, with those that fill no batch."""
-        whole, rest = divmod(self.samples, self.batch_size * self.world)
-        return whole * self.batch_size + min(max(rest - self.rank * self.batch_size, 0), self.batch_size)
+    def positions(self, batches: np.ndarray) -> np.ndarray:
+        """Positions of this rank's samples in global batches: int64 [n] -> int64 [n, batch_size]."""
+        first = batches * self.global_batch + self.rank * self.batch_size
+        return first[:, None] + np.arange(self.batch_size)
 
-    def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Row numbers, int64 [stop - start], of this rank's samples [start, stop) in an epoch; stop <= len(self)."""
-        own = np.arange(start, stop)
-        chunk, inside = np.divmod(own, self.batch_size)
-        return self.global_rows(epoch, (chunk * self.world + self.rank) * self.batch_size + inside)
-
-    def global_rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Row numbers, int64, of all ranks' samples at these positions of an epoch."""
+    def rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Row numbers of the samples at positions of an epoch, of any ranks: int64 -> int64 of the same shape."""
         if self.shuffle_buffer is None:
             return permuted(positions, self.samples, key_of(self.seed, epoch))
         order, ends = self._shards(epoch)
@@ -132,8 +127,9 @@ class Order:
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, and the position at which each ends."""
-        if self._of_epoch is None or self._of_epoch[0] != epoch:
+        kept = self._of_epoch  # threads that ask for another epoch replace it
+        if kept is None or kept[0] != epoch:
             count = len(self._sizes)
             order = permuted(np.arange(count), count, key_of(self.seed, epoch, 0))
-            self._of_epoch = epoch, order, np.cumsum(self._sizes[order])
-        return self._of_epoch[1:]
+            kept = self._of_epoch = epoch, order, np.cumsum(self._sizes[order])
+        return kept[1:]

@@ -12,9 +12,10 @@ import torch
 from support.hostile import encoded
 
 from lift_fast.data.host import HostPipeline
-from lift_fast.data.loading import DRAWS, Batch, Loading, Pipeline, Skipped
+from lift_fast.data.loading import DRAWS, Batch, Loading, Pipeline
 from lift_fast.data.order import uniform
 from lift_fast.data.samples import BadSample, BadText, Collection
+from lift_fast.data.skipped import merged
 from lift_fast.errors import ConfigError, DataError
 
 
@@ -29,18 +30,19 @@ class Numbers:
 
 
 class Counting(Pipeline):
-    """pixels: the epoch and the row."""
+    """pixels: the epoch and the row. decoded: the rows that were decoded."""
 
     def __init__(self, data, depth=0, slow=False, **options):
         super().__init__(data, Loading(**{"batch_size": 8, "image_size": 4, "max_skipped": 1.0, **options}))
-        self.depth, self.slow = depth, slow
+        self.depth, self.slow, self.decoded = depth, slow, []
 
     def __iter__(self):
         for made in self._assembled(self.work, self.depth):
-            self._place = made.after
+            self._reach(made)
             yield Batch(torch.tensor(made.items), made.rows)
 
     def work(self, row, draws):
+        self.decoded.append(row)
         epoch = next(e for e in range(100) if (draws == uniform(DRAWS, self.loading.seed, e, row)).all())
         if self.slow:
             time.sleep(random.random() / 500)
@@ -100,14 +102,95 @@ def test_ranks_share_an_epoch(world):
         assert len(seen) == len(set(seen)) == 103 - 103 % (4 * world)
 
 
-def test_bad_samples_give_their_place_to_the_next():
-    bad = {5, 6, 50, 99}
-    clean, holed = take(Counting(Numbers()), 12), take(Counting(Numbers(bad=bad)), 12)
-    rows = [row for batch in clean for _, row in batch if row not in bad]
-    assert [row for batch in holed for _, row in batch][: len(rows)] == rows
-    pipeline = Counting(Numbers(bad=range(40)))
-    epochs = [{of for of, _ in batch} for batch in take(pipeline, 14)]
-    assert epochs == [{0}] * 7 + [{1}] * 7  # 63 good ones make 7 batches
+def streams(data, world, count, *, global_batch, **options):
+    """The global batches that some ranks make together: (epoch, row) of each sample."""
+    ranks = [
+        take(Counting(data, rank=rank, world=world, batch_size=global_batch // world, **options), count)
+        for rank in range(world)
+    ]
+    return [[tuple(pair) for part in parts for pair in part] for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [None, 30])
+def test_the_sample_a_batch_later_stands_in(shuffle_buffer):
+    """Slot i's stand-in is slot i's sample of the batch after it, then of the one after that; all others stay."""
+    order = Counting(Numbers(), shuffle_buffer=shuffle_buffer).order
+    rows = order.rows(0, np.arange(103)).tolist()
+    bad = {rows[3], rows[24], rows[32], rows[88], rows[96]}  # slots 3, 0 (twice in a row), and 0 of the last batch
+    found = take(Counting(Numbers(bad=bad), shuffle_buffer=shuffle_buffer), 12)
+    wanted = rows[:96]
+    wanted[3], wanted[24], wanted[32] = rows[11], rows[40], rows[40]
+    wanted[88] = rows[1]  # 88 + 8 is bad, and 88 + 16 is position 104 of 103
+    assert [row for batch in found for _, row in batch] == wanted
+
+
+@pytest.mark.parametrize("bad", [range(40), range(3, 103, 33)])
+def test_epochs_are_as_long_as_without_bad_samples(bad):
+    epochs = [{of for of, _ in batch} for batch in take(Counting(Numbers(bad=bad)), 30)]
+    assert epochs == [{0}] * 12 + [{1}] * 12 + [{2}] * 6
+
+
+@pytest.mark.parametrize("shuffle_buffer", [None, 17])
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.8])
+def test_global_batches_are_the_same_for_any_ranks(share, shuffle_buffer):
+    rng = random.Random(5)
+    bad = {row for row in range(103) if rng.random() < share}
+    data, options = Numbers(bad=bad), {"global_batch": 12, "shuffle_buffer": shuffle_buffer}
+    expected = streams(data, 1, 10, **options)
+    assert all(len(set(batch)) == 12 and not {row for _, row in batch} & bad for batch in expected)
+    for world in (2, 3, 4, 12):
+        assert streams(data, world, 10, threads=4, depth=3, **options) == expected
+
+
+def test_small_sets_of_which_a_batch_takes_most_or_all():
+    """Slots without a good candidate take what others leave, whichever ranks these belong to."""
+    rng = random.Random(11)
+    for _ in range(40):
+        world = rng.choice([2, 3, 4])
+        size = world * rng.randrange(1, 5)
+        count = rng.randrange(size, 3 * size)
+        bad = set(rng.sample(range(count), rng.randrange(count - size + 1)))
+        expected = streams(Numbers(count, bad), 1, 7, global_batch=size)
+        assert all(len(set(batch)) == size and not {row for _, row in batch} & bad for batch in expected)
+        assert streams(Numbers(count, bad), world, 7, global_batch=size, depth=1, threads=3) == expected
+
+
+def test_too_few_good_samples_end_it_on_a_rank():
+    rng = random.Random(12)
+    for _ in range(30):
+        world = rng.choice([1, 2, 3])
+        size = world * rng.randrange(1, 5)
+        count = rng.randrange(size, 4 * size)
+        good = size - 1
+        bad = set(rng.sample(range(count), count - good))
+        with pytest.raises(DataError, match=f"only {good} of {count} images decode, too few for a batch of {size} "):
+            streams(Numbers(count, bad), world, 1, global_batch=size)
+
+
+def test_a_sample_that_becomes_bad_after_it_was_judged():
+    """Such as one of a disk that fails: nobody trains on it from then on."""
+    data = Numbers(12, bad=range(3))
+    pipeline = Counting(data, batch_size=9, max_skipped=1.0)
+    batches = iter(pipeline)
+    for bad in (3, 3, 3):
+        assert sorted(next(batches).rows.tolist()) == list(range(bad, 12))
+    data.bad |= {5}
+    with pytest.raises(DataError, match=r"only 8 of 12 .* too few for a batch of 9 \(bad: 4 corrupt\)"):
+        next(batches)
+
+
+def test_known_bad_samples_are_met_without_decoding_them():
+    pipeline = Counting(Numbers(bad=range(30)), threads=2)
+    take(pipeline, 5 * 12)
+    assert all(pipeline.decoded.count(row) == 1 for row in range(30))
+    assert pipeline.skipped.met["corrupt"] > 100
+
+
+def test_a_data_set_of_bad_samples_ends_before_all_of_it_is_decoded():
+    pipeline = Counting(Numbers(200_000, bad=range(200_000)), max_skipped=0.5, batch_size=16)
+    with pytest.raises(DataError, match=r"1\d\d\d of 1\d\d\d samples are bad"):
+        take(pipeline, 1)
+    assert len(pipeline.decoded) < 2000 and len(pipeline.skipped.report()["skipped"]) == 20
 
 
 def test_bad_samples_are_counted_and_listed_once(tmp_path):
@@ -122,7 +205,24 @@ def test_bad_samples_are_counted_and_listed_once(tmp_path):
     assert report["skipped_pictures"] == report["skipped_causes"]["corrupt"] == 30
     assert report["skipped_met"] > 45  # in each epoch again
     assert len(report["skipped"]) == 20
-    assert 0 <= pipeline.skipped.looked_at - report["skipped_met"] - 22 * 8 < 3 * 8  # what fills no batch
+    assert pipeline.skipped.looked_at == report["skipped_met"] + 22 * 8
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_ranks_count_together_what_one_counts(share):
+    """Also where a rank judges samples of other ranks' slots, which it does not count."""
+    rng = random.Random(3)
+    data = Numbers(40, bad={row for row in range(40) if rng.random() < share})
+
+    def counted(world):
+        ranks = [Counting(data, rank=rank, world=world, batch_size=12 // world) for rank in range(world)]
+        for rank in ranks:
+            take(rank, 9)
+        return merged([rank.skipped.state_dict() for rank in ranks])
+
+    alone = counted(1)
+    assert alone["looked_at"] == 9 * 12 + alone["met"]["corrupt"]
+    assert counted(2) == counted(3) == counted(4) == alone
 
 
 def test_one_bad_sample_of_twelve_epochs_is_one_bad_sample():
@@ -138,23 +238,6 @@ def test_what_comes_up_is_judged_as_often_as_it_comes_up():
     """Four of forty samples are bad, in 25 epochs: 4 of 1000 different samples would be no reason to end."""
     with pytest.raises(DataError, match=r"\d\d of 10\d\d samples are bad \(\d\d corrupt\), more than .* 0.05;"):
         take(Counting(Numbers(40, bad=range(4)), batch_size=9, max_skipped=0.05), 200)
-
-
-def test_counts_go_back_without_listing_a_sample_twice(tmp_path):
-    skipped = Skipped(Numbers(100), 1.0)
-    skipped.write_to(tmp_path / "skipped.jsonl")
-    for row in (7, 8):
-        skipped.add(row, BadSample("corrupt", "damaged"))
-    then, report = skipped.counts(), skipped.report()
-    for row in (8, 9, 15, 9):
-        skipped.add(row, BadSample("truncated", "cut"))
-    assert skipped.causes == {"corrupt": 2, "truncated": 2} and skipped.met == {"corrupt": 2, "truncated": 4}
-    skipped.back_to(then)
-    assert {**skipped.report(), "skipped": None} == {**report, "skipped": None} and skipped.looked_at == 2
-    skipped.add(9, BadSample("truncated", "cut"))
-    assert skipped.causes == {"corrupt": 2, "truncated": 1} and skipped.met.total() == 3
-    lines = [json.loads(line)["row"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert lines == [7, 8, 9, 15]
 
 
 class Untouched:
@@ -226,7 +309,7 @@ def test_too_many_bad_samples_stop_it():
 
 
 def test_not_one_batch():
-    with pytest.raises(DataError, match=r"only 7 of 103 .* too few for a batch of 8 \(bad so far: 96 corrupt\)"):
+    with pytest.raises(DataError, match=r"only 7 of 103 .* too few for a batch of 8 \(bad: 96 corrupt\)"):
         take(Counting(Numbers(bad=range(96))), 1)
 
 
@@ -243,17 +326,20 @@ def test_an_error_in_the_decoder_is_raised_and_threads_end():
 
 def test_a_state_of_something_else_is_refused():
     state = Counting(Numbers()).state_dict()
+    wanted = {"epoch": 0, "batch": 0, "samples": 103, "seed": 0, "global_batch": 8, "shuffle_buffer": None}
+    assert state == wanted
     for name, other in (
         ("seed", Counting(Numbers(), seed=3)),
         ("samples", Counting(Numbers(104))),
-        ("batch_size", Counting(Numbers(), batch_size=4)),
+        ("global_batch", Counting(Numbers(), batch_size=4)),
         ("shuffle_buffer", Counting(Numbers(), shuffle_buffer=10)),
-        ("world", Counting(Numbers(), world=2)),
+        ("global_batch", Counting(Numbers(), world=2)),
     ):
         with pytest.raises(ConfigError, match=f"with {name} "):
             other.load_state_dict(state)
     with pytest.raises(ConfigError, match="with samples unknown"):
         Counting(Numbers()).load_state_dict({})
+    Counting(Numbers(), batch_size=2, rank=3, world=4).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

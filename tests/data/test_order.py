@@ -1,5 +1,8 @@
 """data/order.py: every sample once an epoch, whatever the ranks; a position tells its row."""
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -50,53 +53,85 @@ def test_uniform_draws():
         assert not np.intersect1d(other, draws).size
 
 
+def share(order, epoch):
+    """The rows of this rank in an epoch, int64 [batches, batch_size]."""
+    return order.rows(epoch, order.positions(np.arange(order.batches)))
+
+
 @pytest.mark.parametrize("shuffle_buffer", [None, 1, 7, 64, 149, 10_000])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_sample_once_an_epoch(world, shuffle_buffer):
     for epoch in range(3):
-        shares = [order.rows(epoch, 0, len(order)) for order in orders(world, shuffle_buffer=shuffle_buffer)]
-        assert sorted(np.concatenate(shares)) == list(range(149))
+        ranks = orders(world, shuffle_buffer=shuffle_buffer)
+        whole = ranks[0].rows(epoch, np.arange(149))
+        assert sorted(whole) == list(range(149))
+        used = 149 - 149 % (4 * world)
+        together = np.stack([share(order, epoch) for order in ranks], axis=1)
+        assert (together.reshape(-1) == whole[:used]).all()
 
 
 @pytest.mark.parametrize("shuffle_buffer", [None, 30])
 def test_a_global_batch_is_the_same_for_any_ranks(shuffle_buffer):
     def global_batches(world):
         found = orders(world, batch_size=12 // world, shuffle_buffer=shuffle_buffer)
-        assert {order.batches for order in found} == {149 // 12}
-        size = 12 // world
-        return [np.concatenate([o.rows(2, b * size, (b + 1) * size) for o in found]).tolist() for b in range(149 // 12)]
+        assert {(order.batches, order.global_batch) for order in found} == {(149 // 12, 12)}
+        return np.concatenate([share(order, 2) for order in found], axis=1).tolist()
 
     assert global_batches(1) == global_batches(2) == global_batches(3) == global_batches(4)
 
 
-def test_rows_in_pieces_are_the_rows():
+def test_rows_of_some_positions():
     for shuffle_buffer in (None, 20):
-        order = orders(2, shuffle_buffer=shuffle_buffer)[1]
-        whole = order.rows(5, 0, len(order))
-        pieces = [order.rows(5, k, min(k + 7, len(order))) for k in range(0, len(order), 7)]
-        assert (np.concatenate(pieces) == whole).all()
+        (order,) = orders(1, shuffle_buffer=shuffle_buffer)
+        whole = order.rows(5, np.arange(149))
+        some = np.array([[148, 0, 30], [31, 7, 7]])
+        assert (order.rows(5, some) == whole[some]).all()
+        assert order.rows(5, np.empty(0, dtype=np.int64)).shape == (0,)
+
+
+def test_threads_that_ask_for_different_epochs():
+    (order,) = orders(1, shuffle_buffer=20)
+    wanted = [order.rows(epoch, np.arange(149)).tolist() for epoch in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda k: order.rows(k % 4, np.arange(149)).tolist(), range(400))
+        assert all(rows == wanted[k % 4] for k, rows in enumerate(found))
+
+
+@pytest.mark.parametrize(
+    "shuffle_buffer, rows, digest",
+    [(None, [117, 43, 134, 78, 95, 29], "5c41834ced2acd92"), (30, [59, 51, 61, 2, 53, 14], "16e8f646230b9396")],
+)
+def test_the_order_stays_from_version_to_version(shuffle_buffer, rows, digest):
+    """A checkpoint's position means the same samples to the version that resumes it."""
+    (order,) = orders(1, shuffle_buffer=shuffle_buffer)
+    assert order.rows(1, np.arange(6)).tolist() == rows
+    found = hashlib.sha256()
+    for epoch in range(3):
+        batches = share(order, epoch)
+        found.update(batches.tobytes() + uniform(3, 1, epoch, batches).tobytes())
+    assert found.hexdigest()[:16] == digest
 
 
 def test_epochs_and_seeds_differ():
     for shuffle_buffer in (None, 64):
         (a,), (b,) = orders(1, shuffle_buffer=shuffle_buffer), orders(1, seed=2, shuffle_buffer=shuffle_buffer)
-        rows = [a.rows(0, 0, 149), a.rows(1, 0, 149), b.rows(0, 0, 149)]
+        rows = [order.rows(epoch, np.arange(149)) for order, epoch in ((a, 0), (a, 1), (b, 0))]
         assert all((rows[i] != rows[j]).mean() > 0.9 for i in range(3) for j in range(i))
 
 
 def test_a_buffer_reads_a_few_shards_at_a_time():
     order = Order([100] * 50, seed=0, batch_size=10, shuffle_buffer=300)
     for window in range(16):
-        shards = np.unique(order.rows(0, 300 * window, 300 * (window + 1)) // 100)
+        shards = np.unique(order.rows(0, np.arange(300 * window, 300 * (window + 1))) // 100)
         assert len(shards) == 3
-    first = [order.rows(epoch, 0, 300) // 100 for epoch in range(20)]
+    first = [order.rows(epoch, np.arange(300)) // 100 for epoch in range(20)]
     assert len(np.unique(np.concatenate(first))) > 25  # other shards first in every epoch
 
 
 def test_a_billion_samples_cost_nothing():
     order = Order(np.full(100_000, 10_000), seed=0, batch_size=256, rank=3, world=64)
-    rows = order.rows(7, len(order) - 1000, len(order))
-    assert len(np.unique(rows)) == 1000 and rows.max() < 10**9 and rows.min() >= 0
+    rows = order.rows(7, order.positions(np.arange(order.batches - 4, order.batches)))
+    assert len(np.unique(rows)) == 1024 and rows.max() < 10**9 and rows.min() >= 0
 
 
 def test_what_is_refused():

@@ -21,8 +21,9 @@ from lift_fast.cache import Cache, CacheWriter, encode, key_hash
 from lift_fast.data import dali
 from lift_fast.data.host import HostPipeline
 from lift_fast.data.loading import Loading
-from lift_fast.data.samples import Collection
+from lift_fast.data.samples import BadSample, Collection
 from lift_fast.data.shards import Shards
+from lift_fast.data.skipped import merged
 from lift_fast.errors import DataError
 from lift_fast.text.cached import CachedText
 
@@ -181,6 +182,96 @@ def test_dtypes_and_layouts(numbered, pipeline, dtype):
         assert (got - wanted).abs().max() <= levels + 1e-2 * (dtype != torch.uint8)
 
 
+# ---- one stream of samples, whatever the ranks
+
+
+class Unrendered(HostPipeline):
+    """Reads images and does not decode them: for many samples in little time."""
+
+    def _render(self, row, draws):
+        self.data.image_bytes(row)
+        return np.zeros((1, 1, 3), np.uint8)
+
+
+def run(build, world, batches, state, **options):
+    """Goes on from `state` on so many ranks: the keys' hashes of each global batch, and the state at the end.
+
+    build: (options of Loading) -> pipeline. options: for all ranks; each has other threads and another depth.
+    """
+    parts, places, states = [], [], []
+    for rank in range(world):
+        loader = build(rank=rank, world=world, threads=1 + 3 * (rank % 2), ahead=3 * ((rank + world) % 2), **options)
+        if state:
+            loader.skipped.load_state_dict(state["skipped"])
+            loader.load_state_dict(state["loader"])
+        parts.append([batch.rows for batch in take(loader, batches)])
+        places.append(loader.state_dict())
+        states.append(loader.skipped.state_dict())
+    assert all(place == places[0] for place in places)
+    state = json.loads(json.dumps({"loader": places[0], "skipped": merged(states)}))
+    return [torch.cat(rows) for rows in zip(*parts, strict=True)], state
+
+
+def check_streams(build, hashes, bad, size, batches, rng):
+    """Ranks 1 to 4, then a run that stops at ten random places and goes on with another number of ranks."""
+
+    def keys(rows):
+        return [hashes[batch].tolist() for batch in rows]
+
+    rows, end = run(build, 1, batches, None, batch_size=size)
+    expected = keys(rows)
+    for batch in rows:
+        assert len(batch.unique()) == size and not bad & set(batch.tolist())
+    for world in (2, 3, 4):
+        found, state = run(build, world, batches, None, batch_size=size // world)
+        assert keys(found) == expected and state == end
+    stops = [0, *sorted(rng.sample(range(1, batches), 10)), batches]
+    found, state, world = [], None, 1
+    for start, stop in zip(stops, stops[1:], strict=False):
+        world = rng.choice([other for other in (1, 2, 3, 4) if other != world])
+        more, state = run(build, world, stop - start, state, batch_size=size // world)
+        found += keys(more)
+    assert found == expected and state == end
+    return state
+
+
+@pytest.mark.parametrize("shuffle_buffer", [None, 700])
+def test_two_epochs_are_one_stream_for_any_ranks(numbered, shuffle_buffer):
+    """10 000 samples, 3% of them bad."""
+    rng = random.Random(2)
+    bad = set(rng.sample(range(10_000), 300))
+    data = Collection([numbered[0]])
+    data.leave_out({row: BadSample("corrupt", "made so") for row in bad})
+    hashes = torch.cat([numbered[0].shard_hashes(k) for k in range(7)])
+
+    def build(**options):
+        return Unrendered(data, Loading(image_size=1, seed=4, shuffle_buffer=shuffle_buffer, **options))
+
+    state = check_streams(build, hashes, bad, 96, 2 * (10_000 // 96), rng)
+    assert state["loader"] | {"epoch": 1, "batch": 104} == state["loader"]
+    assert state["skipped"]["rows"] == {"corrupt": sorted(bad)}
+    assert 2 * 290 < state["skipped"]["met"]["corrupt"] < 2 * 320
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_two_epochs_of_pixels_are_one_stream_for_any_ranks(tmp_path, pipeline):
+    """140 samples, 20% of them damaged; with a batch of 72, slots without a good candidate are frequent."""
+    rng = random.Random(3)
+    bad = set(rng.sample(range(140), 28))
+    for shard, numbers in enumerate(np.array_split(np.arange(140), 3)):
+        pictures = [numbered_picture(n)[: 200 if n in bad else None] for n in numbers.tolist()]
+        write_tar(tmp_path / f"{shard}.tar", list(zip(map(key_of_number, numbers.tolist()), pictures, strict=True)))
+    samples = Shards(tmp_path)
+
+    def build(**options):
+        return pipeline(Collection([samples]), Loading(image_size=4, shuffle_buffer=50, max_skipped=1.0, **options))
+
+    hashes = torch.cat([samples.shard_hashes(k) for k in range(3)])
+    for size in (12, 72):
+        state = check_streams(build, hashes, bad, size, max(11, 2 * (140 // size)), rng)
+        assert state["skipped"]["rows"] == {"truncated": sorted(bad)}
+
+
 # ---- damaged and hostile data
 
 
@@ -208,15 +299,14 @@ def test_hostile_files_are_counted_by_cause_and_the_good_all_arrive(damaged, pip
     bad = {row: cause for row, cause in enumerate(causes) if cause is not None}
     found = pipeline(data, Loading(batch_size=1, image_size=16, max_skipped=0.2))
     found.skipped.write_to(tmp_path / "skipped.jsonl")
-    batches = take(found, len(causes) - len(bad) + 1)  # the last one is of the next epoch: all of the first is over
-    rows = torch.cat([batch.rows for batch in batches[:-1]]).tolist()
-    assert sorted(rows) == [row for row in range(len(causes)) if row not in bad]
+    rows = torch.cat([batch.rows for batch in take(found, len(causes))]).tolist()
+    own = found.order.rows(0, np.arange(len(causes))).tolist()
+    assert [row for row in own if row not in bad] == [row for row, place in zip(rows, own, strict=True) if row == place]
+    assert not bad.keys() & set(rows)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {line["row"]: line["cause"] for line in lines} == bad
     assert len(lines) == len(bad)
-    counted = Counter(bad.values())
-    assert all(found.skipped.causes[cause] >= count for cause, count in counted.items())
-    assert found.skipped.causes.total() - len(bad) < 20  # those of the second epoch that came before its first good one
+    assert found.skipped.causes == Counter(bad.values())
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
@@ -225,10 +315,9 @@ def test_twenty_epochs_of_hostile_files_leak_nothing(damaged, pipeline):
     loading = Loading(batch_size=100, image_size=16, max_skipped=0.2)
     found = pipeline(data, loading)
     batches = iter(found)
-    of_epoch = sum(cause is None for cause in causes) // 100
     process, resident, files = psutil.Process(), [], []
     for _ in range(20):
-        for _ in range(of_epoch):
+        for _ in range(found.order.batches):
             next(batches)
         resident.append(process.memory_info().rss)
         files.append(len(os.listdir("/proc/self/fd")))
