@@ -9,6 +9,7 @@ run.json          the last file: the run is complete (run_folder.py)
 
 import errno
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ import torch
 
 from .. import run_folder
 from ..data.skipped import merged
-from ..errors import Stopped, TrainingError
+from ..errors import Stopped
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
 from ..nn import Clip, Lift

@@ -57,9 +57,7 @@ def spread(
         if rank.world == 1:
             return towers
         index = None if device.type == "cpu" else [device]
-        return nn.parallel.DistributedDataParallel(
-            towers, device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return nn.parallel.DistributedDataParallel(towers, device_ids=index, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
