@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from lift_fast.nn import Lift, Preset, TextConfig, VitConfig
 from lift_fast.nn.models import MAX_LOGIT_SCALE
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.ema import Ema
-from lift_fast.train.optimizer import make_optimizer, set_lr
+from lift_fast.train.optimizer import lock, make_optimizer, set_lr
 
 SMALL = Preset(VitConfig(16, 8, 32, 2, 2), TextConfig(9, 60, 16, 2, 2), embed_dim=12, text_dim=24)
 DECAY = 0.75
-STEPS = 4
+STEPS = 3
+LOCKS = [None, 0, 1]
 
 
 def weights(model):
@@ -105,10 +107,16 @@ class Root(nn.Module):
         return self.model.encode_image(pixels), self.model.logit_scale.exp()
 
 
-def train(sharded, rank=0, world=1):
-    """Losses, evaluations with the average, and at the end weights and averages, whole."""
+def train(sharded, unlocked=None, rank=0, world=1):
+    """Evaluations with and without the average, and at the end weights and averages, whole. unlocked: last blocks of a
+    locked tower that are trained; None: no lock."""
     torch.manual_seed(0)
     model = Lift(SMALL)
+    # A large eps, since the gradient of the keys' bias is nothing but rounding errors.
+    config = TrainConfig("lift", (), None, lr=0.01, layer_decay=0.7, eps=1e-3)
+    if unlocked is not None:
+        config = replace(config, lock="tower", unlocked_blocks=unlocked)
+    lock(model, config)
     root = Root(model)
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
@@ -118,8 +126,6 @@ def train(sharded, rank=0, world=1):
         for block in model.visual.transformer.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(root, mesh=mesh, ignored_params={model.logit_scale}, reshard_after_forward=True)
-    # A large eps, since the gradient of the keys' bias is nothing but rounding errors.
-    config = TrainConfig("lift", (), None, lr=0.01, layer_decay=0.7, eps=1e-3)
     optimizer, ema = make_optimizer(model, config), Ema(model, DECAY)
     generator, found = torch.Generator().manual_seed(1), []
     for turn in range(STEPS):
@@ -150,17 +156,18 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*returned a view tensor")
-        torch.save(train(True, rank, world), f"{folder}/{rank}.pt")
+        torch.save([train(True, unlocked, rank, world) for unlocked in LOCKS], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_shards_train_and_average_as_one_process_does(tmp_path):
     """FSDP2 sees a call of each block, and none of its outputs is a view."""
     mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
-    want = train(False)
-    for rank in range(2):
-        for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), want, strict=True):
-            torch.testing.assert_close(got, right, rtol=1e-4, atol=2e-6)
+    for number, unlocked in enumerate(LOCKS):
+        want = train(False, unlocked)
+        for rank in range(2):
+            for got, right in zip(torch.load(tmp_path / f"{rank}.pt")[number], want, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.gpu
