@@ -80,24 +80,24 @@ class Embed:
         from ..cache import Cache
         from ..data.passes import remarks_of
         from ..data.sources import open_source
-        from ..devices import pick_device
         from ..ranks import Rank
         from ..text.embed import embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
         from ..text.repository import code_notice
         from ..text.skipped import SKIPPED
+        from .launch import settle
 
         rank = Rank.from_environment()
+        if self.dry_run and not rank.is_first:
+            return
+        device = settle(self.encoding.device, rank)
         source = open_source(self.data, self.field, self.reading)
-        if rank.number == 0:
+        if rank.is_first:
             print(printable(str(source)), flush=True)
             print_problems(source.samples.problems)
             for remark in remarks_of(source.samples):
                 warn(remark)
-        device = pick_device(self.encoding.device)
-        if device.type == "cuda" and device.index is None:
-            device = pick_device(f"cuda:{rank.local}")
         dtype: str = self.encoding.dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -113,7 +113,7 @@ class Embed:
             trust_remote_code=self.encoding.trust_remote_code,
             dtype=dtype,
         )
-        if rank.number == 0:
+        if rank.is_first:
             for line in code_notice(spec):
                 print(printable(line), flush=True)
         encoder = Encoder(spec, device=device)
@@ -129,6 +129,8 @@ class Embed:
             rank=rank,
             warn=lambda warning: warn(f"{prefix}{warning}"),
         )
+        if not (done.written or done.missing or rank.is_first):
+            return  # the ranks that wrote something say that the cache is complete, or else the first
         if done.written:
             error = "" if done.cosine is None else f"; mean cosine of vectors to their codes {done.cosine:.5f}"
             copied = f", {counted(done.copied, 'repeated caption')} copied" if done.copied else ""

@@ -13,6 +13,8 @@ from ..errors import ConfigError
 from ..train.config import PresetName
 from .common import counted, listed, print_problems, printable, read_json, write_json
 
+_TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
+
 
 def named_sets(words: list[str]) -> dict[str, Path]:
     """The data sets that an option --data names: NAME PATH, several times; or paths alone, named by their last part.
@@ -52,6 +54,8 @@ class Eval:
 
     Zero-shot classification takes the classes that the metadata of the samples name: a column, or an entry of the
     .json, called group, label, class, class_name or cls; of class folders their names.
+
+    On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast eval …
     """
 
     run: Path
@@ -73,23 +77,31 @@ class Eval:
 
     def __call__(self) -> None:
         from ..data.samples import Problem
-        from ..devices import pick_device
         from ..eval.run import evaluate
+        from ..ranks import Rank, joined, together
         from ..run_folder import encoder_code
+        from .launch import settle
 
-        if self.trust_remote_code:
-            for line in encoder_code(self.run):
-                print(printable(line), flush=True)
-        result = evaluate(
-            self.run,
-            self.data,
-            pick_device(self.device),
-            loader=self.loader,
-            trust_remote_code=self.trust_remote_code,
-            field=self.field,
-            images=self.pictures,
-            options=self.reading,
-        )
+        rank = Rank.from_environment()
+        device = settle(self.device, rank)
+        with joined(rank, device, _TIMEOUT):
+            if self.trust_remote_code:
+                lines = together(lambda: encoder_code(self.run), only_first=True)
+                for line in lines if rank.is_first else ():
+                    print(printable(line), flush=True)
+            result = evaluate(
+                self.run,
+                self.data,
+                device,
+                loader=self.loader,
+                trust_remote_code=self.trust_remote_code,
+                field=self.field,
+                images=self.pictures,
+                options=self.reading,
+                rank=rank,
+            )
+        if not rank.is_first:
+            return
         print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
         for name, scores in result["retrieval"].items():
             i2t, t2i = scores["i2t"], scores["t2i"]

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import dali, host
-from ..data.loading import Loaded, in_words
+from ..data.loading import Loaded
 from ..data.pixels import normalise
 from ..data.samples import Samples
+from ..data.skipped import in_words
 from ..devices import gpu_index
 from ..errors import DataError
-from ..ranks import Rank
-from .shares import cut, gathered, in_order, mine, rounds
+from ..ranks import Rank, every
+from .shares import cut, in_order, mine, rounds
 
 _CHUNK = 64  # samples; those of them that decode go through the tower at once
 _BYTES = 1 << 28  # of pixels that are decoded at once
@@ -115,7 +116,7 @@ def image_features(encode_image: Callable[[Tensor], Tensor], images: Images) -> 
     encode_image: normalised pixels [batch, 3, H, W] on the images' device -> features [batch, dim]. Every rank calls it
     equally often, since with FSDP2 each call is a collective.
 
-    Raises DataError when no image decodes; BackendError as Images; RankFailed.
+    Raises DataError when no image decodes; BackendError as Images.
     """
     features, samples, causes = [], [], Counter[str]()
     share = iter(images)
@@ -125,9 +126,9 @@ def image_features(encode_image: Callable[[Tensor], Tensor], images: Images) -> 
         features.append(encoded.float().cpu()[: len(loaded.samples)])
         samples += loaded.samples
         causes.update(loaded.causes)
-    shares = gathered((samples, causes), images.rank)
+    shares = every((samples, causes))
     causes = sum((part for _, part in shares), Counter[str]())
     everyone = sorted(sample for part, _ in shares for sample in part)
     if not everyone:
         raise images.none_decodes(causes)
-    return ImageFeatures(F.normalize(in_order(features, images.rank), dim=-1), everyone, causes)
+    return ImageFeatures(F.normalize(in_order(features), dim=-1), everyone, causes)

@@ -16,12 +16,11 @@ from ..data.options import DataOptions
 from ..data.samples import Samples
 from ..errors import ConfigError, DataError, TrainingError
 from ..nn import Clip, Lift
-from ..ranks import Rank
+from ..ranks import Rank, together
 from ..run_folder import EncodeText
 from .composition import evaluate_composition, has_foils
 from .images import Images, image_features
 from .retrieval import retrieval
-from .shares import agreed, of_first
 from .texts import Captions, Texts, encode_texts, matched, read_captions
 from .zero_shot import LABELS, evaluate_zero_shot, has_numbers, labels_of
 
@@ -52,7 +51,7 @@ def evaluate(
     group and each on its own device; all of them return the same.
 
     Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.text_encoder and
-    evaluate_model raise; RankFailed when another rank has ended with an error.
+    evaluate_model raise, each also when it is raised on another rank.
     """
     rank = rank or Rank()
 
@@ -69,8 +68,10 @@ def evaluate(
         encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
         return model, encode_text, held_out, reading, run.get("field", "txt")
 
-    model, encode_text, held_out, reading, wanted = agreed(opened, rank)
-    fields = of_first(lambda: {name: field or field_of(data, wanted) for name, data in held_out.items()}, rank)
+    model, encode_text, held_out, reading, wanted = together(opened)
+    fields = together(
+        lambda: {name: field or field_of(data, wanted) for name, data in held_out.items()}, only_first=True
+    )
     result = evaluate_model(
         model,
         encode_text,
@@ -138,7 +139,7 @@ def evaluate_model(
 
     Raises ConfigError when two sets have foils or two have classes, since each of these scores is of one set; DataError
     when no image of a set decodes, and for a caption that cannot be used, unless skip_bad; BackendError for loader dali
-    when it is not installed; RankFailed when another rank has ended with an error.
+    when it is not installed.
     """
     rank = rank or Rank()
     result: dict[str, Any] = {"retrieval": {}, "composition": None, "zero_shot": None, "pictures": []}
@@ -172,7 +173,7 @@ def _evaluate_set(
     """What evaluate_model returns of one set."""
     images = Images(data, model.visual.config.image_size, device, loader, rank)
     features = image_features(model.encode_image, images)
-    captions = agreed(lambda: read_captions(data, features.samples, field, skip_bad) if rank.is_first else None, rank)
+    captions = together(lambda: read_captions(data, features.samples, field, skip_bad) if rank.is_first else None)
     texts = encode_texts(captions, encode_text, rank, skip_bad)
 
     def score() -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _evaluate_set(
             "pictures": _examples(name, data, image[:examples], chosen, texts),
         }
 
-    return of_first(score, rank)
+    return together(score, only_first=True)
 
 
 def score_set(image: Tensor, captions: Captions, texts: Texts) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.loading import in_words
 from ..data.samples import BadText, Samples
+from ..data.skipped import in_words
 from ..errors import DataError, EncoderError
-from ..ranks import Rank
+from ..ranks import Rank, of_first, together
 from ..run_folder import EncodeText
 from .composition import captions_and_foils, has_foils
 from .images import ImageFeatures
-from .shares import agreed, cut, in_order, mine, of_first, rounds
+from .shares import cut, in_order, mine, rounds
 from .zero_shot import labels_of, prompts
 
 _CHUNK = 128  # texts that are encoded at once
@@ -88,9 +88,9 @@ def encode_texts(captions: Captions | None, encode_text: EncodeText, rank: Rank,
     """The features of all texts of `captions`, which rank 0 passes. A collective: the ranks share the encoding.
 
     Every rank calls encode_text equally often, since with FSDP2 each call of CLIP's text tower is a collective.
-    skip_bad: texts without tokens get zeros. Raises what encode_text raises; RankFailed.
+    skip_bad: texts without tokens get zeros. Raises what encode_text raises.
     """
-    texts = of_first(lambda: captions.texts() if captions else [], rank)
+    texts = of_first(captions.texts() if captions else [])
     chunks = [[texts[i] for i in chunk] for chunk in cut(len(texts), _CHUNK)]
     own = mine(chunks, rank)
 
@@ -100,7 +100,7 @@ def encode_texts(captions: Captions | None, encode_text: EncodeText, rank: Rank,
             for i in range(rounds(len(chunks), rank))
         ]
 
-    return Texts(texts, in_order(agreed(encode, rank)[: len(own)], rank))
+    return Texts(texts, in_order(together(encode)[: len(own)]))
 
 
 def _encoded(texts: list[str], encode_text: EncodeText, skip_bad: bool) -> Tensor:

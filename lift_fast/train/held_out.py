@@ -13,11 +13,10 @@ from ..data.open import open_data
 from ..errors import ConfigError
 from ..eval.images import ImageFeatures, Images, image_features
 from ..eval.run import field_of, options_of, score_set
-from ..eval.shares import agreed, of_first
 from ..eval.texts import Captions, Texts, encode_texts, matched, read_captions
 from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
-from ..ranks import Rank
+from ..ranks import Rank, together
 from ..run_folder import EncodeText
 from .config import TrainConfig
 
@@ -34,8 +33,8 @@ class HeldOut:
     model. rank: this process; the constructor and `scores` are collectives.
 
     Raises DataError and ConfigError for a set that cannot be read, and for an encoder that runs code from its
-    repository, which is not permitted while training; what run_folder.text_encoder raises; RankFailed when another
-    rank has ended with an error.
+    repository, which is not permitted while training; what run_folder.text_encoder raises; each also when it is
+    raised on another rank.
     """
 
     def __init__(self, config: TrainConfig, run: dict[str, Any], device: torch.device, rank: Rank):
@@ -68,16 +67,16 @@ class HeldOut:
             for images in self.images.values():
                 images.check()
 
-        self.images = agreed(opened, rank)
-        agreed(lambda: check() if rank.is_first else None, rank)
+        self.images = together(opened)
+        together(check, only_first=True)
         # Only rank 0 has captions, since it alone computes the scores.
-        captions = agreed(lambda: read() if rank.is_first else {}, rank)
+        captions = together(lambda: read() if rank.is_first else {})
         self.captions = {name: captions.get(name) for name in self.images}
         self.texts: dict[str, Texts] | None = None
         if run["model"] == "lift":
             # Loading a model may draw random numbers, which are the training's.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                self.texts = self._encode_texts(agreed(load, rank))
+                self.texts = self._encode_texts(together(load))
         if sum(images.bytes for images in self.images.values()) <= _KEPT:
             for images in self.images.values():
                 images.keep()
@@ -92,7 +91,7 @@ class HeldOut:
         Returns {set: {"t2i_r1", "i2t_r1", "n", "left_out"}}, and where a set has them "composition", the mean over the
         tasks, and "zero_shot_top1".
 
-        Raises DataError when no image of a set decodes; TrainingError when features are not finite; RankFailed.
+        Raises DataError when no image of a set decodes; TrainingError when features are not finite.
         """
         found = {}
         with _evaluating(model), _unsharded(towers, next(iter(self.images.values())).none.pixels.to(self.device)):
@@ -102,7 +101,7 @@ class HeldOut:
             for name, images in self.images.items():
                 features = image_features(model.encode_image, images)
                 score = partial(_scores, features, self.captions[name], texts[name])
-                found[name] = of_first(score, self.rank)
+                found[name] = together(score, only_first=True)
         return found
 
     def _encode_texts(self, encode_text: EncodeText) -> dict[str, Texts]:
