@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from ..errors import TrainingError
-from ..ranks import Rank, every, of_first
+from ..errors import RankLost, TrainingError
+from ..ranks import Rank, answering, together
 from .storage import Index, Reader, Writer, sizes_and_dtype
 
 FORMAT = 1
@@ -81,7 +81,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, str] | None = None  # step and reason of the last save, where it failed
-        self._broken: Exception | BaseException | None = None
+        self._broken: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Begins to write a checkpoint, after waiting for the one before. The tensors may change when it returns.
@@ -104,36 +104,34 @@ class Checkpoints:
     def wait(self, *, raising: bool = False) -> None:
         """Waits for the save under way. raising: a last save that could not be written is an error.
 
-        Raises TrainingError for that, and when a rank is gone or anything but the file system kept it from writing.
+        Raises TrainingError for that, and when anything but the file system kept this rank from writing; RankLost.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._broken is not None:
             error, self._broken = self._broken, None
+            if isinstance(error, RankLost):
+                raise error
             raise TrainingError(
                 f"{self.rank}: the thread that writes checkpoints ended with {type(error).__name__}: {error}; run the "
                 "same command again: it goes on from the last checkpoint"
             ) from error
         if raising and self._failed is not None:
             step, reason = self._failed
-            raise TrainingError(
+            failed = TrainingError(
                 f"cannot write the checkpoint of step {step} ({reason}); {self._last_one()}; free some space and run "
                 "the same command again: it goes on from there"
             )
+            failed.reported = not self.rank.is_first  # all ranks raise it
+            raise failed
 
     def newest(self, say: Callable[[str], object]) -> Found | None:
         """The newest whole checkpoint, None where there is none. All files are read and compared with their SHA-256.
 
         say: is given, on rank 0, what is wrong with each newer one. Raises TrainingError when none is whole.
         """
-        found = of_first(self._search(say) if self.rank.is_first else None)
-        if isinstance(found, str):
-            raise TrainingError(
-                f"no checkpoint in {self.folder} is whole (the newest: {found}); put an intact copy of one there, or "
-                "remove the folder to begin from the first step"
-            )
-        return found
+        return together(lambda: self._search(say), only_first=True)
 
     def load(self, found: Found, tensors: dict[str, Any]) -> None:
         """Copies the values of a checkpoint into these tensors, however they were sharded when it was written.
@@ -142,18 +140,8 @@ class Checkpoints:
         of the checkpoint; and when a file cannot be read.
         """
         wanted = _flat(tensors)
-        different = next(filter(None, every(_difference(wanted, found.index["tensors"]))), None)
-        if different is not None:
-            raise TrainingError(
-                f"the checkpoint of step {found.step} does not fit: {different}; use the settings and the version of "
-                "lift-fast that wrote it, or name another --out"
-            )
-        failed = next(filter(None, every(self._read(found, wanted))), None)
-        if failed is not None:
-            raise TrainingError(
-                f"the checkpoint of step {found.step} cannot be read ({failed}); run the same command again, on a "
-                "file system that all ranks see"
-            )
+        together(lambda: _check_fits(wanted, found))
+        together(lambda: self._read(found, wanted))
         self._last = found.step
 
     def _write(self, step: int, writer: Writer, copied: "torch.cuda.Event | None") -> None:
@@ -161,8 +149,9 @@ class Checkpoints:
         try:
             if copied is not None:
                 copied.synchronize()
-            reason = self._written(writer)
-        except BaseException as error:  # another rank is gone
+            with answering(self.rank):
+                reason = self._written(writer)
+        except BaseException as error:
             self._broken = error
             return
         self._failed = None if reason is None else (step, reason)
@@ -251,31 +240,31 @@ class Checkpoints:
         names = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
         return sorted(int(name[1]) for name in names if name)
 
-    def _search(self, say: Callable[[str], object]) -> Found | str | None:
-        """`newest` on rank 0; a text where there are only damaged ones: what is wrong with the newest."""
+    def _search(self, say: Callable[[str], object]) -> Found | None:
+        """`newest`, on rank 0."""
         if not self.folder.exists():
             return None
+        self._clear()
         damaged: dict[int, str] = {}
-        found = None
-        try:
-            self._clear()
-            for step in reversed(self._steps()):
-                try:
-                    found = _verified(self._whole(step), step)
-                    break
-                except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                    damaged[step] = str(error)
-        except OSError as error:
-            return str(error)
-        if found is None:
-            return next(iter(damaged.values()), None)
-        for step, reason in damaged.items():
-            say(f"the checkpoint of step {step} is damaged ({reason}); going on from that of step {found.step}")
-        self._damaged = set(damaged)
-        return found
+        for step in reversed(self._steps()):
+            try:
+                found = _verified(self._whole(step), step)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                damaged[step] = str(error)
+                continue
+            for later, reason in damaged.items():
+                say(f"the checkpoint of step {later} is damaged ({reason}); going on from that of step {step}")
+            self._damaged = set(damaged)
+            return found
+        if damaged:
+            raise TrainingError(
+                f"no checkpoint in {self.folder} is whole (the newest: {next(iter(damaged.values()))}); put an intact "
+                "copy of one there, or remove the folder to begin from the first step"
+            )
+        return None
 
-    def _read(self, found: Found, wanted: dict[str, Tensor]) -> str | None:
-        """None, or why the values could not be copied into these tensors."""
+    def _read(self, found: Found, wanted: dict[str, Tensor]) -> None:
+        """Copies the values into these tensors."""
         reader = Reader(found.folder, found.index)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(wanted, reader.read_metadata(), self.rank.is_first)
@@ -283,8 +272,10 @@ class Checkpoints:
             with torch.no_grad():
                 reader.read_data(planner.create_local_plan(), planner)
         except (OSError, SafetensorError) as error:
-            return f"{self.rank}: {error}"
-        return None
+            raise TrainingError(
+                f"{self.rank} cannot read the checkpoint of step {found.step} ({error}); all ranks must see the same "
+                "files; run the same command again"
+            ) from error
 
     def _last_one(self) -> str:
         return "there is none before" if self._last is None else f"the last is that of step {self._last}"
@@ -415,18 +406,17 @@ def _flat(tensors: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _difference(wanted: dict[str, Tensor], saved: dict[str, Any]) -> str | None:
-    """The first difference between tensors and those of a checkpoint in names, shapes and dtypes, None without."""
+def _check_fits(wanted: dict[str, Tensor], found: Found) -> None:
+    """Raises TrainingError for the first difference in names, shapes and dtypes between tensors and a checkpoint's."""
+    saved = found.index["tensors"]
     for name in sorted(wanted.keys() | saved.keys()):
-        if name not in saved:
-            return f"it has no tensor {name}"
-        if name not in wanted:
-            return f"this run has no tensor {name}"
-        ours = [*wanted[name].shape], str(wanted[name].dtype).removeprefix("torch.")
-        theirs = saved[name]["size"], saved[name]["dtype"]
+        theirs = f"{saved[name]['dtype']} {saved[name]['size']}" if name in saved else "not in it"
+        ours = f"{wanted[name].dtype} {[*wanted[name].shape]}".removeprefix("torch.") if name in wanted else "not"
         if ours != theirs:
-            return f"its tensor {name} has shape {theirs[0]} and dtype {theirs[1]}, not {ours[0]} and {ours[1]}"
-    return None
+            raise TrainingError(
+                f"the checkpoint of step {found.step} does not fit this run: {name} is {theirs}, and {ours} in this "
+                "run; use the settings and the version of lift-fast that wrote it, or name another --out"
+            )
 
 
 def _verified(folder: Path, step: int) -> Found:
