@@ -5,8 +5,8 @@ The model is the demo's: LIFT, `tiny`, on generated images, batch 128 unless a r
 - shared: a run by the command line alone and with one busy process on the same two CPUs; with libgomp's own wait for
   comparison. Figure: seconds of the run, without the start of Python and opening the data (`seconds` of run.json).
 - waiting: the same for several lengths of libgomp's wait, step by step. cli/threads.py has the length that is used.
-- saving: two runs in turn, one of which writes a checkpoint in the middle of each of its turns. The difference is what
-  a checkpoint costs, with all that is written in the background: in seconds of the run and of CPU.
+- saving: two runs in turn, one of which writes a checkpoint every SAVE_EVERY steps. The difference of their turns is
+  what its checkpoints cost, with all that is written in the background: in seconds of the run and of CPU.
 - logging: records given to the logs of a run, the closing included, against the step of a run.
 - memory: resident memory (VmRSS) of a run with checkpoints, evaluations and logs at batch 8. Growth: the largest over
   the smallest median of ten windows that divide the steps after the first quarter.
@@ -58,7 +58,8 @@ WAITS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the environment's settings of l
 LIBGOMP = 300_000  # rounds of libgomp's wait where the environment says nothing
 ROUNDS = (0, 500, 1000, SPINS, 3000, 5000, 20_000, LIBGOMP)
 SMALL_BATCH = 16
-SAVE_MINUTES, SAVE_STEPS = 10, 100  # how often checkpoints are written: TrainConfig's default, and a short run's
+SAVE_EVERY = 10  # steps between the checkpoints whose cost is measured
+SAVE_MINUTES, SAVE_STEPS = 10, 100  # how often they are written: TrainConfig's default, and often
 BUSY_TARGET, ALONE_TARGET, SAVING_TARGET, LOGGING_TARGET, MEMORY_TARGET = 2.5, 1.03, 0.01, 0.01, 0.01
 COMMAND = (sys.executable, "-c", "from lift_fast.cli import main; main()")
 
@@ -214,8 +215,7 @@ class Turn(NamedTuple):
 class Paced:
     """A run in a process of its own that trains `steps` steps for each turn() and waits in between.
 
-    The first turn begins after half as many steps, so that a checkpoint of every `steps` steps is written in the middle
-    of a turn.
+    Before the first turn it trains SAVE_EVERY / 2 steps, so that no turn ends while a checkpoint is being written.
     """
 
     def __init__(self, config: TrainConfig, steps: int):
@@ -243,7 +243,7 @@ def _train_in_turns(config: TrainConfig, steps: int, pipe: Connection) -> None:
         begun, cpu = 0.0, 0.0
         with closing(of_run):
             for step in count():
-                if step % steps == steps // 2:
+                if step % steps == SAVE_EVERY // 2:
                     pipe.send(Turn(time.perf_counter() - begun, time.process_time() - cpu))
                     pipe.recv()
                     begun, cpu = time.perf_counter(), time.process_time()
@@ -330,12 +330,12 @@ def _add_waits(suite: Suite, batch: int, steps: int, runs: Mapping[int, Paced]) 
 
 
 def saving(suite: Suite) -> None:
-    """What a checkpoint costs: turns of a run with one, and of a run with none."""
-    steps = 20 if suite.quick else 60
-    turns: dict[str, list[Turn]] = {"with a checkpoint": [], "without": []}
+    """What a checkpoint costs: turns of a run that writes them, and of a run that writes none."""
+    steps = SAVE_EVERY * (2 if suite.quick else 6)
+    turns: dict[str, list[Turn]] = {"with checkpoints": [], "without": []}
     with _sets(suite) as sets, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         runs = {}
-        for what, every in zip(turns, (steps, None), strict=True):
+        for what, every in zip(turns, (SAVE_EVERY, None), strict=True):
             config = sets.config(Path(folder) / what, steps=100_000, save_every=every)
             with _wait(SPINS):
                 runs[what] = stack.enter_context(closing(Paced(config, steps)))
@@ -352,18 +352,20 @@ def saving(suite: Suite) -> None:
             order.reverse()
             if suite.over():
                 break
-        size = _newest_bytes(Path(folder) / "with a checkpoint")
+        size = _newest_bytes(Path(folder) / "with checkpoints")
     if not turns["without"]:
         suite.bar("a checkpoint: not measured", None, SAVING_TARGET, at_most=True)
         return
-    pairs = list(zip(*turns.values(), strict=True))
-    more = [Turn(ours.seconds - without.seconds, ours.cpu - without.cpu) for ours, without in pairs]
-    for what, each in {**turns, "more with it, paired": more}.items():
+    saves = steps // SAVE_EVERY
+    more = [
+        Turn((ours.seconds - without.seconds) / saves, (ours.cpu - without.cpu) / saves)
+        for ours, without in zip(*turns.values(), strict=True)
+    ]
+    for what, each in {**turns, "a checkpoint, paired": more}.items():
         seconds = [turn.seconds for turn in each]
         figures = {"seconds": median(seconds), "spread": quartile_distance(seconds)}
-        cpu = median(turn.cpu for turn in each)
-        case = {"what of": f"{steps} steps, a checkpoint of {size / 1e6:.1f} MB", "what": what, "batch": BATCH}
-        suite.add({**case, "repeats": len(each), **figures, "cpu_s": cpu})
+        case = {"what of": f"{steps} steps, {saves} checkpoints of {size / 1e6:.1f} MB", "what": what, "batch": BATCH}
+        suite.add({**case, "repeats": len(each), **figures, "cpu_s": median(turn.cpu for turn in each)})
     cost, step = median(turn.seconds for turn in more), median(turn.seconds for turn in turns["without"]) / steps
     for often, between in ((f"{SAVE_MINUTES} minutes", 60 * SAVE_MINUTES), (f"{SAVE_STEPS} steps", SAVE_STEPS * step)):
         suite.bar(f"a checkpoint every {often}: cost, of the run", cost / between, SAVING_TARGET, at_most=True)
