@@ -106,9 +106,7 @@ class Checkpoints:
 
         Raises TrainingError for that, and when anything but the file system kept this rank from writing; RankLost.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.close()
         if self._broken is not None:
             error, self._broken = self._broken, None
             if isinstance(error, RankLost):
@@ -126,10 +124,17 @@ class Checkpoints:
             failed.reported = not self.rank.is_first  # all ranks raise it
             raise failed
 
+    def close(self) -> None:
+        """Waits for the save under way, whatever becomes of it: before the ranks part, or an error ends the run."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
     def newest(self, say: Callable[[str], object]) -> Found | None:
         """The newest whole checkpoint, None where there is none. All files are read and compared with their SHA-256.
 
-        say: is given, on rank 0, what is wrong with each newer one. Raises TrainingError when none is whole.
+        say: is given, on rank 0, what is wrong with each newer one. Raises TrainingError when none is whole, OSError
+        when the folder cannot be listed.
         """
         return together(lambda: self._search(say), only_first=True)
 
@@ -151,18 +156,16 @@ class Checkpoints:
                 copied.synchronize()
             with answering(self.rank):
                 reason = self._written(writer)
+            self._failed = None if reason is None else (step, reason)
+            if reason is None:
+                self._last = step
+            elif self.rank.is_first:
+                self.warn(
+                    f"cannot write the checkpoint of step {step} ({reason}); {self._last_one()}; free some space: the "
+                    "next save tries again"
+                )
         except BaseException as error:
             self._broken = error
-            return
-        self._failed = None if reason is None else (step, reason)
-        if reason is None:
-            self._last = step
-        elif self.rank.is_first:
-            last = self._last_one()
-            self.warn(
-                f"cannot write the checkpoint of step {step} ({reason}); {last}; free some space: the next save tries "
-                "again"
-            )
 
     def _written(self, writer: Writer) -> str | None:
         """None, or why the checkpoint could not be written."""

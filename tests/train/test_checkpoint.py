@@ -533,6 +533,41 @@ def test_a_bug_in_the_thread_is_an_error_of_the_next_call(tmp_path, monkeypatch)
     assert newest(tmp_path) == (2, [])
 
 
+def test_closing_waits_and_leaves_errors_to_wait(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, Rank())
+    checkpoints.close()
+    checkpoints.save(1, reference(1), {"step": 1})
+    checkpoints.close()
+    assert newest(tmp_path) == (1, [])
+
+    def broken_pipe(text):
+        raise BrokenPipeError(text)
+
+    checkpoints.warn = broken_pipe
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(FULL))
+    checkpoints.save(2, reference(2), {"step": 2})
+    checkpoints.close()
+    with pytest.raises(TrainingError, match="BrokenPipeError: cannot write the checkpoint of step 2"):
+        checkpoints.wait()
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu(tmp_path):
+    """The copies are still under way when `save` returns; the tensors change at once."""
+    checkpoints = Checkpoints(tmp_path, Rank(), keep_last=3)
+    random = [torch.randn(1 << 24, device="cuda") for _ in range(3)]
+    tensors = {"model": {"w": torch.empty(1 << 24, device="cuda")}, "step": torch.tensor(0.0)}
+    for step, values in enumerate(random):
+        tensors["model"]["w"].copy_(values)
+        tensors["step"].fill_(step)
+        checkpoints.save(step, tensors, {})
+        tensors["model"]["w"].zero_()
+    checkpoints.wait(raising=True)
+    for step, values in enumerate(random):
+        checkpoints.load(checkpoint._verified(tmp_path / f"step-{step:08d}", step), tensors)
+        assert torch.equal(tensors["model"]["w"], values) and tensors["step"] == step
+
+
 # Several ranks. Each function below runs on WORLD ranks; all of them in one start of four processes.
 
 
