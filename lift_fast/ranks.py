@@ -75,8 +75,13 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
     if not dist.is_available():
         raise ConfigError(f"{rank}: this torch is built without torch.distributed, which ranks need; use one process")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    # torchrun keeps one store through its restarts, in which a restarted rank may find the addresses of dead ones.
+    attempt = f"lift-fast attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=rank.number, world_size=rank.world)
+        store, *_ = next(dist.rendezvous("env://", rank.number, rank.world, timeout=limit))
+        store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(backend, store=store, timeout=limit, rank=rank.number, world_size=rank.world)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{rank}: the ranks did not find each other ({error}); start them with torchrun") from error
     try:

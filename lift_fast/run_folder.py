@@ -4,6 +4,7 @@ Training writes it, evaluation and inference read it. The content of run.json is
 its keys suffice to build the model and the text encoder again:
 
     model, preset                  "lift" or "clip", and a name in nn.PRESETS
+    vit                            the fields of VitConfig in which the image tower is not the preset's, if any
     text_dim, encoder, rotation    LIFT: output width of the head, the EncoderSpec of the cached text, its rotation
     context                        CLIP: caption length in tokens
 """
@@ -40,6 +41,7 @@ def build(run: dict[str, Any]) -> Lift | Clip:
     Raises ConfigError when there is no such preset.
     """
     sizes = preset(run["preset"])
+    sizes = replace(sizes, vit=replace(sizes.vit, **run.get("vit", {})))
     if run["model"] == "lift":
         return Lift(sizes, run["text_dim"])
     return Clip(sizes.with_context(run["context"]))

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,18 @@ from .. import run_folder
 from ..errors import ConfigError
 from ..nn import Clip, Lift, VitConfig
 from ..nn.weights import load
-from ..nn.weights.files import weights_file
+from ..nn.weights.files import files_of
+
+# Fields of VitConfig that are not sizes.
+_CONVENTIONS = ("class_token", "pool", "patch_bias", "pre_norm", "norm_after_pool", "activation", "norm_eps")
+
+
+def conventions(path: Path, vit: VitConfig) -> dict[str, Any]:
+    """The fields of VitConfig, sizes aside, in which the tower at `path` is not `vit`: as "vit" in run.json, they make
+    `run_folder.build` build a model that computes what the weights were trained for. Raises as `init_from`."""
+    folder = _run_folder(path)
+    found = (load(path) if folder is None else run_folder.load(folder)[0]).visual.config
+    return {name: getattr(found, name) for name in _CONVENTIONS if getattr(found, name) != getattr(vit, name)}
 
 
 def init_from(model: Lift | Clip, path: Path) -> str:
@@ -23,8 +35,7 @@ def init_from(model: Lift | Clip, path: Path) -> str:
     Raises ConfigError for weights that cannot be read, and for a tower of other sizes or conventions than the model's;
     DataError for a damaged run.json.
     """
-    folder = path.parent if path.name == "model.safetensors" else path
-    if (folder / "run.json").is_file():
+    if (folder := _run_folder(path)) is not None:
         return _from_run(model, folder)
     loaded = load(path)
     _check(loaded.visual.config, model.visual.config, path)
@@ -47,15 +58,23 @@ def init_from(model: Lift | Clip, path: Path) -> str:
 
 
 def weights_digest(path: Path) -> str:
-    """A checksum, as hexadecimal digits, of the file of weights that `init_from` reads at `path`.
+    """A checksum, as hexadecimal digits, of the files that `init_from` reads at `path`: the weights, and the
+    configuration in the same folder, which may decide the conventions.
 
-    Raises ConfigError when there is none.
+    Raises ConfigError when there are no weights.
     """
     digest = hashlib.sha256()
-    with weights_file(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The folder of lift-fast whose weights are at `path`; None for weights of other projects."""
+    folder = path.parent if path.name == "model.safetensors" else path
+    return folder if (folder / "run.json").is_file() else None
 
 
 def _from_run(model: Lift | Clip, folder: Path) -> str:

@@ -68,7 +68,8 @@ def spread(
             if compiled:
                 block.compile(fullgraph=True)
             fully_shard(block, mesh=mesh)
-    fully_shard(towers, mesh=mesh, ignored_params={model.logit_scale})
+    # Else gathered weights would stay after a forward without gradients, where changes of the shards do not reach them.
+    fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params={model.logit_scale})
     return towers
 
 

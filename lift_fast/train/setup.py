@@ -22,7 +22,7 @@ from ..devices import gpu_index, pick_device, use_bf16
 from ..errors import ConfigError, TrainingError
 from ..files import free_bytes
 from ..losses import ClipLoss, CosineLoss
-from ..nn import Clip, Lift
+from ..nn import Clip, Lift, preset
 from ..ranks import Rank, together
 from ..text.cached import CachedText
 from ..text.tokenized import TokenizedText
@@ -32,7 +32,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .held_out import HeldOut
 from .identity import fingerprints, mathematics
-from .initial import init_from, weights_digest
+from .initial import conventions, init_from, weights_digest
 from .optimizer import lock, make_optimizer
 from .patches import patches_kept
 from .schedule import patch_dropout
@@ -222,6 +222,8 @@ def open_run(config: TrainConfig, rank: Rank, device: torch.device) -> Opened:
         "problems": [problem._asdict() for samples in data.sets for problem in samples.problems],
         "left_out": notices.left_out(text),
     }
+    if config.init_from is not None:
+        description["vit"] = conventions(config.init_from, preset(config.preset).vit)
     model = run_folder.build(description).to(device)
     check_disk(config, model)
     model.set_checkpointing(config.checkpointing)

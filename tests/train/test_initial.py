@@ -12,7 +12,7 @@ from lift_fast.errors import ConfigError
 from lift_fast.nn import PRESETS, Clip, Head, Lift, Preset, TextConfig, Vit, VitConfig
 from lift_fast.nn.models import MAX_LOGIT_SCALE
 from lift_fast.nn.weights import save
-from lift_fast.train.initial import init_from, weights_digest
+from lift_fast.train.initial import conventions, init_from, weights_digest
 
 SMALL = Preset(VitConfig(24, 8, 64, 2, 1), TextConfig(width=16, layers=1, heads=2), embed_dim=12, text_dim=20)
 
@@ -215,3 +215,38 @@ def test_models_take_the_weights_where_they_are(tmp_path):
     assert isinstance(model, Clip) and not isinstance(model, Lift)
     pixels = torch.randn(2, 3, 24, 24)
     assert torch.equal(model.encode_image(pixels), source.encode_image(pixels))
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "timm", "hf_vit", "hf_clip", "lift", "run"])
+def test_a_model_with_the_conventions_of_the_weights(tmp_path, layout):
+    """Towers of every project train and are built again from run.json; features are those of the weights."""
+    theirs = {"pool": "avg" if layout in ("lift", "run") else "cls"}
+    theirs |= {"timm": {"patch_bias": True, "pre_norm": False, "norm_eps": 1e-6}}.get(layout, {})
+    theirs |= {"hf_vit": {"patch_bias": True, "pre_norm": False, "norm_eps": 1e-12}}.get(layout, {})
+    theirs |= {"hf_clip": {"activation": "quick_gelu"}}.get(layout, {})
+    visual = randomised(Vit(replace(SMALL.vit, **theirs)))
+    path = tmp_path / "theirs.safetensors"
+    if layout == "run":
+        path = tmp_path / "run"
+        visual = run_of(path, "lift").visual
+    else:
+        save_file(save(visual, layout, head=randomised(Head(64, 20)) if layout == "lift" else None), path)
+    found = conventions(path, SMALL.vit)
+    assert found == {name: value for name, value in theirs.items() if value != getattr(SMALL.vit, name)}
+    run = {"model": "lift", "preset": "small", "text_dim": 20, "vit": found}
+    model = run_folder.build(run)
+    init_from(model, path)
+    pixels = torch.randn(2, 3, 24, 24)
+    assert torch.equal(model.visual(pixels), visual(pixels))
+    (tmp_path / "out").mkdir()
+    run_folder.save(tmp_path / "out", model, run)
+    assert torch.equal(run_folder.load(tmp_path / "out")[0].visual(pixels), visual(pixels))
+
+
+def test_a_changed_configuration_changes_the_digest(tmp_path):
+    folder = open_clip_folder(tmp_path / "theirs", randomised(Vit(SMALL.vit)), pool_type="avg")
+    digest = weights_digest(folder)
+    file = folder / "open_clip_config.json"
+    file.write_text(file.read_text().replace("avg", "tok"))
+    assert weights_digest(folder) != digest
+    assert conventions(folder, SMALL.vit) == {"pool": "cls"}
