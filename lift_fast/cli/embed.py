@@ -127,7 +127,7 @@ class Embed:
             codec=self.codec,
             batch_size=self.encoding.batch_size,
             rank=rank,
-            warn=lambda warning: warn(f"{prefix}{warning}"),
+            warn=warn if rank.is_first else lambda warning: None,  # the vectors of all ranks are alike in this
         )
         if not (done.written or done.missing or rank.is_first):
             return  # the ranks that wrote something say that the cache is complete, or else the first
@@ -137,8 +137,8 @@ class Embed:
             print(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
         elif not done.missing:
             print(f"{prefix}the cache was complete; nothing was to do")
-        if self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
-            print(f"{prefix}a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
+        if rank.is_first and self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
+            print("a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
         left_out = sum(done.skipped.values())
         if done.missing:
             if left_out:

@@ -55,7 +55,8 @@ class Eval:
     Zero-shot classification takes the classes that the metadata of the samples name: a column, or an entry of the
     .json, called group, label, class, class_name or cls; of class folders their names.
 
-    On several GPUs: torchrun --nproc-per-node 8 --no-python lift-fast eval …
+    On several GPUs: torchrun --nproc-per-node 8 --no-python -- lift-fast eval … (torchrun would read --run itself
+    without the --).
     """
 
     run: Path
@@ -78,13 +79,13 @@ class Eval:
     def __call__(self) -> None:
         from ..data.samples import Problem
         from ..eval.run import evaluate
-        from ..ranks import Rank, joined, together
+        from ..ranks import Rank, answering, joined, together
         from ..run_folder import encoder_code
         from .launch import settle
 
         rank = Rank.from_environment()
         device = settle(self.device, rank)
-        with joined(rank, device, _TIMEOUT):
+        with joined(rank, device, _TIMEOUT), answering(rank):
             if self.trust_remote_code:
                 lines = together(lambda: encoder_code(self.run), only_first=True)
                 for line in lines if rank.is_first else ():
