@@ -347,7 +347,7 @@ class _Copies(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.rank, self.ranks = rank, ranks
         self.copies: dict[str, Tensor] = {}
-        self._planned: list[Any] = []
+        self._planned: list[Any] | None = None
 
     def take(self, tensors: dict[str, Tensor], writer: Writer) -> "torch.cuda.Event | None":
         """Copies the tensors. Returns what to wait for, where a GPU may be copying still. A collective."""

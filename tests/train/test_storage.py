@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lift_fast.train.storage import Reader, Writer
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
 def values():
