@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 --no-python lift-fast train …
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
     try:
         yield
     finally:
+        time.sleep(0.02)  # torch 2.6 hangs where gloo's thread is still about the last collective
         dist.destroy_process_group()
 
 

@@ -113,7 +113,7 @@ def setup(
     """Opens the data and the text, seeds torch, builds the model, loads the newest checkpoint, and decodes the first
     batch. None when config.out holds this run, complete. A new run has written nothing yet. A collective of all ranks.
 
-    open_until: keeps the lock on the folder of a run that goes on. warn: called with a warning for the user, from then
+    open_until: keeps the lock on the folder of a run that goes on, and the checkpoints open. warn: called with a warning for the user, from then
     on also when a checkpoint cannot be written.
 
     Raises ConfigError for settings that do not fit the data, this machine or the run in config.out; DataError and
@@ -160,6 +160,7 @@ def setup(
         timeout=config.timeout,
         warn=warn,
     )
+    open_until.enter_context(closing(checkpoints))
     found = checkpoints.newest(warn) if state == "begun" else None
     run = started["checksum"] if started else ""
     pipeline = together(lambda: make_pipeline(config, data, model.visual.config.image_size, device, rank))
