@@ -237,7 +237,7 @@ class _Assembly(Generic[Item]):
                 else:
                     without.append(slot)
         if without:
-            self._leave_over(at, sorted(without), found, bad)
+            self._leave_over(at, without, found, bad)
         rows = torch.tensor([found[slot][0] for slot in self.slots])
         return Assembled([found[slot][1] for slot in self.slots], rows, bad, Place(at.epoch, at.batch + 1))
 
@@ -264,7 +264,7 @@ class _Assembly(Generic[Item]):
         return self.order.rows(at.epoch, (at.batch * self.order.global_batch + positions) % self.order.samples)
 
     def _leave_over(self, at: Place, without: list[int], found: dict[int, _Found[Item]], bad: list[Bad]) -> None:
-        """Finds a sample for each slot that is without a good candidate, and adds to `found` and `bad`."""
+        """Finds a sample for each slot that is without a good candidate, and adds to `found`."""
         batch, samples = self.order.global_batch, self.order.samples
         rows = self._rows(at, np.arange(samples)).tolist()
         self.verdicts |= dict(bad)
@@ -277,7 +277,7 @@ class _Assembly(Generic[Item]):
                 self.verdicts[row] = others[0][1] if others else None
             return self.verdicts[row] is None
 
-        list(self.pool.map(good, range(without[-1])))  # on all threads what left_over asks for one after another
+        list(self.pool.map(good, range(max(without))))  # on all threads what left_over asks for one after another
         for slot in without:
             while slot not in found:
                 position = left_over(slot, batch, samples, good)
@@ -289,8 +289,7 @@ class _Assembly(Generic[Item]):
                 first, others = self._first_good([(row, uniform(DRAWS, self.seed, at.epoch, row))])
                 if first:
                     found[slot] = first
-                bad += others  # one that has become bad since it was judged
-                self.verdicts |= dict(others)
+                self.verdicts |= dict(others)  # of one that has become bad since it was judged
 
     def _too_few(self) -> str:
         """The message for a set that was judged whole and has fewer good samples than a global batch."""

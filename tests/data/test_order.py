@@ -1,7 +1,6 @@
 """data/order.py: every sample once an epoch, whatever the ranks; a position tells its row."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -87,14 +86,6 @@ def test_rows_of_some_positions():
         some = np.array([[148, 0, 30], [31, 7, 7]])
         assert (order.rows(5, some) == whole[some]).all()
         assert order.rows(5, np.empty(0, dtype=np.int64)).shape == (0,)
-
-
-def test_threads_that_ask_for_different_epochs():
-    (order,) = orders(1, shuffle_buffer=20)
-    wanted = [order.rows(epoch, np.arange(149)).tolist() for epoch in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda k: order.rows(k % 4, np.arange(149)).tolist(), range(400))
-        assert all(rows == wanted[k % 4] for k, rows in enumerate(found))
 
 
 @pytest.mark.parametrize(
