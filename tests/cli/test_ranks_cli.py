@@ -16,7 +16,11 @@ from support.tiny_sets import make_set
 
 from lift_fast import run_folder
 from lift_fast.cache import Cache
+from lift_fast.cli.launch import settle
 from lift_fast.cli.main import main
+from lift_fast.data.reading import cpu_count
+from lift_fast.errors import ConfigError
+from lift_fast.ranks import Rank
 
 COMMAND = [sys.executable, "-c", "from lift_fast.cli import main; main()"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2", "--"]
@@ -176,3 +180,36 @@ def test_embed_says_once_what_is_of_all_ranks(root, tmp_path, monkeypatch, capfd
     assert "captions/s" in said[0] and said[1] == ""
     assert f"rank 0 of 2: 640 captions, dim 384, in {tmp_path}/cache" in said[2] and said[3] == ""
     assert "rank 0 of 2: the cache was complete; nothing was to do" in said[4] and said[5] == ""
+
+
+@pytest.mark.parametrize(("variable", "rank", "threads"), [
+    ("1", Rank(1, 4, 1, 2), max(1, cpu_count() // 2)),
+    (None, Rank(1, 4, 1, 2), max(1, cpu_count() // 2)),
+    ("5", Rank(1, 4, 1, 2), 3),  # the user's own
+    ("1", Rank(1, 4, 0, 1), 3),  # alone on its machine
+    ("1", Rank(0, 999, 0, 999), 1),
+])  # fmt: skip
+def test_a_rank_takes_its_share_of_the_cores(monkeypatch, variable, rank, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert settle("cpu", rank) == torch.device("cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_rank_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    for name, number in (("auto", 3), ("cuda", 3), ("cuda:1", 1)):
+        assert settle(name, Rank(7, 8, 3, 4)) == torch.device(f"cuda:{number}") == chosen.pop()
+    assert settle("auto", Rank()) == torch.device("cuda") and not chosen
+    with pytest.raises(ConfigError, match="'cuda:4' is not available: torch sees 4 GPUs"):
+        settle("auto", Rank(4, 8, 4, 8))
