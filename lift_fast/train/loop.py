@@ -219,7 +219,7 @@ def final_weights(training: Training) -> Iterator[Lift | Clip]:
     A collective with FSDP2, where it is a second model, in the memory that takes.
     """
     with averaged(training):
-        if training.config.parallel == "ddp":
+        if not training.take_step.sharded:
             yield training.model
             return
         model = run_folder.build(training.description).to(training.device)

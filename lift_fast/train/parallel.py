@@ -48,11 +48,11 @@ def spread(
 ) -> nn.Module:
     """The Towers of a model as `rank` trains them: as they are on a single rank, else in DDP or FSDP2.
 
-    With "fsdp" the parameters of the model become DTensors, also on a single rank, but for its logit scale: a scalar
-    cannot be sharded, and `average_whole` averages its gradient. compiled: the image tower goes through torch.compile;
-    with "fsdp" each block, since FSDP2 gathers a block's weights before it.
+    With "fsdp" the parameters of the model become DTensors, but for its logit scale: a scalar cannot be sharded, and
+    `average_whole` averages its gradient. compiled: the image tower goes through torch.compile; with "fsdp" each block,
+    since FSDP2 gathers a block's weights before it.
     """
-    if how == "ddp":
+    if how == "ddp" or rank.world == 1:
         towers = Towers(model, compiled)
         if rank.world == 1:
             return towers

@@ -113,8 +113,8 @@ def setup(
     """Opens the data and the text, seeds torch, builds the model, loads the newest checkpoint, and decodes the first
     batch. None when config.out holds this run, complete. A new run has written nothing yet. A collective of all ranks.
 
-    open_until: keeps the lock on the folder of a run that goes on, and the checkpoints open. warn: called with a warning for the user, from then
-    on also when a checkpoint cannot be written.
+    open_until: keeps the lock on the folder of a run that goes on, and the checkpoints open. warn: called with a
+    warning for the user, from then on also when a checkpoint cannot be written.
 
     Raises ConfigError for settings that do not fit the data, this machine or the run in config.out; DataError and
     CacheError for data and caches that cannot be read; CacheMismatch for a cache of other data or another text_dim;
