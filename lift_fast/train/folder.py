@@ -12,7 +12,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
@@ -36,7 +36,8 @@ State = Literal["new", "begun", "complete"]
 
 @dataclass
 class History:
-    """What the logs have of the steps before a checkpoint, in order. warnings: lines to print about what they lack."""
+    """What the logs have of the steps before a checkpoint, in order: the loss of a step that was skipped is NaN.
+    warnings: lines to print about what they lack."""
 
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
@@ -136,12 +137,13 @@ def rewind(out: Path, step: int) -> History:
 
     def note(record: dict[str, Any]) -> None:
         if {"loss", "step_ms"} <= record.keys():  # else it is an evaluation
-            history.losses.append(math.nan if record["loss"] is None else float(record["loss"]))
+            spike = record["loss"] is None or record.get("skipped_step", False)
+            history.losses.append(math.nan if spike else float(record["loss"]))
             history.step_ms.append(float(record["step_ms"]))
 
     try:
-        _cut(out / METRICS, step, note)
-        _cut(out / SPIKES, step, lambda record: None)
+        _cut(out / METRICS, step, note, ("loss", "step_ms"))
+        _cut(out / SPIKES, step, lambda record: None)  # where a loss is text, since it may be infinite
     except OSError as error:
         raise TrainingError(f"cannot write the run to {out}: {error}") from error
     if missing := max(0, step - len(history.losses)):
@@ -224,13 +226,14 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None]) -> None:
-    """Leaves the lines of a file of JSON lines whose "step" is below `step`, and calls note(record) for each."""
+def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None], numbers: Sequence[str] = ()) -> None:
+    """Leaves the lines of a file of JSON lines whose "step" is below `step`, and calls note(record) for each. numbers:
+    names of values that a line without damage has as numbers, or null, if it has them."""
     part = path.with_name(f"{path.name}.part")
     try:
         with open(path, "rb") as lines, open(part, "wb") as kept:
             for line in lines:
-                record = _record(line)
+                record = _record(line, numbers)
                 if record is not None and record["step"] < step:
                     note(record)
                     kept.write(line)
@@ -244,7 +247,7 @@ def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None]) -> None:
         raise
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
     """The object of a line, None for one that is unfinished or damaged."""
     try:
         record = json.loads(line)
@@ -252,5 +255,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     whole = line.endswith(b"\n") and isinstance(record, dict) and type(record.get("step")) is int
     # The loss of a step that was skipped may be null.
-    numbers = whole and all(isinstance(record.get(name, 0.0), int | float | None) for name in ("loss", "step_ms"))
-    return record if numbers else None
+    return record if whole and all(isinstance(record.get(name), int | float | None) for name in numbers) else None

@@ -99,7 +99,7 @@ class TensorBoard:
     SCALARS = ("loss", "lr", "logit_scale", "grad_norm", "step_ms")
 
     def __init__(self, folder: Path, step: int):
-        self.writer = SummaryWriter(str(folder), purge_step=step or None)
+        self.writer = SummaryWriter(str(folder), purge_step=step)  # also 0: a run may begin anew
 
     def log(self, record: dict[str, Any]) -> None:
         for name in self.SCALARS:
