@@ -170,7 +170,10 @@ def setup(
         checkpoints.load(found, tensors_of(model, optimizer, ema))
         pipeline.load_state_dict(found.state["loader"])
         pipeline.skipped.load_state_dict(found.state["skipped"])
-    held_out = together(lambda: HeldOut(config, description, device, rank)) if config.eval_data else None
+    held_out = None
+    if config.eval_data:
+        held_out = HeldOut(config, description | {"field": text.field}, device, rank)
+        said += held_out.notices
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = together(lambda: decode_first(pipeline))
