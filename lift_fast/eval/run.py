@@ -84,10 +84,8 @@ def evaluate(
         rank=rank,
     )
     for name, found in fields.items():
-        if field is None and found != wanted:
-            result["notes"][name].append(
-                f"the run was trained on the captions {wanted!r}, which it does not have; {found!r} was read"
-            )
+        if field is None:
+            result["notes"][name] += notes_on_field(found, wanted)
     return result
 
 
@@ -227,6 +225,13 @@ def notes_on(scores: dict[str, Any], metas: Sequence[dict[str, Any]]) -> list[st
             f".json called one of {', '.join(LABELS)}"
         )
     return notes
+
+
+def notes_on_field(found: str, wanted: str) -> list[str]:
+    """What to know of a set whose captions `found` were read, by a run that was trained on those called `wanted`."""
+    if found == wanted:
+        return []
+    return [f"the run was trained on the captions {wanted!r}, which it does not have; {found!r} was read"]
 
 
 def _examples(name: str, data: Samples, image: Tensor, captions: Captions, texts: Texts) -> list[dict[str, Any]]:

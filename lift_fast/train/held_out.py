@@ -12,7 +12,7 @@ from .. import run_folder
 from ..data.open import open_data
 from ..errors import ConfigError
 from ..eval.images import ImageFeatures, Images, image_features
-from ..eval.run import field_of, options_of, score_set
+from ..eval.run import field_of, notes_on_field, options_of, score_set
 from ..eval.texts import Captions, Texts, encode_texts, matched, read_captions
 from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
@@ -30,7 +30,8 @@ class HeldOut:
     encoder encodes the captions once, now, and is dropped; CLIP's text tower encodes them in each evaluation.
 
     run: of run.json, what run_folder needs, and "field" and "read" where they are not the default. device: of the
-    model. rank: this process; the constructor and `scores` are collectives.
+    model. rank: this process; the constructor and `scores` are collectives. notices: on rank 0, what to say of the sets
+    before the first step.
 
     Raises DataError and ConfigError for a set that cannot be read, and for an encoder that runs code from its
     repository, which is not permitted while training; what run_folder.text_encoder raises; each also when it is
@@ -52,9 +53,10 @@ class HeldOut:
             return {name: Images(data, size, device, config.loader, rank) for name, data in sets.items()}
 
         def read() -> dict[str, Captions]:
-            found = {}
+            found, wanted = {}, run.get("field", "txt")
             for name, images in self.images.items():
-                field = field_of(images.data, run.get("field", "txt"))
+                field = field_of(images.data, wanted)
+                self.notices += [f"{name}: {note}" for note in notes_on_field(field, wanted)]
                 found[name] = read_captions(images.data, range(len(images.data)), field, skip_bad=True)
             return found
 
@@ -67,6 +69,7 @@ class HeldOut:
             for images in self.images.values():
                 images.check()
 
+        self.notices: list[str] = []
         self.images = together(opened)
         together(check, only_first=True)
         # Only rank 0 has captions, since it alone computes the scores.

@@ -171,6 +171,15 @@ def test_bad_samples_are_left_out(root, tmp_path):
         assert want["skipped"]["set"] == left_out and want["retrieval"]["set"]["t2i"]["r1"] == scores["t2i_r1"]
 
 
+def test_the_captions_are_those_that_the_run_was_trained_on(root):
+    """A set without them is read as eval does, and said so."""
+    model, run = run_folder.load(root / "clip")
+    held = HeldOut(config(root, "plain", "one"), run | {"field": "long"}, CPU, Rank())
+    assert held.captions["plain"].captions[:2] == ["long caption 0", "long caption 1"]
+    assert held.captions["one"].captions[:3] == ["caption 0", "caption 0", "caption 1"]
+    assert held.notices == ["one: the run was trained on the captions 'long', which it does not have; 'txt' was read"]
+
+
 def test_what_cannot_be_evaluated_is_an_error_at_the_start(root, tmp_path):
     model, run = run_folder.load(root / "clip")
 
