@@ -24,7 +24,7 @@ from ..errors import Stopped
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
 from ..nn import Clip, Lift
-from ..ranks import Rank, answering, every, joined, of_first, together
+from ..ranks import Rank, answering, every, joined, together
 from . import folder
 from .config import TrainConfig
 from .parallel import sum_over_ranks, whole
@@ -77,11 +77,10 @@ class Run:
         self.training, self.config, self.rank = training, training.config, training.rank
         self.warn = warn
         self.identity = training.identity
-        history = self._open_folder(stack) if self.rank.is_first else None
-        losses, step_ms = of_first((history.losses, history.step_ms) if history else ([], []))
+        history = together(lambda: self._open_folder(stack), only_first=True)
         loggers = open_loggers(self.config, progress, training.step) if self.rank.is_first else []
         self.recorder = stack.enter_context(
-            Recorder(self.config, loggers, losses=losses, step_ms=step_ms, where=training.data.where)
+            Recorder(self.config, loggers, losses=history.losses, step_ms=history.step_ms, where=training.data.where)
         )
         stack.enter_context(closing(training.batches))
         self.stop = stack.enter_context(StopRequests())

@@ -122,8 +122,8 @@ def setup(
     when no checkpoint can be read.
     """
     started = together(lambda: folder.read_started(config.out, config.resume), only_first=True)
-    if started is not None and rank.is_first:
-        open_until.enter_context(folder.locked(config.out))
+    if started is not None:
+        together(lambda: open_until.enter_context(folder.locked(config.out)), only_first=True)
     opened = together(lambda: open_run(config, rank, device))
     _, data, text, description, model = opened
     settings = together(lambda: identity(config, opened, device), only_first=True)
