@@ -14,13 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import run_folder
 from ..data.skipped import merged
-from ..errors import Stopped
+from ..errors import Stopped, TrainingError
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
 from ..nn import Clip, Lift
@@ -60,14 +61,22 @@ def train(
     """
     rank = Rank.from_environment()
     device = device_of(config, rank)
-    with joined(rank, device, config.timeout), ExitStack() as stack:
+    with joined(rank, device, config.timeout), answering(rank), writing(config.out), ExitStack() as stack:
         training = setup(config, rank, device, stack, warn)
         if training is None:
             return run_folder.read_description(config.out)
         if opened is not None:
             opened(training)
-        with answering(rank):
-            return Run(training, stack, progress and rank.is_first, warn).to_the_end()
+        return Run(training, stack, progress and rank.is_first, warn).to_the_end()
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes a TrainingError of what the file system raises within it: a full disk, a folder that is gone."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write the run to {out}: {error}") from error
 
 
 class Run:
