@@ -58,17 +58,17 @@ def features(rank: Rank, folder):
 
 
 def test_features_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """No image of the second of five chunks decodes; every rank calls the towers equally often."""
-    make_set(tmp_path / "set", 290, 100, broken={3, *range(64, 128), 289})
+    """No image of the second of seven chunks decodes; every rank calls the towers equally often."""
+    make_set(tmp_path / "set", 400, 100, broken={3, *range(64, 128), 399})
     want, want_texts, texts, seen, asked = features(Rank(), tmp_path / "set")
-    assert seen == [63, 1, 64, 64, 33] and asked == [128, 96]
-    assert want.samples == sorted({*range(290)} - {3, *range(64, 128), 289}) and want.causes == {"not a picture": 66}
+    assert seen == [63, 1, 64, 64, 64, 64, 15] and asked == [128, 128, 78]
+    assert want.samples == sorted({*range(400)} - {3, *range(64, 128), 399}) and want.causes == {"not a picture": 66}
     assert texts == [f"caption {i}" for i in want.samples]
-    results = on_ranks(3, in_group, features, tmp_path / "set")
+    results = on_ranks(2, in_group, features, tmp_path / "set")
     for number, (found, vectors, names, seen, asked) in enumerate(results):
         assert torch.equal(found.features, want.features) and found[1:] == want[1:]
         assert torch.equal(vectors, want_texts) and names == texts
-        assert seen == [[63, 64], [1, 33], [64, 1]][number] and asked == [[128], [96], [128]][number]
+        assert seen == [[63, 64, 64, 15], [1, 64, 64, 1]][number] and asked == [[128, 78], [128, 128]][number]
 
 
 def test_few_images_are_decoded_at_once(tmp_path, monkeypatch):
