@@ -18,6 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -236,7 +237,9 @@ class Checkpoints:
         if self.folder.exists():
             for entry in [*self.folder.iterdir()]:
                 if _LEFT_OVER.fullmatch(entry.name):
-                    shutil.rmtree(entry, ignore_errors=True)
+                    with suppress(OSError):  # the next save tries again
+                        # What stood at a checkpoint's name may have been a file or a link.
+                        entry.unlink() if entry.is_symlink() or entry.is_file() else shutil.rmtree(entry)
 
     def _steps(self) -> list[int]:
         """The steps whose checkpoints are there, ascending."""
