@@ -266,4 +266,4 @@ def test_the_page_s_commands_run(tmp_path, monkeypatch, capfd):
     for code in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.M | re.S):
         ran: dict = {}
         exec(code, ran)
-        assert ran["batch"].pixels.shape == (64, 224, 224, 3) and ran["place"]["taken"] == 64
+        assert ran["batch"].pixels.shape == (64, 224, 224, 3) and ran["place"]["batch"] == 1
