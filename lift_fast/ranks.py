@@ -138,10 +138,9 @@ def together(work: Callable[[], T], only_first: bool = False) -> T:
             value = work()
     except (LiftFastError, OSError) as raised:
         error = raised
-    message = (
-        None if error is None else (type(error) if isinstance(error, LiftFastError) else TrainingError, str(error))
-    )
-    found = every((value if only_first else None, message))
+    # The nearest class of errors.py: its errors are made of a message alone.
+    kinds = [kind for kind in type(error).__mro__ if kind.__module__ == LiftFastError.__module__] or [TrainingError]
+    found = every((value if only_first else None, None if error is None else (kinds[0], str(error))))
     failed = [(number, what) for number, (_, what) in enumerate(found) if what is not None]
     if not failed:
         return found[0][0] if only_first else value  # type: ignore[return-value]
