@@ -77,3 +77,14 @@ def write(folder, sizes, dim, shards=None, finish=True, seed=0, codec="int8", **
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def cache_of(folder, data, dim=24, seed=0):
+    """Writes an int8 cache of random vectors for every sample of a data set; returns its folder."""
+    source = [{"name": path.name, "samples": size} for path, size in zip(data.paths, data.shard_sizes, strict=True)]
+    writer = CacheWriter(folder, dim, "int8", ENCODER, source, "txt", None)
+    vectors = vectors_of(len(data), dim, seed).split(data.shard_sizes)
+    for shard, part in enumerate(vectors):
+        writer.write_shard(shard, encode(part, "int8", None), data.shard_hashes(shard).tolist())
+    writer.finish()
+    return folder
