@@ -5,7 +5,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from queue import Empty
 from typing import Any
@@ -39,11 +39,12 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any, timeout: float = 
     """What work(*args) returns on each of `world` ranks; an exception stands for itself. work: a function of a module.
 
     Processes that are left after `timeout` seconds are killed, and their entries are TimeoutErrors."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # each is forked from a process that has loaded torch
+    context.set_forkserver_preload(["lift_fast.cli.main", "lift_fast.train.loop"])
     results: Any = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(environment(number, world, port), results, work, args))
+        context.Process(target=_rank, args=(os.environ | environment(number, world, port), results, work, args))
         for number in range(world)
     ]
     for process in processes:
@@ -61,7 +62,8 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any, timeout: float = 
     return found
 
 
-def _rank(variables: dict[str, str], results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(variables: Mapping[str, str], results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
     os.environ.update(variables)
     import torch
 
