@@ -57,9 +57,12 @@ class Train:
         from ..ranks import Rank
         from ..train.loop import train
 
+        was_complete = (self.config.out / "run.json").is_file()
         run = train(self.config, opened=print_notices, warn=warn)
         if not Rank.from_environment().is_first:
             return
+        if was_complete:
+            print(f"the run in {self.config.out} is complete: nothing was left to train")
         losses = [loss for loss in run["loss"] if loss is not None]
         fall = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
         print(f"{run['model']}: {fall}{run['images_per_s']:.0f} images/s, {run['seconds']:.0f} s, in {self.config.out}")

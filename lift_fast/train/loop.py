@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from .. import run_folder
+from ..data.reading import cpu_count
 from ..data.skipped import merged
+from ..devices import device_of_rank
 from ..errors import Stopped, TrainingError
 from ..measure.machine import machine, versions
 from ..measure.time import quartile_distance
@@ -31,7 +33,7 @@ from .config import TrainConfig
 from .parallel import sum_over_ranks, whole
 from .recorder import HostCopy, Recorder, StepRecord, open_loggers
 from .schedule import lr_factor
-from .setup import Training, device_of, setup
+from .setup import Training, setup
 from .signals import StopRequests
 from .state import tensors_of
 
@@ -60,7 +62,7 @@ def train(
     metrics.jsonl), when the run cannot be written, and when another rank has died or fallen behind.
     """
     rank = Rank.from_environment()
-    device = device_of(config, rank)
+    device = device_of_rank(config.device, rank, config.threads or rank.share_of(cpu_count()))
     with joined(rank, device, config.timeout), answering(rank), writing(config.out), ExitStack() as stack:
         training = setup(config, rank, device, stack, warn)
         if training is None:
@@ -123,10 +125,12 @@ class Run:
                 if stopping:
                     self.training.checkpoints.wait(raising=True)
                     why = self.stop.requested or "a signal to another rank"
-                    raise Stopped(
+                    stopped = Stopped(
                         f"stopped by {why} after step {step + 1} of {self.config.steps}; the same command goes on from "
                         f"there, with the checkpoint in {self.config.out}"
                     )
+                    stopped.reported = not self.rank.is_first
+                    raise stopped
         self.recorder.flush()
         self.training.checkpoints.wait()
         return self._finish()
@@ -156,10 +160,10 @@ class Run:
             record.step_ms = 1e3 * (time.perf_counter() - begun)
 
     def _vote(self) -> list[float]:
-        """[bad samples of this rank so far, whether it was asked to stop, whether it finds a checkpoint due]."""
+        """[how often this rank has met bad samples, whether it was asked to stop, whether it finds a checkpoint due]."""
         minutes = self.config.save_minutes
         due = minutes is not None and self.rank.is_first and time.monotonic() - self.saved_at > 60 * minutes
-        return [self.training.pipeline.skipped.counted, self.stop.requested is not None, due]
+        return [self.training.pipeline.skipped.met.total(), self.stop.requested is not None, due]
 
     def _agreed(self, step: int) -> tuple[bool, bool]:
         """Whether all ranks stop after this step, and whether they write a checkpoint: the same on each of them.
