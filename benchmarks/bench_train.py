@@ -242,8 +242,8 @@ def _train_in_turns(config: TrainConfig, steps: int, pipe: Connection) -> None:
     def batches(of_run: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
         begun, cpu = 0.0, 0.0
         with closing(of_run):
-            for step in count():
-                if step % steps == SAVE_EVERY // 2:
+            for step in count(-(SAVE_EVERY // 2)):
+                if step >= 0 and step % steps == 0:
                     pipe.send(Turn(time.perf_counter() - begun, time.process_time() - cpu))
                     pipe.recv()
                     begun, cpu = time.perf_counter(), time.process_time()

@@ -1,13 +1,16 @@
 """The benchmark of whole runs: settings that its processes get, what is left out, figures and targets."""
 
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import complete  # noqa: F401
@@ -113,6 +116,32 @@ def test_shared(suite, monkeypatch):
         "a run with a busy process on its 2 CPUs, over alone": 1.5,
         "a run alone, over one with libgomp's wait": round(2 / 1.9, 6),
     }
+
+
+@pytest.mark.parametrize("steps", [1, 4, 60])
+def test_a_run_in_turns_trains_so_many_steps_a_turn(monkeypatch, steps):
+    made: list[int] = []
+
+    def endless():
+        for number in count():
+            made.append(number)
+            yield number
+
+    def train(config, progress, opened):
+        training = SimpleNamespace(batches=endless())
+        opened(training)
+        assert list(islice(training.batches, 5 + 3 * steps)) == made
+
+    monkeypatch.setattr("lift_fast.train.loop.train", train)
+    ours, theirs = multiprocessing.Pipe()
+    run = threading.Thread(target=bench_train._train_in_turns, args=(None, steps, theirs), daemon=True)
+    run.start()
+    for turn in range(3):
+        assert ours.poll(60) and ours.recv().cpu >= 0
+        assert len(made) == 5 + turn * steps
+        ours.send(None)
+    run.join(60)
+    assert not run.is_alive() and not ours.poll() and len(made) == 5 + 3 * steps
 
 
 class Fake:
