@@ -3,6 +3,7 @@
 import torch
 
 from .errors import ConfigError
+from .ranks import Rank
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,6 +21,21 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"no device {name!r}; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def device_of_rank(name: str, rank: Rank, threads: int | None) -> torch.device:
+    """The device that a `--device` option names, for a rank: with several ranks "cuda", and "auto" where there are
+    GPUs, are the GPU of the rank's number on its machine, which becomes torch's current one.
+
+    threads: CPU threads of torch from now on; None: as they are. Raises ConfigError as pick_device.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = pick_device(name)
+    if device.type == "cuda" and rank.world > 1:
+        device = pick_device(f"cuda:{rank.local}") if device.index is None else device
+        torch.cuda.set_device(device)
     return device
 
 

@@ -59,6 +59,13 @@ class Rank:
         """Whether this is rank 0, which alone writes what all share."""
         return self.number == 0
 
+    def share_of(self, cores: int) -> int | None:
+        """The number of CPU threads of a rank on a machine with so many cores; None, for torch's own number, on the
+        only rank of a machine and where OMP_NUM_THREADS is above 1: torchrun sets it to 1."""
+        if self.local_world == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+            return None
+        return max(1, cores // self.local_world)
+
     def __str__(self) -> str:
         return f"rank {self.number} of {self.world}"
 

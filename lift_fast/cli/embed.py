@@ -79,19 +79,20 @@ class Embed:
     def __call__(self) -> None:
         from ..cache import Cache
         from ..data.passes import remarks_of
+        from ..data.reading import cpu_count
         from ..data.sources import open_source
+        from ..devices import device_of_rank
         from ..ranks import Rank
         from ..text.embed import embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
         from ..text.repository import code_notice
         from ..text.skipped import SKIPPED
-        from .launch import settle
 
         rank = Rank.from_environment()
         if self.dry_run and not rank.is_first:
             return
-        device = settle(self.encoding.device, rank)
+        device = device_of_rank(self.encoding.device, rank, rank.share_of(cpu_count()))
         source = open_source(self.data, self.field, self.reading)
         if rank.is_first:
             print(printable(str(source)), flush=True)

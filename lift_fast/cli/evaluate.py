@@ -77,14 +77,15 @@ class Eval:
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __call__(self) -> None:
+        from ..data.reading import cpu_count
         from ..data.samples import Problem
+        from ..devices import device_of_rank
         from ..eval.run import evaluate
         from ..ranks import Rank, answering, joined, together
         from ..run_folder import encoder_code
-        from .launch import settle
 
         rank = Rank.from_environment()
-        device = settle(self.device, rank)
+        device = device_of_rank(self.device, rank, rank.share_of(cpu_count()))
         with joined(rank, device, _TIMEOUT), answering(rank):
             if self.trust_remote_code:
                 lines = together(lambda: encoder_code(self.run), only_first=True)

@@ -52,17 +52,10 @@ class Skipped:
         self.causes: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
         self._cause_of: dict[int, str] = {}  # of the rows that are counted
-        self._of_others = 0  # how many of them rank 0 counts for this rank
         self._listed = RowSet(sum(data.shard_sizes))
         self._first: list[dict[str, Any]] = []
         self._unwritten: list[dict[str, Any]] = []
         self._path: Path | None = None
-
-    @property
-    def counted(self) -> int:
-        """Number of bad samples, for a sum over ranks: those of a loaded state count on rank 0 alone. A sample that two
-        ranks have met since then counts twice."""
-        return len(self._cause_of) - self._of_others
 
     def add(self, good: int, bad: Sequence[Bad]) -> None:
         """Counts samples that came up: how many good ones, and the bad ones. Lists the bad ones.
@@ -156,7 +149,6 @@ class Skipped:
         self.looked_at, self.met = (state["looked_at"], Counter(state["met"])) if first else (0, Counter())
         self._cause_of = _cause_of(state)
         self.causes = Counter(self._cause_of.values())
-        self._of_others = 0 if first else len(self._cause_of)
         for row in self._cause_of:
             self._listed.add(row)
 

@@ -160,7 +160,7 @@ class Run:
             record.step_ms = 1e3 * (time.perf_counter() - begun)
 
     def _vote(self) -> list[float]:
-        """[how often this rank has met bad samples, whether it was asked to stop, whether it finds a checkpoint due]."""
+        """[how often this rank has met bad samples, whether it was asked to stop, whether a checkpoint is due]."""
         minutes = self.config.save_minutes
         due = minutes is not None and self.rank.is_first and time.monotonic() - self.saved_at > 60 * minutes
         return [self.training.pipeline.skipped.met.total(), self.stop.requested is not None, due]

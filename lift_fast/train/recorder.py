@@ -48,11 +48,11 @@ class HostCopy:
 class StepRecord:
     """The figures of one step, counted from 0.
 
-    stats: what Step returned, float32 [3]: loss, norm of the gradient, scale. skipped: bad samples until then, of all
-    ranks: a sum on its way to the host, or [the number]. rows: the row numbers of this rank's samples. limit: the loss
-    above which it is a spike. data_ms: milliseconds until the batch was on its way to the device. evaluation: scores of
-    the held-out sets after this step, if it was evaluated. step_ms: milliseconds of the whole iteration without the
-    evaluation; set when it ends.
+    stats: what Step returned, float32 [3]: loss, norm of the gradient, scale. skipped: how often bad samples came up
+    until then, on all ranks: the first of the sums on their way to the host. rows: the row numbers of this rank's
+    samples. limit: the loss above which it is a spike. data_ms: milliseconds until the batch was on its way to the
+    device. evaluation: scores of the held-out sets after this step, if it was evaluated. step_ms: milliseconds of the
+    whole iteration without the evaluation; set when it ends.
     """
 
     step: int
@@ -71,9 +71,9 @@ class Logger(Protocol):
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes one step: step, samples (seen so far), loss, lr, logit_scale (the factor on the cosines, at most
-        100), grad_norm (before clipping), data_ms, step_ms, skipped_pictures (so far); evaluation, the scores of the
-        held-out sets, where it was evaluated; skipped_step, true, where a spike changed no weights. A loss or norm that
-        is not finite is None."""
+        100), grad_norm (before clipping), data_ms, step_ms, skipped_met (how often bad samples came up so far);
+        evaluation, the scores of the held-out sets, where it was evaluated; skipped_step, true, where a spike changed
+        no weights. A loss or norm that is not finite is None."""
 
     def close(self) -> None:
         """Ends the log; called once, whether or not the run succeeds."""
@@ -227,7 +227,7 @@ class Recorder:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "data_ms": pending.data_ms,
             "step_ms": pending.step_ms,
-            "skipped_pictures": int(skipped),
+            "skipped_met": int(skipped),
         }
         if spike:
             record["skipped_step"] = True

@@ -18,7 +18,7 @@ from ..data.open import open_sets
 from ..data.options import DataOptions
 from ..data.reading import cpu_count
 from ..data.samples import Collection
-from ..devices import gpu_index, pick_device, use_bf16
+from ..devices import gpu_index, use_bf16
 from ..errors import ConfigError, TrainingError
 from ..files import free_bytes
 from ..losses import ClipLoss, CosineLoss
@@ -235,23 +235,6 @@ def open_run(config: TrainConfig, rank: Rank, device: torch.device) -> Opened:
     return Opened(caches, data, text, description, model)
 
 
-def device_of(config: TrainConfig, rank: Rank) -> torch.device:
-    """The device of a rank: with several GPUs a rank's own. Makes it torch's current one, and gives the rank its share
-    of the machine's processors. Raises ConfigError as pick_device."""
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{rank.local if device.index is None else device.index}")
-        torch.cuda.set_device(device)
-    if config.threads is not None or rank.local_world > 1:  # torchrun lets each rank have one thread
-        torch.set_num_threads(threads_of(config, rank))
-    return device
-
-
-def threads_of(config: TrainConfig, rank: Rank) -> int:
-    """The number of CPU threads of a rank."""
-    return config.threads or max(1, cpu_count() // rank.local_world)
-
-
 def make_loss(config: TrainConfig, rank: Rank) -> nn.Module:
     """The loss of the global batch, from a rank's features."""
     if config.loss == "cosine":
@@ -345,7 +328,7 @@ def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device
         checked=config.checked,
         rank=rank.number,
         world=rank.world,
-        threads=threads_of(config, rank),
+        threads=config.threads or rank.share_of(cpu_count()) or cpu_count(),
         ahead=2 if on_gpu else 0,
     )
     if dali.wanted(config.loader, on_gpu):

@@ -16,9 +16,9 @@ from support.tiny_sets import make_set
 
 from lift_fast import run_folder
 from lift_fast.cache import Cache
-from lift_fast.cli.launch import settle
 from lift_fast.cli.main import main
 from lift_fast.data.reading import cpu_count
+from lift_fast.devices import device_of_rank
 from lift_fast.errors import ConfigError
 from lift_fast.ranks import Rank
 
@@ -196,7 +196,7 @@ def test_a_rank_takes_its_share_of_the_cores(monkeypatch, variable, rank, thread
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert settle("cpu", rank) == torch.device("cpu")
+        assert device_of_rank("cpu", rank, rank.share_of(cpu_count())) == torch.device("cpu")
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -209,7 +209,7 @@ def test_a_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     for name, number in (("auto", 3), ("cuda", 3), ("cuda:1", 1)):
-        assert settle(name, Rank(7, 8, 3, 4)) == torch.device(f"cuda:{number}") == chosen.pop()
-    assert settle("auto", Rank()) == torch.device("cuda") and not chosen
+        assert device_of_rank(name, Rank(7, 8, 3, 4), None) == torch.device(f"cuda:{number}") == chosen.pop()
+    assert device_of_rank("auto", Rank(), None) == torch.device("cuda") and not chosen
     with pytest.raises(ConfigError, match="'cuda:4' is not available: torch sees 4 GPUs"):
-        settle("auto", Rank(4, 8, 4, 8))
+        device_of_rank("auto", Rank(4, 8, 4, 8), None)

@@ -36,7 +36,7 @@ def test_each_is_counted_and_listed_once_however_often_it_comes_up(tmp_path):
     found.write_to(tmp_path / "skipped.jsonl")
     found.add(3, [*bad(8, 9), *bad(15, cause="truncated"), *bad(9)])
     assert found.causes == {"corrupt": 3, "truncated": 1} and found.met == {"corrupt": 5, "truncated": 1}
-    assert found.looked_at == 15 and found.counted == 4
+    assert found.looked_at == 15 and found.causes.total() == 4
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert lines[3] == {"sample": "sample 15", "row": 15, "cause": "truncated", "reason": "row 15 is truncated"}
     assert [line["row"] for line in lines] == [7, 8, 9, 15]
@@ -52,9 +52,9 @@ def test_a_note_is_listed_and_not_counted(tmp_path):
     found = skipped()
     found.write_to(tmp_path / "skipped.jsonl")
     found.note(*bad(5)[0])
-    assert found.looked_at == found.counted == 0 and found.known(5) is None
+    assert found.looked_at == found.causes.total() == 0 and found.known(5) is None
     found.add(1, bad(5))
-    assert found.counted == 1 and rows_in(tmp_path / "skipped.jsonl") == [5]
+    assert found.causes.total() == 1 and rows_in(tmp_path / "skipped.jsonl") == [5]
 
 
 def test_what_is_known_to_be_bad_and_what_may_be_readable_again():
@@ -109,7 +109,7 @@ def test_ranks_add_up_over_stops_and_other_numbers_of_ranks(tmp_path):
     for world in (2, 5, 1):
         ranks = resumed(state, world)
         assert merged([rank.state_dict() for rank in ranks]) == state
-        assert sum(rank.counted for rank in ranks) == 5 + (world != 2)
+        assert sum(rank.met.total() for rank in ranks) == sum(state["met"].values())
         assert all(rank.known(77).cause == "corrupt" for rank in ranks)
         ranks[0].write_to(path)
         ranks[-1].add(10, bad(77, 99))

@@ -13,7 +13,7 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "former_paths": set(),
     "progress": set(),
-    "devices": {"errors"},
+    "devices": {"errors", "ranks"},
     "ranks": {"errors"},
     "kernels": set(),
     "sugarcrepe": set(),

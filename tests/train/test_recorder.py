@@ -56,7 +56,7 @@ def test_a_step_is_written_when_the_next_one_has_been_launched(tmp_path):
         "grad_norm": 2.0,
         "data_ms": 4.0,
         "step_ms": 11.0,
-        "skipped_pictures": 5,
+        "skipped_met": 5,
     }
 
 

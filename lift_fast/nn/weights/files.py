@@ -40,7 +40,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
     Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict.
     """
-    path = weights_file(path)
+    path = files_of(path)[0]
     state: Any
     if path.suffix == ".safetensors":
         try:
@@ -70,17 +70,15 @@ def read(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def weights_file(path: str | Path) -> Path:
-    """The file that `read` reads: the path itself, or in a folder the first of the usual names.
-
-    Raises ConfigError when there is none.
+def files_of(path: str | Path) -> list[Path]:
+    """The file of weights at `path`, which in a folder is the first of the usual names, and then the configuration file
+    of the folder, if it has one. Raises ConfigError when there are no weights.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / _pair(path)[0]
-    if not path.is_file():
+    found = [path / name for name in _pair(path)] if path.is_dir() else [path]
+    if not found[0].is_file():
         raise ConfigError(f"{path}: no such file")
-    return path
+    return [file for file in found if file.is_file()]
 
 
 def config_fields(path: str | Path) -> dict[str, Any]:
