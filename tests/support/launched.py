@@ -187,6 +187,7 @@ def torchrun(config: TrainConfig, world: int, logs: Path, restarts: int, blows: 
             },
             stdout=out,
             stderr=err,
+            start_new_session=True,  # it has a process group of its own, as a terminal would give it
         )
 
 
