@@ -6,7 +6,7 @@ import os
 # EPYC of 2024. Where another process uses one of their cores, they hold the core that the thread they wait for needs;
 # where they sleep at once, each of the many barriers of a step costs a wake-up. A step of the demo, alone and with a
 # busy process on the same two cores: 160 and 500 ms by default, 180 and 290 without busy waiting, 160 and 320 with
-# 2,000 rounds; at batch 16 these are 30, 54 and 31 ms alone. `python -m benchmarks train --part waiting` measures it.
+# 2,000 rounds. `python -m benchmarks train --part waiting` measures it.
 SPINS = 2000
 
 
