@@ -55,7 +55,8 @@ def mathematics(
 def fingerprints(
     data: Collection, caches: Sequence[Cache], captions: Sequence[str] = (), left_out: Iterable[int] = ()
 ) -> dict[str, Any]:
-    """What tells data sets and caches from others, wherever they lie: {"data": […], "caches": […], "left_out": {…}}.
+    """What tells data sets and caches from others, wherever they lie: {"data": […], "caches": […], "left_out": {…}},
+    and "stamps", a text for each cache that changes when a shard of it is written to or copied.
 
     captions: CLIP: a digest of the captions of each data set. For LIFT the caches hold the keys, and were compared with
     the data's keys and captions when they were opened. left_out: row numbers that no batch has.
@@ -68,6 +69,7 @@ def fingerprints(
         "data": [_of_data(samples, digest) for samples, digest in zip_longest(data.sets, captions)],
         "caches": [_of_cache(cache) for cache in caches],
         "left_out": {"samples": len(rows), "rows": blake2b(rows.tobytes(), digest_size=16).hexdigest()},
+        "stamps": [_stamps(cache) for cache in caches],  # not compared by `differences`: a copy has others
     }
 
 
@@ -114,6 +116,12 @@ def _of_cache(cache: Cache) -> dict[str, Any]:
         **{name: getattr(manifest, name) for name in ("field", "codec", "rotation", "dim", "read", "rows")},
         "shards": digest_of([shard.sha256 for shard in manifest.shards]),
     }
+
+
+def _stamps(cache: Cache) -> str:
+    """A digest of the sizes and times of last change of a cache's shards: another one, and they may have changed."""
+    status = [(cache.folder / shard.name).stat() for shard in cache.manifest.shards]
+    return digest_of([(one.st_size, one.st_mtime_ns) for one in status])
 
 
 def _other_data(were: dict[str, Any], are: dict[str, Any]) -> list[str]:

@@ -130,6 +130,9 @@ def setup(
     state = together(lambda: folder.open_folder(config.out, settings, config.resume), only_first=True)
     if state == "complete":
         return None
+    if started is not None and started["fingerprints"]["stamps"] != settings["fingerprints"]["stamps"]:
+        for cache in opened.caches:  # written to since, or copied
+            together(cache.verify, only_first=True)
 
     said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
     weights = config.init_from
