@@ -86,27 +86,24 @@ class Base:
             self._made[name] = make(self.root / f"made{self._folders}")
         return self._made[name]
 
+    def undisturbed(self, variant: str, world: int = 1, seed: int = 0) -> Path:
+        """The folder of a run on `world` ranks; in "copies" beside it are those of its folder before each step."""
+
+        def make(folder: Path) -> Path:
+            fault = Act("step", 1, "copies", folder / "copies")
+            for ended in run(self.config(variant, folder / "run", seed=seed), world, fault):
+                assert ended.error is None, ended.trace or repr(ended)
+            return folder / "run"
+
+        return self.once((variant, world, seed), make)
+
     def whole(self, variant: str, world: int = 1) -> "Written":
-        """What an undisturbed run on `world` ranks writes."""
-
-        def make(out: Path) -> Written:
-            for ended in run(self.config(variant, out), world):
-                assert ended.error is None, ended
-            return Written.by(out)
-
-        return self.once((variant, world), make)
+        """What an undisturbed run writes."""
+        return self.once(("written", variant, world), lambda _: Written.by(self.undisturbed(variant, world)))
 
     def stopped(self, variant: str, step: int, world: int = 1, seed: int = 0) -> Path:
         """The folder of a run that was killed in `step`, when all saves before it were done."""
-
-        def make(out: Path) -> Path:
-            copy = out.with_name(f"{out.name} copy")
-            fault = Act("step", step + 1, "copy", copy, rank=0)
-            for ended in run(self.config(variant, out, seed=seed), world, fault):
-                assert ended.error is None, ended
-            return copy
-
-        return self.once((variant, step, world, seed), make)
+        return self.undisturbed(variant, world, seed).parent / "copies" / str(step)
 
 
 def write_cache(path: Path, data: Shards, seed: int) -> None:
@@ -293,8 +290,9 @@ PLACES: dict[str, list[str]] = {  # that a run comes to, from its beginning; and
 class Act:
     """What a rank does at the call number `moment` (from 1) of a place. As a context manager it lies in wait.
 
-    action: "kill", "exit", a signal's name, "sleep", "raise RuntimeError" or another exception, "call", "copy" (the
-    run's folder). argument: seconds to sleep, what to call, or where to copy to. mark: a file that says when it acted.
+    action: "kill", "exit", a signal's name, "sleep", "raise RuntimeError" or another exception, "call", "copies" (of
+    the run's folder, at each call). argument: seconds to sleep, what to call, or where to copy to. mark: a file that
+    says when it acted.
     """
 
     place: str
@@ -328,7 +326,7 @@ class Act:
         def disturbed(*args: Any, **kwargs: Any) -> Any:
             with self.lock:
                 self.calls += 1
-                now = self.calls == self.moment
+                now = self.calls == self.moment or self.action == "copies"
             if now:
                 self.act()
             return original(*args, **kwargs)
@@ -355,10 +353,10 @@ class Act:
             raise error(errno.EIO, "injected") if error is OSError else error("injected")
         elif kind == "call":
             self.argument()
-        elif kind == "copy":
+        elif kind == "copies":
             assert self.training is not None
             self.training.checkpoints.close()
-            shutil.copytree(self.training.config.out, self.argument)
+            shutil.copytree(self.training.config.out, self.argument / str(self.calls - 1))
         else:
             signal.raise_signal(getattr(signal, self.action))
 
@@ -462,10 +460,10 @@ class _FailingFile(io.FileIO):
 
 @dataclass
 class Folder:
-    """The folder of a stopped run that is damaged. other: that of another run. touched: what to put back."""
+    """The folder of a stopped run that is damaged. other: makes that of another run. touched: what to put back."""
 
     out: Path
-    other: Path
+    other: Callable[[], Path]
     rng: random.Random
     touched: list[Path] = field(default_factory=list)
 
@@ -575,13 +573,13 @@ def _older_as_newer(f: Folder) -> None:
 
 def _file_of_another_run(f: Folder) -> None:
     for path in f.files():
-        shutil.copy2(f.other / path.relative_to(f.out), path)
+        shutil.copy2(f.other() / path.relative_to(f.out), path)
 
 
 def _of_another_run(f: Folder) -> None:
     for path in f.some():
         remove(f.touch(path))
-        shutil.copytree(f.other / path.relative_to(f.out), path)
+        shutil.copytree(f.other() / path.relative_to(f.out), path)
 
 
 def _altered(f: Folder) -> None:
@@ -664,7 +662,7 @@ def _by(damage: Callable[[Path, random.Random], None]) -> Callable[[Folder, Path
 
 
 def _others(f: Folder, path: Path) -> None:
-    shutil.copy2(f.other / path.name, path)
+    shutil.copy2(f.other() / path.name, path)
 
 
 def _events(f: Folder) -> None:
@@ -743,6 +741,16 @@ def _another_tar(root: Path, rng: random.Random) -> None:
     shutil.copy(rng.choice([other for other in sorted(root.glob("data*/*.tar")) if other != path]), path)
 
 
+def _flip_code(root: Path, rng: random.Random) -> None:
+    """In the part of a cache's shard that opening it does not read."""
+    path = _some_shard(root, rng)
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    codes = json.loads(data[8:begin])["codes"]["data_offsets"]
+    data[begin + rng.randrange(*codes)] ^= 0x40
+    path.write_bytes(data)
+
+
 def _cache_manifest(root: Path, rng: random.Random) -> None:
     rng.choice([cut, flip, garbage, lambda path, rng: path.unlink()])(root / "cache1/manifest.json", rng)
 
@@ -766,6 +774,7 @@ DATA: dict[str, Callable[[Path, random.Random], object]] = {
     "cache shard gone": lambda root, rng: _some_shard(root, rng).unlink(),
     "cache shard cut": lambda root, rng: cut(_some_shard(root, rng), rng),
     "cache shard flipped": lambda root, rng: flip(_some_shard(root, rng), rng),
+    "cache code flipped": _flip_code,
     "cache manifest": _cache_manifest,
     "caches swapped": _swapped_caches,
 }

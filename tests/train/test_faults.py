@@ -32,7 +32,10 @@ from lift_fast.data.reading import FILES
 from lift_fast.errors import LiftFastError, RankLost, Stopped
 from lift_fast.nn import PRESETS
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [  # files that could not be flushed; TensorBoard's thread
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 
 TIMEOUT, SLACK = 5.0, 25.0  # seconds
 COUNTS = {"damage": (10, 110), "disk": (9, 80), "data": (4, 40), "stop": (2, 10), "ranks": (3, 60)}
@@ -94,11 +97,12 @@ def test_damage(base, tmp_path, number):
     config = base.config(variant, out)
     copy = base.stopped(variant, step)
     shutil.copytree(copy, out)
-    damaged = Folder(out, base.stopped(variant, step, seed=1), rng)
+    damaged = Folder(out, lambda: base.stopped(variant, step, seed=1), rng)
     DAMAGE[kind](damaged)
     before = intact(out)
 
-    newest = max((int(path.name[5:]) for path in damaged.checkpoints() if path.name[5:].isdigit()), default=0)
+    names = [path.name[5:] for path in damaged.checkpoints()]
+    newest = max((int(name) for name in names if name.isdigit() and len(name) > 7), default=0)
     (ended,) = run(config)
     if ended.error is None and before and newest > before[-1]:
         assert any("is damaged" in warning for warning in ended.warnings), kind
@@ -152,7 +156,8 @@ def test_data(base, tmp_path, number):
     rng = random.Random(f"data {number}")
     kind = [*DATA][number % len(DATA)]
     variant = rng.choice(["lift", "lift ema"] if "cache" in kind else ALONE)
-    while_training = rng.random() < 0.4 and kind != "cache shard cut"  # the system would end the process (SIGBUS)
+    # The shards of a cache are mapped: a change in place shows while a run trains, and ends it where a file is cut.
+    while_training = rng.random() < 0.4 and kind not in ("cache shard cut", "cache shard flipped", "cache code flipped")
     root, out = copy_of(base, tmp_path / "data"), tmp_path / "run"
     config = base.config(variant, out, root)
     FILES.forget()
@@ -192,7 +197,9 @@ def test_stops(base, tmp_path, number):
     for _ in range(4):
         action, place = rng.choice(actions), rng.choice(PLACES["lift"] if variant[0] == "l" else PLACES["clip"])
         if action.startswith("SIG"):
-            place = rng.choice(["step", "loader", "log"])
+            place = rng.choice(
+                ["step", "votes", "log", "commit"]
+            )  # before the first step a signal does what it always does
         # A run that goes on has fewer steps.
         calls, _ = Act.calls_of(place)
         before = intact(out)
