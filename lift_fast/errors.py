@@ -56,9 +56,11 @@ class BackendError(LiftFastError):
 
 
 class TrainingError(LiftFastError):
-    """Raised for a run that cannot continue, such as one whose loss is no longer finite.
+    """Raised for a run that cannot continue, such as one whose loss is no longer finite, and for a checkpoint that
+    cannot be written or read.
 
-    What to do: restart from the last checkpoint with the change that the message suggests.
+    What to do: run the same command again with the change that the message suggests; it goes on from the last
+    checkpoint. A change that the run cannot take, such as a lower learning rate, begins another run in another folder.
     """
 
 
