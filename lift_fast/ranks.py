@@ -18,6 +18,7 @@ import torch.distributed as dist
 from .errors import ConfigError, LiftFastError, RankLost, TrainingError
 
 T = TypeVar("T")
+_NOISE = re.compile(r"^\[\S+:\d+\] |\. This is typically.*")  # of gloo: a place in its source, and advice
 _COMMUNICATION = re.compile(r"^Dist|gloo|[Cc]onnection (closed|reset|refused)|[Tt]imed out|peer|NCCL|Broken pipe")
 
 
@@ -108,9 +109,10 @@ def answering(rank: Rank) -> Iterator[None]:
         # gloo's errors have no type of their own.
         if rank.world == 1 or not _COMMUNICATION.search(f"{type(error).__name__}: {error}"):
             raise
+        reason = _NOISE.sub("", str(error).splitlines()[0])
         raise RankLost(
-            f"{rank} has lost another rank, which has died or did not answer in time ({str(error).splitlines()[0]}); "
-            "run the same command again"
+            f"{rank} has lost another rank, which has died or did not answer in time ({reason}); run the same command "
+            "again"
         ) from error
 
 
