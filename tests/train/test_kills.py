@@ -166,9 +166,13 @@ def plan(count: int, seed: int) -> list[Blow]:
     return found
 
 
-def test_two_kills(config, undisturbed, tmp_path):
+OTHERS = [{"parallel": "fsdp"}, {"model": "clip", "cache": (), "context": 12}]
+
+
+@pytest.mark.parametrize("changes", [{}, *(pytest.param(other, marks=pytest.mark.campaign) for other in OTHERS)])
+def test_two_kills(config, undisturbed, tmp_path, changes):
     """One in the exchange, one while a checkpoint gets its name, and a restart of each."""
-    run = replace(config, out=tmp_path / "run")
+    run = replace(config, out=tmp_path / "run", **changes)
     blows = [
         Blow("lift_fast.ops.pairs.exchange:Gathered.merge", 1, 0, 8),
         Blow("lift_fast.train.checkpoint:Checkpoints._commit", 0, 1, 2),
@@ -176,7 +180,7 @@ def test_two_kills(config, undisturbed, tmp_path):
     for attempt in range(3):
         assert Launched(run, 2, tmp_path / "logs", blows, attempt).until_one_ends() == (attempt == 2)
     assert struck(tmp_path / "logs") == blows
-    check_same(run, undisturbed(2))
+    check_same(run, undisturbed(2, **changes))
     check_clear((tmp_path / "logs" / "0.err").read_text() + (tmp_path / "logs" / "1.err").read_text())
 
 
@@ -218,15 +222,16 @@ def test_a_kill_at_each_place(config, undisturbed, tmp_path, place, after):
     check_clear((tmp_path / "logs" / "0.err").read_text() + (tmp_path / "logs" / "1.err").read_text())
 
 
-def test_other_ranks_go_on(config, undisturbed, tmp_path):
+@pytest.mark.parametrize("changes", [{}, *(pytest.param(other, marks=pytest.mark.campaign) for other in OTHERS)])
+def test_other_ranks_go_on(config, undisturbed, tmp_path, changes):
     """A run that was stopped on 2 ranks, then on 1, ends on 4."""
-    run = replace(config, out=tmp_path / "run")
+    run = replace(config, out=tmp_path / "run", **changes)
     for attempt, (world, status) in enumerate([(2, 75), (1, 75), (4, 0)]):
         blows = [Blow(STEP, 0, attempt, 8, name="SIGTERM")] if status else []
         ended = Launched(run, world, tmp_path / "logs", blows, attempt).ended()
         assert [one.status for one in ended] == [status] * world, ended
-    check_logs(run, undisturbed(2))
-    worst = check_losses(run, undisturbed(2))
+    check_logs(run, undisturbed(2, **changes))
+    worst = check_losses(run, undisturbed(2, **changes))
     print(f"ranks 2, 1, 4: {worst:.1e}")
 
 
