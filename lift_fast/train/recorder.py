@@ -255,8 +255,10 @@ class Recorder:
             if not math.isfinite(grad_norm)
             else f"the loss jumps to {loss:.4g} at step {pending.step}, above {pending.limit:.4g}"
         )
-        raise TrainingError(
+        error = TrainingError(
             f"{what}; that step changed no weights, and its samples are in {file}. Lower --lr (now {self.config.lr}), "
             "use --precision fp32, or leave such steps out with --on-spike skip. The steps before it are in "
             f"{self.config.out / 'metrics.jsonl'}"
         )
+        error.reported = not self.loggers  # rank 0 has them, and says it
+        raise error

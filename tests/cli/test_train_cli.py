@@ -10,11 +10,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from support.ranks import SMALL, on_ranks
+from support.ranks import SMALL, in_group, on_ranks
 from support.tiny_sets import make_set
 
 from lift_fast.cli.main import main
 from lift_fast.nn import PRESETS
+from lift_fast.ranks import Rank
 from lift_fast.train.setup import Training
 
 
@@ -171,14 +172,14 @@ def said_on_a_rank(arguments: list[str], step: int | None) -> tuple[object, str,
     return status, out.getvalue(), err.getvalue()
 
 
-def commands_on_a_rank(arguments: list[str]) -> list[tuple[object, str, str]]:
+def commands_on_a_rank(rank: Rank, arguments: list[str]) -> list[tuple[object, str, str]]:
     return [said_on_a_rank(arguments, step) for step in (2, None, None)]
 
 
 def test_ranks_say_it_once(data, tmp_path):
     """A signal to the second of two ranks, going on, and the run that is complete: the first rank alone speaks."""
     out = tmp_path / "run"
-    first, second = on_ranks(2, commands_on_a_rank, line(data, out))
+    first, second = on_ranks(2, in_group, commands_on_a_rank, line(data, out))
     assert [status for status, *_ in first] == [status for status, *_ in second] == [75, 0, 0]
     assert [said for _, *said in second] == [["", ""]] * 3
     stopped, went_on, complete = (said for _, *said in first)

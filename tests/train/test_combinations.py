@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.ranks import SMALL, on_ranks
+from support.ranks import SMALL, in_group, on_ranks
 from support.tiny_caches import cache_of
 from support.tiny_sets import make_set
 from support.tiny_text import TinyEncoder
@@ -20,6 +20,7 @@ from support.tiny_text import TinyEncoder
 from lift_fast import run_folder
 from lift_fast.errors import ConfigError, LiftFastError, Stopped
 from lift_fast.nn import PRESETS
+from lift_fast.ranks import Rank
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
 
@@ -255,13 +256,13 @@ REFUSED_ON_RANKS = [
 ]
 
 
-def on_a_rank(root: Path, out: Path) -> list[dict[str, Any] | str]:
+def on_a_rank(rank: Rank, root: Path, out: Path) -> list[dict[str, Any] | str]:
     """Trains with each of ON_RANKS, stopping and going on, and tries what is refused; for each its run.json, or the
     error."""
     torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     found: list[dict[str, Any] | str] = []
     for number, options in enumerate([*ON_RANKS, *(options for options, _ in REFUSED_ON_RANKS)]):
-        config = config_of(root, out / str(number), **options)
+        config = config_of(root, out / str(number), timeout=60.0, **options)
         try:
             try:
                 train(config, progress=False, opened=stop)
@@ -274,7 +275,7 @@ def on_a_rank(root: Path, out: Path) -> list[dict[str, Any] | str]:
 
 
 def test_ranks_train_with_the_options_of_one_process(sets, tmp_path):
-    first, second = on_ranks(2, on_a_rank, sets, tmp_path)
+    first, second = on_ranks(2, in_group, on_a_rank, sets, tmp_path)
     assert not isinstance(first, BaseException) and not isinstance(second, BaseException)
     for number, options in enumerate(ON_RANKS):
         assert isinstance(first[number], dict), (options, first[number])
