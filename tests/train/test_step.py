@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lift_fast.losses import ClipLoss
 from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig
 from lift_fast.ops.rows.quantized import QuantizedRows
+from lift_fast.train.config import TrainConfig
+from lift_fast.train.ema import Ema
+from lift_fast.train.optimizer import lock, make_optimizer
 from lift_fast.train.parallel import Towers
 from lift_fast.train.step import Step
 
@@ -75,6 +78,28 @@ def test_the_host_never_waits(kind, patch_dropout):
         with Waits() as waits:
             for _ in range(2):
                 assert step(*inputs, 1e-3).shape == (3,)
+        assert waits.found == []
+
+
+@pytest.mark.parametrize("kind", ["lift", "clip"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"capturable": True}])
+def test_the_host_never_waits_for_what_a_run_adds(kind, options):
+    """Patches to keep, the limit of a spike, layer-wise decay, a locked tower, and the averages."""
+    options = dict(options)
+    config = TrainConfig(
+        kind, (), out="", preset="small", layer_decay=0.7, lock="tower", unlocked_blocks=1,
+        graph=options.pop("capturable", False),
+    )  # fmt: skip
+    with FakeTensorMode():
+        model = Lift(SMALL) if kind == "lift" else Clip(SMALL)
+        lock(model, config)
+        step = Step(model, ClipLoss(normalize=True), make_optimizer(model, config), clip_grad=0.3, **options)
+        ema = Ema(model, 0.9)
+        inputs, kept = batch(kind, "cpu"), torch.zeros(6, 2, dtype=torch.int64)
+        with Waits() as waits:
+            for limit in (torch.inf, 2.5):
+                assert step(*inputs, 1e-3, kept, limit).shape == (3,)
+                ema.update()
         assert waits.found == []
 
 
