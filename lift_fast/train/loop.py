@@ -192,9 +192,17 @@ class Run:
         if config.save_weights:
             with final_weights(training) as model:
                 if self.rank.is_first:
-                    out = config.out / "weights" / f"step-{step:08d}"
-                    out.mkdir(parents=True, exist_ok=True)
-                    run_folder.save(out, model, training.description | {"field": training.text.field, "step": step})
+                    self._save_weights(model, step)
+
+    def _save_weights(self, model: Lift | Clip, step: int) -> None:
+        """Writes a folder that `lift-fast eval` takes; where it cannot be written, the run goes on without it."""
+        out = self.config.out / "weights" / f"step-{step:08d}"
+        description = self.training.description | {"field": self.training.text.field, "step": step}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            run_folder.save(out, model, description)
+        except (OSError, TrainingError) as error:
+            self.warn(f"cannot write the weights of step {step} ({error}); the run goes on without them")
 
     @property
     def seconds(self) -> float:
