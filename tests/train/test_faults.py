@@ -64,7 +64,7 @@ def base(tmp_path_factory):
     torch.set_num_threads(1)
     yield Base(tmp_path_factory.mktemp("faults"))
     torch.set_num_threads(threads)
-    del PRESETS["small"]
+    PRESETS.pop("small", None)
 
 
 def clear(ended):
