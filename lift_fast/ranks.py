@@ -1,6 +1,6 @@
 """Ranks: the processes that share one piece of work, as torchrun starts them, and what they tell each other.
 
-torchrun --nproc-per-node 8 --no-python lift-fast train …
+    torchrun --nproc-per-node 8 --no-python lift-fast train …
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from .errors import ConfigError, LiftFastError, RankLost, TrainingError
 
 T = TypeVar("T")
+_groups = count()  # that this process has joined: each finds its members under a name of its own
 _NOISE = re.compile(r"^\[\S+:\d+\] |\. This is typically.*")  # of gloo: a place in its source, and advice
 _COMMUNICATION = re.compile(r"^Dist|gloo|[Cc]onnection (closed|reset|refused)|[Tt]imed out|peer|NCCL|Broken pipe")
 
@@ -86,7 +88,7 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     # torchrun keeps one store through its restarts, in which a restarted rank may find the addresses of dead ones.
-    attempt = f"lift-fast attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    attempt = f"lift-fast attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, group {next(_groups)}"
     try:
         store, *_ = next(dist.rendezvous("env://", rank.number, rank.world, timeout=limit))
         store = dist.PrefixStore(attempt, store)

@@ -26,7 +26,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages towards the parameters, without waiting for the device; call it after each step."""
+        """Moves the averages towards the parameters, without waiting for the device; call it after each step, also one
+        that has changed no weights."""
         torch._foreach_lerp_(_local(self._averages), _local(self._parameters), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:

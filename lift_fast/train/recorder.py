@@ -172,6 +172,7 @@ class Recorder:
         self.losses, self.step_ms = list(losses), list(step_ms)
         self.spikes = sum(map(math.isnan, self.losses))
         self._pending: list[StepRecord] = []
+        self._alone = False  # an error has ended the run on this rank: the others will not answer
         self._closing = ExitStack()
         for logger in loggers:
             self._closing.callback(logger.close)
@@ -182,6 +183,7 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         with self._closing:
             if kind is not None:
+                self._alone = True
                 with suppress(Exception):  # the error that ended the run is the one to raise
                     self.flush()
 
@@ -238,7 +240,8 @@ class Recorder:
 
     def _spiked(self, pending: StepRecord, loss: float, grad_norm: float) -> None:
         """Lists the samples of a spike in spikes.jsonl; raises TrainingError where it ends the run."""
-        samples = [name for names in every([self.where(row) for row in pending.rows.tolist()]) for name in names]
+        mine = [self.where(row) for row in pending.rows.tolist()]
+        samples = [name for names in ([mine] if self._alone else every(mine)) for name in names]
         file = self.config.out / "spikes.jsonl"
         if self.loggers:
             line = {"step": pending.step, "loss": repr(loss), "grad_norm": repr(grad_norm), "samples": samples}
