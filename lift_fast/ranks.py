@@ -1,6 +1,6 @@
 """Ranks: the processes that share one piece of work, as torchrun starts them, and what they tell each other.
 
-    torchrun --nproc-per-node 8 --no-python lift-fast train …
+torchrun --nproc-per-node 8 --no-python lift-fast train …
 """
 
 import os

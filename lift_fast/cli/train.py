@@ -43,6 +43,8 @@ def print_notices(training: "Training") -> None:
     print_problems([problem for samples in training.data.sets for problem in samples.problems])
     for line in training.notices:
         warn(line)
+    if training.loaded:
+        print(printable(training.loaded), flush=True)
     if training.step:
         print(f"going on from the checkpoint of step {training.step} in {training.config.out}", flush=True)
 

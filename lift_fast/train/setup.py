@@ -48,7 +48,8 @@ class Training:
 
     description: what run.json says of the model, its text and its data; see run_folder. notices: lines to print before
     the first step, see notices.py. settings: what started.json keeps. batches: the pipeline's, endless. found: the
-    checkpoint that the run goes on from, None for a new run; step: number of steps that are done.
+    checkpoint that the run goes on from, None for a new run; step: number of steps that are done. loaded:
+    a sentence on the weights that --init-from has loaded, "" for none.
     """
 
     config: TrainConfig
@@ -68,6 +69,7 @@ class Training:
     checkpoints: Checkpoints
     held_out: HeldOut | None
     found: Found | None
+    loaded: str
     notices: list[str]
 
     @property
@@ -135,9 +137,9 @@ def setup(
             together(cache.verify, only_first=True)
 
     said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
-    weights = config.init_from
+    weights, loaded = config.init_from, ""
     if weights is not None and state == "new":
-        said.append(together(lambda: init_from(model, weights)))
+        loaded = together(lambda: init_from(model, weights))
     lock(model, config)
     if config.loss == "cosine":
         model.logit_scale.requires_grad_(False)  # that loss has none, and DDP waits for every gradient
@@ -198,6 +200,7 @@ def setup(
         checkpoints,
         held_out,
         found,
+        loaded,
         said,
     )
 
