@@ -137,10 +137,23 @@ def setup(
             together(cache.verify, only_first=True)
 
     said = notices.lines(data, text, config.batch_size, config.seed, negatives=config.loss == "contrastive")
+    checkpoints = Checkpoints(
+        config.out / "checkpoints",
+        rank,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        timeout=config.timeout,
+        warn=warn,
+    )
+    open_until.enter_context(closing(checkpoints))
+    found = checkpoints.newest(warn) if state == "begun" else None
+    run = started["checksum"] if started else ""
+    together(lambda: check_same_run(found, run))
+
     weights, loaded = config.init_from, ""
-    if weights is not None and state == "new":
+    if weights is not None and found is None:
         loaded = together(lambda: init_from(model, weights))
-    lock(model, config)
+    together(lambda: lock(model, config))
     if config.loss == "cosine":
         model.logit_scale.requires_grad_(False)  # that loss has none, and DDP waits for every gradient
     towers = parallel.spread(model, config.parallel, rank, device, config.compile)
@@ -157,21 +170,8 @@ def setup(
         micro_batch=config.micro_batch,
         graphed=config.graph,
     )
-    checkpoints = Checkpoints(
-        config.out / "checkpoints",
-        rank,
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-        timeout=config.timeout,
-        warn=warn,
-    )
-    open_until.enter_context(closing(checkpoints))
-    found = checkpoints.newest(warn) if state == "begun" else None
-    run = started["checksum"] if started else ""
     pipeline = together(lambda: make_pipeline(config, data, model.visual.config.image_size, device, rank))
     if found is not None:
-        if found.state["run"] != run:
-            raise TrainingError(f"{found.folder} is a checkpoint of another run; remove it")
         checkpoints.load(found, tensors_of(model, optimizer, ema))
         pipeline.load_state_dict(found.state["loader"])
         pipeline.skipped.load_state_dict(found.state["skipped"])
@@ -203,6 +203,12 @@ def setup(
         loaded,
         said,
     )
+
+
+def check_same_run(found: Found | None, run: str) -> None:
+    """Raises TrainingError for a checkpoint of another run than the one whose started.json has the checksum `run`."""
+    if found is not None and found.state["run"] != run:
+        raise TrainingError(f"{found.folder} is a checkpoint of another run; remove it")
 
 
 def open_run(config: TrainConfig, rank: Rank, device: torch.device) -> Opened:

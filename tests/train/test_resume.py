@@ -230,6 +230,10 @@ def test_weights_to_start_from_are_read_once(sets, tmp_path, settings):
     tower = run_folder.load(config.out)[0].visual.state_dict()
     start = run_folder.load(sets / "weights")[0].visual.state_dict()
     assert all(torch.equal(tower[name], start[name]) for name in start) == (settings == {"lock": "tower"})
+    with pytest.raises(Killed):  # before its first checkpoint
+        quiet(replace(config, out=tmp_path / "c"), opened=killed(2))
+    quiet(replace(config, out=tmp_path / "c"))
+    assert_same(tmp_path / "c", tmp_path / "a", config.steps)
 
 
 def test_evaluations_are_part_of_the_record(sets, tmp_path):
