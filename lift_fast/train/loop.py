@@ -5,7 +5,7 @@ for each step from there on:
     the next batch: this rank's part of the global batch                        data/
     forward, loss, backward, optimizer                                          step.py
     the figures of the step before it go to the logs                            recorder.py
-    a checkpoint, if one is due; the end, if a signal asked for it              checkpoint.py, signals.py
+    a checkpoint, if one is due; the end, if a signal asked for it              checkpoints.py, signals.py
 the weights and run.json                                                        run_folder.py
 """
 

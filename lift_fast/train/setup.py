@@ -27,7 +27,7 @@ from ..ranks import Rank, together
 from ..text.cached import CachedText
 from ..text.tokenized import TokenizedText
 from . import folder, notices, parallel
-from .checkpoint import Checkpoints, Found
+from .checkpoints import Checkpoints, Found
 from .config import TrainConfig
 from .ema import Ema
 from .held_out import HeldOut

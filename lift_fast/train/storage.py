@@ -1,7 +1,7 @@
 """Storage of torch.distributed.checkpoint (DCP) without pickle: a safetensors file of each rank, and an index of them.
 
 DCP's planners decide which rank writes which chunk of which tensor, and which chunks a rank reads. The index is made of
-what JSON knows; its owner keeps it (see checkpoint.py):
+what JSON knows; its owner keeps it (see checkpoints.py):
 
     files     name of a file -> SHA-256 of its bytes, in hex
     tensors   name of a tensor -> {"dtype": "float32", "size": [7, 3], "chunks": [chunk, …]}

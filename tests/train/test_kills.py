@@ -118,8 +118,8 @@ PLACES = {
         ("lift_fast.train.setup:open_run", ANYWHERE, 1),
         ("lift_fast.train.setup:make_pipeline", ANYWHERE, 1),
         ("lift_fast.train.setup:decode_first", ANYWHERE, 1),
-        ("lift_fast.train.checkpoint:Checkpoints.newest", ANYWHERE, 1),
-        ("lift_fast.train.checkpoint:Checkpoints._read", ANYWHERE, 1),
+        ("lift_fast.train.checkpoints:Checkpoints.newest", ANYWHERE, 1),
+        ("lift_fast.train.checkpoints:Checkpoints._read", ANYWHERE, 1),
         ("lift_fast.train.folder:rewind", [0], 1),
     ],
     "step": [
@@ -137,13 +137,13 @@ PLACES = {
     ],
     "save": [
         ("lift_fast.train.loop:Run._save", ANYWHERE, 2),
-        ("lift_fast.train.checkpoint:Checkpoints._written", ANYWHERE, 2),
+        ("lift_fast.train.checkpoints:Checkpoints._written", ANYWHERE, 2),
         ("lift_fast.train.storage:_header", ANYWHERE, 2),
         ("lift_fast.train.storage:_bytes", ANYWHERE, 60),
-        ("lift_fast.train.checkpoint:Checkpoints._begin", [0], 2),
-        ("lift_fast.train.checkpoint:Checkpoints._commit", [0], 2),
-        ("lift_fast.train.checkpoint:Checkpoints._prune", [0], 2),
-        ("lift_fast.train.checkpoint:_sync", [0], 4),
+        ("lift_fast.train.checkpoints:Checkpoints._begin", [0], 2),
+        ("lift_fast.train.checkpoints:Checkpoints._commit", [0], 2),
+        ("lift_fast.train.checkpoints:Checkpoints._prune", [0], 2),
+        ("lift_fast.train.checkpoints:_sync", [0], 4),
         ("os:replace", [0], 4),
     ],
     "any time": [(STEP, ANYWHERE, 2)],
@@ -175,7 +175,7 @@ def test_two_kills(config, undisturbed, tmp_path, changes):
     run = replace(config, out=tmp_path / "run", **changes)
     blows = [
         Blow("lift_fast.ops.pairs.exchange:Gathered.merge", 1, 0, 8),
-        Blow("lift_fast.train.checkpoint:Checkpoints._commit", 0, 1, 2),
+        Blow("lift_fast.train.checkpoints:Checkpoints._commit", 0, 1, 2),
     ]
     for attempt in range(3):
         assert Launched(run, 2, tmp_path / "logs", blows, attempt).until_one_ends() == (attempt == 2)

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lift_fast.errors import RankLost, TrainingError
 from lift_fast.ranks import Rank
-from lift_fast.train import checkpoint
-from lift_fast.train.checkpoint import Checkpoints
+from lift_fast.train import checkpoints as module
+from lift_fast.train.checkpoints import Checkpoints
 from lift_fast.train.storage import Writer
 
 TIMEOUT = 20.0  # seconds that a rank waits for another; only the test in which one dies could need it
@@ -133,7 +133,7 @@ def test_values_of_each_save_though_the_memory_is_reused(tmp_path):
     checkpoints = save(tmp_path, 1, 2, 3, keep_last=3)
     for step in (1, 2, 3):
         tensors = zeros(reference())
-        checkpoints.load(checkpoint._verified(tmp_path / f"step-{step:08d}", step), tensors)
+        checkpoints.load(module._verified(tmp_path / f"step-{step:08d}", step), tensors)
         assert same(tensors, reference(step))
 
 
@@ -365,10 +365,10 @@ def test_missing_foreign_and_exchanged_files_are_noticed(two):
 
     def altered(**entries):
         content = json.loads((second / "checkpoint.json").read_text())["checkpoint"] | entries
-        (second / "checkpoint.json").write_bytes(checkpoint._sealed(json.dumps(content).encode()))
+        (second / "checkpoint.json").write_bytes(module._sealed(json.dumps(content).encode()))
 
     def no_checkpoint():
-        (second / "checkpoint.json").write_bytes(checkpoint._sealed(b"[1, 2]"))
+        (second / "checkpoint.json").write_bytes(module._sealed(b"[1, 2]"))
 
     def a_folder():
         (second / "rank-00000.safetensors").unlink()
@@ -482,7 +482,7 @@ def test_a_save_that_fails_anywhere_leaves_the_earlier_checkpoints(tmp_path, mon
         folder, warned = tmp_path / f"{at}", []
         shutil.copytree(start, folder)
         checkpoints = Checkpoints(folder, Rank(), warn=warned.append)
-        checkpoints.load(checkpoint._verified(folder / "step-00000002", 2), zeros(reference()))
+        checkpoints.load(module._verified(folder / "step-00000002", 2), zeros(reference()))
         with monkeypatch.context() as patch:
             failing(patch, at, error)
             checkpoints.save(3, reference(3), {"step": 3})
@@ -565,7 +565,7 @@ def test_tensors_of_a_gpu(tmp_path):
         tensors["model"]["w"].zero_()
     checkpoints.wait(raising=True)
     for step, values in enumerate(random):
-        checkpoints.load(checkpoint._verified(tmp_path / f"step-{step:08d}", step), tensors)
+        checkpoints.load(module._verified(tmp_path / f"step-{step:08d}", step), tensors)
         assert torch.equal(tensors["model"]["w"], values) and tensors["step"] == step
 
 
@@ -809,7 +809,7 @@ def work(number, folder):
 def ran(tmp_path_factory):
     """The folder that all scenarios have run in."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["lift_fast.train.checkpoint", "torch.distributed.fsdp"])  # imported once
+    multiprocessing.set_forkserver_preload(["lift_fast.train.checkpoints", "torch.distributed.fsdp"])  # imported once
     mp.start_processes(work, (folder,), nprocs=4, start_method="forkserver")
     return folder
 
