@@ -49,8 +49,8 @@ def spread(
     """The Towers of a model as `rank` trains them: as they are on a single rank, else in DDP or FSDP2.
 
     With "fsdp" the parameters of the model become DTensors, but for its logit scale: a scalar cannot be sharded, and
-    `average_whole` averages its gradient. compiled: the image tower goes through torch.compile; with "fsdp" each block,
-    since FSDP2 gathers a block's weights before it.
+    the loss gives it the same gradient on all ranks. compiled: the image tower goes through torch.compile; with "fsdp"
+    each block, since FSDP2 gathers a block's weights before it.
     """
     if how == "ddp" or rank.world == 1:
         towers = Towers(model, compiled)
@@ -71,15 +71,6 @@ def spread(
     # Else gathered weights would stay after a forward without gradients, where changes of the shards do not reach them.
     fully_shard(towers, mesh=mesh, reshard_after_forward=True, ignored_params={model.logit_scale})
     return towers
-
-
-def average_whole(parameters: Sequence[nn.Parameter]) -> None:
-    """Averages over the ranks the gradients of those parameters that FSDP2 does not shard, where others are sharded."""
-    if any(map(is_sharded, parameters)):
-        for parameter in parameters:
-            if parameter.grad is not None and not is_sharded(parameter):
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:

@@ -12,7 +12,7 @@ from ..nn import Clip, Lift
 from ..ops.rows.quantized import QuantizedRows
 from ..ranks import Rank
 from .optimizer import set_lr
-from .parallel import Towers, average_whole, clip_gradients, is_sharded, mean_over_ranks, mixed_updates
+from .parallel import Towers, clip_gradients, is_sharded, mean_over_ranks, mixed_updates
 
 Text = Tensor | QuantizedRows
 WARM_UP = 3  # steps before a graph is captured, in which cuBLAS, Triton and the allocator initialise
@@ -81,7 +81,6 @@ class Step:
         loss = self._backward(pixels, text, kept).float()
         if isinstance(self.loss_of, CosineLoss):  # each rank's is of its own samples
             loss = mean_over_ranks(loss, self.rank)
-        average_whole(self.parameters)
         norm = clip_gradients(self.parameters, self.clip_grad).float()
         # Fused optimizers change nothing where found_inf is 1, as they do for torch.amp.GradScaler.
         accepted = loss.isfinite() & norm.isfinite() & (loss <= self.limit)
