@@ -91,11 +91,18 @@ def start(out: Path, settings: dict[str, Any], about: dict[str, Any]) -> dict[st
     """
     entries = json.loads(json.dumps({"format": FORMAT, **settings, "about": about}, default=str))
     entries["checksum"] = digest_of(entries)
-    try:
+    with writing(out):
         write_whole({out / STARTED: (json.dumps(entries, indent=1) + "\n").encode()})
+    return entries
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes a TrainingError of what the file system raises within it: a full disk, a folder that is gone."""
+    try:
+        yield
     except OSError as error:
         raise TrainingError(f"cannot write the run to {out}: {error}") from error
-    return entries
 
 
 @contextmanager
@@ -141,11 +148,9 @@ def rewind(out: Path, step: int) -> History:
             history.losses.append(math.nan if spike else float(record["loss"]))
             history.step_ms.append(float(record["step_ms"]))
 
-    try:
+    with writing(out):
         _cut(out / METRICS, step, note, ("loss", "step_ms"))
         _cut(out / SPIKES, step, lambda record: None)  # where a loss is text, since it may be infinite
-    except OSError as error:
-        raise TrainingError(f"cannot write the run to {out}: {error}") from error
     if missing := max(0, step - len(history.losses)):
         history.warnings.append(
             f"{out / METRICS} lacks {missing} of the {step} steps before the checkpoint, and so will run.json; the "

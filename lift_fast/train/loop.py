@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,22 +62,14 @@ def train(
     """
     rank = Rank.from_environment()
     device = device_of_rank(config.device, rank, config.threads or rank.share_of(cpu_count()))
-    with joined(rank, device, config.timeout), answering(rank), writing(config.out), ExitStack() as stack:
+    with joined(rank, device, config.timeout), answering(rank), ExitStack() as stack:
         training = setup(config, rank, device, stack, warn)
         if training is None:
             return run_folder.read_description(config.out)
         if opened is not None:
             opened(training)
-        return Run(training, stack, progress and rank.is_first, warn).to_the_end()
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Makes a TrainingError of what the file system raises within it: a full disk, a folder that is gone."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(f"cannot write the run to {out}: {error}") from error
+        with folder.writing(config.out):
+            return Run(training, stack, progress and rank.is_first, warn).to_the_end()
 
 
 class Run:

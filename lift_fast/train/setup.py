@@ -146,7 +146,8 @@ def setup(
         warn=warn,
     )
     open_until.enter_context(closing(checkpoints))
-    found = checkpoints.newest(warn) if state == "begun" else None
+    with folder.writing(config.out):
+        found = checkpoints.newest(warn) if state == "begun" else None
     run = started["checksum"] if started else ""
     together(lambda: check_same_run(found, run))
 

@@ -27,7 +27,7 @@ from lift_fast.cache import CacheWriter, encode
 from lift_fast.cache.manifest import digest_of
 from lift_fast.data.shards import Shards, ShardWriter
 from lift_fast.nn import PRESETS
-from lift_fast.train import checkpoint, folder
+from lift_fast.train import checkpoints, folder
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
 from lift_fast.train.setup import Training
@@ -225,7 +225,7 @@ def intact(out: Path) -> list[int]:
     found = []
     for path in (out / "checkpoints").glob("step-*"):
         try:
-            found.append(checkpoint._verified(path, int(path.name[5:])).step)
+            found.append(checkpoints._verified(path, int(path.name[5:])).step)
         except Exception:
             continue
     return sorted(found)
@@ -260,19 +260,19 @@ def _places() -> dict[str, tuple[Any, str, int, int | None]]:
         "votes": (loop, "sum_over_ranks", STEPS, None),
         "log": (recorder.JsonLines, "log", STEPS, 0),
         "bad samples": (loop, "gathered", saves + 1, None),
-        "save": (checkpoint.Checkpoints, "save", saves, None),
-        "copy": (checkpoint._Copies, "take", saves, None),
+        "save": (checkpoints.Checkpoints, "save", saves, None),
+        "copy": (checkpoints._Copies, "take", saves, None),
         "write": (Writer, "write_data", saves, None),
-        "commit": (checkpoint.Checkpoints, "_commit", saves, 0),
-        "prune": (checkpoint.Checkpoints, "_prune", saves, 0),
+        "commit": (checkpoints.Checkpoints, "_commit", saves, 0),
+        "prune": (checkpoints.Checkpoints, "_prune", saves, 0),
         "weights": (loop, "final_weights", 1, None),
         "finish": (loop.Run, "_finish", 1, None),
         "summary": (loop, "summarise", 1, None),
         "held out": (setup, "HeldOut", 1, None),
         "evaluation": (held_out.HeldOut, "scores", STEPS // 3, None),
         "features": (held_out, "image_features", STEPS // 3, None),
-        "search": (checkpoint.Checkpoints, "_search", 1, 0),
-        "load": (checkpoint.Checkpoints, "_read", 1, None),
+        "search": (checkpoints.Checkpoints, "_search", 1, 0),
+        "load": (checkpoints.Checkpoints, "_read", 1, None),
     }
 
 
