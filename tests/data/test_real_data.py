@@ -62,10 +62,12 @@ class Recorded:
 
     seen: list[tuple[np.ndarray, Any]] = []
 
+    sharded = False
+
     def __init__(self, *arguments: Any, precision: Any = None, **options: Any):
         self.precision = precision
 
-    def __call__(self, pixels: torch.Tensor, text: Any, lr: float) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, text: Any, lr: float, kept: Any, limit: float) -> torch.Tensor:
         rows = text if isinstance(text, torch.Tensor) else text.widen()
         self.seen += zip(pixels.numpy().copy(), rows.clone(), strict=True)
         return torch.ones(3)
