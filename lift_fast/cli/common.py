@@ -69,3 +69,8 @@ def print_problems(problems: "Sequence[Problem]") -> None:
 def print_size(folder: Path, info: dict[str, Any]) -> None:
     """Prints the size of a cache that a command wrote; info: of cache.tools.info."""
     print(f"{info['rows']} rows of {info['dim']}, {info['codec']}, {info['bytes'] / 1e6:.1f} MB, in {folder}")
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """lift-fast embed: captions to a text cache."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,7 @@ import tyro
 from ..data.options import DataOptions
 from ..errors import ConfigError
 from ..text.spec import Dtype, Padding, Pooling
-from .common import CodecName, counted, listed, print_problems, printable
+from .common import CodecName, counted, listed, print_problems, printable, warn
 
 if TYPE_CHECKING:
     from ..data.sources import Source
@@ -180,11 +179,6 @@ class Embed:
         print(
             f"{found.captions_per_s:.0f} captions/s ({found.sampled} sampled): {times}; captions that repeat are free"
         )
-
-
-def warn(text: str) -> None:
-    """Prints a warning on stderr."""
-    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """lift-fast train."""
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +15,7 @@ from ..train.config import (
     RunSettings,
     TrainConfig,
 )
-from .common import counted, listed, print_problems, printable
+from .common import counted, listed, print_problems, printable, warn
 
 if TYPE_CHECKING:
     from ..train.setup import Training
@@ -88,8 +87,3 @@ class Train:
         if (out / "run.json").exists():
             return f"the run in {out} is complete"
         return f"the same command goes on from the newest checkpoint in {out}"
-
-
-def warn(text: str) -> None:
-    """Prints a warning on stderr."""
-    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)

@@ -58,7 +58,7 @@ def train(
 
     Raises what `setup` raises; DataError while training when too many samples are bad; Stopped after SIGTERM, SIGINT or
     SIGUSR1, with a checkpoint written; TrainingError when the loss is not finite or jumps (the steps before it are in
-    metrics.jsonl), when the run cannot be written, and when another rank has died or fallen behind.
+    metrics.jsonl), and when the run cannot be written; RankLost when another rank has died or fallen behind.
     """
     rank = Rank.from_environment()
     device = device_of_rank(config.device, rank, config.threads or rank.share_of(cpu_count()))
