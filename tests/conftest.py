@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lift_fast import progress
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,6 +31,7 @@ def pytest_runtest_setup(item):
     # The seed depends neither on the tests that ran before nor on the file's folder.
     name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
     torch.manual_seed(zlib.crc32(name.encode()))
+    progress.configure()  # a command with --quiet sets it for the process
 
 
 def pytest_collection_modifyitems(config, items):
