@@ -1,5 +1,7 @@
 """Decoded pixels -> the input of a model, on any device."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,14 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W]: minus ImageNet's mean, divided by its std."""
-    # Filled on the device: copying a tensor made from a list there would make the host wait.
-    mean, std = (torch.cat([pixels.new_full((1,), 255 * v, dtype=torch.float32) for v in vs]) for vs in (MEAN, STD))
-    return ((pixels - mean) / std).permute(0, 3, 1, 2)
+def normalise(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W]: divided by 255, minus mean, divided by std."""
+
+    def filled(values: Sequence[float]) -> Tensor:
+        # On the device: copying a tensor made from a list there would make the host wait.
+        return torch.cat([pixels.new_full((1,), 255 * value, dtype=torch.float32) for value in values])
+
+    return ((pixels - filled(mean)) / filled(std)).permute(0, 3, 1, 2)
 
 
 def laid_out(pixels: Tensor, dtype: torch.dtype, layout: str) -> Tensor:

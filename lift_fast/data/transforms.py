@@ -77,25 +77,29 @@ def render(data: bytes, header: Header, view: View, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def render_centre(data: bytes, header: Header, size: int) -> np.ndarray:
-    """Decodes an image for evaluation, uint8 [size, size, 3]: its shorter side resized to `size`, then the centred
-    square, as torchvision's Resize and CenterCrop. An image longer than 16:1 is cropped to 16:1 first.
+def render_centre(data: bytes, header: Header, size: int, resize_size: int | None = None) -> np.ndarray:
+    """Decodes an image for evaluation, uint8 [size, size, 3]: its shorter side resized to `resize_size` (default:
+    `size`), then the centred square, as torchvision's Resize and CenterCrop. An image longer than 16:1 is cropped to
+    16:1 first.
 
     Raises BadSample.
     """
-    (left, top, width, height), resized, (up, across) = centre_of(header.width, header.height, size)
+    (left, top, width, height), resized, (up, across) = centre_of(header.width, header.height, size, resize_size)
     pixels = resize(decode(data, header)[top : top + height, left : left + width], *resized)
     return np.ascontiguousarray(pixels[up : up + size, across : across + size])
 
 
-def centre_of(width: int, height: int, size: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+def centre_of(
+    width: int, height: int, size: int, resize_size: int | None = None
+) -> tuple[Box, tuple[int, int], tuple[int, int]]:
     """The geometry of render_centre: the box of the image that is resized, its (height, width) after the resize, and
     the corner (top, left) of the centred size x size square in that."""
     short = min(width, height)
+    shorter = resize_size or size
     # Without the crop an image of 60000 x 1 pixels would be enlarged to gigabytes.
     left, top = (max(0, extent - _MAX_ASPECT * short) // 2 for extent in (width, height))
     box = (left, top, width - 2 * left, height - 2 * top)
-    resized = int(size * box[3] / short), int(size * box[2] / short)
+    resized = int(shorter * box[3] / short), int(shorter * box[2] / short)
     return box, resized, (round((resized[0] - size) / 2), round((resized[1] - size) / 2))
 
 

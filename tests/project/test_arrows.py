@@ -29,6 +29,10 @@ ARROWS: dict[str, set[str]] = {
     "eval": {"errors", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
     "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
     | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
+    "inference": {"errors", "files", "progress", "devices", "run_folder"}
+    | {"ops", "nn", "cache", "data", "text", "train"},
+    "export": {"errors", "files", "run_folder", "nn", "text", "data", "inference"},
+    "gallery": {"errors", "files", "progress", "devices", "run_folder", "nn", "data", "text", "inference"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops; they do not import each other

@@ -1,0 +1,119 @@
+"""Images of any kind -> the normalised pixels that a model takes."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images import decode, read_header
+from ..data.pixels import MEAN, STD, normalise
+from ..data.reading import cpu_count
+from ..data.samples import BadSample
+from ..data.transforms import centre_of, render_centre, resize
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    ImageLike = str | os.PathLike[str] | bytes | Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its images: the shorter side resized (bicubic, antialiased) to `resize_size`, then the
+    centred square of `image_size` pixels, divided by 255, minus `mean`, divided by `std`.
+
+    A call takes one image, as a path, the bytes of an encoded image, a PIL image, or uint8 [H, W, 3], and returns
+    float32 [3, image_size, image_size]. It can be the transform of another project's data set.
+
+    Raises DataError for an image that cannot be read or decoded.
+    """
+
+    image_size: int
+    resize_size: int
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        return self.normalise(torch.from_numpy(self.cropped(image))[None])[0]
+
+    def cropped(self, image: ImageLike) -> np.ndarray:
+        """The resized and cropped image, uint8 [image_size, image_size, 3]. Raises DataError."""
+        if isinstance(image, str | os.PathLike):
+            try:
+                data = Path(image).read_bytes()
+            except OSError as error:
+                raise DataError(f"{image}: the image cannot be read ({error.strerror or error})") from error
+            return self._decoded(data, os.fspath(image))
+        if isinstance(image, bytes):
+            return self._decoded(image, "an image given as bytes")
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+                raise DataError(f"an array must be a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
+            return self._resized(image)
+        if hasattr(image, "convert"):  # PIL's, without the import
+            return self._resized(_on_white(image))
+        raise DataError(
+            f"an image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(image).__name__}"
+        )
+
+    def batch(self, images: Sequence[ImageLike], pool: ThreadPoolExecutor | None = None) -> Tensor:
+        """Images -> uint8 [len(images), image_size, image_size, 3], as `cropped` makes them, decoded by the threads
+        of `pool`, if there is one. Raises DataError."""
+        made = list(map(self.cropped, images) if pool is None else pool.map(self.cropped, images))
+        return torch.from_numpy(np.stack(made))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W]."""
+        return normalise(pixels, self.mean, self.std)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        return asdict(self)
+
+    def _decoded(self, data: bytes, name: str) -> np.ndarray:
+        try:
+            header = read_header(data)
+            return render_centre(data, header, self.image_size, self.resize_size)
+        except BadSample as error:
+            raise DataError(f"{name}: the image does not decode ({error.cause}: {error.reason})") from error
+
+    def _resized(self, pixels: np.ndarray) -> np.ndarray:
+        size = self.image_size
+        (left, top, width, height), resized, (up, across) = centre_of(
+            pixels.shape[1], pixels.shape[0], size, self.resize_size
+        )
+        pixels = resize(pixels[top : top + height, left : left + width], *resized)
+        return np.ascontiguousarray(pixels[up : up + size, across : across + size])
+
+
+def _on_white(image: Any) -> np.ndarray:
+    """A PIL image as uint8 [H, W, 3], upright; transparency on white, as for files.
+
+    It is encoded as PNG and read back, so that all modes (palettes, 16 bits, transparency) become what they are in
+    a file.
+    """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return np.array(image)
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F", "I"):  # PNG has none of these
+        image = image.convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=0)
+    return decode(file.getvalue(), read_header(file.getvalue()))
+
+
+def decoding_threads() -> ThreadPoolExecutor:
+    """Threads that decode images, one for each processor."""
+    return ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode")
