@@ -169,9 +169,13 @@ def _named(device: str, dtype: torch.dtype | None) -> str:
     return device if dtype is None else f"{str(dtype).removeprefix('torch.')} on {device}"
 
 
-@torch.compiler.assume_constant_result  # torch.compile, to which facts may be symbolic, would trace into file reads
 def _orders(device: str, family: str) -> list[tuned.Rule]:
     """The rules of this device type's table for the order of backends: (when, names)."""
     # A fake tensor may be on "cuda" on a machine without a GPU.
     present = torch.device(device if torch.cuda.is_available() else "cpu")
     return tuned.rules(family, "cpu" if device == "cpu" else tuned.gpu(family, present), "backend")
+
+
+# torch.compile, to which facts may be symbolic, would trace into file reads. This is what
+# torch.compiler.assume_constant_result sets; calling that imports torch._dynamo, which takes a second.
+_orders._dynamo_marked_constant = True  # type: ignore[attr-defined]
