@@ -1,0 +1,91 @@
+"""Exports: a trained model as a folder that another project's own code loads.
+
+A target is a module of this package with two functions:
+
+    write(model, out) -> list[str]   writes the files into the empty folder `out`; returns, in sentences, what the other
+                                     project computes differently and what the folder does not hold
+    use(model) -> str                lines of Python that load the folder FOLDER and use it, for the model card
+
+The model that they get has float32 weights on the CPU.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..errors import ConfigError
+from ..inference import Model
+from ..nn import Clip, Lift
+from .card import card
+from .classes import write_classes
+from .description import described
+
+TARGETS = {
+    "open_clip": "open_clip",
+    "timm": "timm",
+    "hf": "hf",
+    "sentence-transformers": "sentence_transformers",
+    "onnx": "onnx",
+    "torch-export": "torch_export",
+    "safetensors": "safetensors",
+}  # the name of a target -> its module
+
+
+def export(
+    model: Model,
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    names: Sequence[str] = (),
+    templates: Sequence[str] = ("a photo of a {}.",),
+    licence: str | None = None,
+) -> list[str]:
+    """Writes a model into the folder `out`, which then also holds lift_fast.json and a model card, README.md.
+
+    to: a key of TARGETS. names, templates: classes, as of `Model.zero_shot`, whose features become classes.npz, so that
+    images can be classified without a text encoder. licence: of the weights, for the card, as the Hugging Face hub
+    names it ("mit"). The weights are written in float32.
+
+    Returns sentences that say what the other project computes differently, and what the folder does not hold.
+
+    Raises ConfigError for an unknown target, a folder that holds something, a model that is not lift-fast's, and a
+    target that cannot hold this model; BackendError when a package that writes the target is not installed; what
+    `Model.zero_shot` raises; OSError when a file cannot be written. `out` is then as it was.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"no target {to!r}; choose one of {', '.join(TARGETS)}")
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; remove it or name another --out")
+    if not isinstance(model.module, Lift | Clip):
+        raise ConfigError(
+            f"{model.source} is a model of another project that lift-fast only encodes with; export a run of lift-fast"
+        )
+    target = import_module(f".{TARGETS[to]}", __name__)
+    run = described(model)
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        if names:
+            write_classes(model, names, templates, part / "classes.npz")
+        model = copy.copy(model)
+        model.module = copy.deepcopy(model.module)
+        model.to("cpu", torch.float32)
+        remarks = target.write(model, part)
+        (part / "README.md").write_text(card(model, run, to, target.use(model), remarks, licence), encoding="utf-8")
+        about = {"format": to, "version": __version__, "run": run}
+        (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # empty
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return remarks
