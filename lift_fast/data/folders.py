@@ -61,6 +61,10 @@ class ParquetImages(TableSamples):
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        return read_image(self.image_file(i))
+
+    def image_file(self, i: int) -> Path:
+        """The image of sample i, which need not exist. Raises BadSample: "missing", "unreadable"."""
         number, row = located(i, self._ends, self.folder)
         try:
             key, extension = self._name(number, row)
@@ -79,7 +83,7 @@ class ParquetImages(TableSamples):
         else:
             names = [f"{key}.{suffix}" for suffix in IMAGE_SUFFIXES]
         paths = [inside(self._roots[number], name) for name in names]
-        return read_image(next((path for path in paths[:-1] if os.path.exists(path)), paths[-1]))
+        return next((path for path in paths[:-1] if os.path.exists(path)), paths[-1])
 
     def text_fields(self) -> list[str]:
         """The columns of text: meta has none."""

@@ -120,6 +120,7 @@ class _Listing:
 _SECOND = "a second image or caption of a sample"
 _LOST_JSON = "metadata without an image or a caption"
 _OTHER_SUFFIX = "other suffixes than those that are read (--image-suffix, --text-suffix)"
+_ALONE = "captions without an image"
 _NO_IMAGE = "captions, where the folders are the classes"
 _NO_FOLDER = "images that do not lie in a class folder"
 _TOO_DEEP = "images in a folder within a class folder"
@@ -154,14 +155,17 @@ class LooseFiles:
     are the samples: the caption "txt" is the name of the folder, the metadata {"label": name}. Names that begin with a
     dot are ignored.
 
+    images_only: captions may be missing. Where no image has a caption or a .json, every image is a sample without
+    either, wherever it lies.
+
     A folder's own samples come before those of the folders in it, both in the order of their names. The key and 14
     bytes stay in memory for each sample.
 
-    Raises DataError for a folder without images, for images that have neither captions nor class folders, and, without
-    options.skip_bad, for a folder that cannot be listed.
+    Raises DataError for a folder without images, for images that have neither captions nor class folders, unless
+    images_only, and, without options.skip_bad, for a folder that cannot be listed.
     """
 
-    def __init__(self, folder: str | Path, options: DataOptions | None = None):
+    def __init__(self, folder: str | Path, options: DataOptions | None = None, images_only: bool = False):
         self.folder = Path(folder)
         self._options = options or DataOptions()
         self.problems: list[Problem] = []
@@ -170,10 +174,13 @@ class LooseFiles:
         images, jsons = found.has(_IMAGE), found.has(_JSON)
         if not images.any():
             raise DataError(f"{self.folder} holds no image file; name the folder that holds the images")
-        self.classes = not (images & (found.has(_TEXT) | jsons)).any()
+        alone = not (images & (found.has(_TEXT) | jsons)).any()
+        self.classes = alone and not images_only
         self._with_json = not self.classes and bool(jsons.any())
         if self.classes:
             found = self._in_classes(found, other, unused)
+        elif alone:
+            found = _with_images(found, unused)
         if not self._with_json:
             unused.drop(_LOST_JSON)  # it describes something else
         self._found, self._suffixes = found, list(found.suffixes)
@@ -188,10 +195,14 @@ class LooseFiles:
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
+        return read_image(self.image_file(i))
+
+    def image_file(self, i: int) -> Path:
+        """The image of sample i. Raises BadSample: "missing"."""
         path = self._path(i, _IMAGE)
         if path is None:
             raise BadSample("missing", f"{self.where(i)} has no image ({self._image_names()})")
-        return read_image(path)
+        return path
 
     def caption_field(self, field: str = "txt") -> str:
         """The field itself. Raises DataError for another than "txt" where no sample has a .json."""
@@ -351,6 +362,18 @@ class LooseFiles:
         if other:
             raise DataError(f"{self.folder} holds images and {other}, which is of another layout; name its folder")
         return kept
+
+
+def _with_images(found: _Listing, unused: _Unused) -> _Listing:
+    """The samples that have an image."""
+    kept, suffixes = _Listing(), list(found.suffixes)
+    for i in range(len(found)):
+        image, text = found.files[_IMAGE][i], found.files[_TEXT][i]
+        if image == _NO_FILE:
+            unused.add(_ALONE, f"{found.key(i)}.{suffixes[text]}")
+        else:
+            kept.add(found.key(i), (suffixes[image], None, None))
+    return kept
 
 
 def _add_samples(found: _Listing, folder: str, names: list[str], suffixes: _Suffixes, unused: _Unused) -> None:

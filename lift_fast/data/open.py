@@ -34,6 +34,7 @@ def open_data(
     options: DataOptions | None = None,
     *,
     captions_only: bool = False,
+    images_only: bool = False,
 ) -> Samples:
     """Opens the images and captions at `path`, as the first of these layouts that matches:
 
@@ -53,7 +54,8 @@ def open_data(
 
     images: the folder of the image files, or of the folders of them, where it is not the one above. With it `path` may
     also be a folder of folders of parquet files, as caption_embeddings/ of LIFT's authors. options: those that do not
-    apply to the layout are ignored. captions_only: there need be no images.
+    apply to the layout are ignored. captions_only: there need be no images. images_only: the images in folders need
+    no captions.
 
     Raises DataError when there is nothing at `path`, or none of these layouts, or several tables or splits, and where
     the class raises it; ConfigError for `images` with tars.
@@ -92,9 +94,9 @@ def open_data(
     splits = [name for name in sorted(_SPLITS) if _is_table(path / name)]
     _check_one(path, splits)
     if splits:
-        return open_data(path / splits[0], None, options, captions_only=captions_only)
+        return open_data(path / splits[0], None, options, captions_only=captions_only, images_only=images_only)
     if holds_images(path, options):
-        return LooseFiles(path, options)
+        return LooseFiles(path, options, images_only)
     names = sorted(entry.name for entry in path.iterdir())
     raise DataError(f"{path} is no data set, it holds {_listed(names)}; {_LAYOUTS}")
 

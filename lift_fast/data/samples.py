@@ -80,6 +80,9 @@ class Samples(Protocol):
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
 
+    def image_file(self, i: int) -> Path | None:
+        """The file that is the image of sample i; None where the image is a part of a shard. Raises BadSample."""
+
     def caption_field(self, field: str = "txt") -> str:
         """The column or entry that holds the captions `field`: for "txt" the set's usual one. Raises DataError."""
 

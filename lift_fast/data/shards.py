@@ -131,6 +131,9 @@ class Shards:
         except OSError as error:
             raise BadSample("unreadable", f"{self.where(i)}: {error.strerror}") from error
 
+    def image_file(self, i: int) -> None:
+        """None: the images are parts of the tars."""
+
     def caption_field(self, field: str = "txt") -> str:
         """`field` itself: "txt" is the caption's own file, any other an entry of the .json."""
         return field

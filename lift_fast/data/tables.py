@@ -246,6 +246,29 @@ class TableImages(TableSamples):
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large", "does not parse"."""
+        image = self._image(i)
+        if isinstance(image, Path):
+            return read_image(image)
+        if len(image) > MOST_BYTES:
+            raise BadSample("too large", f"{self.where(i)} has {len(image)} bytes; {MOST_BYTES} are read at most")
+        return image
+
+    def image_file(self, i: int) -> Path | None:
+        """The image of sample i; None where the table holds it. Raises BadSample: "missing", "unreadable", "does not
+        parse"."""
+        image = self._image(i)
+        return image if isinstance(image, Path) else None
+
+    def require_images(self) -> None:
+        """Raises DataError when there is no column of images."""
+        if self.image_column is None:
+            raise DataError(
+                f"{self.folder} names no images: expected a column {', '.join(IMAGE_COLUMNS[:-1])} or "
+                f"{IMAGE_COLUMNS[-1]}; choose with --image-column among: {', '.join(self.columns)}"
+            )
+
+    def _image(self, i: int) -> bytes | Path:
+        """The encoded image of sample i, or its file. Raises BadSample."""
         if self.image_column is None:
             raise BadSample("missing", f"{self.folder} names no images")
         try:
@@ -257,20 +280,10 @@ class TableImages(TableSamples):
         if isinstance(value, dict):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes) and self._holds:
-            if len(value) > MOST_BYTES:
-                raise BadSample("too large", f"{self.where(i)} has {len(value)} bytes; {MOST_BYTES} are read at most")
             return value
         if not value or not isinstance(value, str):
             raise BadSample("missing", f"{self.where(i)} has no {self.image_column!r}")
-        return read_image(inside(self.root, value, self._options.absolute_paths))
-
-    def require_images(self) -> None:
-        """Raises DataError when there is no column of images."""
-        if self.image_column is None:
-            raise DataError(
-                f"{self.folder} names no images: expected a column {', '.join(IMAGE_COLUMNS[:-1])} or "
-                f"{IMAGE_COLUMNS[-1]}; choose with --image-column among: {', '.join(self.columns)}"
-            )
+        return inside(self.root, value, self._options.absolute_paths)
 
     def _images_in(self, table: Rows | Columns) -> tuple[str | None, bool]:
         """The column of images, and whether it holds them. Raises DataError when the one chosen cannot be that."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.hostile import encoded, scene
 
 from lift_fast.data.loose import LooseFiles, holds_images
+from lift_fast.data.open import open_data
 from lift_fast.data.options import DataOptions
 from lift_fast.data.samples import BadSample, BadText
 from lift_fast.data.sources import open_source
@@ -338,3 +339,23 @@ def test_no_file_is_lost(tmp_path_factory, files, options):
     counted = sum(problem.count for problem in samples.problems)
     jsons = {name for name in files if name.endswith("json")} - read
     assert len(lost - beside) <= counted <= len(lost | jsons)
+
+
+def test_images_alone(tmp_path):
+    """images_only: every image of a plain folder is a sample, and files of captions change nothing elsewhere."""
+    files = ("b.jpg", "c/1.png", "c/d/e/2.webp", "d/3.jpg", "e.txt")
+    samples = open_data(names(tmp_path / "plain", *files), images_only=True)
+    assert keys(samples) == ["b", "c/1", "c/d/e/2", "d/3"]
+    assert [samples.image_file(i) for i in range(4)] == [
+        tmp_path / "plain" / name for name in ("b.jpg", "c/1.png", "c/d/e/2.webp", "d/3.jpg")
+    ]
+    assert unused(samples) == {"captions without an image: e.txt": 1} and samples.meta(1) == {}
+    assert isinstance(samples.captions(0)[0], BadText)
+    captioned = names(tmp_path / "captioned", "a.jpg", "a.txt", "b.txt", "c.jpg")
+    assert keys(open_data(captioned, images_only=True)) == keys(open_data(captioned)) == ["a", "b", "c"]
+    with pytest.raises(BadSample, match="has no image"):
+        open_data(captioned).image_file(1)
+    classes = names(tmp_path / "classes", "cat/1.jpg", "dog/2.jpg")
+    assert keys(open_data(classes, images_only=True)) == keys(open_data(classes))
+    with pytest.raises(DataError, match="no data set"):
+        open_data(names(tmp_path / "none", "a.txt"), images_only=True)
