@@ -57,5 +57,11 @@ gpu:
 		print('lift-fast: CUDA for ' + (b()['archs'] or 'no GPU'), b()['reason'], sep=', ')"
 	@touch $@
 
+# For tests of exports, in a folder of its own; see the file. Not a reason to build the rest again.
+.venv/.test: | .venv/.peers
+.venv/.peers: .venv/bin/python tests/peers.txt
+	$(PIP) --no-deps --upgrade --target .venv/peers -r tests/peers.txt
+	@touch $@
+
 clean:
 	rm -rf .venv build site *.egg-info lift_fast/_C*.so
