@@ -20,6 +20,9 @@ from lift_fast.nn.config import Preset
 from lift_fast.nn.vit import resized
 from lift_fast.nn.weights import load, read, save
 
+# Its own tests are in test_weight_files.py.
+pytestmark = pytest.mark.filterwarnings("ignore:these weights do not show whether their activation")
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

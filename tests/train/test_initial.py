@@ -14,6 +14,8 @@ from lift_fast.nn.models import MAX_LOGIT_SCALE
 from lift_fast.nn.weights import save
 from lift_fast.train.initial import conventions, init_from, weights_digest
 
+pytestmark = pytest.mark.filterwarnings("ignore:these weights do not show whether their activation")
+
 SMALL = Preset(VitConfig(24, 8, 64, 2, 1), TextConfig(width=16, layers=1, heads=2), embed_dim=12, text_dim=20)
 
 

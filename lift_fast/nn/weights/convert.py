@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..config import VitConfig
 from ..head import Head
 from ..vit import Vit
 from .files import config_fields, read
-from .layouts import HEADS, NOT_COMPUTED, TABLES, Layout, LayoutTable
+from .layouts import HEADS, NOT_COMPUTED, OPENAI, TABLES, Layout, LayoutTable
 
 # The fields of VitConfig that cannot be read from the shapes.
 _CONVENTIONS = ("heads", "activation", "norm_eps", "pool", "norm_after_pool", "patch_dropout")
@@ -59,6 +60,7 @@ def load(
     expected configuration, whose sizes must be those found. image_size: if it, or config's, is another one than the
     weights', positions are interpolated.
 
+    Warns where the activation was not given in any of these ways and the layout's weights are published with two.
     Raises ConfigError for a key that is missing, unknown or of another shape, for a model that this tower does not
     compute, and for a layout, file or setting that is not valid.
     """
@@ -158,7 +160,8 @@ def save(
     if logit_scale is not None:
         state[_checked_key(table.logit_scale, layout, "logit_scale")] = logit_scale
     if head is not None:
-        _check_head(visual.config.activation)
+        if table.head_activation:
+            _check_head(visual.config.activation)
         for name, tensor in head.named_parameters():
             state[_checked_key(table.head_keys().get(name), layout, "head")] = tensor
     state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
@@ -263,6 +266,16 @@ def _config(state: Mapping[str, Tensor], table: LayoutTable, prefix: str, conven
     if "heads" not in conventions and width not in HEADS and width % 64:
         raise ConfigError(f"the weights do not show how many heads a tower of width {width} has; pass heads=")
     fixed = {name: value for name, value in table.fixed.items() if name in _CONVENTIONS}
+    if OPENAI <= state.keys():
+        conventions = {"activation": "quick_gelu", **conventions}
+    elif table.other_activation and "activation" not in conventions:
+        taken = table.defaults["activation"]
+        warnings.warn(
+            f"these weights do not show whether their activation is {taken} or {table.other_activation}; {taken} is "
+            f'taken. Pass activation="{taken}" or activation="{table.other_activation}" to nn.weights.load, or load '
+            "the weights by a folder whose configuration says it (open_clip_config.json, config.json)",
+            stacklevel=3,
+        )
     known = {"heads": HEADS.get(width, width // 64), "pool": "cls" if class_token else "avg"} | fixed
     return VitConfig(
         image_size=grid * patch.shape[2],
@@ -332,7 +345,8 @@ def _head(state: Mapping[str, Tensor], table: LayoutTable, width: int, activatio
     keys = table.head_keys()
     if not any(key in state for key in keys.values()):
         return None
-    _check_head(activation)
+    if table.head_activation:
+        _check_head(activation)
     bias = state.get(keys["fc_1.bias"])
     with torch.device("meta"):
         head = Head(width, 0 if bias is None else bias.numel())

@@ -1,7 +1,9 @@
 """Reads state dicts from files, and fields of VitConfig from the configuration file in the same folder."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..config import preset
+from .torchscript import is_archive, read_archive
 
-# The weights that are looked for in a folder, in this order, and the configuration file of each.
+# The weights that are looked for in a folder, in this order, and the configuration file of each. Each may also be cut
+# into shards, which the file of this name with ".index.json" lists.
 _FOLDER = {
     "model.safetensors": "config.json",
     "pytorch_model.bin": "config.json",
     "open_clip_model.safetensors": "open_clip_config.json",
     "open_clip_pytorch_model.bin": "open_clip_config.json",
 }
+
+_INDEX = ".index.json"
+_RUN = "run.json"  # of a run of lift-fast, see run_folder.py
 
 _HF_ACTIVATIONS = {
     "gelu": "gelu",
@@ -34,62 +42,49 @@ _TIMM_POOLS = {"token": "cls", "avg": "avg"}
 def read(path: str | Path) -> dict[str, Tensor]:
     """Reads the state dict of a file, or of a folder with one, onto the CPU. Never runs code from the file.
 
-    Accepts .safetensors, and .pt, .pth, .bin and .ckpt with torch's weights_only, which refuses pickles of anything but
-    tensors and plain values. A dict under "state_dict" or "model" is unwrapped, and the prefixes "module." and
-    "_orig_mod." (of DistributedDataParallel and torch.compile) are removed from the keys.
+    Accepts .safetensors; .pt, .pth, .bin and .ckpt with torch's weights_only, which refuses pickles of anything but
+    tensors and plain values; TorchScript archives, of which only the tensors are read; and a .index.json with all the
+    shards that it lists. A dict under "state_dict" or "model" is unwrapped, and the prefixes "module." of
+    DistributedDataParallel and "_orig_mod." of torch.compile are removed from the keys, the latter at every place.
 
     Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict.
     """
     path = files_of(path)[0]
-    state: Any
-    if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or hostile pickle may raise anything
-            raise ConfigError(
-                f"{path}: cut short, or a pickle of more than tensors and plain values, which could run code and was "
-                "refused. If you trust it, load it yourself and save its state_dict as .safetensors "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-            ) from error
-    else:
-        raise ConfigError(f"{path}: must be .safetensors, .pt, .pth, .bin or .ckpt, or a folder with such a file")
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ConfigError(f"{path}: neither a state dict nor a dict with one under 'state_dict' or 'model'")
-    state = {str(key): tensor for key, tensor in state.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+    state = _whole(path) if path.name.endswith(_INDEX) else _file(path)
+    plain = {_unwrapped(key): tensor for key, tensor in state.items()}
+    if len(plain) != len(state):
+        raise ConfigError(f"{path}: neither a state dict nor a dict with one: some keys differ in _orig_mod only")
+    while plain and all(key.startswith("module.") for key in plain):
+        plain = {key.removeprefix("module."): tensor for key, tensor in plain.items()}
+    return plain
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The file of weights at `path`, which in a folder is the first of the usual names, and then the configuration file
-    of the folder, if it has one. Raises ConfigError when there are no weights.
+    """The file of weights at `path`, which in a folder is the first of the usual names; its shards, if it is an index;
+    and then the configuration file of the folder, if it has one of another project.
+
+    Raises ConfigError when there are no weights.
     """
     path = Path(path)
     found = [path / name for name in _pair(path)] if path.is_dir() else [path]
     if not found[0].is_file():
         raise ConfigError(f"{path}: no such file")
-    return [file for file in found if file.is_file()]
+    shards = sorted(set(_index(found[0]).values())) if found[0].name.endswith(_INDEX) else []
+    return [found[0], *(found[0].parent / name for name in shards), *(file for file in found[1:] if file.is_file())]
 
 
 def config_fields(path: str | Path) -> dict[str, Any]:
-    """The fields of VitConfig that a folder's configuration file determines; empty for a file. Raises ConfigError."""
+    """The fields of VitConfig that the configuration file of a folder determines; of a run of lift-fast also when
+    `path` is its model.safetensors. Empty where there is none. Raises ConfigError."""
     path = Path(path)
-    file = path / _pair(path)[1] if path.is_dir() else path
-    if not path.is_dir() or not file.is_file():
+    file = run_of(path) or (path / _pair(path)[1] if path.is_dir() else None)
+    if file is None or not file.is_file():
         return {}
     try:
         settings = json.loads(file.read_text())
-        if "model_cfg" in settings:
+        if file.name == _RUN:
+            found = _own(settings)
+        elif "model_cfg" in settings:
             found = _open_clip(settings["model_cfg"])
         elif "architecture" in settings:  # timm's
             found = {"pool": _TIMM_POOLS[settings["global_pool"]]} if settings.get("global_pool") else {}
@@ -104,12 +99,89 @@ def config_fields(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def run_of(path: Path) -> Path | None:
+    """The run.json of the run of lift-fast at `path`, its folder or model.safetensors; None for other weights."""
+    file = (path.parent if path.name == "model.safetensors" else path) / _RUN
+    return file if file.is_file() else None
+
+
 def _pair(folder: Path) -> tuple[str, str]:
-    """The names of a folder's weights file and of its configuration file. Raises ConfigError when it has no weights."""
-    for pair in _FOLDER.items():
-        if (folder / pair[0]).is_file():
-            return pair
+    """The names of a folder's weights, or of their index, and of its configuration file. Raises ConfigError when it has
+    no weights."""
+    for name, config in _FOLDER.items():
+        for weights in (name, name + _INDEX):
+            if (folder / weights).is_file():
+                return weights, config
     raise ConfigError(f"{folder}: none of {', '.join(_FOLDER)}; name the file itself")
+
+
+def _whole(index: Path) -> dict[str, Tensor]:
+    """The state dict of all shards that an index lists. Raises ConfigError."""
+    entries = _index(index)
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(entries.values())):
+        shard = _file(index.parent / name)
+        wanted = {key for key, file in entries.items() if file == name}
+        if wanted != shard.keys():
+            raise ConfigError(
+                f"{index}: it lists other tensors in {name} than that shard has ({min(wanted ^ shard.keys())}); copy "
+                "the folder again"
+            )
+        state |= shard
+    return state
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Key -> name of its shard. Raises ConfigError for a damaged index, and for a shard that is missing or lies outside
+    of the folder."""
+    try:
+        entries = json.loads(path.read_bytes())["weight_map"]
+        if not entries or not all(isinstance(name, str) for name in entries.values()):
+            raise ValueError("its weight_map names no files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a complete index of shards ({error!r}); copy it again") from error
+    for name in set(entries.values()):
+        if name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+            raise ConfigError(f"{path}: it lists {name!r}, which is not the name of a file in this folder; correct it")
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"{path}: the shard {name} is missing; copy the whole folder")
+    return entries
+
+
+def _file(path: Path) -> dict[str, Tensor]:
+    """The state dict of one file, with the keys that it has there. Raises ConfigError."""
+    state: Any
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        try:
+            state = read_archive(path) if is_archive(path) else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or hostile pickle may raise anything
+            raise ConfigError(
+                f"{path}: cut short, or a pickle of more than tensors and plain values, which could run code and was "
+                "refused. If you trust it, load it yourself and save its state_dict as .safetensors "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
+    else:
+        raise ConfigError(f"{path}: must be .safetensors, .pt, .pth, .bin or .ckpt, or a folder with such a file")
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ConfigError(f"{path}: neither a state dict nor a dict with one under 'state_dict' or 'model'")
+    return {str(key): tensor for key, tensor in state.items()}
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "_orig_mod")
+
+
+def _own(run: Mapping) -> dict[str, Any]:
+    vit = replace(preset(run["preset"]).vit, **run.get("vit", {}))
+    return {name: getattr(vit, name) for name in ("heads", "activation", "norm_eps", "pool", "norm_after_pool")}
 
 
 def _open_clip(model: Mapping) -> dict[str, Any]:

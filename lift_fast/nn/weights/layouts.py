@@ -1,4 +1,4 @@
-"""The layouts of other projects as tables: the key of each of our modules in their state dicts, and their conventions.
+"""The layouts of other projects, and of our own runs, as tables: the keys of our modules, and their conventions.
 
 Tables of related layouts repeat entries on purpose, so that each can be read on its own against its project's keys.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Layout = Literal["open_clip", "lift", "timm", "hf_vit", "hf_clip"]
+Layout = Literal["open_clip", "lift", "timm", "hf_vit", "hf_clip", "lift_fast"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class LayoutTable:
     """Values that these fields of VitConfig must have for our tower to compute what the layout's models compute."""
     defaults: Mapping[str, Any]
     """Usual values of fields of VitConfig that the state dict does not show."""
+    other_activation: str | None = None
+    """An activation that many published weights have in place of the default one."""
+    head_activation: bool = False
+    """Whether the head computes the tower's activation, and not always gelu."""
     leading_ones: Mapping[str, int] = field(default_factory=dict)
     """Our parameter -> the number of leading dimensions of size 1 that only the layout's tensor has."""
     patches_only: bool = False
@@ -77,7 +81,7 @@ class LayoutTable:
 
 
 _TEXT = "text|text_decoder|transformer|token_embedding|positional_embedding|ln_final|text_projection|cls_emb|attn_mask"
-_TEXT += "|logit_bias|input_resolution|context_length|vocab_size"  # the last three: in OpenAI's archives
+_TEXT += "|logit_bias|input_resolution|context_length|vocab_size"  # the last three: OPENAI
 
 _OPEN_CLIP = LayoutTable(
     layout="open_clip",
@@ -100,6 +104,7 @@ _OPEN_CLIP = LayoutTable(
     },
     fixed={"class_token": True, "patch_bias": False, "pre_norm": True},
     defaults={"norm_eps": 1e-5, "activation": "gelu", "pool": "cls"},
+    other_activation="quick_gelu",
     projection="{prefix}proj",
     transposed=True,
     logit_scale="logit_scale",
@@ -110,6 +115,7 @@ _OPEN_CLIP_WITHOUT_PRE = replace(
     _OPEN_CLIP,
     fixed={"class_token": True, "patch_bias": False, "pre_norm": False},
     defaults={"norm_eps": 1e-5, "activation": "gelu", "pool": "avg", "norm_after_pool": True},
+    other_activation=None,
 )
 
 _LIFT = replace(
@@ -118,6 +124,8 @@ _LIFT = replace(
     prefixes={"visual.": "logit_bias"},
     fixed={"class_token": True, "patch_bias": False},
     defaults={"norm_eps": 1e-5, "activation": "gelu", "pool": "avg"},
+    other_activation=None,
+    head_activation=True,
     head={"fc_1": "mlp_projector.projector.0", "fc_2": "mlp_projector.projector.2"},
 )
 
@@ -220,12 +228,30 @@ _HF_CLIP = LayoutTable(
     },
     fixed={"class_token": True, "patch_bias": False, "pre_norm": True, "pool": "cls"},
     defaults={"norm_eps": 1e-5, "activation": "quick_gelu"},
+    other_activation="gelu",
     projection="visual_projection.weight",
     logit_scale="logit_scale",
 )
 
+# Our own modules: the weights of a run, or of a Vit alone.
+_LIFT_FAST = LayoutTable(
+    layout="lift_fast",
+    prefixes={"visual.": "text|text_projection", "": ""},
+    outer={name: name for name in ("patch_embed", "class_embedding", "positional_embedding", "ln_pre", "ln_post")},
+    blocks="transformer.blocks.{n}.",
+    inner={name: (name,) for name in ("ln_1", "qkv", "proj", "ln_2", "fc_1", "fc_2")},
+    fixed={},
+    defaults={"norm_eps": 1e-5, "activation": "gelu", "pool": "avg"},
+    projection="visual_projection.weight",
+    head={"fc_1": "head.fc_1", "fc_2": "head.fc_2"},
+    logit_scale="logit_scale",
+)
+
 # If several tables have the same number of marks among the keys, the first is chosen.
-TABLES = (_OPEN_CLIP_WITHOUT_PRE, _OPEN_CLIP, _LIFT, *_TIMM, _HF_VIT, _HF_VIT_5, _HF_CLIP)
+TABLES = (_OPEN_CLIP_WITHOUT_PRE, _OPEN_CLIP, _LIFT, *_TIMM, _HF_VIT, _HF_VIT_5, _HF_CLIP, _LIFT_FAST)
+
+# Numbers in OpenAI's archives alone, whose activation is quick_gelu.
+OPENAI = {"input_resolution", "context_length", "vocab_size"}
 
 # Regular expressions for the keys of parts that our tower does not compute.
 NOT_COMPUTED = {
