@@ -320,7 +320,8 @@ def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str,
     if isinstance(text, TokenizedText):
         return description | {"context": config.context}
     rotation = text.rotation.as_dict() if text.rotation else None
-    return description | {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation}
+    codec = text.caches[0].manifest.codec
+    return description | {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation, "codec": codec}
 
 
 def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device, rank: Rank) -> Pipeline:
