@@ -7,6 +7,8 @@ its keys suffice to build the model and the text encoder again:
     vit                            the fields of VitConfig in which the image tower is not the preset's, if any
     text_dim, encoder, rotation    LIFT: output width of the head, the EncoderSpec of the cached text, its rotation
     context                        CLIP: caption length in tokens
+    text, embed_dim                CLIP: the fields of TextConfig, and the width of the joint space, that are not the
+                                   preset's, if any (of models that were not trained here)
 """
 
 import json
@@ -44,7 +46,8 @@ def build(run: dict[str, Any]) -> Lift | Clip:
     sizes = replace(sizes, vit=replace(sizes.vit, **run.get("vit", {})))
     if run["model"] == "lift":
         return Lift(sizes, run["text_dim"])
-    return Clip(sizes.with_context(run["context"]))
+    text = replace(sizes.text, **run.get("text", {}), context=run["context"])
+    return Clip(replace(sizes, text=text, embed_dim=run.get("embed_dim", sizes.embed_dim)))
 
 
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
@@ -98,11 +101,19 @@ def text_encoder(
     For LIFT it is the frozen encoder that embedded the training text, with the cache's rotation applied; for CLIP the
     model's own text tower. trust_remote_code: LIFT: whether the encoder may run code from its repository.
 
-    Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, and
-    CacheMismatch when its dim is not the head's.
+    Raises as `frozen_encoder`.
     """
     if isinstance(model, Clip):
         return _tower_encoder(model, ClipTokenizer(run["context"]), device)
+    return frozen_encoder(run, device, trust_remote_code)
+
+
+def frozen_encoder(run: dict[str, Any], device: torch.device, trust_remote_code: bool = False) -> EncodeText:
+    """The same of the frozen encoder that "encoder", "text_dim" and "rotation" of a run describe.
+
+    Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, and
+    CacheMismatch when its dim is not text_dim.
+    """
     # That run.json allows remote code does not permit running it here: the run may come from somebody else.
     spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
     if run["encoder"]["trust_remote_code"] and not trust_remote_code:

@@ -78,7 +78,8 @@ class VitConfig:
 class TextConfig:
     """CLIP's text tower (Radford et al., arXiv 2103.00020): causal; the features are read at the end-of-text token.
 
-    context: tokens of a caption. Raises ConfigError when width is not a multiple of heads.
+    context: tokens of a caption. activation: of the MLPs, as the image tower's. Raises ConfigError when width is not a
+    multiple of heads, and for an unknown activation.
     """
 
     context: int = 77
@@ -86,10 +87,13 @@ class TextConfig:
     width: int = 512
     layers: int = 12
     heads: int = 8
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ConfigError(f"text width {self.width} is not a multiple of its {self.heads} heads")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"no activation {self.activation!r}; there are: {', '.join(ACTIVATIONS)}")
 
 
 @dataclass(frozen=True)

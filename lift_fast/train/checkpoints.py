@@ -221,7 +221,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         """Removes what need not be kept: damaged ones, and those before `newest` by keep_last and keep_every."""
-        steps = self._steps()
+        steps = _steps(self.folder)
         whole = [step for step in steps if step <= newest and step not in self._damaged]
         kept = {*whole[-self.keep_last :], *(step for step in whole if self.keep_every and step % self.keep_every == 0)}
         for step in steps:
@@ -241,25 +241,15 @@ class Checkpoints:
                         # What stood at a checkpoint's name may have been a file or a link.
                         entry.unlink() if entry.is_symlink() or entry.is_file() else shutil.rmtree(entry)
 
-    def _steps(self) -> list[int]:
-        """The steps whose checkpoints are there, ascending."""
-        names = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir()]
-        return sorted(int(name[1]) for name in names if name)
-
     def _search(self, say: Callable[[str], object]) -> Found | None:
         """`newest`, on rank 0."""
         if not self.folder.exists():
             return None
         self._clear()
-        damaged: dict[int, str] = {}
-        for step in reversed(self._steps()):
-            try:
-                found = _verified(self._whole(step), step)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                damaged[step] = str(error)
-                continue
+        found, damaged = newest_whole(self.folder)
+        if found is not None:
             for later, reason in damaged.items():
-                say(f"the checkpoint of step {later} is damaged ({reason}); going on from that of step {step}")
+                say(f"the checkpoint of step {later} is damaged ({reason}); going on from that of step {found.step}")
             self._damaged = set(damaged)
             return found
         if damaged:
@@ -294,6 +284,21 @@ class Checkpoints:
 
     def _old(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.old"
+
+
+def newest_whole(folder: Path) -> tuple[Found | None, dict[int, str]]:
+    """The newest whole checkpoint in `folder`, None where there is none; and step -> what is wrong with each newer one.
+
+    All its files are read and compared with their SHA-256. Changes nothing, so that it may run while a run is training.
+    Raises OSError when the folder cannot be listed.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(_steps(folder)):
+        try:
+            return verified(folder / f"step-{step:08d}", step), damaged
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            damaged[step] = str(error)
+    return None, damaged
 
 
 class _Ranks:
@@ -425,7 +430,13 @@ def _check_fits(wanted: dict[str, Tensor], found: Found) -> None:
             )
 
 
-def _verified(folder: Path, step: int) -> Found:
+def _steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are in the folder, ascending."""
+    names = [_NAME.fullmatch(entry.name) for entry in folder.iterdir()]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def verified(folder: Path, step: int) -> Found:
     """The checkpoint in a folder. Raises OSError and ValueError, or what json raises, for anything but a whole one."""
     raw = (folder / MANIFEST).read_bytes()
     content = raw[_BEFORE:-_AFTER]

@@ -96,6 +96,7 @@ class Run:
         if not (out / folder.STARTED).exists():
             stack.enter_context(folder.locked(out))
             about = {"config": training.description["config"], "versions": versions()}
+            about["vit"] = training.description.get("vit", {})  # for inference while it trains
             self.identity = folder.start(out, training.settings, about)["checksum"]
         history = folder.rewind(out, training.step)
         for warning in history.warnings:

@@ -14,6 +14,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,25 @@ class Reader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it can be a folder."""
         return Writer.validate_checkpoint_id(checkpoint_id)
+
+
+def whole_tensors(folder: Path, index: Index, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names begin with `prefix`, by the rest of their names: whole, on the CPU.
+
+    Raises OSError and safetensors.SafetensorError for a file that cannot be read.
+    """
+    found = {}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name in index["files"]}
+        for name, entry in index["tensors"].items():
+            if name.startswith(prefix):
+                tensor = torch.empty(entry["size"], dtype=getattr(torch, entry["dtype"]))
+                for chunk in entry["chunks"]:
+                    ends = zip(chunk["offsets"], chunk["sizes"], strict=True)
+                    place = tuple(slice(start, start + length) for start, length in ends)
+                    tensor[place] = files[chunk["file"]].get_tensor(chunk["name"])
+                found[name.removeprefix(prefix)] = tensor
+    return found
 
 
 def sizes_and_dtype(item: WriteItem) -> tuple[torch.Size, torch.dtype]:

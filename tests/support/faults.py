@@ -225,7 +225,7 @@ def intact(out: Path) -> list[int]:
     found = []
     for path in (out / "checkpoints").glob("step-*"):
         try:
-            found.append(checkpoints._verified(path, int(path.name[5:])).step)
+            found.append(checkpoints.verified(path, int(path.name[5:])).step)
         except Exception:
             continue
     return sorted(found)

@@ -133,7 +133,7 @@ def test_values_of_each_save_though_the_memory_is_reused(tmp_path):
     checkpoints = save(tmp_path, 1, 2, 3, keep_last=3)
     for step in (1, 2, 3):
         tensors = zeros(reference())
-        checkpoints.load(module._verified(tmp_path / f"step-{step:08d}", step), tensors)
+        checkpoints.load(module.verified(tmp_path / f"step-{step:08d}", step), tensors)
         assert same(tensors, reference(step))
 
 
@@ -482,7 +482,7 @@ def test_a_save_that_fails_anywhere_leaves_the_earlier_checkpoints(tmp_path, mon
         folder, warned = tmp_path / f"{at}", []
         shutil.copytree(start, folder)
         checkpoints = Checkpoints(folder, Rank(), warn=warned.append)
-        checkpoints.load(module._verified(folder / "step-00000002", 2), zeros(reference()))
+        checkpoints.load(module.verified(folder / "step-00000002", 2), zeros(reference()))
         with monkeypatch.context() as patch:
             failing(patch, at, error)
             checkpoints.save(3, reference(3), {"step": 3})
@@ -565,7 +565,7 @@ def test_tensors_of_a_gpu(tmp_path):
         tensors["model"]["w"].zero_()
     checkpoints.wait(raising=True)
     for step, values in enumerate(random):
-        checkpoints.load(module._verified(tmp_path / f"step-{step:08d}", step), tensors)
+        checkpoints.load(module.verified(tmp_path / f"step-{step:08d}", step), tensors)
         assert torch.equal(tensors["model"]["w"], values) and tensors["step"] == step
 
 

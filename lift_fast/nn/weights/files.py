@@ -26,6 +26,7 @@ _FOLDER = {
 }
 
 _INDEX = ".index.json"
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _RUN = "run.json"  # of a run of lift-fast, see run_folder.py
 
 _HF_ACTIVATIONS = {
@@ -105,14 +106,24 @@ def run_of(path: Path) -> Path | None:
     return file if file.is_file() else None
 
 
+def may_hold_weights(path: Path) -> bool:
+    """Whether `read` takes a path, by its name or by the names of the files in it."""
+    if path.is_dir():
+        return _weights_in(path) is not None
+    return path.is_file() and (path.suffix in (".safetensors", *_PICKLES) or path.name.endswith(_INDEX))
+
+
+def _weights_in(folder: Path) -> tuple[str, str] | None:
+    """The names of a folder's weights, or of their index, and of its configuration file; None without weights."""
+    names = [(weights, config) for name, config in _FOLDER.items() for weights in (name, name + _INDEX)]
+    return next((pair for pair in names if (folder / pair[0]).is_file()), None)
+
+
 def _pair(folder: Path) -> tuple[str, str]:
-    """The names of a folder's weights, or of their index, and of its configuration file. Raises ConfigError when it has
-    no weights."""
-    for name, config in _FOLDER.items():
-        for weights in (name, name + _INDEX):
-            if (folder / weights).is_file():
-                return weights, config
-    raise ConfigError(f"{folder}: none of {', '.join(_FOLDER)}; name the file itself")
+    """The same. Raises ConfigError when the folder has no weights."""
+    if (pair := _weights_in(folder)) is None:
+        raise ConfigError(f"{folder}: none of {', '.join(_FOLDER)}; name the file itself")
+    return pair
 
 
 def _whole(index: Path) -> dict[str, Tensor]:
@@ -156,7 +167,7 @@ def _file(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
-    elif path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    elif path.suffix in _PICKLES:
         try:
             state = read_archive(path) if is_archive(path) else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile pickle may raise anything

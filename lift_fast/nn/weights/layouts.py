@@ -110,6 +110,12 @@ _OPEN_CLIP = LayoutTable(
     logit_scale="logit_scale",
 )
 
+
+def open_clip_text_key(name: str) -> str:
+    """The key, in open_clip's CLIP, of a parameter of our text tower: the blocks have the keys of the image tower's."""
+    return _OPEN_CLIP.keys(name)[0] if name.startswith("transformer.") else name
+
+
 # Of open_clip's models only CLIPA's have no ln_pre; they average before the last norm.
 _OPEN_CLIP_WITHOUT_PRE = replace(
     _OPEN_CLIP,
