@@ -10,9 +10,11 @@ A word's tokens are remembered: captions have few different words.
 
 import gzip
 import html
+import json
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -48,6 +50,18 @@ class ClipTokenizer:
             ids = self._encode(caption)
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
+
+    def save(self, folder: Path) -> None:
+        """Writes vocab.json, merges.txt and tokenizer_config.json, from which Hugging Face's CLIPTokenizer makes the
+        same tokens, except that it does not repair texts: it has neither ftfy nor HTML entities."""
+        self._merges.save(str(folder))
+        file = folder / "vocab.json"
+        start, end = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names of the two
+        vocabulary = json.loads(file.read_text(encoding="utf-8")) | {start: _START, end: _END}
+        file.write_text(json.dumps(vocabulary), encoding="utf-8")
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context}
+        config |= {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     def _encode(self, caption: str) -> list[int]:
         """The ids of one caption, at most `context`."""
