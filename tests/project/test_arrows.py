@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
     "inference": {"errors", "files", "progress", "devices", "run_folder"}
     | {"ops", "nn", "cache", "data", "text", "train"},
-    "export": {"errors", "files", "run_folder", "nn", "text", "data", "inference"},
+    "export": {"errors", "files", "run_folder", "nn", "cache", "text", "data", "inference"},
     "gallery": {"errors", "files", "progress", "devices", "run_folder", "nn", "data", "text", "inference"},
 }
 TOP = {"cli", "__init__"}  # may import anything
