@@ -13,9 +13,11 @@ SMALL = {"image_size": 24, "patch_size": 8, "width": 24, "layers": 2, "heads": 3
 TEXT = TextConfig(context=13, width=20, layers=2, heads=2)
 
 
-def random_model(kind: str, dim: int = 14, preprocessing: Preprocessing | None = None, **vit: Any) -> Model:
+def random_model(
+    kind: str, dim: int = 14, preprocessing: Preprocessing | None = None, text: TextConfig = TEXT, **vit: Any
+) -> Model:
     """A Lift or Clip, "lift" or "clip", with features of length dim; vit: fields of VitConfig besides SMALL's."""
-    sizes = Preset(replace(VitConfig(**SMALL), **vit), TEXT, embed_dim=dim, text_dim=dim)
+    sizes = Preset(replace(VitConfig(**SMALL), **vit), text, embed_dim=dim, text_dim=dim)
     module = Lift(sizes) if kind == "lift" else Clip(sizes)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -26,7 +28,8 @@ def random_model(kind: str, dim: int = 14, preprocessing: Preprocessing | None =
     # Not ImageNet's means, and a resized side that is no round multiple of the image's.
     preprocessing = preprocessing or Preprocessing(size, size + 5, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     description: dict[str, Any] = {"model": kind, "preset": "vit-b16", "vit": vars(sizes.vit)}
-    description |= {"text_dim": dim, "context": TEXT.context}
+    description |= {"text_dim": dim, "context": text.context, "embed_dim": dim}
+    description["text"] = {key: value for key, value in vars(text).items() if key != "context"}
 
     def no_text(device):
         raise AssertionError("this model has no text encoder")
