@@ -70,21 +70,19 @@ def test_the_readme_is_short():
 
 
 def test_the_readme_s_loss_runs():
-    (example,) = examples(README)
+    (example,) = [block for block in examples(README) if "lift_fast.losses" in block]
     names = {"image_features": torch.randn(9, 8), "text_features": torch.randn(9, 8), "logit_scale": torch.tensor(1.0)}
     exec(example, names)
     assert names["loss"].isfinite()
 
 
 def test_the_examples_of_docs_losses_md_run():
-    names: dict = {}
-    for example in examples((ROOT / "docs" / "losses.md").read_text()):
+    first, cached, codes = ({} for _ in range(3))
+    for example, names in zip(examples((ROOT / "docs" / "losses.md").read_text()), (first, cached, codes), strict=True):
         exec(example, names)
         assert names["loss"].isfinite()
-    assert names["image"].grad is not None and names["tower"].weight.grad is not None
-    assert torch.equal(
-        names["same"], names["contrastive"](names["image"], names["text"], names["logit_scale"], normalize=True)
-    )
+    assert first["image"].grad is not None and cached["tower"].weight.grad is not None
+    assert torch.equal(first["same"], first["loss"])
 
 
 def build(*arguments: str | Path) -> subprocess.CompletedProcess:
