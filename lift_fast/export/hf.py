@@ -20,9 +20,9 @@ from ..text.tokenizer import ClipTokenizer
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # ours -> hidden_act
 PREPROCESSING = (
-    "the image processor resizes, crops and normalises as lift-fast does, but a resized pixel may differ by "
-    "two levels of 255, the crop of an odd margin begins up to a pixel earlier, the orientation in EXIF is not applied, "
-    "and transparent pixels do not become white"
+    "the image processor resizes, crops and normalises as lift-fast does, but a resized pixel may differ by two levels "
+    "of 255, the crop of an odd margin begins up to a pixel earlier, the orientation in EXIF is not applied, and "
+    "transparent pixels do not become white"
 )
 TOKENS = (
     "the tokenizer makes CLIP's tokens, but repairs no text first (curly quotes, HTML entities, full-width letters)"
