@@ -23,7 +23,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..inference import Model
 from ..nn import Clip, Lift
-from .card import card
+from .card import model_card
 from .classes import write_classes
 from .description import described
 
@@ -79,7 +79,9 @@ def export(
         model.module = copy.deepcopy(model.module)
         model.to("cpu", torch.float32)
         remarks = target.write(model, part)
-        (part / "README.md").write_text(card(model, run, to, target.use(model), remarks, licence), encoding="utf-8")
+        (part / "README.md").write_text(
+            model_card(model, run, to, target.use(model), remarks, licence), encoding="utf-8"
+        )
         about = {"format": to, "version": __version__, "run": run}
         (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         if out.exists():

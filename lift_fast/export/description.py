@@ -7,7 +7,7 @@ from typing import Any
 from ..inference import Model
 from ..nn import Clip, Lift
 
-_BUILD = ("model", "preset", "text_dim", "encoder", "rotation", "context", "field")
+_BUILD = ("model", "preset", "text_dim", "encoder", "rotation", "codec", "context", "field")
 _RECORD = (
     "captions samples_seen params seconds step_ms step_ms_spread images_per_s precision ranks device skipped_steps "
     "skipped_pictures skipped_causes"
@@ -27,6 +27,9 @@ def described(model: Model) -> dict[str, Any]:
     assert isinstance(module, Lift | Clip)
     found = {key: run[key] for key in (*_BUILD, *_RECORD) if key in run}
     found["vit"] = asdict(module.visual.config)
+    if isinstance(module, Clip):
+        text = asdict(module.text.config)
+        found |= {"context": text.pop("context"), "text": text, "embed_dim": module.visual_projection.out_features}
     found["preprocessing"] = model.preprocess.as_dict()
     if run.get("encoder"):
         found["encoder"] = run["encoder"] | {"name": name_of_encoder(run["encoder"]["name"])}

@@ -68,6 +68,7 @@ def write(model: Model, out: Path) -> list[str]:
                     opset_version=OPSET,
                     input_names=[given],
                     output_names=["features"],
+                    dynamic_shapes=({0: "batch"},),  # its name: the program says that it is dynamic
                     verbose=False,
                 )
             assert made is not None

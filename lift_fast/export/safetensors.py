@@ -35,11 +35,8 @@ def config(model: Model) -> dict[str, Any]:
     else:
         dim = module.visual_projection.out_features
         transformer = module.text.transformer
-        found["text"] = asdict(module.text.config) | {
-            "mlp_dim": transformer.mlp_dim,
-            "activation": transformer.activation,
-            "norm_eps": transformer.norm_eps,
-        }
+        found["text"] = asdict(module.text.config)
+        found["text"] |= {"mlp_dim": transformer.mlp_dim, "norm_eps": transformer.norm_eps}
     found |= {"embed_dim": dim, "logit_scale": model.logit_scale, "preprocessing": model.preprocess.as_dict()}
     if isinstance(module, Lift):
         found |= {key: model.description.get(key) for key in ("encoder", "rotation")}
