@@ -22,6 +22,7 @@ from lift_fast.nn.weights import whole_open_clip
 from lift_fast.text.spec import EncoderSpec
 from lift_fast.text.tokenizer import ClipTokenizer
 
+COMMIT = 40 * "0"
 TEXTS = ["a photo of a dog", "two red BALLS, by the sea!", "x", ", ".join(200 * ["many words"])]
 NAMED = {"image_size": 224, "patch_size": 16, "width": 256, "layers": 10, "heads": 4}
 FOREIGN = {"pool": "cls", "pre_norm": False, "activation": "gelu_tanh", "norm_eps": 1e-3, "mlp_dim": 101}
@@ -84,6 +85,12 @@ for folder in map(Path, sys.argv[4:]):
         optimizer.step()
         save_weights(model, folder / "trained")
 
+model, _, _ = open_clip.create_model_and_transforms("hf-hub:owner/model")
+tokens = open_clip.get_tokenizer("hf-hub:owner/model")(texts)
+with torch.no_grad():
+    image = model.eval().encode_image(load_file(root / "pixels.safetensors")["24"])
+    save_file({"image": image, "text": model.encode_text(tokens)}, root / "hub.safetensors")
+
 for name, expected in json.loads(sys.argv[3]).items():
     model = timm.create_model(name, device="meta")
     blocks, patch, norms = model.blocks, model.patch_embed, {"norm_pre.weight", "norm.weight"}
@@ -140,8 +147,16 @@ def exported(tmp_path_factory) -> dict[str, tuple[Model, Path]]:
         (root / str(i)).rename(folder)
         target.place(folder, f"local-dir:{folder}")
         models[case] = model, folder
+    # The hub's cache, as if owner/model had been downloaded.
+    hub = root / "hub" / "models--owner--model"
+    shutil.copytree(models["lift, with MiniLM, rotated"][1], hub / "snapshots" / COMMIT)
+    target.place(hub / "snapshots" / COMMIT, "hf-hub:owner/model")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(COMMIT)
     folders = [folder for _, folder in models.values()]
-    peers.run(STOCK, root, json.dumps(TEXTS), json.dumps(named()), *folders, cwd=root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(root / "hub"))
+        peers.run(STOCK, root, json.dumps(TEXTS), json.dumps(named()), *folders, cwd=root)
     return models
 
 
@@ -175,6 +190,12 @@ def test_stock_open_clip_computes_our_features(exported, case):
         assert name == "vit_xsmall_patch16_clip_224" and not (folder / "config.json").exists()
     else:
         assert name == ("none" if case in NATIVE else f"local-dir:{folder}")
+
+
+def test_from_the_hub(exported):
+    folder = exported["lift, with MiniLM, rotated"][1]
+    local, hub = load_file(folder / "found.safetensors"), load_file(folder.parent / "hub.safetensors")
+    assert torch.equal(local["image"], hub["image"]) and torch.equal(local["text"], hub["text"])
 
 
 @pytest.mark.parametrize("case", ["lift", "clip"])
