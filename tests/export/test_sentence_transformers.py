@@ -103,7 +103,7 @@ def test_texts_of_the_built_in_encoder(tmp_path, monkeypatch):
     theirs = loaded(out)
     close(theirs.encode(TEXTS), model.encode_text(TEXTS))
     # One batch has images or texts.
-    with pytest.raises(ValueError, match="mixes multiple modalities"):
+    with pytest.raises(ValueError, match="(?i)modalit"):
         theirs.encode([IMAGES[0], TEXTS[0]])
     assert any("batch_size=1" in remark for remark in remarks)
     mixed = theirs.encode([IMAGES[0], TEXTS[0], IMAGES[1]], batch_size=1)
