@@ -1,6 +1,6 @@
 """The entry point: parses the command line and runs the command that it names.
 
-Exit statuses: 0 for success; 1 where `lift-fast data check` found bad samples; 2 for wrong arguments or bad input,
+Exit statuses: 0 for success; 1 where `data check` or `classify` met bad images; 2 for wrong arguments or bad input,
 with one message on stderr; 75 where a signal stopped a run, with which the same command goes on; 130 after Ctrl-C; 141
 where the reader of the output has gone, as `head` does.
 
@@ -21,9 +21,11 @@ from .data import DataTools
 from .demo import Demo
 from .embed import Embed
 from .evaluate import Compare, Eval, Report
+from .export import Export
 from .interrupt import INTERRUPTED, after_imports, say_interrupted
 from .threads import wait_briefly
 from .train import Train
+from .use import Classify, EmbedImages, Search
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 
@@ -35,6 +37,10 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Classify, tyro.conf.subcommand("classify")]
+    | Annotated[EmbedImages, tyro.conf.subcommand("embed-images")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
