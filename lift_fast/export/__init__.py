@@ -6,6 +6,9 @@ A target is a module of this package with two functions:
                                      project computes differently and what the folder does not hold
     use(model) -> str                lines of Python that load the folder FOLDER and use it, for the model card
 
+and, if a file of the folder has to say where the folder is, place(folder, address), which writes that into it: the
+address is "local-dir:PATH", or "hf-hub:OWNER/NAME" while it is uploaded.
+
 The model that they get has float32 weights on the CPU.
 """
 
@@ -84,6 +87,8 @@ def export(
         )
         about = {"format": to, "version": __version__, "run": run}
         (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if hasattr(target, "place"):
+            target.place(part, f"local-dir:{out}")
         if out.exists():
             out.rmdir()  # empty
         part.rename(out)

@@ -1,9 +1,15 @@
 """Uploads an export to the Hugging Face hub. The only code of lift-fast that sends anything."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..inference.exports import ABOUT
 from ..text.repository import HUB_NAME, first_line
+from . import TARGETS
 
 
 def check_name(name: str) -> None:
@@ -28,7 +34,8 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
         address = hub.create_repo(name, private=private, exist_ok=True)
         public = private and not hub.model_info(name).private
         if not public:
-            hub.upload_folder(repo_id=name, folder_path=folder, commit_message="lift-fast export")
+            with _placed(folder, name):
+                hub.upload_folder(repo_id=name, folder_path=folder, commit_message="lift-fast export")
     except Exception as error:  # the hub's HTTP client has many connection errors of its own
         raise ConfigError(
             f"the hub did not take {name}: {first_line(error)}; log in with `hf auth login`, check the name, and "
@@ -37,3 +44,17 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     if public:
         raise ConfigError(f"{name} exists on the hub and is public, so --private is not kept; nothing was uploaded")
     return str(address)
+
+
+@contextmanager
+def _placed(folder: Path, name: str) -> Iterator[None]:
+    """While this lasts, the files of a target that have to say where the folder is say that it is on the hub."""
+    target = import_module(f".{TARGETS[json.loads((folder / ABOUT).read_bytes())['format']]}", __package__)
+    if not hasattr(target, "place"):
+        yield
+        return
+    target.place(folder, f"hf-hub:{name}")
+    try:
+        yield
+    finally:
+        target.place(folder, f"local-dir:{folder.absolute()}")

@@ -40,6 +40,8 @@ class Hub:
 
     def upload_folder(self, repo_id, folder_path, commit_message):
         self.calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))
+        for config in folder_path.glob("open_clip_config.json"):
+            self.calls.append(("placed", json.loads(config.read_text())["model_cfg"]["vision_cfg"]["timm_model_name"]))
 
 
 @pytest.fixture
@@ -94,6 +96,13 @@ def test_push(run, tmp_path, hub, private, capfd):
     files = ["README.md", "config.json", "lift_fast.json", "model.safetensors"]
     assert hub.calls == [("create", "me/model", private, True), ("upload", "me/model", files)]
     assert capfd.readouterr().out.endswith("uploaded to https://huggingface.co/me/model\n")
+
+
+def test_a_folder_that_says_where_it_is(run, tmp_path, hub):
+    export(f"{run} --to open_clip --out {tmp_path}/out --push me/model")
+    assert hub.calls[-1] == ("placed", "hf-hub:me/model")
+    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["vision_cfg"]["timm_model_name"] == f"local-dir:{tmp_path}/out"
 
 
 def test_a_public_model_does_not_become_private(run, tmp_path, hub, capfd):
