@@ -22,6 +22,7 @@ from .demo import Demo
 from .embed import Embed
 from .evaluate import Compare, Eval, Report
 from .export import Export
+from .gallery import Gallery
 from .interrupt import INTERRUPTED, after_imports, say_interrupted
 from .threads import wait_briefly
 from .train import Train
@@ -41,6 +42,7 @@ Command = (
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[EmbedImages, tyro.conf.subcommand("embed-images")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Gallery, tyro.conf.subcommand("gallery")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 
