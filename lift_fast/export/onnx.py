@@ -8,23 +8,21 @@ import torch
 
 from ..errors import BackendError
 from ..inference import Model
-from .plain import programs, remarks
+from .plain import about, programs
 
 OPSET = 18
 _MOST_BYTES = 2_000_000_000  # of weights in the graph's own file, which must stay below 2 GiB
 
 ZERO_SHOT = """\
 import json
-import sys
-
 import numpy as np
 import onnxruntime
 from PIL import Image
 
+paths = ["image.jpg"]
 settings = json.load(open("FOLDER/lift_fast.json"))["run"]["preprocessing"]
-classes = np.load("FOLDER/classes.npz")  # of: lift-fast export … --names dog cat car
+classes = np.load("FOLDER/classes.npz")  # of: lift-fast export … --names cat dog
 encoder = onnxruntime.InferenceSession("FOLDER/image_encoder.onnx")
-
 
 def pixels(path):
     image = Image.open(path).convert("RGB")
@@ -34,10 +32,9 @@ def pixels(path):
     image = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
     return ((image / 255 - settings["mean"]) / settings["std"]).transpose(2, 0, 1).astype(np.float32)
 
-
-(features,) = encoder.run(None, {"pixels": np.stack([pixels(path) for path in sys.argv[1:]])})
+(features,) = encoder.run(None, {"pixels": np.stack([pixels(path) for path in paths])})
 logits = classes["logit_scale"] * features @ classes["weights"].T
-for path, row in zip(sys.argv[1:], logits):
+for path, row in zip(paths, logits):
     print(path, dict(zip(classes["names"].tolist(), np.exp(row - np.logaddexp.reduce(row)).round(3).tolist())))
 """
 
@@ -78,7 +75,7 @@ def write(model: Model, out: Path) -> list[str]:
             made.save(out / f"{name}.onnx", external_data=large)
     finally:
         logger.setLevel(level)
-    return [f"ONNX, opset {OPSET}", *remarks(model)]
+    return [f"ONNX, opset {OPSET}", *about(model, out)]
 
 
 def use(model: Model) -> str:

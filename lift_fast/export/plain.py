@@ -5,6 +5,7 @@ They compute what `nn.Vit`, `nn.Lift` and `nn.Clip` define, for inference only, 
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from ..inference import Model
 from ..nn import Clip, Lift
 from ..nn.transformer import Block, Transformer
 from ..nn.vit import Vit
+from ..text.tokenizer import ClipTokenizer
+from .hf import TOKENS
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -73,17 +76,14 @@ def programs(model: Model) -> dict[str, torch.export.ExportedProgram]:
     return found
 
 
-def remarks(model: Model) -> list[str]:
-    """What holds for every export of graphs."""
+def about(model: Model, out: Path) -> list[str]:
+    """Writes what goes with the graphs into `out`: of CLIP the tokenizer. Returns what holds for all graphs."""
     module, size = model.module, model.preprocess.image_size
     said = [f"the graphs are float32; the batch is free, images are {size} x {size}"]
     if isinstance(module, Clip):
         context = module.text.config.context
-        return [
-            *said,
-            f"the text encoder takes ids of CLIP's tokenizer, which is not in the folder: int64 [batch, {context}], "
-            "padded with 0 after the end of the text",
-        ]
+        ClipTokenizer(context).save(out)
+        return [*said, f"the text encoder takes token ids, int64 [batch, {context}]; {TOKENS}"]
     return [*said, "the text encoder is not in the folder; classes.npz, with --names, has the features of class names"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..inference import Model
-from .plain import programs, remarks
+from .plain import about, programs
 
 
 def write(model: Model, out: Path) -> list[str]:
@@ -14,7 +14,7 @@ def write(model: Model, out: Path) -> list[str]:
     """
     for name, program in programs(model).items():
         torch.export.save(program, out / f"{name}.pt2")
-    return [f"written by torch {torch.__version__}; an older torch may not read it", *remarks(model)]
+    return [f"written by torch {torch.__version__}; an older torch may not read it", *about(model, out)]
 
 
 def use(model: Model) -> str:
