@@ -1,6 +1,7 @@
 """The models of other projects: LIFT's authors', CLIPs of open_clip and Hugging Face, and image towers alone."""
 
 import json
+import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,8 @@ from ..nn.config import CLIP_VOCAB_SIZE, TextConfig
 from ..nn.models import INITIAL_LOGIT_SCALE
 from ..nn.weights import Loaded, load
 from ..nn.weights import read as read_state
-from ..nn.weights.layouts import open_clip_text_key
+from ..nn.weights.layouts import OPENAI, open_clip_text_key
+from ..text.repository import TEXT_TOWERS
 from ..text.spec import EncoderSpec
 from .preprocessing import Preprocessing
 
@@ -61,6 +63,8 @@ def read(path: Path) -> tuple[Lift | Clip | ImageTower, dict[str, Any], str]:
         lift, run = _lift(loaded)
         return lift, run | pixels, "the weights do not say which it was"
     config = _json(path / "open_clip_config.json").get("model_cfg")
+    if config is None and set(loaded.left_out) >= OPENAI:
+        config = {"quick_gelu": True}
     if config is not None and loaded.projection is not None and loaded.logit_scale is not None:
         why = _not_our_text(config)
         if not why:
@@ -80,40 +84,50 @@ def _lift(loaded: Loaded) -> tuple[Lift, dict[str, Any]]:
     head = loaded.head
     assert head is not None
     run = {"model": "lift", "preset": "vit-b16", "vit": _vit(loaded.visual), "text_dim": head.fc_2.out_features}
-    model = run_folder.build(run)
-    assert isinstance(model, Lift)
-    model.visual.load_state_dict(loaded.visual.state_dict())
-    state = head.state_dict()
+    state = {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
+    state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     if loaded.projection is not None:
-        state["fc_1.weight"] = state["fc_1.weight"] @ loaded.projection
-    model.head.load_state_dict(state)
-    if loaded.logit_scale is not None:
-        with torch.no_grad():
-            model.logit_scale.copy_(loaded.logit_scale)
+        state["head.fc_1.weight"] = state["head.fc_1.weight"] @ loaded.projection
+    scale = loaded.logit_scale
+    state["logit_scale"] = torch.tensor(INITIAL_LOGIT_SCALE) if scale is None else scale
+    with torch.device("meta"):
+        model = run_folder.build(run)
+    model.load_state_dict(state, assign=True)
+    assert isinstance(model, Lift)
     return model, run | {"encoder": None, "rotation": None}
 
 
 def _clip(path: Path, loaded: Loaded, config: dict[str, Any]) -> tuple[Clip, dict[str, Any]]:
-    """A CLIP of open_clip whose text tower is ours. Raises ConfigError when its weights are not those of the config."""
+    """A CLIP of open_clip whose text tower is ours. Sizes are read from the shapes, the number of heads from the
+    config; without "text_cfg", as in OpenAI's archives, a head has 64 channels.
+
+    Raises ConfigError when the weights are not those of such a text tower.
+    """
     assert loaded.projection is not None and loaded.logit_scale is not None
-    sizes = config["text_cfg"]
-    names = {"vocab_size", "width", "heads", "layers"}
-    text = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
-    text |= {name: sizes[name] for name in names & sizes.keys()}
-    run: dict[str, Any] = {"model": "clip", "preset": "vit-b16", "vit": _vit(loaded.visual), "text": text}
-    run |= {"embed_dim": len(loaded.projection), "context": sizes.get("context_length", TextConfig().context)}
-    model = run_folder.build(run)
-    assert isinstance(model, Clip)
-    state = read_state(path)
+    state = {key: tensor.float() for key, tensor in read_state(path).items()}
     prefix = "text." if "text.token_embedding.weight" in state else ""
+    blocks = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
     try:
+        width = len(state[f"{prefix}ln_final.weight"])
+        text = {"width": width, "layers": len({match[1] for match in map(blocks.match, state) if match})}
+        heads = config["text_cfg"].get("heads", TextConfig().heads) if "text_cfg" in config else width // 64
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"{heads!r} heads")
+        text["heads"] = heads
+        text["vocab_size"] = len(state[f"{prefix}token_embedding.weight"])
+        run: dict[str, Any] = {"model": "clip", "preset": "vit-b16", "vit": _vit(loaded.visual)}
+        run["text"] = text | {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
+        run |= {"embed_dim": len(loaded.projection), "context": len(state[f"{prefix}positional_embedding"])}
+        with torch.device("meta"):
+            model = run_folder.build(run)
+        assert isinstance(model, Clip)
         ours = {f"text.{name}": state[prefix + open_clip_text_key(name)] for name in model.text.state_dict()}
-        ours["text_projection.weight"] = state[f"{prefix}text_projection"].T
+        ours["text_projection.weight"] = state[f"{prefix}text_projection"].T.contiguous()
         ours |= {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
         ours |= {"visual_projection.weight": loaded.projection, "logit_scale": loaded.logit_scale}
-        model.load_state_dict(ours)
-    except (KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path}: the text tower is not the one of its open_clip_config.json ({error})") from error
+        model.load_state_dict(ours, assign=True)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{path}: the text tower is not the one of its open_clip_config.json ({error!r})") from error
     return model, run
 
 
@@ -133,9 +147,9 @@ def _not_our_text(config: dict[str, Any]) -> str:
 
 
 def _hugging_face_text(path: Path) -> dict[str, Any] | None:
-    """The text encoder of a folder of Hugging Face's CLIPModel: the folder itself. None for others."""
+    """The text encoder of a folder of Hugging Face's CLIPModel and its kin: the folder itself. None for others."""
     config = _json(path / "config.json")
-    if config.get("model_type") != "clip":
+    if config.get("model_type") not in TEXT_TOWERS:
         return None
     length = (config.get("text_config") or {}).get("max_position_embeddings", 77)  # CLIPTextConfig's default
     return EncoderSpec(str(path), "own", max_length=length).as_dict()

@@ -11,6 +11,9 @@ from typing import Any
 from ..errors import EncoderError
 from .spec import EncoderSpec
 
+# Files in a repository that nothing here reads: weights for other frameworks, and those that are there twice.
+_OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "openvino/*"]
+_TWICE = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
@@ -98,8 +101,9 @@ def hub_snapshot(name: str, revision: str | None = None, *, cached: bool = True)
             return snapshot_download(name, revision=revision, local_files_only=True)
     try:
         # One request shows whether the model is available; a download would retry for most of a minute first.
-        HfApi().model_info(name, revision=revision, timeout=10)
-        return snapshot_download(name, revision=revision)
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
+        twice = _TWICE if any(re.fullmatch(r"[^/]*model[^/]*\.safetensors", file) for file in files) else []
+        return snapshot_download(name, revision=revision, ignore_patterns=_OTHER_FRAMEWORKS + twice)
     except HfHubHTTPError as error:
         raise PermissionError(first_line(error)) from error
     except Exception as error:  # the hub's HTTP client has many connection errors of its own

@@ -11,7 +11,7 @@ from .. import run_folder
 from ..errors import ConfigError
 from ..nn import Clip, Lift, VitConfig
 from ..nn.weights import load
-from ..nn.weights.files import files_of
+from ..nn.weights.files import files_of, run_of
 
 # Fields of VitConfig that are not sizes.
 _CONVENTIONS = ("class_token", "pool", "patch_bias", "pre_norm", "norm_after_pool", "activation", "norm_eps")
@@ -20,8 +20,7 @@ _CONVENTIONS = ("class_token", "pool", "patch_bias", "pre_norm", "norm_after_poo
 def conventions(path: Path, vit: VitConfig) -> dict[str, Any]:
     """The fields of VitConfig, sizes aside, in which the tower at `path` is not `vit`: as "vit" in run.json, they make
     `run_folder.build` build a model that computes what the weights were trained for. Raises as `init_from`."""
-    folder = _run_folder(path)
-    found = (load(path) if folder is None else run_folder.load(folder)[0]).visual.config
+    found = load(path).visual.config
     return {name: getattr(found, name) for name in _CONVENTIONS if getattr(found, name) != getattr(vit, name)}
 
 
@@ -35,8 +34,8 @@ def init_from(model: Lift | Clip, path: Path) -> str:
     Raises ConfigError for weights that cannot be read, and for a tower of other sizes or conventions than the model's;
     DataError for a damaged run.json.
     """
-    if (folder := _run_folder(path)) is not None:
-        return _from_run(model, folder)
+    if (run := run_of(path)) is not None:
+        return _from_run(model, run.parent)
     loaded = load(path)
     _check(loaded.visual.config, model.visual.config, path)
     loaded.visual.resize(model.visual.config.image_size)
@@ -69,12 +68,6 @@ def weights_digest(path: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _run_folder(path: Path) -> Path | None:
-    """The folder of lift-fast whose weights are at `path`; None for weights of other projects."""
-    folder = path.parent if path.name == "model.safetensors" else path
-    return folder if (folder / "run.json").is_file() else None
 
 
 def _from_run(model: Lift | Clip, folder: Path) -> str:

@@ -522,6 +522,31 @@ def test_a_cache_without_the_weights(hub, hf_clip, tmp_path, monkeypatch):
     assert opened("some-owner/part").module and asked == [True, False]
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_downloaded(both, hub, hf_clip, monkeypatch):
+    """No weights for other frameworks, and none twice."""
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    names = ["config.json", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"] + ["model.safetensors"] * both
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **kwargs: info)
+    real, asked = huggingface_hub.snapshot_download, []
+
+    def snapshot(name, **options):
+        if options.get("local_files_only"):
+            return real(name, **options)
+        asked.append(options["ignore_patterns"])
+        return str(hf_clip[1])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert opened("some-owner/new").module
+    [patterns] = asked
+    left = list(huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=patterns))
+    assert left == ["config.json", "model.safetensors" if both else "pytorch_model.bin"]
+
+
 @pytest.mark.parametrize("name", ["runs/demoo", "./a/b", "a/b/c", "/a/b", "nothing", "~/x", "a b/c"])
 def test_paths_are_not_looked_for_on_the_hub(name, hub, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
@@ -539,6 +564,7 @@ KINDS = {
     "clip": {},
     "quick_gelu": {"quick_gelu": True},
     "custom_text": {"custom_text": True, "vision_cfg": AVERAGED},
+    "openai": {"quick_gelu": True, "text_cfg": OPEN_CLIP["text_cfg"] | {"width": 128}},
 }
 STOCK = """
 import json
@@ -598,6 +624,25 @@ def test_stock_open_clip(kind, open_clips):
     assert torch.equal(rebuilt.encode_image(given["pixels"]), model.module.encode_image(given["pixels"]))
 
 
+def test_an_archive_of_openai(open_clips, tmp_path):
+    """Its text tower is known: the sizes are those of its tensors. Here with heads of 64 channels, as OpenAI's."""
+    folder = open_clips / "openai"
+    state = load_file(folder / "open_clip_model.safetensors")
+    numbers = {name: torch.tensor(12) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save(state | numbers, tmp_path / "ViT.pt")
+    found, given = load_file(folder / "found.safetensors"), load_file(open_clips / "given.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = opened(tmp_path / "ViT.pt")
+    assert isinstance(model.module, Clip) and model.preprocess.mean == OPENAI_MEAN
+    same(model.encode_image(given["pixels"]), found["image"])
+    same(model.encode_text([*TEXTS, "a long text " * 20]), found["text"])
+    del state["ln_final.weight"]
+    torch.save(state | numbers, tmp_path / "damaged.pt")
+    with pytest.raises(ConfigError, match="the text tower is not the one"):
+        opened(tmp_path / "damaged.pt")
+
+
 def open_clip_folder(folder: Path, text: dict, **changes) -> Path:
     """A folder of open_clip with weights of support/open_clip_layout, whose text tower is cut off."""
     folder.mkdir()
@@ -637,6 +682,16 @@ def test_other_text_towers_of_open_clip(text, changes, reason, tmp_path):
 def test_a_text_tower_that_is_cut_off(tmp_path):
     folder = open_clip_folder(tmp_path / "x", {"width": 16, "heads": 2, "layers": 1, "context_length": 9})
     with pytest.raises(ConfigError, match="not the one of its open_clip_config.json"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("heads", [0, 3, -1, "2", None])
+def test_other_heads_than_the_text_tower_s(heads, open_clips, tmp_path):
+    folder = shutil.copytree(open_clips / "clip", tmp_path / "clip")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["heads"] = heads
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="not the one of|not a multiple of"):
         opened(folder)
 
 
