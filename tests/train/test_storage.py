@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lift_fast.train.storage import Reader, Writer
+from lift_fast.train.storage import Reader, Writer, whole_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -80,6 +80,27 @@ def test_the_file_is_one_of_safetensors(tmp_path):
     sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
     for entry in header.values():
         assert entry["data_offsets"][0] % sizes.get(entry["dtype"], 1) == 0
+
+
+def test_whole_tensors(tmp_path):
+    """Those of one part of a checkpoint, put together from the chunks of several ranks."""
+    tensors = values()
+    index = saved(
+        tmp_path / "x", {f"model.{name}": tensor for name, tensor in tensors.items()} | {"ema.a": torch.ones(1)}
+    )
+    read = whole_tensors(tmp_path / "x", index, "model.")
+    assert read.keys() == tensors.keys() and all(same(read[name], tensors[name]) for name in tensors)
+    assert whole_tensors(tmp_path / "x", index, "ema.").keys() == {"a"}
+
+    matrix, chunks = torch.randn(7, 5), []
+    for rank, (rows, columns) in enumerate([((0, 3), (0, 5)), ((3, 7), (0, 2)), ((3, 7), (2, 5))]):
+        part = matrix[slice(*rows), slice(*columns)].contiguous()
+        save_file({"part": part, "other": torch.zeros(1)}, tmp_path / f"{rank}.safetensors")
+        place = {"offsets": [rows[0], columns[0]], "sizes": [*part.shape]}
+        chunks.append(place | {"file": f"{rank}.safetensors", "name": "part"})
+    index = {"files": dict.fromkeys(chunk["file"] for chunk in chunks)}
+    index["tensors"] = {"model.matrix": {"dtype": "float32", "size": [7, 5], "chunks": chunks}}
+    assert torch.equal(whole_tensors(tmp_path, index, "model.")["matrix"], matrix)
 
 
 def test_nothing_at_all(tmp_path):
