@@ -158,6 +158,9 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     encoder = Encoder(spec)
     if encoder.pooling not in _POOLINGS:
         return [], "", [f"{only} are no pooling of its hidden states"]
+    assert isinstance(model.module, Lift)
+    if encoder.dim != (dim := model.module.head.fc_2.out_features):
+        return [], "", [f"{only} have {encoder.dim} numbers, and the image features {dim}"]
     expected = encoder.encode(_TRIAL)
     pooling = library.Pooling(encoder.dim, _POOLINGS[encoder.pooling])
     encoder.model.save_pretrained(folder)
@@ -173,7 +176,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     apart = float(torch.linalg.vector_norm(found - expected, dim=1).max())
     if not apart <= _APART[spec.dtype]:
         return [], "", [f"{only} are others in sentence-transformers (by {apart:.1g}): it adds no end token, or pads"]
-    remark = f"texts get the vectors of {spec.name}"
+    remark = f"texts get the vectors of {spec.name}, which is in the folder, under its own licence"
     if model.description.get("rotation"):
         remark += "; the cache's rotation is undone, for images and texts alike, so that their cosines are as before"
     return [tower, pooling], spec.prompt, [remark]
@@ -228,11 +231,12 @@ def _quiet() -> Iterator[None]:
     """Without the progress bars and warnings of transformers, which loads and saves the model's parts here."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()

@@ -36,7 +36,8 @@ def made(folder: Path, kind: str, vit: dict | None = None) -> Model:
     torch.manual_seed(3)
     model = small_model(folder, kind, **SIZES, **(vit or {}))
     if kind == "clip":  # with a text tower of another activation
-        run_folder.save(folder, model.module, model.description | {"text": {"activation": "quick_gelu"}})
+        text = model.description.get("text", {}) | {"activation": "quick_gelu"}
+        run_folder.save(folder, model.module, model.description | {"text": text})
         model = lift_fast.load(folder, device="cpu")
     model.preprocess = Preprocessing(40, 48)
     return model

@@ -17,6 +17,7 @@ from lift_fast.cache import Rotation
 from lift_fast.errors import BackendError, ConfigError
 from lift_fast.export import export, sentence_transformers
 from lift_fast.inference import Model, exports
+from lift_fast.nn import Head
 from lift_fast.text.spec import EncoderSpec
 
 TOWERS = {
@@ -73,7 +74,7 @@ def test_features(kind, tower, tmp_path):
     theirs = loaded(out)
     close(theirs.encode(IMAGES), model.encode_image(IMAGES))
     close(theirs.encode(IMAGES[0]), model.encode_image(IMAGES[0])[0])
-    assert theirs.get_embedding_dimension() == (384 if kind == "lift" else 128)
+    assert theirs.get_embedding_dimension() == model.encode_image(IMAGES).shape[1]
     assert theirs.supports("text") == (kind == "clip")
     if kind == "clip":
         close(theirs.encode(TEXTS), model.encode_text(TEXTS))
@@ -151,6 +152,13 @@ def test_texts_that_it_cannot_encode(changes, reason, decoder, tmp_path):
     theirs = loaded(out)
     assert theirs.modalities == ["image"]
     close(theirs.encode(IMAGES), model.encode_image(IMAGES))
+
+
+def test_texts_of_another_length(tmp_path):
+    model = made(tmp_path / "run", "lift", encoder=ENCODER)
+    model.module.head = Head(model.module.visual.config.width, 20)
+    remarks = export(model, "sentence-transformers", tmp_path / "out")
+    assert any("have 384 numbers, and the image features 20" in remark for remark in remarks)
 
 
 def test_an_epsilon_that_it_does_not_have(tmp_path):
