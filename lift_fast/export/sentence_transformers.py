@@ -228,7 +228,7 @@ def _library() -> SimpleNamespace:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers, which loads and saves the model's parts here."""
+    """Without the progress bars and warnings of transformers, while it loads and saves the model's parts."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
