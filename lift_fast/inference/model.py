@@ -30,8 +30,9 @@ class Parts:
     """What `load` finds in a source: the parts of a Model.
 
     module: has encode_image, normalised pixels [batch, 3, H, W] -> [batch, dim]; a Lift or a Clip where the source is a
-    run of lift-fast or can be one. logit_scale: the factor, not its logarithm. description: as in run.json, {} where
-    there is none. make_text: a device -> the function that encodes texts, called once, when a text is first encoded.
+    run of lift-fast or can be one. logit_scale: the factor, not its logarithm. description: as in run.json; of other
+    projects' models only the text encoder and the preprocessing. make_text: a device -> the function that encodes
+    texts, called once, when a text is first encoded.
     """
 
     module: nn.Module
