@@ -42,8 +42,11 @@ text = lift_fast.load("FOLDER", device="cpu").encode_text(["a dog", "a cat"])
 
 def write(model: Model, out: Path) -> list[str]:
     """Writes open_clip_config.json and open_clip_model.safetensors; for a tower that timm has no name for, or a text
-    encoder of transformers, also config.json, and the tokenizer's files. Raises ConfigError for a tower that neither
-    open_clip's nor timm's VisionTransformer computes."""
+    encoder of transformers, also config.json, and the tokenizer's files. `place` completes open_clip_config.json.
+
+    Raises ConfigError for a tower that neither open_clip's nor timm's VisionTransformer computes, and EncoderError for
+    a text encoder that does not load.
+    """
     module = model.module
     assert isinstance(module, Lift | Clip)
     vision, has_name = _vision(module)
@@ -74,7 +77,6 @@ def write(model: Model, out: Path) -> list[str]:
         },
     }
     (out / _CONFIG).write_text(json.dumps(about, indent=1), encoding="utf-8")
-    place(out, f"local-dir:{out.absolute()}")
     return _remarks(model, has_name, text)
 
 
@@ -181,7 +183,7 @@ def _remarks(model: Model, has_name: bool, text: Text | None) -> list[str]:
             "open_clip_config.json says where the folder is, as "
             + " and ".join(["timm_model_name"] * (not has_name) + ["hf_model_name"] * bool(text))
             + ", because the loaders that open_clip hands them to know no other way: change it there when the folder "
-            "moves (on the hub, to its name: lift_fast.export.open_clip.place)"
+            "moves; lift-fast export --push writes the name on the hub"
         )
     if shown.resize_size != shown.image_size:
         remarks.append(
