@@ -38,7 +38,7 @@ def model_card(
     config, machine = run.get("config", {}), model.description.get("machine")
     sections = {
         "Use": _use(to, use),
-        "What this folder holds": _items(remarks),
+        "About this folder": _items(remarks),
         "Image encoder": _image_encoder(model),
         "Text encoder": _text_encoder(model, run),
         "Data": _data(run, config),
@@ -57,7 +57,7 @@ def model_card(
     vit = run["vit"]
     title = f"{'LIFT' if is_lift else 'CLIP'}, ViT with {vit['layers']} layers of {vit['width']}"
     head = f"# {title}\n\nA model of {paper}. Exported to {to} by lift-fast {__version__}.\n"
-    return "\n".join([_front_matter(to, is_lift, licence), head, *(f"## {k}\n\n{v}\n" for k, v in sections.items())])
+    return "\n".join([_front_matter(to, is_lift, licence), head, *(f"## {k}\n\n{v}\n" for k, v in sections.items() if v)])
 
 
 def _front_matter(to: str, is_lift: bool, licence: str | None) -> str:
