@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..inference import Model
 from ..nn import Clip, Lift
-from .card import model_card
+from .card import is_found, model_card
 from .classes import write_classes
 from .description import described
 
@@ -82,6 +82,9 @@ def export(
         model.module = copy.deepcopy(model.module)
         model.to("cpu", torch.float32)
         remarks = target.write(model, part)
+        if run.get("encoder") and not is_found(model, run):
+            name = run["encoder"]["name"]
+            remarks.append(f"the text encoder is recorded as {name}, without its path: load takes it with encoder=")
         (part / "README.md").write_text(
             model_card(model, run, to, target.use(model), remarks, licence), encoding="utf-8"
         )

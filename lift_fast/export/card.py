@@ -37,7 +37,7 @@ def model_card(
     is_lift = isinstance(model.module, Lift)
     config, machine = run.get("config", {}), model.description.get("machine")
     sections = {
-        "Use": _use(to, use),
+        "Use": _use(to, use, is_lift and not is_found(model, run)),
         "About this folder": _items(remarks),
         "Image encoder": _image_encoder(model),
         "Text encoder": _text_encoder(model, run),
@@ -45,7 +45,7 @@ def model_card(
         "Training": _training(run, config),
         "Measured cost": _cost(run, machine),
         "Evaluation": _evaluation(model),
-        "Limits": "The scores are of the named sets and say nothing of other data. Bias, safety and fitness for a "
+        "Limits": "Scores say nothing of data other than the sets that they name. Bias, safety and fitness for a "
         "purpose have not been tested.",
         "Licences": _licences(run, config, licence),
     }
@@ -57,7 +57,9 @@ def model_card(
     vit = run["vit"]
     title = f"{'LIFT' if is_lift else 'CLIP'}, ViT with {vit['layers']} layers of {vit['width']}"
     head = f"# {title}\n\nA model of {paper}. Exported to {to} by lift-fast {__version__}.\n"
-    return "\n".join([_front_matter(to, is_lift, licence), head, *(f"## {k}\n\n{v}\n" for k, v in sections.items() if v)])
+    return "\n".join(
+        [_front_matter(to, is_lift, licence), head, *(f"## {k}\n\n{v}\n" for k, v in sections.items() if v)]
+    )
 
 
 def _front_matter(to: str, is_lift: bool, licence: str | None) -> str:
@@ -70,17 +72,29 @@ def _front_matter(to: str, is_lift: bool, licence: str | None) -> str:
     return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", ""])
 
 
-def _use(to: str, use: str) -> str:
-    said = "FOLDER is this folder."
+def is_found(model: Model, run: Mapping[str, Any]) -> bool:
+    """Whether `lift_fast.load` finds the text encoder of a Lift by what the export says of it."""
+    named = run.get("encoder")
+    return bool(named) and named["name"] == model.description["encoder"]["name"]
+
+
+def _use(to: str, use: str, ask: bool) -> str:
+    """ask: whether `load` has to be given the text encoder."""
+    said = ["FOLDER is this folder."]
+    blocks = [use.strip()]
     if to not in _ONE_WAY:
-        said += (
-            " lift-fast, and the libraries that know the Hugging Face hub, take its name there as well."
-            "\n\n```python\nimport lift_fast\n\n"
-            'model = lift_fast.load("FOLDER")\n'
-            'features = model.encode_image(["a.jpg", "b.jpg"])\n'
-            'scores = model.similarity(features, model.encode_text(["a dog", "a cat"]))\n```'
-        )
-    return f"{said}\n\n```python\n{use.strip()}\n```"
+        said.append("lift-fast, and the libraries that know the Hugging Face hub, take its name there as well.")
+        if ask:
+            said.append("ENCODER is the text encoder, a folder or a name on the hub.")
+        encoder = ', encoder="ENCODER"' if ask else ""
+        ours = f"""\
+import lift_fast
+
+model = lift_fast.load("FOLDER"{encoder})
+features = model.encode_image(["a.jpg", "b.jpg"])
+scores = model.similarity(features, model.encode_text(["a dog", "a cat"]))"""
+        blocks.insert(0, ours)
+    return "\n\n".join([" ".join(said), *(f"```python\n{block}\n```" for block in blocks)])
 
 
 def _image_encoder(model: Model) -> str:

