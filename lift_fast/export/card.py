@@ -75,7 +75,7 @@ def _front_matter(to: str, is_lift: bool, licence: str | None) -> str:
 def is_found(model: Model, run: Mapping[str, Any]) -> bool:
     """Whether `lift_fast.load` finds the text encoder of a Lift by what the export says of it."""
     named = run.get("encoder")
-    return bool(named) and named["name"] == model.description["encoder"]["name"]
+    return named is not None and named["name"] == model.description["encoder"]["name"]
 
 
 def _use(to: str, use: str, ask: bool) -> str:
