@@ -28,7 +28,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
-from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from types import MappingProxyType
@@ -154,13 +153,14 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        left = self.ends - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
+        """Raises Refused."""
         if self.budget <= 0:
-            raise HTTPException(f"the request's headers are longer than {_MOST_HEAD} bytes")
-        self.connection.settimeout(left)
-        read = self.connection.recv_into(memoryview(buffer)[: self.budget])
+            raise Refused(431, f"the request's headers are longer than {_MOST_HEAD} bytes")
+        try:
+            self.connection.settimeout(max(0.001, self.ends - time.monotonic()))
+            read = self.connection.recv_into(memoryview(buffer)[: self.budget])
+        except TimeoutError as error:
+            raise Refused(408, f"the request has not arrived within {_SECONDS:g} seconds") from error
         self.budget -= read
         return read
 
@@ -185,28 +185,20 @@ class Handler(BaseHTTPRequestHandler):
             self.raw_requestline = self.rfile.readline(_MOST_HEAD)
             if self.raw_requestline and self.parse_request():
                 self.timed.budget = MOST_IMAGE
-                self.respond()
-        except TimeoutError:
-            self.send_error(408, f"the request has not arrived within {_SECONDS:g} seconds")
-        except HTTPException as error:
-            self.send_error(431, str(error))
-
-    def respond(self) -> None:
-        """Answers a request whose headers have been read."""
-        try:
-            body, kind = self.route()()
+                self.answer(200, *self.result(self.route()))
         except Refused as refused:
             headers = {"Allow": refused.allow} if refused.allow else {}
             self.answer(refused.status, *as_json({"error": refused.reason}), headers)
+
+    def result(self, make: Callable[[], tuple[bytes, str]]) -> tuple[bytes, str]:
+        """What make() returns. Raises Refused where it fails."""
+        try:
+            return make()
         except (LiftFastError, BadSample) as error:
-            self.send_error(422, str(error))
-        except OSError:
-            raise
-        except Exception:
+            raise Refused(422, str(error)) from error
+        except Exception as error:
             traceback.print_exc()
-            self.send_error(500, "the gallery failed; its terminal has the reason")
-        else:
-            self.answer(200, body, kind)
+            raise Refused(500, "the gallery failed; its terminal has the reason") from error
 
     def route(self) -> Callable[[], tuple[bytes, str]]:
         """The function that makes the answer, and its type of content. Raises Refused."""
