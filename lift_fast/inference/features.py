@@ -1,8 +1,6 @@
 """The features of many images, of which some may be bad, and the opening of data sets for them."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +17,9 @@ from ..data.scan import IMAGE_SUFFIXES, OTHER_IMAGES
 from ..data.transforms import render_centre
 from ..errors import DataError
 from .model import Model
-from .preprocessing import decoding_threads
+from .preprocessing import in_batches
 
 _SUFFIXES = {*IMAGE_SUFFIXES, *OTHER_IMAGES}
-_AHEAD = 2  # batches of images that are decoded while the model works on one
 
 
 def open_images(path: str | Path, images: str | Path | None = None, options: DataOptions | None = None) -> Samples:
@@ -68,8 +65,7 @@ class Encoded(NamedTuple):
 def encode_images(
     model: Model, image_bytes: Callable[[int], bytes], numbers: Sequence[int], batch_size: int = 64
 ) -> Iterator[Encoded]:
-    """Yields the features of images, `batch_size` images at a time, in their order; the next images are decoded
-    meanwhile, on one thread for each processor.
+    """Yields the features of images, `batch_size` images at a time, in their order.
 
     image_bytes: number -> encoded image, by any thread; it may raise BadSample. numbers: of the images. A bad image
     ends nothing: its batch names it.
@@ -82,26 +78,15 @@ def encode_images(
         except BadSample as error:
             return error.with_traceback(None)
 
-    with decoding_threads() as pool:
-        try:
-            waiting: deque[tuple[Sequence[int], list[Future[np.ndarray | BadSample]]]] = deque()
-            for start in range(0, len(numbers), batch_size):
-                part = numbers[start : start + batch_size]
-                waiting.append((part, [pool.submit(rendered, number) for number in part]))
-                if len(waiting) > _AHEAD:
-                    yield _encoded(model, *waiting.popleft())
-            while waiting:
-                yield _encoded(model, *waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _encoded(model: Model, part: Sequence[int], futures: Sequence[Future[np.ndarray | BadSample]]) -> Encoded:
-    made = dict(zip(part, (future.result() for future in futures), strict=True))
-    bad = {number: image for number, image in made.items() if isinstance(image, BadSample)}
-    images = {number: image for number, image in made.items() if not isinstance(image, BadSample)}
-    if not images:
-        return Encoded(model.encode_image([]), [], bad)
-    pixels = torch.from_numpy(np.stack(list(images.values()))).to(model.device)
-    features = model.encode_image(model.preprocess.normalise(pixels), batch_size=len(images))
-    return Encoded(features, list(images), bad)
+    done = 0
+    for images in in_batches(rendered, numbers, batch_size, model.device):
+        made = dict(zip(numbers[done : done + len(images)], images, strict=True))
+        done += len(images)
+        bad = {number: image for number, image in made.items() if isinstance(image, BadSample)}
+        good = {number: image for number, image in made.items() if not isinstance(image, BadSample)}
+        if good:
+            pixels = torch.from_numpy(np.stack(list(good.values()))).to(model.device)
+            features = model.encode_image(model.preprocess.normalise(pixels), batch_size=len(good))
+        else:
+            features = model.encode_image([])
+        yield Encoded(features, list(good), bad)

@@ -16,12 +16,11 @@ from .. import progress as progress_bars
 from ..devices import pick_device
 from ..errors import ConfigError
 from ..run_folder import EncodeText
-from .preprocessing import Preprocessing, decoding_threads
+from .preprocessing import Preprocessing, in_batches
 
 if TYPE_CHECKING:
     from .preprocessing import ImageLike
 
-_AHEAD = 2  # batches of images that are decoded while the model works on one
 _TEXTS_AT_ONCE = 256
 
 
@@ -159,16 +158,8 @@ class Model:
         return F.normalize(encode(pixels.to(self.device, self.dtype)).float(), dim=-1)
 
     def _decoded(self, images: Sequence[ImageLike], batch_size: int) -> Iterator[Tensor]:
-        """Normalised pixels of the images, a batch at a time; the next ones are decoded meanwhile."""
-        starts = range(0, len(images), batch_size)
-        with decoding_threads() as pool:
-            waiting = []
-            for start in starts:
-                waiting.append([pool.submit(self.preprocess.cropped, i) for i in images[start : start + batch_size]])
-                if len(waiting) > _AHEAD:
-                    yield self._stacked([future.result() for future in waiting.pop(0)])
-            for futures in waiting:
-                yield self._stacked([future.result() for future in futures])
+        """Normalised pixels of the images, a batch at a time."""
+        return map(self._stacked, in_batches(self.preprocess.cropped, images, batch_size, self.device))
 
     def _stacked(self, images: list[np.ndarray]) -> Tensor:
         return self.preprocess.normalise(torch.from_numpy(np.stack(images)).to(self.device))

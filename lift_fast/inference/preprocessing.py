@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike = str | os.PathLike[str] | bytes | Image | np.ndarray
+
+T = TypeVar("T")
+R = TypeVar("R")
+_AHEAD = 2  # batches that are decoded while a GPU works on one
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,23 @@ def _on_white(image: Any) -> np.ndarray:
     return decode(file.getvalue(), read_header(file.getvalue()))
 
 
-def decoding_threads() -> ThreadPoolExecutor:
-    """Threads that decode images, one for each processor."""
-    return ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode")
+def in_batches(
+    decode: Callable[[T], R], items: Sequence[T], batch_size: int, device: torch.device
+) -> Iterator[list[R]]:
+    """Decodes images on one thread for each processor, and yields the results a batch at a time, in order.
+
+    While a model works on a batch on a GPU the next ones are decoded; on the CPU both would compete for the same cores.
+    An error of `decode` is raised with its batch.
+    """
+    ahead = 0 if device.type == "cpu" else _AHEAD
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode") as pool:
+        try:
+            waiting: deque[list[Future[R]]] = deque()
+            for start in range(0, len(items), batch_size):
+                waiting.append([pool.submit(decode, item) for item in items[start : start + batch_size]])
+                if len(waiting) > ahead:
+                    yield [future.result() for future in waiting.popleft()]
+            for futures in waiting:
+                yield [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
