@@ -286,6 +286,18 @@ def test_a_query_of_10_mb(port):
     assert sent < length  # the rest of it was never taken
 
 
+def test_a_refusal_is_no_reset(port):
+    """A browser would show the reset instead of the reason."""
+    body = bytes(200_000)
+    request = head(port, "POST", "/api/text", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    with connected(port) as connection:
+        connection.sendall(request + body)
+        data = b""
+        while part := connection.recv(1 << 16):
+            data += part
+    assert_refused(parsed(data), 413)
+
+
 def test_lengths_at_the_limit(port):
     def query(size):
         return b'{"text": "%s"}' % (b"a" * (size - 12))
