@@ -291,7 +291,10 @@ def test_a_refusal_is_no_reset(port):
     body = bytes(200_000)
     request = head(port, "POST", "/api/text", "Content-Type: application/json", f"Content-Length: {len(body)}")
     with connected(port) as connection:
-        connection.sendall(request + body)
+        connection.sendall(request + body[:100_000])
+        time.sleep(0.3)
+        connection.sendall(body[100_000:])
+        time.sleep(0.1)
         data = b""
         while part := connection.recv(1 << 16):
             data += part
