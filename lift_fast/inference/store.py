@@ -180,10 +180,12 @@ def model_identity(model: Model, *more: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def data_stamp(data: Samples, number: int) -> str:
-    """A text that changes when an image of shard `number` does, or a key: from the sizes and times of the files."""
+def data_stamp(data: Samples, number: int, first: int) -> str:
+    """A text that changes when an image of shard `number` does, or a key: from the sizes and times of the files.
+
+    first: the number of its first sample.
+    """
     digest = hashlib.blake2b(f"{data.names[number]} {data.shard_sizes[number]}".encode(), digest_size=16)
-    first = sum(data.shard_sizes[:number])
     for i in range(first, first + data.shard_sizes[number]):
         try:
             path = data.image_file(i)
@@ -202,7 +204,7 @@ def _pieces(data: Samples, folder: Path, identity: str) -> list[_Piece]:
     pieces: list[_Piece] = []
     first = 0
     for number, size in enumerate(data.shard_sizes):
-        stamp = f"{identity} {data_stamp(data, number)}"
+        stamp = f"{identity} {data_stamp(data, number, first)}"
         for row in range(0, size, _ROWS):
             path = folder / f"{len(pieces):05d}.safetensors"
             pieces.append(_Piece(path, f"{stamp} {row}", number, row, first + row, min(_ROWS, size - row)))
@@ -276,11 +278,12 @@ def _read(piece: _Piece, codec: str) -> Part | None:
         bad = json.loads(tensors["bad"].numpy().tobytes())
         part = Part(piece.first, features, rows, tensors["keys"], ends, bad)
         known = torch.cat([rows, torch.tensor([int(row) for row, _, _ in bad], dtype=torch.int64)]).sort().values
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError):
         return None
     whole = rows.dtype == ends.dtype == torch.int64 and part.keys.dtype == torch.uint8
     whole = whole and torch.equal(known, torch.arange(piece.size)) and bool((rows.diff() > 0).all())
     whole = whole and len(rows) == len(ends) == len(part) and bool((ends.diff() >= 0).all())
     whole = whole and (ends[-1:].tolist() or [0]) == [len(part.keys)]
+    whole = whole and all(isinstance(cause, str) and isinstance(reason, str) for _, cause, reason in bad)
     finite = scales is None or bool((scales.isfinite() & (scales >= 0)).all())
     return part if whole and finite else None
