@@ -90,6 +90,16 @@ def test_any_size_and_scale(n, dim, top, scale, seed):
     assert all(len(set(rows)) == min(n, top) for rows in found.rows.tolist())
 
 
+def test_the_first_pass_errs_by_less_than_its_margin():
+    """A tenth of it, in fact: the margin is for the worst codes."""
+    rows, queries = encode(features(500, 384), "int8"), features(20, 384, 1).double()
+    planes, steps = searching._digits(queries)
+    assert planes.abs().max() <= 64 and planes.shape == (384, 40)
+    exact = rows.codes.double() @ queries.T * rows.scales[:, None]
+    margin = 64 * 384 * steps * rows.scales.max()
+    assert ((searching._scores(rows, planes, steps) - exact).abs() < margin / 10).all()
+
+
 def test_the_codec_loses_little():
     rows, queries = features(2000, 384), features(20, 384, 1)
     found = search(store_of(rows), queries, 2000)
@@ -120,6 +130,7 @@ def test_nothing_to_search():
     assert search(empty, torch.ones(2, 4)).rows.shape == search(empty, torch.ones(2, 4)).scores.shape == (2, 0)
     some = store_of(features(3, 4))
     assert search(some, torch.empty(0, 4)).scores.shape == (0, 3)
+    assert search(store_of(torch.zeros(5, 4)), torch.ones(1, 4), 3).rows.tolist() == [[0, 1, 2]]
     zero = search(some, torch.zeros(1, 4), 2)
     assert zero.scores.tolist() == [[0, 0]] and zero.rows.tolist() == [[0, 1]]
 

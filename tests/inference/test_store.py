@@ -114,6 +114,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_file(tmp_path, model, monkeyp
 
 CHANGES = {  # what damages a file that safetensors reads
     "nan": lambda tensors: tensors["scales"].__setitem__(1, torch.nan),
+    "infinite": lambda tensors: tensors["scales"].__setitem__(1, torch.inf),
     "negative": lambda tensors: tensors["scales"].__setitem__(1, -1),
     "rows": lambda tensors: tensors["rows"].__setitem__(1, 7),
     "order": lambda tensors: tensors.update(rows=tensors["rows"].flip(0)),
