@@ -6,7 +6,7 @@ from benchmarks import bench_search
 from benchmarks.harness import Suite
 
 
-@pytest.mark.parametrize(("part", "bars"), [("stored", 4), ("encode", 1), ("first", 2)])
+@pytest.mark.parametrize(("part", "bars"), [("stored", 4), ("encode", 2), ("first", 2)])
 def test_parts(part, bars, monkeypatch):
     monkeypatch.setenv("LIFT_FAST_SHORT", "1")
     suite = Suite("search", quick=True)
