@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -77,7 +77,7 @@ class Library:
         return len(self.items)
 
     def close(self) -> None:
-        """Waits for what is being computed. Queries fail from then on."""
+        """Waits for what is being computed. Other queries raise CancelledError from then on."""
         self._worker.shutdown(cancel_futures=True)
 
     def description(self) -> Answer:
@@ -181,7 +181,11 @@ class Library:
 
     def _compute(self, work: Callable[[], T]) -> T:
         """What `work` returns, on the models' thread: OpenMP keeps its threads from one query to the next."""
-        return self._worker.submit(work).result()
+        try:
+            waiting = self._worker.submit(work)
+        except RuntimeError as error:
+            raise CancelledError from error
+        return waiting.result()
 
     def _scores(self, name: str, feature: Tensor) -> Tensor:
         """The cosines of a feature [1, dim] and all images, of a model: float32 [images] on the CPU."""

@@ -15,6 +15,7 @@ A request is known by its exact path, an image only by its number. Sizes and tim
 An answer that is no success is {"error": a sentence}. A connection serves one request.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,7 +86,9 @@ class Server(ThreadingHTTPServer):
     port cannot be had.
     """
 
-    daemon_threads = True  # a client that holds a connection does not hold the process
+    # server_close ends them: one that outlived it could hold the last reference to a model, and torch aborts where a
+    # tensor is freed on another thread while Python ends.
+    daemon_threads = False
     allow_reuse_address = os.name == "posix"  # elsewhere it would share the port with another process
     request_queue_size = 128
 
@@ -93,6 +97,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port: int = 0):
         self.page = {name: (files(__package__) / "page" / name).read_bytes() for name, _ in _PAGE.values()}
         self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        self._open: set[socket.socket] = set()
         try:
             super().__init__((HOST, port), Handler)
         except (OSError, OverflowError) as error:
@@ -107,10 +112,23 @@ class Server(ThreadingHTTPServer):
         """Serves until `shutdown` is called on another thread, or an exception such as KeyboardInterrupt. Then waits
         for what the models compute at the moment. Requests that came before wait in the port's queue."""
         self.library = library
+        # On a thread of its own: a KeyboardInterrupt within it could leave a connection's thread half started.
+        accepting = threading.Thread(target=self.serve_forever, daemon=True)
         try:
-            self.serve_forever()
+            accepting.start()
+            while accepting.is_alive():
+                accepting.join(0.5)  # with a time limit Windows lets Ctrl-C through
         finally:
+            if accepting.ident is not None:
+                self.shutdown()
             library.close()
+
+    def server_close(self) -> None:
+        """Frees the port, ends all connections, and waits for their threads."""
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def server_bind(self) -> None:
         """Binds without http.server's search for this machine's name, which may wait for a network."""
@@ -122,9 +140,11 @@ class Server(ThreadingHTTPServer):
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        self._open.add(request)
         try:
             super().process_request(request, client_address)
-        except BaseException:
+        except RuntimeError:  # no thread can be started
+            self._open.discard(request)
             self._free.release()
             raise
 
@@ -133,6 +153,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._open.discard(request)
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -196,6 +217,8 @@ class Handler(BaseHTTPRequestHandler):
             return make()
         except (LiftFastError, BadSample) as error:
             raise Refused(422, str(error)) from error
+        except CancelledError as error:
+            raise Refused(503, "the gallery has ended") from error
         except Exception as error:
             traceback.print_exc()
             raise Refused(500, "the gallery failed; its terminal has the reason") from error
