@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -24,12 +24,13 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import typed
 from .cache import Rotation
 from .errors import CacheMismatch, ConfigError, DataError, TrainingError
 from .files import write_whole
-from .nn import Clip, Lift, preset
+from .nn import Clip, Lift, TextConfig, VitConfig, check_size, fill, preset
 from .text.encoder import Encoder
-from .text.repository import code_notice, code_of, locate
+from .text.repository import code_notice, code_of, first_line, locate
 from .text.spec import EncoderSpec
 from .text.tokenizer import ClipTokenizer
 
@@ -37,10 +38,39 @@ EncodeText = Callable[[Sequence[str]], Tensor]
 _CAPTIONS_AT_ONCE = 256  # in CLIP's text tower
 
 
+class _Config(TypedDict, total=False):
+    data: list[str]
+    init_from: str | None
+
+
+class _Run(TypedDict, total=False):
+    """The types of what is used of run.json."""
+
+    model: Literal["lift", "clip"]
+    preset: str
+    vit: dict[str, Any]
+    text: dict[str, Any]
+    preprocessing: dict[str, Any]
+    text_dim: int
+    embed_dim: int
+    context: int
+    encoder: dict[str, Any] | None
+    rotation: dict[str, Any] | None
+    config: _Config
+    field: str
+    machine: dict[str, Any] | None
+    versions: dict[str, str]
+    step_ms: float
+    step_ms_spread: float
+    images_per_s: float
+    seconds: float
+    skipped_causes: dict[str, int]
+
+
 def build(run: dict[str, Any]) -> Lift | Clip:
     """The model that a run describes, with freshly initialised weights, on the CPU.
 
-    Raises ConfigError when there is no such preset.
+    Raises ConfigError when there is no such preset, and for sizes that no model has.
     """
     sizes = preset(run["preset"])
     sizes = replace(sizes, vit=replace(sizes.vit, **run.get("vit", {})))
@@ -48,6 +78,38 @@ def build(run: dict[str, Any]) -> Lift | Clip:
         return Lift(sizes, run["text_dim"])
     text = replace(sizes.text, **run.get("text", {}), context=run["context"])
     return Clip(replace(sizes, text=text, embed_dim=run.get("embed_dim", sizes.embed_dim)))
+
+
+def check(run: Any) -> None:
+    """Validates a description that was read from a file: that `build` can use it, and the types of all that is used.
+
+    Raises ConfigError.
+    """
+    typed.check(run, _Run, "it")
+    needed = ["model", "preset", *{"lift": ["text_dim"], "clip": ["context"]}.get(run.get("model"), [])]
+    if missing := [name for name in needed if name not in run]:
+        raise ConfigError(f"this model's description: {missing[0]} is missing")
+    typed.check_fields(run.get("vit", {}), VitConfig, "vit")
+    typed.check_fields(run.get("text", {}), TextConfig, "text")
+    for name in ("text_dim", "embed_dim", "context"):
+        check_size(name, run.get(name, 1))
+    if run.get("encoder") is not None:
+        typed.check_fields(run["encoder"], EncoderSpec, "encoder")
+        if "name" not in run["encoder"]:
+            raise ConfigError("this model's description: encoder.name is missing")
+
+
+def empty(run: Any) -> Lift | Clip:
+    """The model of a description that was read from a file, without memory for its weights, which nn.fill gives it.
+
+    Raises ConfigError for a description that is not valid.
+    """
+    check(run)
+    try:
+        with torch.device("meta"):
+            return build(run)
+    except (RuntimeError, OverflowError) as error:  # torch's: the sizes of a tensor exceed 64 bits
+        raise ConfigError(f"this model's description: no memory holds such sizes ({first_line(error)})") from error
 
 
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
@@ -73,21 +135,24 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"no finished run in {folder}: it has no run.json; train one with: lift-fast train")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is damaged ({error}); train again with: lift-fast train") from error
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip, dict[str, Any]]:
     """The trained model on `device`, in eval mode, and the content of run.json.
 
-    Raises DataError as read_description does; ConfigError when there is no such preset or the weights are missing,
-    damaged, or not those of the model that run.json describes.
+    Raises DataError as read_description does; ConfigError when the description is not valid or the weights are
+    missing, damaged, or not those of the model that run.json describes.
     """
     run = read_description(folder)
-    model = build(run)
     try:
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        model = empty(run)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    try:
+        fill(model, load_file(Path(folder) / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder}: model.safetensors does not fit its run.json ({error})") from error
     return model.to(device).eval(), run
@@ -116,7 +181,7 @@ def frozen_encoder(run: dict[str, Any], device: torch.device, trust_remote_code:
     """
     # That run.json allows remote code does not permit running it here: the run may come from somebody else.
     spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
-    if run["encoder"]["trust_remote_code"] and not trust_remote_code:
+    if run["encoder"].get("trust_remote_code") and not trust_remote_code:
         raise ConfigError(
             f"{spec.name} runs code from its repository ({'; '.join(code_of(spec, locate(spec)[0])) or 'now none'}); "
             "read it, then allow it with --trust-remote-code"

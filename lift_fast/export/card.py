@@ -207,9 +207,9 @@ def _training(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _cost(run: Mapping[str, Any], machine: Mapping[str, Any] | None) -> str:
-    if "step_ms" not in run:
+    if not {"step_ms", "step_ms_spread", "images_per_s", "seconds"} <= run.keys():
         return "Not recorded."
-    if machine:
+    if machine and {"cpu", "cores", "memory_gib", "gpu"} <= machine.keys():
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}"
     else:
         where = "not recorded"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from .. import run_folder
 from ..errors import ConfigError
-from ..nn import Clip, Lift
+from ..nn import Clip, Lift, fill
 
 ABOUT = "lift_fast.json"
 # Format -> the module of nn/weights that reads it; None: the state dict of the model itself.
@@ -36,17 +36,20 @@ def read(folder: Path) -> tuple[Lift | Clip, dict[str, Any]]:
     weights that are missing, damaged or not those of the model that it describes.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / ABOUT).read_bytes())
         kind, run = about["format"], about["run"]
-        if kind in _ONE_WAY:
-            raise ConfigError(f"{folder} is an export to {kind}, which lift-fast does not read back; load the run")
-        model = run_folder.build(run)
-        name = _FORMATS[kind]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name = None if kind in _ONE_WAY else _FORMATS[kind]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder}: {ABOUT} is damaged ({error!r}); export the run again") from error
+    if kind in _ONE_WAY:
+        raise ConfigError(f"{folder} is an export to {kind}, which lift-fast does not read back; load the run")
+    try:
+        model = run_folder.empty(run)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {ABOUT} is damaged ({error}); export the run again") from error
     try:
         if name is None:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            fill(model, load_file(folder / "model.safetensors"))
         else:
             import_module(f"..nn.weights.{name}", __package__).load(model, folder)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

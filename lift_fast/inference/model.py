@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import progress as progress_bars
+from ..data.captions import halved
 from ..devices import pick_device
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..run_folder import EncodeText
 from .preprocessing import Preprocessing, in_batches
 
@@ -80,7 +81,7 @@ class Model:
 
     @torch.no_grad()
     def encode_image(
-        self, images: Tensor | ImageLike | Sequence[ImageLike], *, batch_size: int = 64, progress: bool = False
+        self, images: Tensor | ImageLike | Iterable[ImageLike], *, batch_size: int = 64, progress: bool = False
     ) -> Tensor:
         """The features of images: float32 [images, dim] of unit length.
 
@@ -93,7 +94,7 @@ class Model:
         """
         _check_batch_size(batch_size)
         if isinstance(images, Tensor):
-            if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
                 raise ConfigError(
                     f"a tensor of images must be normalised pixels, float [images, 3, H, W], not {images.dtype} "
                     f"{list(images.shape)}; `preprocess` makes it from one image"
@@ -103,8 +104,10 @@ class Model:
         else:
             if isinstance(images, str | bytes | os.PathLike | np.ndarray) or hasattr(images, "convert"):
                 images = cast("list[ImageLike]", [images])
-            count = len(images)
-            batches = self._decoded(images, batch_size)
+            several = cast("Iterable[ImageLike]", images)
+            several = several if isinstance(several, Sequence) else list(several)
+            count = len(several)
+            batches = self._decoded(several, batch_size)
         features = []
         with progress_bars.bar(desc="images", total=count, unit="image", disable=not progress) as bar:
             for pixels in batches:
@@ -112,17 +115,21 @@ class Model:
                 bar.update(len(pixels))
         return torch.cat(features) if features else self._encode(self._no_pixels())[:0]
 
-    def encode_text(self, texts: str | Sequence[str], *, progress: bool = False) -> Tensor:
+    def encode_text(self, texts: str | Iterable[str], *, progress: bool = False) -> Tensor:
         """The features of texts: float32 [texts, dim] of unit length. The text encoder is loaded by the first call.
 
         progress: whether to show a bar on stderr.
 
-        Raises EncoderError when the text encoder cannot be loaded or makes no tokens of a text; ConfigError when none
-        is known, or it needs trust_remote_code; CacheMismatch when its dim is not the image features'.
+        Raises EncoderError when the text encoder cannot be loaded or makes no tokens of a text; DataError for a text
+        that is not valid Unicode; ConfigError when no text encoder is known, or it needs trust_remote_code;
+        CacheMismatch when its dim is not the image features'.
         """
         if self._text is None:
             self._text = self._make_text(self.device)
         texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if halved(text):  # a command's argument in another encoding
+                raise DataError(f"the text {text!r} holds half a Unicode character; correct it")
         features = []
         with progress_bars.bar(desc="texts", total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
@@ -144,8 +151,8 @@ class Model:
         templates: texts in which {} stands for the name. Raises ConfigError when there are less than two classes, two
         of one name, or a template without {}; and what encode_text raises.
         """
-        names = list(classnames)
-        if len(names) < 2 or len(set(names)) < len(names):
+        names, templates = list(classnames), list(templates)
+        if isinstance(classnames, str) or len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f"classes must be at least two different names, not {', '.join(names) or 'none'}")
         if not templates or any("{}" not in template for template in templates):
             raise ConfigError("each template must hold {} for the name of the class, as in 'a photo of a {}.'")
@@ -155,7 +162,10 @@ class Model:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         encode: Callable[[Tensor], Tensor] = self.module.encode_image  # type: ignore[assignment]
-        return F.normalize(encode(pixels.to(self.device, self.dtype)).float(), dim=-1)
+        try:
+            return F.normalize(encode(pixels.to(self.device, self.dtype)).float(), dim=-1)
+        except ValueError as error:  # of Vit, for another height or width
+            raise ConfigError(f"a tensor of images must be of this model's size: {error}") from error
 
     def _decoded(self, images: Sequence[ImageLike], batch_size: int) -> Iterator[Tensor]:
         """Normalised pixels of the images, a batch at a time."""

@@ -180,9 +180,7 @@ def _preprocessing(path: Path, loaded: Loaded) -> Preprocessing:
         try:
             resize, mean, std, otherwise = understood(settings, size)
             found = Preprocessing(size, resize, _three(mean), _three(std))
-            if resize < size or min(found.std) <= 0:
-                raise ValueError(f"std {std}, resized to {resize}")
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ConfigError) as error:
             raise ConfigError(f"{path / name}: not the preprocessing of a model's images ({error!r})") from error
         if otherwise:
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import typed
 from ..data.images import decode, read_header
 from ..data.pixels import MEAN, STD, normalise
 from ..data.reading import cpu_count
 from ..data.samples import BadSample
 from ..data.transforms import centre_of, render_centre, resize
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+_LARGEST = 100_000  # pixels of a side; also a bound of mean and std
 _AHEAD = 2  # batches that are decoded while a GPU works on one
 
 
@@ -40,13 +42,31 @@ class Preprocessing:
     A call takes one image, as a path, the bytes of an encoded image, a PIL image, or uint8 [H, W, 3], and returns
     float32 [3, image_size, image_size]. It can be the transform of another project's data set.
 
-    Raises DataError for an image that cannot be read or decoded.
+    Raises ConfigError for sizes and numbers that no images are prepared by; when called, DataError for an image that
+    cannot be read or decoded.
     """
 
     image_size: int
     resize_size: int
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.image_size <= self.resize_size <= _LARGEST:
+            raise ConfigError(
+                f"resize_size must be at least image_size and at most {_LARGEST}, not {self.resize_size} for images of "
+                f"{self.image_size}"
+            )
+        if not all(abs(m) <= _LARGEST for m in self.mean) or not all(1 / _LARGEST <= s <= _LARGEST for s in self.std):
+            raise ConfigError(f"std must be above 0, and mean and std finite, not {self.mean} and {self.std}")
+
+    @staticmethod
+    def of_dict(values: Mapping[str, Any]) -> Preprocessing:
+        """The Preprocessing of `as_dict`, from a file. Raises ConfigError for values that are not valid."""
+        values = {"image_size": None, "resize_size": None} | dict(values)
+        typed.check_fields(values, Preprocessing, "preprocessing")
+        numbers = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
+        return Preprocessing(**values | numbers)
 
     def __call__(self, image: ImageLike) -> Tensor:
         return self.normalise(torch.from_numpy(self.cropped(image))[None])[0]
@@ -56,8 +76,10 @@ class Preprocessing:
         if isinstance(image, str | os.PathLike):
             try:
                 data = Path(image).read_bytes()
-            except OSError as error:
-                raise DataError(f"{image}: the image cannot be read ({error.strerror or error})") from error
+            except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+                raise DataError(
+                    f"{image}: the image cannot be read ({getattr(error, 'strerror', None) or error})"
+                ) from error
             return self._decoded(data, os.fspath(image))
         if isinstance(image, bytes):
             return self._decoded(image, "an image given as bytes")
@@ -66,7 +88,10 @@ class Preprocessing:
                 raise DataError(f"an array must be a uint8 image [H, W, 3], not {image.dtype} {list(image.shape)}")
             return self._resized(image)
         if hasattr(image, "convert"):  # PIL's, without the import
-            return self._resized(_on_white(image))
+            try:
+                return self._resized(_on_white(image))
+            except (OSError, ValueError, ArithmeticError) as error:  # cut short, closed, or without pixels
+                raise DataError(f"a PIL image: the image cannot be read ({error})") from error
         raise DataError(
             f"an image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(image).__name__}"
         )
@@ -112,8 +137,11 @@ def _on_white(image: Any) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return np.array(image)
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F", "I"):  # PNG has none of these
+    # PNG has none of these.
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F", "I", "RGBX"):
         image = image.convert("RGB")
+    elif image.mode in ("PA", "La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=0)
     return decode(file.getvalue(), read_header(file.getvalue()))

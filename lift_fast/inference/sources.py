@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from .. import run_folder
 from ..errors import ConfigError, DataError
-from ..nn import Clip, Lift
+from ..nn import Clip, Lift, fill
 from ..nn.weights.files import may_hold_weights, run_of
 from ..run_folder import EncodeText
 from ..text.presets import spec_for
@@ -64,8 +64,12 @@ def _parts(
     if encoder is not None:
         run = run | {"encoder": _named(encoder, run.get("encoder"))}
     size = model.visual.config.image_size
-    given = run.get("preprocessing")
-    preprocessing = Preprocessing(**given) if given else Preprocessing(size, size)
+    given = run.get("preprocessing") or {"image_size": size, "resize_size": size}
+    preprocessing = Preprocessing.of_dict(given)
+    if preprocessing.image_size != size:
+        raise ConfigError(
+            f"this model's description: preprocessing.image_size is {preprocessing.image_size}, not the tower's {size}"
+        )
 
     def make_text(device: torch.device) -> EncodeText:
         if isinstance(model, Clip):
@@ -129,10 +133,10 @@ def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any]]:
     if found is None:
         raise DataError(f"no checkpoint of the run {folder} is whole: {reason}")
     run = _started(folder, found.state.get("run")) | {"step": found.step}
-    model = run_folder.build(run)
+    model = run_folder.empty(run)
     try:
         state = whole_tensors(found.folder, found.index, "model.") | whole_tensors(found.folder, found.index, "ema.")
-        model.load_state_dict(state)
+        fill(model, state)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ConfigError(f"{found.folder}: the checkpoint does not fit its run's {_STARTED} ({error})") from error
     return model.eval(), run

@@ -7,6 +7,8 @@ from ..errors import ConfigError
 from ..ops.transformer.contract import ACTIVATIONS, Activation
 
 CLIP_VOCAB_SIZE = 49_408
+_LARGEST = {"layers": 1000}  # of what a description may ask for; other sizes:
+_LARGEST_SIZE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class VitConfig:
     """Fraction of the patches that training leaves out at random (FLIP, arXiv 2212.00794)."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim"):
+            check_size(name, getattr(self, name) if name != "mlp_dim" else self.hidden)
+        if not 0 < self.norm_eps <= 1:
+            raise ConfigError(f"norm_eps must be above 0 and at most 1, not {self.norm_eps}")
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
@@ -90,6 +96,8 @@ class TextConfig:
     activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
+        for name in ("context", "vocab_size", "width", "layers", "heads"):
+            check_size(name, getattr(self, name))
         if self.width % self.heads:
             raise ConfigError(f"text width {self.width} is not a multiple of its {self.heads} heads")
         if self.activation not in ACTIVATIONS:
@@ -108,6 +116,13 @@ class Preset:
     def with_context(self, context: int) -> "Preset":
         """The same preset with another `text.context`: the length of a caption, in tokens."""
         return replace(self, text=replace(self.text, context=context))
+
+
+def check_size(name: str, value: int) -> None:
+    """Validates a size of a model. Raises ConfigError for one below 1, and for one so large that no model has it."""
+    largest = _LARGEST.get(name, _LARGEST_SIZE)
+    if not 1 <= value <= largest:
+        raise ConfigError(f"{name} must be at least 1 and at most {largest}")
 
 
 def _sized(

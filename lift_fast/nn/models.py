@@ -1,6 +1,7 @@
 """The two models: Lift (ViT and head, for texts from a cache) and Clip (the same ViT, and a trained text tower)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +81,19 @@ class Clip(_Scaled):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids int64 [batch, context] -> features [batch, embed_dim], not normalised."""
         return self.text_projection(self.text(tokens))
+
+
+def fill(model: Lift | Clip, state: Mapping[str, Tensor]) -> None:
+    """Gives a model the weights of a state dict, as float32 copies. It needs no memory of its own before: it may have
+    been made on torch's meta device. Raises RuntimeError for keys or shapes other than the model's."""
+    needed, given = ({name: list(t.shape) for name, t in each.items()} for each in (model.state_dict(), state))
+    wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
+    if wrong:
+        sizes = [str(each.get(wrong[0], "missing")) for each in (given, needed)]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise RuntimeError(f"{wrong[0]} is {sizes[0]}, in the model {sizes[1]}{more}")
+    copies = {
+        name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(copies, assign=True)

@@ -172,3 +172,51 @@ def test_other_settings(model, folder):
         lift_fast.load(folder, dtype=torch.float64)
     with pytest.raises(AttributeError, match="loda"):
         lift_fast.loda  # noqa: B018
+
+
+def test_iterators_are_taken(model):
+    images = [drawn(80, 90, seed) for seed in range(3)]
+    assert torch.equal(model.encode_image(iter(images)), model.encode_image(images))
+    assert torch.equal(model.encode_text(iter(TEXTS)), model.encode_text(TEXTS))
+    classifier = model.zero_shot(iter(["cat", "dog"]), iter(["{}", "a {}"]))
+    assert torch.equal(classifier.weights, model.zero_shot(["cat", "dog"], ["{}", "a {}"]).weights)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "F", "I"])
+def test_pil_images_of_every_mode_are_taken(model, mode):
+    grey = Image.fromarray(drawn(80, 90)).convert("L")
+    between = {"PA": "P", "La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+    image = grey.convert(between).convert(mode)
+    expected = image.convert("RGB") if mode not in ("La", "PA", "RGBa") else grey.convert("RGB")
+    difference = (model.preprocess(image) - model.preprocess(expected)).abs().max()
+    assert difference < 0.04, f"{difference} after normalisation: more than two levels of 255"
+
+
+def test_pil_images_that_cannot_be_read_are_data_errors(model):
+    closed = Image.open(io.BytesIO(png(drawn(80, 90))))
+    closed.close()
+    cut = Image.open(io.BytesIO(png(drawn(80, 90))[:3000]))
+    for image in (closed, cut, Image.new("RGB", (0, 5))):
+        with pytest.raises(DataError, match="cannot be read"):
+            model.encode_image(image)
+
+
+def test_a_name_with_a_null_byte_is_no_file(model):
+    with pytest.raises(DataError, match="cannot be read"):
+        model.encode_image("a\0b.png")
+
+
+def test_pixels_of_another_size_are_refused(model):
+    for height, width in ((73, 72), (0, 72), (0, 0)):
+        with pytest.raises(ConfigError, match="a tensor of images must be"):
+            model.encode_image(torch.zeros(2, 3, height, width))
+
+
+def test_half_a_character_is_refused(model):
+    with pytest.raises(DataError, match="half a Unicode character"):
+        model.encode_text(["a dog", "a \ud83d cat"])
+
+
+def test_the_names_of_classes_are_no_single_text(model):
+    with pytest.raises(ConfigError, match="at least two different names"):
+        model.zero_shot("cat")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "typed": {"errors"},
     "former_paths": set(),
     "progress": set(),
     "devices": {"errors", "ranks"},
@@ -24,12 +25,12 @@ ARROWS: dict[str, set[str]] = {
     "data": {"errors", "files", "progress", "ops"},
     "demo": {"errors", "progress", "sugarcrepe", "data"},
     "text": {"errors", "files", "progress", "ranks", "ops", "cache", "data"},
-    "run_folder": {"errors", "files", "nn", "cache", "text"},
+    "run_folder": {"errors", "files", "typed", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
     "eval": {"errors", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
     "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
     | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
-    "inference": {"errors", "files", "progress", "devices", "run_folder"}
+    "inference": {"errors", "files", "typed", "progress", "devices", "run_folder"}
     | {"ops", "nn", "cache", "data", "text", "train"},
     "export": {"errors", "files", "run_folder", "nn", "cache", "text", "data", "inference"},
     "gallery": {"errors", "files", "progress", "devices", "run_folder", "nn", "data", "text", "inference"},

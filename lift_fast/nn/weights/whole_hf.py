@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import VitConfig
-from ..models import Clip, Lift
+from ..models import Clip, Lift, fill
 from .layouts import TABLES, Layout, LayoutTable
 
 
@@ -88,7 +88,7 @@ def load(model: Lift | Clip, folder: Path) -> None:
         state[name] = tensor.reshape(tensor.shape[ones:])
     if unknown := [key for tensors in read.values() for key in tensors]:
         raise RuntimeError(f"unknown keys: {', '.join(unknown[:4])}")
-    model.load_state_dict(state)
+    fill(model, state)
 
 
 def _places(model: Lift | Clip, files: Files) -> Iterator[tuple[str, str, list[str], int]]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..models import Clip, Lift
+from ..models import Clip, Lift, fill
 from .convert import load as load_tower
 from .convert import save as save_tower
 
@@ -60,4 +60,4 @@ def load_parts(model: Lift | Clip, tower: dict[str, Tensor], layout: str, rest: 
     """Fills a model, strictly: its tower from a state dict of the layout, all else from `rest`, under our names."""
     loaded = load_tower(tower, layout, config=model.visual.config, dtype=None)  # type: ignore[arg-type]
     state = {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
-    model.load_state_dict(state | rest | {key: tower[key] for key in loaded.left_out})
+    fill(model, state | rest | {key: tower[key] for key in loaded.left_out})
