@@ -153,8 +153,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.discard(request)
             self._free.release()
+            self._open.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone or stalls is none of the user's business; anything else is a bug to be seen."""

@@ -464,21 +464,23 @@ def test_a_client_that_has_gone(port, capfd):
 
 
 def test_too_many_connections(server, port, monkeypatch):
+    def until(count):
+        ends = time.monotonic() + 20
+        while len(server._open) != count:
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+    until(0)  # those of earlier tests have left their places
     monkeypatch.setattr(server, "_free", threading.BoundedSemaphore(3))
     held = [connected(port) for _ in range(3)]
-    time.sleep(0.2)
+    until(3)
     with connected(port) as refused:
         assert received(refused) == b""
     for connection in held:
         connection.close()
-    for _ in range(50):
-        time.sleep(0.1)
-        with connected(port) as connection:
-            connection.sendall(head(port, "GET", "/api/gallery"))
-            if received(connection):
-                break
-    else:
-        pytest.fail("the places are not free again")
+    until(0)
+    assert get(port, "/api/gallery").status == 200
+    until(0)
 
 
 # ---- the server itself
