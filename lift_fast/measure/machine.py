@@ -25,6 +25,7 @@ PACKAGES = (
     "resvg-py",
     "pillow",
     "pandas",
+    "faiss-cpu",
     "flash-attn",
     "flash-attn-4",
     "xformers",
