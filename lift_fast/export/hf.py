@@ -92,7 +92,8 @@ features, text_features = out.image_embeds, out.text_embeds
     if "norm(" in pooled:
         lines.append('norm = getattr(tower, "vision_model", tower).post_layernorm')
     if isinstance(module, Lift):
-        lines.append(f'x = F.gelu(F.linear({pooled}, head["head.fc_1.weight"], head["head.fc_1.bias"]))')
+        lines.append(f"x = {pooled}")
+        lines.append('x = F.gelu(F.linear(x, head["head.fc_1.weight"], head["head.fc_1.bias"]))')
         lines.append('x = F.linear(x, head["head.fc_2.weight"], head["head.fc_2.bias"])')
     else:
         lines.append(f'x = F.linear({pooled}, head["visual_projection.weight"])')

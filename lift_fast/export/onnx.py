@@ -24,6 +24,7 @@ settings = json.load(open("FOLDER/lift_fast.json"))["run"]["preprocessing"]
 classes = np.load("FOLDER/classes.npz")  # of: lift-fast export … --names cat dog
 encoder = onnxruntime.InferenceSession("FOLDER/image_encoder.onnx")
 
+
 def pixels(path):
     image = Image.open(path).convert("RGB")
     size, short = settings["image_size"], min(image.size)
@@ -31,6 +32,7 @@ def pixels(path):
     left, top = (round((side - size) / 2) for side in image.size)
     image = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32)
     return ((image / 255 - settings["mean"]) / settings["std"]).transpose(2, 0, 1).astype(np.float32)
+
 
 (features,) = encoder.run(None, {"pixels": np.stack([pixels(path) for path in paths])})
 logits = classes["logit_scale"] * features @ classes["weights"].T
