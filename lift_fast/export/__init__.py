@@ -59,22 +59,26 @@ def export(
     Returns sentences that say what the other project computes differently, and what the folder does not hold.
 
     Raises ConfigError for an unknown target, a folder that holds something, a model that is not lift-fast's, and a
-    target that cannot hold this model; BackendError when a package that writes the target is not installed; what
-    `Model.zero_shot` raises; OSError when a file cannot be written. `out` is then as it was.
+    target that cannot hold this model, and when a file cannot be written; BackendError when a package that writes the
+    target is not installed; what `Model.zero_shot` raises. `out` is then as it was.
     """
     if to not in TARGETS:
         raise ConfigError(f"no target {to!r}; choose one of {', '.join(TARGETS)}")
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = Path(os.path.realpath(Path(out).expanduser()))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; remove it or name another --out")
+        raise _exists(out)
     if not isinstance(model.module, Lift | Clip):
         raise ConfigError(
             f"{model.source} is a model of another project that lift-fast only encodes with; export a run of lift-fast"
         )
     target = import_module(f".{TARGETS[to]}", __name__)
     run = described(model)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+    # In an empty folder that exists, which stays where it is: it may be mounted, or a shell's working folder.
+    part = (out if out.exists() else out.parent) / f"{out.name}.{os.getpid()}.part"
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise _not_written(out, error) from error
     try:
         if names:
             write_classes(model, names, templates, part / "classes.npz")
@@ -92,10 +96,30 @@ def export(
         (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         if hasattr(target, "place"):
             target.place(part, f"local-dir:{out}")
-        if out.exists():
-            out.rmdir()  # empty
-        part.rename(out)
-    except BaseException:
+        _move(part, out)
+    except OSError as error:
+        raise _not_written(out, error) from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
     return remarks
+
+
+def _move(part: Path, out: Path) -> None:
+    """Moves a whole folder to its place. Raises ConfigError when another export was there first."""
+    if part.parent == out:
+        if any(path != part for path in out.iterdir()):
+            raise _exists(out)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "lift_fast.json"):  # by it `load` knows it
+            path.rename(out / path.name)
+    elif out.exists():
+        raise _exists(out)
+    else:
+        part.rename(out)
+
+
+def _exists(out: Path) -> ConfigError:
+    return ConfigError(f"{out} exists already; remove it or name another --out")
+
+
+def _not_written(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"the export {out} cannot be written ({error.strerror or error})")

@@ -1,5 +1,6 @@
 """Target torch-export: the encoders as graphs of torch.export, which torch loads without lift-fast."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ def write(model: Model, out: Path) -> list[str]:
     text_encoder.pt2, tokens int64 [batch, context] -> features.
     """
     for name, program in programs(model).items():
-        torch.export.save(program, out / f"{name}.pt2")
+        file = io.BytesIO()  # torch aborts the process when the disk of a path is full
+        torch.export.save(program, file)
+        (out / f"{name}.pt2").write_bytes(file.getbuffer())
     return [f"written by torch {torch.__version__}; an older torch may not read it", *about(model, out)]
 
 

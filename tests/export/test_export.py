@@ -86,7 +86,7 @@ def test_a_failed_export_leaves_nothing(to, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lift_fast.export.model_card", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ConfigError, match="the export .* cannot be written .No space"):
         export(model, to, tmp_path / "deep" / "out")
     assert not any((tmp_path / "deep").iterdir())
 
@@ -110,6 +110,39 @@ def test_an_empty_folder_is_taken_and_has_the_usual_mode(model, tmp_path):
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
     files = {"README.md", "config.json", "lift_fast.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == files
+
+
+def test_an_empty_folder_stays_the_same_one(model, tmp_path, monkeypatch):
+    """It may be a mount point, or the working folder of a shell, which would be left in a folder that is gone."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    export(model, "safetensors", "")
+    assert (Path.cwd() / "lift_fast.json").is_file()
+    shutil.rmtree(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    export(model, "safetensors", tmp_path / "link")
+    assert read(tmp_path / "real") and (tmp_path / "link").is_symlink()
+    (tmp_path / "dangling").symlink_to("new")
+    export(model, "safetensors", tmp_path / "dangling")
+    assert read(tmp_path / "new")
+
+
+def test_of_two_exports_to_one_folder_one_is_refused(model, tmp_path, monkeypatch):
+    def meanwhile(*_):
+        other = tmp_path / "out"
+        other.mkdir(exist_ok=True)
+        (other / "theirs").write_text("1")
+        return []
+
+    monkeypatch.setattr(safetensors, "write", meanwhile)
+    for exists in (False, True):
+        if exists:
+            (tmp_path / "out").mkdir()
+        with pytest.raises(ConfigError, match="exists already"):
+            export(model, "safetensors", tmp_path / "out")
+        assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_what_is_there_is_kept(model, tmp_path):

@@ -1,5 +1,6 @@
 """export/torch_export.py: the graphs in a process without lift-fast."""
 
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -47,3 +48,22 @@ def test_no_path_of_this_machine(tmp_path):
         for name in archive.namelist():
             content = archive.read(name)
             assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
+
+
+def test_a_full_disk_is_a_message(tmp_path):
+    """In a process of its own, whose files may have no more than 100 kB: torch, given a path, would end it."""
+    small_model(tmp_path / "run", "lift")
+    code = """
+import resource, sys, lift_fast
+from lift_fast.export import export
+model = lift_fast.load(sys.argv[1], device="cpu")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export(model, "torch-export", sys.argv[2])
+except lift_fast.errors.ConfigError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "run", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "cannot be written (File too large)" in done.stdout, done.stderr[-600:]
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
