@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from . import typed
 from .cache import Rotation
@@ -106,10 +107,20 @@ def empty(run: Any) -> Lift | Clip:
     """
     check(run)
     try:
-        with torch.device("meta"):
+        with _NoInitialisation():
             return build(run)
     except (RuntimeError, OverflowError) as error:  # torch's: the sizes of a tensor exceed 64 bits
         raise ConfigError(f"this model's description: no memory holds such sizes ({first_line(error)})") from error
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Makes random initialisation do nothing, so that weights of any size take no time, and memory that is never
+    written to. (The meta device would take none at all, but its first use imports torch._dynamo, for a second.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]  # as torch.nn.init passes it on
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ extension is an error only if that backend is requested by name.
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, cast
 
@@ -36,6 +37,30 @@ def address(tensor: Tensor | None) -> int:
 def launch_on(tensor: Tensor) -> dict[str, Any]:
     """A tensor's GPU and torch's current stream there, as keyword arguments of _C's CUDA functions."""
     return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+
+
+def spares_dynamo(op: Any) -> Any:
+    """A decorator of torch.library.custom_op: until something is compiled, calls do not import torch._dynamo, which
+    takes a second.
+
+    custom_op imports it in the first call, to keep the op's Python code from being compiled, and remembers what it made
+    as the attribute __dynamo_disable of the function. With another torch this may have no effect.
+    """
+    for kernel in getattr(op, "_backend_fns", {}).values():
+        if (run := getattr(kernel, "__wrapped__", None)) is not None:
+            run.__dynamo_disable = _disabled_later(run)
+    return op
+
+
+def _disabled_later(run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
+        if disable is None:
+            return run(*args, **kwargs)
+        run.__dynamo_disable = disable(run, wrapping=False)  # type: ignore[attr-defined]
+        return run.__dynamo_disable(*args, **kwargs)  # type: ignore[attr-defined]
+
+    return call
 
 
 def why_no_cpp() -> str | None:

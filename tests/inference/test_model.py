@@ -1,6 +1,8 @@
 """inference/model.py and preprocessing.py: features of every kind of input, against the run's own evaluation."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,13 @@ def test_half_a_character_is_refused(model):
 def test_the_names_of_classes_are_no_single_text(model):
     with pytest.raises(ConfigError, match="at least two different names"):
         model.zero_shot("cat")
+
+
+def test_the_first_image_does_not_import_what_compiles(folder):
+    """torch._dynamo takes a second to import; `lift-fast search` and the like would wait for it."""
+    code = (
+        "import sys, numpy, lift_fast\n"
+        f"lift_fast.load({str(folder)!r}, device='cpu').encode_image(numpy.zeros((80, 80, 3), numpy.uint8))\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from ..backends import spares_dynamo
 from .contract import AttentionGrad, choose, keeps_out
 
 
@@ -68,6 +69,7 @@ class _Attention(torch.autograd.Function):
         return d_qkv, None, None, None
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::attention",
     mutates_args=(),
@@ -86,6 +88,7 @@ def _(qkv, scale, causal, backend):
     return qkv.new_empty(batch, tokens, heads, head_dim), qkv.new_empty(batch, heads, tokens, dtype=kind)
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::attention_backward",
     mutates_args=(),

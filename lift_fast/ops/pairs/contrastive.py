@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends import spares_dynamo
 from . import exchange, policy
 from .contract import FeatureGradients, ScoreTile, SoftmaxGradient, choose, free_memory
 from .custom_op import register, shared_arguments, without_autocast
@@ -81,6 +82,7 @@ def contrastive(
     return torch.ops.lift_fast.contrastive(*arguments, local_loss, gather_with_grad, budget, backend)[0]
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::contrastive",
     mutates_args=(),

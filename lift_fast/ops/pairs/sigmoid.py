@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends import spares_dynamo
 from . import exchange, policy
 from .contract import FeatureGradients, ScoreTile, SigmoidSums, choose
 from .custom_op import register, shared_arguments, without_autocast
@@ -58,6 +59,7 @@ def sigmoid(
     return torch.ops.lift_fast.sigmoid(*arguments, backend)[0]
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::sigmoid",
     mutates_args=(),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import DTYPES
+from ..backends import DTYPES, spares_dynamo
 from .codecs import CODECS, Codec
 from .contract import BACKENDS, RowGather
 
@@ -97,6 +97,7 @@ def dequant(
     return torch.ops.lift_fast.dequant(codes, scales, rows, dtype, backend or "", codec, dim, normalize)
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::dequant",
     mutates_args=(),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import spares_dynamo
 from .contract import LayerNorm, LayerNormGrad, choose
 
 
@@ -84,6 +85,7 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dx if ctx.added else None, d_weight.to(ctx.dtypes[0]), d_bias.to(ctx.dtypes[1]), None, None
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::layernorm",
     mutates_args=(),
@@ -111,6 +113,7 @@ def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor
     return torch.empty_like(x), s, weight.new_empty(len(x)), weight.new_empty(len(x))
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::layernorm_backward",
     mutates_args=("dy",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import HALF
+from ..backends import HALF, spares_dynamo
 from .contract import ACTIVATIONS, FUSED_GEMM, Activation, BiasAct, BiasActGrad, choose
 from .eager import activate
 from .layernorm import wide
@@ -100,6 +100,7 @@ class _Mlp(torch.autograd.Function):
         return dx, d_w1, d_b1, d_w2, g.sum(dim=0), None, None, None
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::bias_act",
     mutates_args=(),
@@ -116,6 +117,7 @@ def _(h, bias, activation, backend):
     return torch.empty_like(h)
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::bias_act_backward",
     mutates_args=("da",),
@@ -135,6 +137,7 @@ def _(da, h, bias, activation, backend):
     return torch.empty_like(h), torch.empty_like(bias)
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::linear_act",
     mutates_args=(),
@@ -150,6 +153,7 @@ def _(x, weight, bias, activation):
     return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
 
 
+@spares_dynamo
 @torch.library.custom_op(
     "lift_fast::linear_act_backward",
     mutates_args=(),
