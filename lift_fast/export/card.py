@@ -230,9 +230,15 @@ def _evaluation(model: Model) -> str:
     if not file.is_file():
         return "Not recorded: `lift-fast eval --json RUN/eval.json`, before the export, adds scores."
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}); make it again with: lift-fast eval --json") from error
+        return _scores(json.loads(file.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{file} is not JSON as eval writes it ({error!r}); make it again with: lift-fast eval --json"
+        ) from error
+
+
+def _scores(found: Mapping[str, Any]) -> str:
+    """found: the content of eval.json."""
     said = ["Retrieval, recall at 1, 5 and 10:\n", "| set | n | image to text | text to image |", "|-|-|-|-|"]
     for name, scores in found["retrieval"].items():
         recalls = (" / ".join(_share(scores[way][k]) for k in ("r1", "r5", "r10")) for way in ("i2t", "t2i"))

@@ -180,9 +180,9 @@ def _remarks(model: Model, has_name: bool, text: Text | None) -> list[str]:
             )
     if text or not has_name:
         remarks.append(
-            "open_clip_config.json says where the folder is, as "
+            "where the folder is stands in open_clip_config.json, as "
             + " and ".join(["timm_model_name"] * (not has_name) + ["hf_model_name"] * bool(text))
-            + ", because the loaders that open_clip hands them to know no other way: change it there when the folder "
+            + ", because the loaders that open_clip hands it to know no other way: change it there when the folder "
             "moves; lift-fast export --push writes the name on the hub"
         )
     if shown.resize_size != shown.image_size:

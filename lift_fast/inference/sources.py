@@ -1,6 +1,7 @@
 """What `load` takes, and how the parts of a model are found in it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ _STARTED, _CHECKPOINT, _CHECKPOINTS = "started.json", "checkpoint.json", "checkp
 def find(source: str, *, encoder: str | None = None, trust_remote_code: bool = False) -> Parts:
     """The parts of the model at `source`. Arguments and errors as of `load`."""
     path = Path(source).expanduser()
-    # With a folder of the owner's name it is rather a path with a mistake than a name on the hub.
-    if not path.exists() and HUB_NAME.fullmatch(source) and not path.parent.is_dir():
+    if not os.path.exists(path):  # of a Path it raises for a name that is too long
+        # With a folder of the owner's name it is rather a path with a mistake than a name on the hub.
+        if not HUB_NAME.fullmatch(source) or path.parent.is_dir():
+            raise DataError(
+                f"no model at {source}: there is no such file or folder. A name on the hub is owner/model, where no "
+                "folder is called owner"
+            )
         path = _from_hub(source)
     if path.suffix == ".safetensors" and exports.is_export(path.parent):
         path = path.parent
@@ -39,16 +45,11 @@ def find(source: str, *, encoder: str | None = None, trust_remote_code: bool = F
         model, run = _of_checkpoint(path)
     elif may_hold_weights(path):
         model, run, why = others.read(path)
-    elif path.exists():
+    else:
         raise DataError(
             f"no model at {path}: it is neither a run (run.json, or {_STARTED} with {_CHECKPOINTS}/), a checkpoint "
             f"({_CHECKPOINT}), an export ({exports.ABOUT}), nor another project's weights (.safetensors, .pt, .pth, "
             ".bin, .ckpt, or a folder with model.safetensors, pytorch_model.bin or open_clip_model.safetensors)"
-        )
-    else:
-        raise DataError(
-            f"no model at {source}: there is no such file or folder. A name on the hub is owner/model, where no folder "
-            "is called owner"
         )
     return _parts(model, run, why, encoder, trust_remote_code)
 

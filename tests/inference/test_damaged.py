@@ -124,3 +124,17 @@ def test_loading_gives_float32_weights_of_its_own(folders, tmp_path):
     after = model.module.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+
+
+def test_a_name_that_is_too_long():
+    with pytest.raises(LiftFastError, match="there is no such file or folder"):
+        lift_fast.load(5000 * "x")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"retrieval": 3}', '{"retrieval": {"a": {"n": 3}}}', "[" * 100_000])
+def test_scores_that_are_not_those_of_eval_are_refused(folders, tmp_path, content):
+    shutil.copytree(folders["run"], tmp_path / "m")
+    (tmp_path / "m" / "eval.json").write_text(content)
+    with pytest.raises(LiftFastError, match="make it again with: lift-fast eval"):
+        export(lift_fast.load(tmp_path / "m", device="cpu"), "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

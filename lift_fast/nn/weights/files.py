@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import preset
-from .torchscript import is_archive, read_archive
+from .torchscript import check_stored, is_archive, read_archive
 
 # The weights that are looked for in a folder, in this order, and the configuration file of each. Each may also be cut
 # into shards, which the file of this name with ".index.json" lists.
@@ -169,6 +169,7 @@ def _file(path: Path) -> dict[str, Tensor]:
             raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
     elif path.suffix in _PICKLES:
         try:
+            check_stored(path)
             state = read_archive(path) if is_archive(path) else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile pickle may raise anything
             raise ConfigError(

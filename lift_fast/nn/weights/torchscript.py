@@ -6,6 +6,7 @@ NAME/data/K (the bytes of storage K, uncompressed) and NAME/code/ (their Python 
 
 import math
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -37,6 +38,17 @@ def is_archive(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def check_stored(path: Path) -> None:
+    """Raises pickle.UnpicklingError for a zip whose pickles or storages are compressed: torch writes none, and a small
+    file of zeros could take all memory, or hours."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED and re.search(r"\.pkl$|/data/", entry.filename):
+                raise pickle.UnpicklingError(f"{entry.filename} is compressed, as torch writes none")
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -85,7 +97,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names a {kind}")
         if key not in self._loaded:
             entry = self._archive.getinfo(f"{self._folder}/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != count * dtype.itemsize:
+            if entry.file_size != count * dtype.itemsize:
                 raise pickle.UnpicklingError(f"{entry.filename} is not {count} numbers of {dtype}")
             data = bytearray(self._archive.read(entry))
             self._loaded[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
