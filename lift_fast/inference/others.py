@@ -134,6 +134,8 @@ def _clip(path: Path, loaded: Loaded, config: dict[str, Any]) -> tuple[Clip, dic
 def _not_our_text(config: dict[str, Any]) -> str:
     """What of the text tower of an open_clip model lift-fast does not compute; "" for one like ours."""
     text = config.get("text_cfg", {})
+    if not isinstance(text, dict):
+        return f"text_cfg is {text!r:.60}"
     other = [
         f"{name} {value!r}"
         for name, value in text.items()

@@ -138,3 +138,18 @@ def test_scores_that_are_not_those_of_eval_are_refused(folders, tmp_path, conten
     with pytest.raises(LiftFastError, match="make it again with: lift-fast eval"):
         export(lift_fast.load(tmp_path / "m", device="cpu"), "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", [None, 3, [1], "x"])
+def test_a_text_tower_of_open_clip_that_is_none(folders, tmp_path, text):
+    """Its images can be encoded, as of other models whose text tower is not computed."""
+    shutil.copytree(folders["open_clip"], tmp_path / "m")
+    (tmp_path / "m" / "lift_fast.json").unlink()
+    file = tmp_path / "m" / "open_clip_config.json"
+    content = json.loads(file.read_bytes())
+    content["model_cfg"]["text_cfg"] = text
+    file.write_text(json.dumps(content))
+    model = lift_fast.load(tmp_path / "m", device="cpu")
+    assert model.encode_image(torch.zeros(1, 3, 24, 24)).shape == (1, 14)
+    with pytest.raises(LiftFastError, match="the text encoder of this model is not known: text_cfg is"):
+        model.encode_text("a dog")
