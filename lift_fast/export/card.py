@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import DataError
 from ..inference import Model
 from ..nn import Clip, Lift
+from .description import bad_scores
 
 # Target -> the hub's name of the library that loads it, and of the task.
 _HUB = {
@@ -30,9 +29,8 @@ def model_card(
     """The text of README.md, with the front matter of the Hugging Face hub.
 
     run: of description.described. to: the target; use, remarks: what its `use` and `write` returned. licence: of the
-    weights, if the user named it. The scores are those in the folder of the run, eval.json.
-
-    Raises DataError for an eval.json that is not JSON.
+    weights, if the user named it.
+    Raises DataError for scores that are damaged.
     """
     is_lift = isinstance(model.module, Lift)
     config, machine = run.get("config", {}), model.description.get("machine")
@@ -44,7 +42,7 @@ def model_card(
         "Data": _data(run, config),
         "Training": _training(run, config),
         "Measured cost": _cost(run, machine),
-        "Evaluation": _evaluation(model),
+        "Evaluation": _evaluation(model, run),
         "Limits": "Scores say nothing of data other than the sets that they name. Bias, safety and fitness for a "
         "purpose have not been tested.",
         "Licences": _licences(run, config, licence),
@@ -225,20 +223,17 @@ def _cost(run: Mapping[str, Any], machine: Mapping[str, Any] | None) -> str:
     )
 
 
-def _evaluation(model: Model) -> str:
-    file = Path(model.source).expanduser() / "eval.json"
-    if not file.is_file():
-        return "Not recorded: `lift-fast eval --json RUN/eval.json`, before the export, adds scores."
+def _evaluation(model: Model, run: Mapping[str, Any]) -> str:
+    if not run.get("evaluation"):
+        return "Not recorded: `lift-fast eval --json RUN/eval.json`, before the export of a run, adds scores."
     try:
-        return _scores(json.loads(file.read_bytes()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{file} is not JSON as eval writes it ({error!r}); make it again with: lift-fast eval --json"
-        ) from error
+        return _scores(run["evaluation"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise bad_scores(model, error) from error
 
 
 def _scores(found: Mapping[str, Any]) -> str:
-    """found: the content of eval.json."""
+    """found: of eval.json."""
     said = ["Retrieval, recall at 1, 5 and 10:\n", "| set | n | image to text | text to image |", "|-|-|-|-|"]
     for name, scores in found["retrieval"].items():
         recalls = (" / ".join(_share(scores[way][k]) for k in ("r1", "r5", "r10")) for way in ("i2t", "t2i"))

@@ -1,9 +1,11 @@
 """What an export says of its run, in lift_fast.json and the card: all that is needed to use it, and no local path."""
 
+import json
 from dataclasses import asdict
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from ..errors import DataError
 from ..inference import Model
 from ..nn import Clip, Lift
 
@@ -16,12 +18,14 @@ _SETTINGS = (
     "loss steps batch_size seed lock unlocked_blocks patch_dropout lr schedule warmup cooldown layer_decay "
     "weight_decay beta1 beta2 eps clip_grad ema min_crop_area flip colour fp8"
 ).split()
+_SCORES = ("retrieval", "composition", "zero_shot", "skipped")  # of eval.json
 _PARTS = ("train", "training", "heldout", "held-out", "val", "valid", "validation", "test")
 
 
 def described(model: Model) -> dict[str, Any]:
     """The description of a Lift or Clip, as in run.json: what `run_folder.build` and `load` need, and the figures and
-    settings of training without losses, machine and paths. Of paths only the last part is kept.
+    settings of training without losses, machine and paths. Of paths only the last part is kept. Of a run that was
+    evaluated, the scores. Raises DataError for an eval.json that is damaged.
     """
     run, module = model.description, model.module
     assert isinstance(module, Lift | Clip)
@@ -31,6 +35,8 @@ def described(model: Model) -> dict[str, Any]:
         text = asdict(module.text.config)
         found |= {"context": text.pop("context"), "text": text, "embed_dim": module.visual_projection.out_features}
     found["preprocessing"] = model.preprocess.as_dict()
+    if scores := _scores(model):
+        found["evaluation"] = scores
     if run.get("encoder"):
         found["encoder"] = run["encoder"] | {"name": name_of_encoder(run["encoder"]["name"])}
     config = run.get("config", {})
@@ -42,13 +48,35 @@ def described(model: Model) -> dict[str, Any]:
     return found
 
 
+def _scores(model: Model) -> Any:
+    """Those in the folder of the run, eval.json; of an export, those that it was made with."""
+    file = Path(model.source).expanduser() / "eval.json"
+    if not file.is_file():
+        return model.description.get("evaluation")
+    try:
+        content = json.loads(file.read_bytes())
+        if "retrieval" not in content:
+            raise ValueError("it has no retrieval")
+        return {name: content[name] for name in _SCORES if name in content}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise bad_scores(model, error) from error
+
+
+def bad_scores(model: Model, error: Exception) -> DataError:
+    """For scores that are damaged."""
+    return DataError(
+        f"{model.source}: its eval.json is not JSON as eval writes it ({error!r}); make it again with: "
+        "lift-fast eval --json"
+    )
+
+
 def name_of_encoder(name: str) -> str:
     """The name of a text encoder; of a folder's path, which says nothing on another machine, the last part."""
     path = PurePath(name)
-    return path.name if path.is_absolute() or len(path.parts) > 2 or name[0] in ".~" else name
+    return path.name if path.is_absolute() or len(path.parts) > 2 or name[:1] in (".", "~") else name
 
 
 def set_name(path: str) -> str:
     """The name of a data set, of its path: the last part, and the one before it where the last is train or the like."""
     parts = PurePath(path).parts
-    return "/".join(parts[-2:] if parts[-1] in _PARTS else parts[-1:])
+    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _PARTS else parts[-1:])

@@ -180,10 +180,10 @@ def _remarks(model: Model, has_name: bool, text: Text | None) -> list[str]:
             )
     if text or not has_name:
         remarks.append(
-            "where the folder is stands in open_clip_config.json, as "
+            "the address of the folder is in open_clip_config.json, as "
             + " and ".join(["timm_model_name"] * (not has_name) + ["hf_model_name"] * bool(text))
-            + ", because the loaders that open_clip hands it to know no other way: change it there when the folder "
-            "moves; lift-fast export --push writes the name on the hub"
+            + ", because the loaders that open_clip hands it to find nothing without it: change it there when the "
+            "folder moves; lift-fast export --push writes the name on the hub"
         )
     if shown.resize_size != shown.image_size:
         remarks.append(

@@ -163,7 +163,7 @@ def _started(folder: Path, identity: str | None) -> dict[str, Any]:
         prefix = "encoder "
         encoder = {name.removeprefix(prefix): value for name, value in cache.items() if name.startswith(prefix)}
         run |= {"text_dim": settings["text_dim"], "encoder": encoder}
-        return run | {"rotation": cache["rotation"], "field": cache["field"]}
+        return run | {name: cache[name] for name in ("rotation", "field", "codec")}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file} is missing, damaged or of another version ({error!r}); finish the run first"

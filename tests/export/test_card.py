@@ -191,3 +191,19 @@ def test_a_damaged_evaluation(tmp_path):
     with pytest.raises(DataError, match="eval.json is not JSON .* make it again with: lift-fast eval"):
         export(model, "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_an_export_has_the_scores(tmp_path):
+    """Its folder is not one that can be evaluated."""
+    model = recorded(tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(EVAL))
+    export(model, "timm", tmp_path / "timm")
+    again = lift_fast.load(tmp_path / "timm", device="cpu")
+    texts = [card_of(each, tmp_path / name)[1] for each, name in ((model, "a"), (again, "b"))]
+    first, again = (text.partition("## Evaluation")[2] for text in texts)
+    assert "Retrieval, recall" in first and first == again
+
+
+def test_names_without_letters(tmp_path):
+    model = recorded(tmp_path / "run", config={"data": ["", "/", "."], "steps": 3})
+    assert "| sets |" in card_of(model, tmp_path / "out")[1]
