@@ -218,17 +218,22 @@ def _by_pillow(data: bytes, kind: str) -> np.ndarray:
     """Decodes a PNG, WebP, GIF or BMP, as it is stored: uint8 [height, width, 3]."""
     with Image.open(io.BytesIO(_only_pixels(data) if kind == "png" else data), formats=(kind,)) as opened:
         opened.load()
-        image: Image.Image = opened
+        plain = opened.mode == "RGB" and not opened.has_transparency_data
+        # A copy: a view of Pillow's pixels is read-only, and torch warns.
+        pixels = np.array(opened) if plain else None
         if kind == "png":
             # Pillow leaves missing rows at 0. Unpacking the file again to count them is slow, so it is done only for
             # an image that is interlaced or ends in a row of zeros.
-            if data[28] or not np.asarray(opened.crop((0, opened.height - 1, *opened.size))).any():
+            last = np.asarray(opened.crop((0, opened.height - 1, *opened.size))) if pixels is None else pixels[-1]
+            if data[28] or not last.any():
                 _check_all_rows(data)
-            image = _eight_bits(opened, data[24], data[25])
+        if pixels is not None:
+            return pixels
+        image = _eight_bits(opened, data[24], data[25]) if kind == "png" else opened
         if image.has_transparency_data:
             over = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return np.array(image.convert("RGB"))  # a copy: a view of Pillow's pixels is read-only, and torch warns
+        return np.array(image.convert("RGB"))
 
 
 def _eight_bits(image: Image.Image, depth: int, colour_type: int) -> Image.Image:

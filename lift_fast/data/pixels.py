@@ -17,7 +17,8 @@ def normalise(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float]
         # On the device: copying a tensor made from a list there would make the host wait.
         return torch.cat([pixels.new_full((1,), 255 * value, dtype=torch.float32) for value in values])
 
-    return ((pixels - filled(mean)) / filled(std)).permute(0, 3, 1, 2)
+    # Converted first: on a CPU the difference of uint8 and float is several times slower.
+    return pixels.float().sub_(filled(mean)).div_(filled(std)).permute(0, 3, 1, 2)
 
 
 def laid_out(pixels: Tensor, dtype: torch.dtype, layout: str) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _LARGEST = 100_000  # pixels of a side; also a bound of mean and std
 _AHEAD = 2  # batches that are decoded while a GPU works on one
+_TRIED = 4  # images of a batch whose decoding is timed
+_QUICK = 3e-4  # seconds for which an image is decoded by one thread: most of it is Python's
 
 
 @dataclass(frozen=True)
@@ -150,18 +154,30 @@ def _on_white(image: Any) -> np.ndarray:
 def in_batches(
     decode: Callable[[T], R], items: Sequence[T], batch_size: int, device: torch.device
 ) -> Iterator[list[R]]:
-    """Decodes images on one thread for each processor, and yields the results a batch at a time, in order.
+    """Decodes images and yields the results a batch at a time, in order.
 
-    While a model works on a batch on a GPU the next ones are decoded; on the CPU both would compete for the same cores.
+    For a model on a GPU, on one thread for each processor, and while it works on a batch the next ones are decoded. On
+    the CPU both would compete for the same cores, so a batch is decoded when it is needed; and where the images are so
+    small that Python takes most of the time, by one thread, since several would wait for each other.
+
     An error of `decode` is raised with its batch.
     """
-    ahead = 0 if device.type == "cpu" else _AHEAD
     with ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode") as pool:
         try:
+            if device.type == "cpu":
+                for start in range(0, len(items), batch_size):
+                    batch = items[start : start + batch_size]
+                    made, rest, quickest = [], batch[_TRIED:], math.inf
+                    for item in batch[:_TRIED]:
+                        began = time.perf_counter()
+                        made.append(decode(item))
+                        quickest = min(quickest, time.perf_counter() - began)
+                    yield [*made, *(map(decode, rest) if quickest < _QUICK else pool.map(decode, rest))]
+                return
             waiting: deque[list[Future[R]]] = deque()
             for start in range(0, len(items), batch_size):
                 waiting.append([pool.submit(decode, item) for item in items[start : start + batch_size]])
-                if len(waiting) > ahead:
+                if len(waiting) > _AHEAD:
                     yield [future.result() for future in waiting.popleft()]
             for futures in waiting:
                 yield [future.result() for future in futures]
