@@ -29,6 +29,7 @@ COMMANDS = {
     "cache": "python -m benchmarks cache --quick --json FILE",
     "dequant": "python -m benchmarks dequant --quick --json FILE",
     "compare": "python -m benchmarks compare --quick --json FILE",
+    "search": "python -m benchmarks search --json FILE",
     "demo": "python -m benchmarks demo --json FILE",
     "host": "python -m benchmarks host --quick --json FILE",
 }
@@ -107,6 +108,7 @@ def machines() -> str:
         "data": ("nvidia-dali-cuda130", "simplejpeg", "pillow", "webdataset"),
         "cache": ("numpy", "pyarrow", "pandas", "pylance"),
         "vit": ("transformers",),
+        "search": ("numpy", "faiss-cpu", "simplejpeg", "pillow"),
     }
     rows = []
     for suite, command in COMMANDS.items():
@@ -529,6 +531,46 @@ def _recalls(scores: dict[str, float]) -> str:
 # ---- Python's time
 
 
+def search() -> str:
+    """Exact search of stored features against other libraries' float32."""
+    rows = []
+    for features in (4_000, 1_000_000, 10_000_000):
+        cells = [f"{features:,} × 384"]
+        for what in ("lift_fast", "lift_fast, 16 queries", "numpy", "torch", "faiss.IndexFlatIP"):
+            peer = not what.startswith("lift_fast")
+            timed = not peer or features < 10_000_000  # their float32 would take 15 GB
+            cells.append(ms(one("search", features=features, what=what)["median_ms"]) if timed else "")
+        cells.append(f"{one('search', features=features, what='first search, cold, s')['value']:.2f}")
+        rows.append(cells)
+    head = [
+        "features",
+        "one query, ms",
+        "16 queries",
+        "numpy",
+        "torch",
+        "faiss",
+        "first search, files not in memory, s",
+    ]
+    return table(head, rows)
+
+
+def encoding() -> str:
+    """encode_image of tensors and files against the tower alone, and the first queries of a process."""
+    rows = []
+    for preset in ("tiny", "vit-b16"):
+        own = one("search", preset=preset, what="tower")
+        cells = [f"`{preset}`, {own['images']:,} images", f"{own['images_per_s']:,.1f} images/s"]
+        for what in ("tensor", "PNG files", "JPEG files"):
+            ratio = one("search", preset=preset, what=f"encode_image, {what}")["median_ms"] / own["median_ms"]
+            cells.append(f"{ratio:.2f}×")
+        rows.append(cells)
+    head = ["", "the tower alone", "from a tensor", "from PNG files of 72 pixels", "from JPEG files of 500 × 375"]
+    firsts = [
+        f"{target('search', f'first {what} query of a process, from its start, s'):.2f} s" for what in ("image", "text")
+    ]
+    return table(head, rows) + f"\n\nFirst query of a process, from its start: image {firsts[0]}, text {firsts[1]}."
+
+
 def host() -> str:
     """Python's time before the last GPU launch, measured on a CPU, and the estimate of the GPU's time."""
     rows = []
@@ -560,6 +602,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "dequant": dequant,
     "compare": compare,
     "demo": demo,
+    "search": search,
+    "encoding": encoding,
     "host": host,
 }
 
