@@ -44,7 +44,7 @@ for path, row in zip(paths, logits):
 def write(model: Model, out: Path) -> list[str]:
     """Writes image_encoder.onnx, pixels float32 [batch, 3, H, W] -> features [batch, dim] of unit length; of CLIP also
     text_encoder.onnx, tokens int64 [batch, context] -> features. Made by torch's dynamo exporter, with opset OPSET.
-    Weights of more than 2 GB lie beside the graph, in image_encoder.onnx.data.
+    Weights of more than 2 GB lie next to the graph, in image_encoder.onnx.data.
 
     Raises BackendError when onnx or onnxscript is not installed.
     """
