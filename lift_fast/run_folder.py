@@ -101,7 +101,7 @@ def check(run: Any) -> None:
 
 
 def empty(run: Any) -> Lift | Clip:
-    """The model of a description that was read from a file, without memory for its weights, which nn.fill gives it.
+    """The model of a description that was read from a file, with weights of no meaning, until nn.fill gives it some.
 
     Raises ConfigError for a description that is not valid.
     """
@@ -109,7 +109,7 @@ def empty(run: Any) -> Lift | Clip:
     try:
         with _NoInitialisation():
             return build(run)
-    except (RuntimeError, OverflowError) as error:  # torch's: the sizes of a tensor exceed 64 bits
+    except (RuntimeError, OverflowError) as error:  # torch's, for memory that is not there
         raise ConfigError(f"this model's description: no memory holds such sizes ({first_line(error)})") from error
 
 

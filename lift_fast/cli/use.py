@@ -146,8 +146,8 @@ class Classify:
         with bar(desc="images", total=len(files), unit="image", leave=False, delay=2) as shown:
             for batch in encode_images(model, lambda i: read_image(files[i]), range(len(files)), self.batch_size):
                 bad |= batch.bad
-                logits = model.logit_scale * model.similarity(batch.features, classifier.weights)
-                for i, row in zip(batch.numbers, logits.softmax(dim=-1).tolist(), strict=True):
+                shares = classifier.probabilities(batch.features).tolist()
+                for i, row in zip(batch.numbers, shares, strict=True):
                     classes = dict(zip(classifier.classnames, row, strict=True))
                     rows.append({"image": str(files[i]), "classes": classes})
                     ranked = sorted(classes.items(), key=lambda item: -item[1])

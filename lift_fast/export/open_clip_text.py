@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..cache import Rotation
 from ..errors import EncoderError
 from ..inference import Model
 from ..nn import Clip
-from ..run_folder import Rotation
 from ..text.encoder import Encoder
 from ..text.repository import declared_pooling, locate, read_json
 from ..text.spec import EncoderSpec, Pooling

@@ -21,7 +21,7 @@ _FORMATS = {
     "hf": "whole_hf",
     "sentence-transformers": "whole_hf",
 }
-_ONE_WAY = ("onnx", "torch-export")
+ONE_WAY = ("onnx", "torch-export")  # formats that hold a graph, and no weights of ours
 
 
 def is_export(folder: Path) -> bool:
@@ -38,10 +38,10 @@ def read(folder: Path) -> tuple[Lift | Clip, dict[str, Any]]:
     try:
         about = json.loads((folder / ABOUT).read_bytes())
         kind, run = about["format"], about["run"]
-        name = None if kind in _ONE_WAY else _FORMATS[kind]
+        name = None if kind in ONE_WAY else _FORMATS[kind]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder}: {ABOUT} is damaged ({error!r}); export the run again") from error
-    if kind in _ONE_WAY:
+    if kind in ONE_WAY:
         raise ConfigError(f"{folder} is an export to {kind}, which lift-fast does not read back; load the run")
     try:
         model = run_folder.empty(run)

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import read_header
 from ..data.open import open_data
 from ..data.options import DataOptions
 from ..data.samples import BadSample, Samples
 from ..data.scan import IMAGE_SUFFIXES, OTHER_IMAGES
-from ..data.transforms import render_centre
 from ..errors import DataError
 from .model import Model
 from .preprocessing import in_batches
@@ -73,8 +71,7 @@ def encode_images(
 
     def rendered(number: int) -> np.ndarray | BadSample:
         try:
-            data = image_bytes(number)
-            return render_centre(data, read_header(data), model.preprocess.image_size, model.preprocess.resize_size)
+            return model.preprocess.rendered(image_bytes(number))
         except BadSample as error:
             return error.with_traceback(None)
 

@@ -187,8 +187,11 @@ class Classifier:
     def __call__(self, images: Any, **options: Any) -> Tensor:
         """The probabilities of the classes, float32 [images, classes]: the softmax of the scaled cosines. images,
         options: as of `Model.encode_image`, which it raises the errors of."""
-        cosines = self.model.similarity(self.model.encode_image(images, **options), self.weights)
-        return (self.model.logit_scale * cosines).softmax(dim=-1)
+        return self.probabilities(self.model.encode_image(images, **options))
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """The same of image features [images, dim]."""
+        return (self.model.logit_scale * self.model.similarity(features, self.weights)).softmax(dim=-1)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -100,11 +100,9 @@ class Preprocessing:
             f"an image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(image).__name__}"
         )
 
-    def batch(self, images: Sequence[ImageLike], pool: ThreadPoolExecutor | None = None) -> Tensor:
-        """Images -> uint8 [len(images), image_size, image_size, 3], as `cropped` makes them, decoded by the threads
-        of `pool`, if there is one. Raises DataError."""
-        made = list(map(self.cropped, images) if pool is None else pool.map(self.cropped, images))
-        return torch.from_numpy(np.stack(made))
+    def rendered(self, data: bytes) -> np.ndarray:
+        """The same of an encoded image. Raises BadSample for one that does not decode."""
+        return render_centre(data, read_header(data), self.image_size, self.resize_size)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [batch, H, W, 3] on any device -> float32 [batch, 3, H, W]."""
@@ -116,8 +114,7 @@ class Preprocessing:
 
     def _decoded(self, data: bytes, name: str) -> np.ndarray:
         try:
-            header = read_header(data)
-            return render_centre(data, header, self.image_size, self.resize_size)
+            return self.rendered(data)
         except BadSample as error:
             raise DataError(f"{name}: the image does not decode ({error.cause}: {error.reason})") from error
 

@@ -84,8 +84,10 @@ class Clip(_Scaled):
 
 
 def fill(model: Lift | Clip, state: Mapping[str, Tensor]) -> None:
-    """Gives a model the weights of a state dict, as float32 copies. It needs no memory of its own before: it may have
-    been made on torch's meta device. Raises RuntimeError for keys or shapes other than the model's."""
+    """Gives a model the weights of a state dict, as float32 copies, whatever it had before.
+
+    Raises RuntimeError for keys or shapes other than the model's.
+    """
     needed, given = ({name: list(t.shape) for name, t in each.items()} for each in (model.state_dict(), state))
     wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
     if wrong:
