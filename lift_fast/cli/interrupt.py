@@ -1,7 +1,7 @@
 """Ctrl-C where Python would lose it.
 
 Imports of torch and others catch KeyboardInterrupt or turn it into an ImportError: it waits until they are done. Python
-drops what is raised while an object is deleted or in a callback: it is raised again.
+drops what is raised while an object is deleted or in a callback, and prints it: it is raised again, and not printed.
 """
 
 import signal
@@ -40,11 +40,19 @@ def after_imports() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
         raise KeyboardInterrupt
 
+    show_dropped = sys.unraisablehook
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_type is not KeyboardInterrupt:
+            show_dropped(what)
+
     before = {kind: signal.signal(kind, arrived) for kind in (signal.SIGINT, signal.SIGALRM)}
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = show_dropped
         for kind, handler in before.items():
             signal.signal(kind, handler)
 

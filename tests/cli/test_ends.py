@@ -115,12 +115,15 @@ class Dropping:
         time.sleep(0.01)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_ctrl_c_that_python_drops_arrives_all_the_same():
+def test_a_ctrl_c_that_python_drops_arrives_all_the_same(monkeypatch):
+    """And nothing is printed of the one that was dropped."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
     with pytest.raises(KeyboardInterrupt), after_imports():
         Dropping()
         for _ in range(100):
             time.sleep(0.1)
+    assert not shown and sys.unraisablehook == shown.append
 
 
 def test_a_ctrl_c_comes_once():
