@@ -8,12 +8,13 @@ mean. A cache that is not finished has partial.json in place of manifest.json. d
 
 from ..ops.rows.table import key_hashes
 from .codec import encode
+from .conditioning import Conditioning
 from .manifest import Manifest, Shard
 from .reader import Cache
 from .rotation import Rotation
 from .writer import CacheWriter
 
-__all__ = ["Cache", "CacheWriter", "Manifest", "Rotation", "Shard", "encode", "key_hash", "key_hashes"]
+__all__ = ["Cache", "CacheWriter", "Conditioning", "Manifest", "Rotation", "Shard", "encode", "key_hash", "key_hashes"]
 
 
 def key_hash(key: str) -> int:

@@ -10,10 +10,12 @@ from typing import Any
 
 from ..errors import CacheError
 from ..ops.rows.codecs import codec_named
+from .conditioning import Conditioning
 from .rotation import Rotation
 
 FORMAT = 3  # of new caches
-FORMATS = (2, 3)  # that are read: 2 has no `read`, no stamps and no rows that are left out
+CONDITIONED_FORMAT = 4  # of those with a conditioning, which an older lift-fast must refuse
+FORMATS = (2, 3, 4)  # that are read: 2 has no `read`, no stamps and no rows that are left out
 ENDIAN = "little"
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
@@ -45,7 +47,8 @@ class Manifest:
     dim: length of a vector. codec: a key of ops.rows.codecs.CODECS. field: the caption field that was embedded.
     encoder: the settings that turn a text into a vector, as JSON: name, revision, pooling, prompt, max_length, …
     rotation: {"kind", "seed"} for the rotated codecs, else None. read: how the data set was read, where not by default
-    (data.options.DataOptions.recorded): with the same settings its keys and captions are found again.
+    (data.options.DataOptions.recorded): with the same settings its keys and captions are found again. conditioning: of
+    the vectors, as Conditioning.as_dict has it, else None; `dim` is then that of conditioned vectors.
     """
 
     dim: int
@@ -55,6 +58,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     rotation: dict[str, Any] | None = None
     read: dict[str, Any] = dataclasses.field(default_factory=dict)
+    conditioning: dict[str, Any] | None = None
     format: int = FORMAT
     endian: str = ENDIAN
 
@@ -72,6 +76,8 @@ class Manifest:
     def identity(self) -> str:
         """128-bit hash, in hex, of every setting that determines the codes of a caption; each shard stores it too."""
         settings = [self.format, self.dim, self.codec, self.rotation, self.field, self.encoder]
+        if self.conditioning is not None:
+            settings.append(self.conditioning)
         return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def rotated_by(self) -> Rotation | None:
@@ -81,6 +87,8 @@ class Manifest:
     def to_json(self) -> bytes:
         """The content of manifest.json."""
         entries = asdict(self)
+        if self.format < CONDITIONED_FORMAT:
+            del entries["conditioning"]
         if self.format < 3:
             del entries["read"]
             for shard in entries["shards"]:
@@ -130,6 +138,8 @@ class Manifest:
                 raise CacheError(f"codec {manifest.codec} {'needs a' if codec.rotated else 'takes no'} rotation")
             if manifest.rotation is not None:
                 Rotation.check(manifest.rotation)
+            if manifest.conditioning is not None:
+                Conditioning.check(manifest.conditioning)
         except CacheError as error:
             raise CacheError(f"{path}: {error}; {again}") from error
         return manifest

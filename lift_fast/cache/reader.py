@@ -17,6 +17,7 @@ from ..errors import CacheError, CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import KeyTable, Table, key_hashes
 from ..progress import bar
+from .conditioning import Conditioning
 from .manifest import MANIFEST, PARTIAL, Manifest, digest_of
 from .rotation import Rotation
 from .shard import AGAIN, MappedShard, check_content, content_bytes, map_shard
@@ -84,6 +85,7 @@ class Cache:
         self._prefetcher: ThreadPoolExecutor | None = None
         self._keys: KeyTable | None = None
         self._rotation: Rotation | None = None
+        self._conditioning: Conditioning | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -120,7 +122,7 @@ class Cache:
         return self._prefetcher.submit(self.rows, rows)
 
     def widen(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32, normalize: bool = False) -> Tensor:
-        """Gathers rows and converts them to floating point in one pass; rotated codecs stay rotated (see `rotate`).
+        """Gathers rows and converts them to floating point in one pass; they stay conditioned and rotated.
 
         rows: row numbers, int64 [m]. dtype: float32, bfloat16 or float16. normalize: whether each row is divided by
         its norm. Returns [m, dim] on the CPU. Raises as `rows`.
@@ -132,14 +134,17 @@ class Cache:
         return out
 
     def vectors(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns rows as the encoder's vectors, [m, dim] of dtype, with the codec's rotation undone; for inspection
-        and evaluation. Raises as `rows`."""
+        """Returns rows as the encoder's vectors, conditioned if the cache is, [m, dim] of dtype, with the codec's
+        rotation undone; for inspection and evaluation. Raises as `rows`."""
         wide = self.widen(rows)
         return (wide if self.rotation is None else self.rotation.undo(wide)).to(dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotates the encoder's vectors x [..., dim] into the space of the codes, in which a head that was trained on
-        this cache answers. Returns x itself for codecs without a rotation."""
+    def transform(self, x: Tensor) -> Tensor:
+        """Takes the encoder's vectors x [..., source dim] into the space of the codes, [..., dim], in which a head that
+        was trained on this cache answers: conditions them if the cache is conditioned, and rotates them for codecs with
+        a rotation. Raises CacheError as `conditioning`."""
+        if self.conditioning is not None:
+            x = self.conditioning.apply(x).to(x.dtype)
         return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
 
     @property
@@ -148,6 +153,16 @@ class Cache:
         if self._rotation is None and self.manifest.rotation is not None:
             self._rotation = self.manifest.rotated_by()
         return self._rotation
+
+    @property
+    def conditioning(self) -> Conditioning | None:
+        """The conditioning of the vectors, None without one; read when it is first asked for.
+
+        Raises CacheError when its file is missing or damaged.
+        """
+        if self._conditioning is None and self.manifest.conditioning is not None:
+            self._conditioning = Conditioning.load(self.folder, self.manifest.conditioning, self.dim)
+        return self._conditioning
 
     def find(self, keys: Sequence[str]) -> Tensor:
         """Finds samples by their keys: row numbers int64 [len(keys)], -1 for a key that is not in the cache.
@@ -235,8 +250,10 @@ class Cache:
         threads: shards read at a time; None: one for each processor, at most 8. progress: whether to show a bar.
 
         Raises CacheError listing every shard that is missing or damaged, and every shard file in the folder that the
-        manifest does not list.
+        manifest does not list; and when the file of the conditioning is missing or damaged.
         """
+        if self.manifest.conditioning is not None:
+            Conditioning.load(self.folder, self.manifest.conditioning, self.dim)
         shards = self.manifest.shards
         listed = {shard.name for shard in shards}
         problems = {

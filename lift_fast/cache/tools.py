@@ -1,6 +1,6 @@
-"""Operations on whole caches: describe, sample, convert to another codec, merge."""
+"""Operations on whole caches: describe, sample, convert to another codec, condition, merge."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import CacheError, CacheMismatch, ConfigError
 from ..ops.rows.codecs import CODECS, codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..progress import bar
 from .codec import encode
-from .manifest import FORMAT, MANIFEST, Manifest
+from .conditioning import Conditioning, Statistics, mean_cosine
+from .manifest import FORMATS, MANIFEST, Manifest
 from .reader import Cache
 from .rotation import Rotation
 from .shard import check_content
 from .writer import CacheWriter
 
 BLOCK = 1 << 20  # float32 numbers converted at a time: 4 MB, to stay in the caches of the CPU
+CONDITIONED = 1 << 22  # and conditioned: a matrix product needs more rows
 
 
 def info(cache: Cache) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def info(cache: Cache) -> dict[str, Any]:
         "shards": len(paths),
         "missing": [path.name for path in paths if not path.exists()],
         "rotation": manifest.rotation,
+        "conditioning": manifest.conditioning,
         "field": manifest.field,
         "encoder": manifest.encoder,
         "read": manifest.read,
@@ -91,26 +93,95 @@ def sample(cache: Cache, rows: int = 8, seed: int = 0) -> dict[str, Any]:
 def convert(source: Cache, out: Path, codec: str, progress: bool = True) -> None:
     """Writes the vectors of a cache with another codec; continues an interrupted run at its first missing shard.
 
-    Rows are decoded to float32 in the encoder's space and encoded again, so the errors of both codecs add up. A
-    rotated codec uses the source's rotation, or seed 0 if it has none.
+    Rows are decoded to float32, with the rotation undone, and encoded again, so the errors of both codecs add up. A
+    rotated codec uses the source's rotation, or seed 0 if it has none. Conditioned vectors stay as they are.
 
     Raises ConfigError when the source has that codec already; CacheError for an unknown codec, a damaged source or a
     full disk; CacheMismatch when `out` holds another cache.
     """
-    manifest, kind = source.manifest, codec_named(codec)
-    if codec == manifest.codec:
+    if codec == source.manifest.codec:
         raise ConfigError(f"{source.folder} holds {codec} already; copy the folder instead")
-    rotation = (source.rotation or Rotation(source.dim)) if kind.rotated else None
+    rotation = (source.rotation or Rotation(source.dim)) if codec_named(codec).rotated else None
+    _rewrite(source, out, codec, rotation, source.conditioning, lambda x: x, BLOCK, f"to {codec}", progress)
+
+
+def condition(
+    source: Cache, out: Path, conditioning: Conditioning, codec: str | None = None, progress: bool = True
+) -> None:
+    """Writes the vectors of a cache conditioned; continues an interrupted run at its first missing shard.
+
+    codec: of the new cache, a key of ops.rows.codecs.CODECS; None: the source's. Rows are decoded and encoded again, so
+    the errors of both codecs add up; those of f32 are none.
+
+    Raises ConfigError when the source is conditioned already, CacheMismatch when the conditioning is for vectors of
+    another length or `out` holds another cache; CacheError for an unknown codec, a damaged source or a full disk.
+    """
+    check_not_conditioned(source)
+    if conditioning.source_dim != source.dim:
+        raise CacheMismatch(
+            f"the vectors of {source.folder} have length {source.dim}, and this conditioning is for "
+            f"{conditioning.source_dim}; fit one to this encoder's vectors"
+        )
+    codec = codec or source.manifest.codec
+    rotation = Rotation(conditioning.dim) if codec_named(codec).rotated else None
+    _rewrite(source, out, codec, rotation, conditioning, conditioning.apply, CONDITIONED, "condition", progress)
+
+
+def statistics_of(cache: Cache, rows: int, seed: int = 0, progress: bool = True) -> Statistics:
+    """The statistics of a sample of a cache's vectors, to fit a conditioning to.
+
+    rows: how many at most, drawn without repeats by `seed`; rows without a vector are not counted.
+
+    Raises ConfigError for rows below 2 and when the cache is conditioned already, CacheError for a damaged shard.
+    """
+    check_not_conditioned(cache)
+    chosen = sample_of(len(cache), rows, seed)
+    found = Statistics(cache.dim)
+    with bar(total=len(chosen), unit="row", desc="statistics", disable=not progress) as shown:
+        for part in torch.from_numpy(chosen).split(max(1, CONDITIONED // cache.dim)):
+            found.add(cache.vectors(part))
+            shown.update(len(part))
+    return found
+
+
+def sample_of(count: int, rows: int, seed: int) -> np.ndarray:
+    """The numbers, ascending, of at most `rows` of `count` items, drawn without repeats. Raises ConfigError."""
+    if rows < 2:
+        raise ConfigError(f"a conditioning is fitted to at least 2 captions, not {rows}")
+    if rows >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, rows, replace=False))
+
+
+def check_not_conditioned(cache: Cache) -> None:
+    """Raises ConfigError when the vectors of a cache are conditioned."""
+    if cache.manifest.conditioning is not None:
+        raise ConfigError(f"{cache.folder} is conditioned already; name the cache that it was made from")
+
+
+def _rewrite(
+    source: Cache,
+    out: Path,
+    codec: str,
+    rotation: Rotation | None,
+    conditioning: Conditioning | None,
+    change: Callable[[Tensor], Tensor],
+    block: int,
+    title: str,
+    progress: bool,
+) -> None:
+    """Writes a cache's vectors, changed, with another codec or conditioning. block: numbers changed at a time."""
+    manifest, dim = source.manifest, conditioning.dim if conditioning else source.dim
     writer = CacheWriter(
-        out, source.dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation, manifest.read
+        out, dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation, manifest.read, conditioning
     )
     writer.check_space()
     starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
-    step = max(1, BLOCK // source.dim)
-    for number in _with_progress(writer.missing(), [shard.rows for shard in manifest.shards], f"to {codec}", progress):
+    step = max(1, block // source.dim)
+    for number in _with_progress(writer.missing(), [shard.rows for shard in manifest.shards], title, progress):
         _, keys = _checked(source, number)
         rows = torch.arange(starts[number], starts[number + 1])
-        parts = [encode(source.vectors(part), codec, rotation) for part in rows.split(step)]
+        parts = [encode(change(source.vectors(part)), codec, rotation) for part in rows.split(step)]
         writer.write_shard(number, QuantizedRows.cat(parts), keys, source.skipped(number).tolist())
     writer.finish()
 
@@ -119,13 +190,13 @@ def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
     """Concatenates caches into one; copies the codes, and continues an interrupted run at its first missing shard. Of
     how the data sets were read, it records what all caches agree on.
 
-    Raises ConfigError for fewer than two caches; CacheMismatch when they differ in encoder, codec, dim, rotation or
-    caption field, or when `out` holds another cache; CacheError for a damaged source or a full disk.
+    Raises ConfigError for fewer than two caches; CacheMismatch when they differ in encoder, codec, dim, rotation,
+    conditioning or caption field, or when `out` holds another cache; CacheError for a damaged source or a full disk.
     """
     if len(sources) < 2:
         raise ConfigError("merge takes at least two caches and the folder of a new one")
     first = sources[0]
-    kind, *others = [replace(cache.manifest, shards=(), read={}, format=FORMAT) for cache in sources]
+    kind, *others = [replace(cache.manifest, shards=(), read={}, format=FORMATS[-1]) for cache in sources]
     for cache, other in zip(sources[1:], others, strict=True):
         differences = kind.differences(other)
         if differences:
@@ -137,7 +208,9 @@ def merge(sources: Sequence[Cache], out: Path, progress: bool = True) -> None:
     listed = [entry for cache in sources for entry in _sources(cache.manifest)]
     reads = [cache.manifest.read for cache in sources]
     read = {name: value for name, value in reads[0].items() if all(other.get(name) == value for other in reads)}
-    writer = CacheWriter(out, first.dim, kind.codec, kind.encoder, listed, kind.field, kind.rotated_by(), read)
+    writer = CacheWriter(
+        out, first.dim, kind.codec, kind.encoder, listed, kind.field, kind.rotated_by(), read, first.conditioning
+    )
     writer.check_space()
     for target in _with_progress(writer.missing(), [entry["samples"] for entry in listed], "merge", progress):
         cache, number = parts[target]
@@ -172,13 +245,3 @@ def _with_progress(numbers: Sequence[int], rows: Sequence[int], what: str, progr
         for number in numbers:
             yield number
             shown.update(rows[number])
-
-
-def mean_cosine(vectors: Tensor) -> float | None:
-    """The mean cosine over all pairs of rows, None for fewer than two rows."""
-    n = len(vectors)
-    if n < 2:
-        return None
-    unit = F.normalize(vectors.double(), dim=1)
-    total = unit.sum(dim=0)
-    return ((total @ total - (unit * unit).sum()) / (n * (n - 1))).item()

@@ -26,7 +26,8 @@ from ..errors import CacheError, CacheMismatch
 from ..files import free_bytes, write_whole
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
-from .manifest import MANIFEST, PARTIAL, Manifest, Shard, shard_name
+from .conditioning import CONDITIONING, Conditioning
+from .manifest import CONDITIONED_FORMAT, MANIFEST, PARTIAL, Manifest, Shard, shard_name
 from .rotation import Rotation
 from .shard import check_content, content, content_bytes, describe, header, map_shard
 
@@ -45,7 +46,7 @@ class CacheWriter:
     vector, as JSON (name, revision, pooling, prompt, max_length, …). source: the data shards in order,
     [{"name": "00000.tar", "samples": 1000}, …]; an entry may have "captions", digest_of its captions, which `expect`
     can set later, and "stamp" (Shard). field: the caption field. rotation: for the rotated codecs. read: how the data
-    set was read (Manifest).
+    set was read (Manifest). conditioning: that of the vectors, which goes into the folder, too.
 
     For a finished cache with the same settings `missing` returns no shard and `finish` does nothing. A finished cache
     of which shards were removed becomes unfinished again. A cache of an older format keeps its format.
@@ -64,6 +65,7 @@ class CacheWriter:
         field: str,
         rotation: Rotation | None = None,
         read: dict[str, Any] | None = None,
+        conditioning: Conditioning | None = None,
     ):
         self.folder = Path(folder)
         shards = tuple(
@@ -82,6 +84,11 @@ class CacheWriter:
         self._manifest = Manifest(
             dim, codec, field, encoder, shards, rotation.as_dict() if rotation else None, read or {}
         )
+        self._conditioning = conditioning
+        if conditioning is not None:
+            if conditioning.dim != dim:
+                raise ValueError(f"vectors of dim {dim} do not come from a conditioning that keeps {conditioning.dim}")
+            self._manifest = replace(self._manifest, conditioning=conditioning.as_dict(), format=CONDITIONED_FORMAT)
         self._unverified: set[int] = set()  # shards of earlier runs whose checksum has not been compared
         self._tag = f".{os.getpid()}-{secrets.token_hex(4)}"
         self._parts: list[Path] = []  # unfinished files of other processes, running or killed
@@ -205,7 +212,8 @@ class CacheWriter:
         """
         free = free_bytes(self.folder)  # before the shards are listed: another rank may complete one meanwhile
         missing = sorted(set(range(len(self._manifest.shards))) - self._present())
-        needed = self.size_on_disk(missing) + len(self._manifest.to_json()) if missing else 0
+        rest = len(self._manifest.to_json()) + self._conditioning_bytes()
+        needed = self.size_on_disk(missing) + rest if missing else 0
         if needed > free:
             raise CacheError(
                 f"{self.folder} needs {needed} bytes ({needed / 1e9:.3g} GB) for {len(missing)} shards, and its disk "
@@ -220,10 +228,15 @@ class CacheWriter:
             replace(shard, sha256="0" * 64, captions=shard.captions or "0" * 32)
             for shard in map(self._manifest.shards.__getitem__, chosen)
         ]
-        total = len(replace(self._manifest, shards=tuple(filled)).to_json()) if numbers is None else 0
+        total = 0
+        if numbers is None:
+            total = len(replace(self._manifest, shards=tuple(filled)).to_json()) + self._conditioning_bytes()
         for number, shard in zip(chosen, filled, strict=True):
             total += len(header(self._manifest, number, shard)) + content_bytes(self._manifest, shard)
         return total
+
+    def _conditioning_bytes(self) -> int:
+        return 0 if self._conditioning is None else len(self._conditioning.to_bytes())
 
     def _present(self) -> set[int]:
         """Numbers of the shards in the folder, by one listing of it."""
@@ -287,7 +300,8 @@ class CacheWriter:
                 if path.exists():
                     raise
                 continue
-            if found.format != self._manifest.format:  # `read` is not known of format 2
+            # `read` is not known of format 2
+            if found.format != self._manifest.format and found.conditioning == self._manifest.conditioning:
                 self._manifest = replace(self._manifest, format=found.format, read=found.read)
             differences = self._manifest.differences(found)
             if differences:
@@ -312,6 +326,9 @@ class CacheWriter:
                 self.folder.mkdir(parents=True, exist_ok=True)
             # Without the captions' digests and stamps: a caption may be corrected until its shard is written.
             bare = tuple(replace(shard, sha256="", captions="", stamp="") for shard in self._manifest.shards)
+            if self._conditioning is not None:
+                with self._writing(CONDITIONING):
+                    write_whole({self.folder / CONDITIONING: self._conditioning.to_bytes()}, self._tag)
             if self._write_manifest(PARTIAL, replace(self._manifest, shards=bare)) and shards_lost:
                 (self.folder / MANIFEST).unlink(missing_ok=True)
         elif name == MANIFEST:

@@ -103,7 +103,7 @@ def test_rows_is_indexing(tmp_path_factory, sizes, dim, seed, m, codec):
     assert torch.equal(cache.prefetch(index).result().widen(), expected.widen())
     # A query rotated into the space of the codes has the same dot products as in the encoder's space.
     torch.testing.assert_close(
-        cache.widen(index) @ cache.rotate(vectors).T, back @ vectors.T, rtol=1e-4, atol=1e-4 * dim
+        cache.widen(index) @ cache.transform(vectors).T, back @ vectors.T, rtol=1e-4, atol=1e-4 * dim
     )
     cache.check_keys(data_of(sizes))
     cache.verify()
@@ -114,7 +114,7 @@ def test_normalized_rows_have_length_one(tmp_path, codec):
     vectors = write(tmp_path / "c", [4, 5], 33, codec=codec)
     unit = Cache(tmp_path / "c").widen(torch.arange(9), normalize=True)
     assert torch.allclose(unit.norm(dim=1), torch.ones(9), atol=1e-5)
-    same = torch.cosine_similarity(unit, Cache(tmp_path / "c").rotate(vectors))
+    same = torch.cosine_similarity(unit, Cache(tmp_path / "c").transform(vectors))
     assert same.min() > (0.85 if codec == "int2r" else 0.97)
 
 
@@ -220,7 +220,7 @@ def test_another_format_version(tmp_path):
     write(tmp_path / "c", [2], 4)
     path = tmp_path / "c" / "manifest.json"
     path.write_text(path.read_text().replace('"format": 3', '"format": 9'))
-    with pytest.raises(CacheError, match="format version 9 and this lift-fast reads 2 to 3"):
+    with pytest.raises(CacheError, match="format version 9 and this lift-fast reads 2 to 4"):
         Cache(tmp_path / "c")
 
 

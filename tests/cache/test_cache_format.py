@@ -483,7 +483,7 @@ def test_the_examples_of_docs_cache_md(tmp_path, codec, dim):
     assert keys.tolist() == [key_hash(f"key-{row:04d}") for row in rows.tolist()]
     assert np.array_equal(wide, cache.widen(rows).numpy())
     if cache.rotation is not None:
-        assert np.array_equal(names["rotate"](vectors.numpy(), 9), cache.rotate(vectors).numpy())
+        assert np.array_equal(names["rotate"](vectors.numpy(), 9), cache.transform(vectors).numpy())
     batch, ahead, widened, back, found = names["look"](tmp_path / "c", rows, ["key-0008", "none"])
     assert digest(batch) == digest(ahead) and torch.equal(batch.widen(), widened)
     assert torch.equal(back, cache.vectors(rows)) and found.tolist() == [8, -1]

@@ -1,0 +1,344 @@
+"""Conditioning of text vectors: mean subtracted, principal axes, each divided by a power of its deviation.
+
+A frozen encoder's vectors crowd into a cone: they share a mean, and few directions hold most of what tells captions
+apart. With m the mean of the encoder's unit vectors, a_i their principal axes (rows of A), s_i the standard deviation
+along a_i and p the power,
+
+    y_i = s_i^-p · a_i · (x/|x| - m),    i = 0 … dim - 1,    c(x) = y/|y|
+
+p = 0 subtracts the mean and rotates; p = 1 whitens (Su et al., arXiv 2103.15316). Axes come in descending order of
+their deviation, so that keeping the first `dim` of them shortens vectors at the least loss of variance. An axis without
+variance gives 0. A row of zeros, which stands for a missing vector, stays one.
+
+The statistics are those of a sample of captions. They are stored once, in conditioning.safetensors beside the manifest,
+which holds the file's SHA-256, so that all caches with one conditioning are known to have it. A query is conditioned by
+the same numbers.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import CacheError, ConfigError
+
+CONDITIONING = "conditioning.safetensors"
+_BLOCK = 1 << 22  # numbers conditioned at a time: 16 MB of float32, enough rows for a fast matrix product
+_SAMPLE = 1 << 11  # vectors that are kept to measure the mean cosine
+_LOST = 1e-5  # axes with a smaller deviation, as a fraction of the largest, hold rounding errors alone
+_AUTO_VARIANCE = 0.99  # of the vectors' variance that `auto` dims keep
+_AUTO_MULTIPLE = 32  # of which `auto` dims are a multiple: rows stay aligned
+_AUTO_POWER = (0.0, 0.75)  # limits of the power that `auto` chooses
+
+Power = float | Literal["auto"]
+Dim = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A conditioning, as fitted to a sample of the encoder's vectors.
+
+    mean: float64 [source_dim], m above. axes: float32 [dim, source_dim], the kept axes, orthonormal rows. deviations:
+    float64 [source_dim], of all axes, descending; 0 where the sample has no variance. power: p, from 0 to 1. about: how
+    it was fitted, as JSON: see `fit`.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    deviations: Tensor
+    power: float
+    about: dict[str, Any] = field(default_factory=dict)
+    _data: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
+    _maps: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def source_dim(self) -> int:
+        """The length of the encoder's vectors."""
+        return self.axes.shape[1]
+
+    @property
+    def dim(self) -> int:
+        """The length of conditioned vectors: the number of kept axes."""
+        return self.axes.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Conditions the encoder's vectors x [..., source_dim], of any length, on their device.
+
+        Returns [..., dim] of unit length, float32, or float64 for float64; zeros for a row of zeros and for the mean
+        itself. Raises ValueError for another source_dim.
+        """
+        if x.shape[-1] != self.source_dim:
+            raise ValueError(f"this conditioning is for vectors of {self.source_dim}, not {list(x.shape)}")
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight, bias = self.linear(wide.device, wide.dtype)
+        rows = wide.reshape(-1, self.source_dim)
+        out = rows.new_empty(len(rows), self.dim)
+        step = max(1, _BLOCK // self.source_dim)
+        for part, y in zip(rows.split(step), out.split(step), strict=True):
+            length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+            torch.mm(part, weight.T, out=y)
+            y.div_(torch.where(length > 0, length, 1)).add_(bias)
+            y.mul_(length > 0)
+            length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+            y.div_(torch.where(length > 0, length, 1))
+        return out.view(*x.shape[:-1], self.dim)
+
+    def linear(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Conditioning as a linear map of unit vectors, before the result is scaled to unit length: weight
+        [dim, source_dim] and bias [dim], so that c(x) is the direction of weight · x + bias."""
+        key = torch.device(device), dtype
+        if key not in self._maps:
+            kept = self.deviations[: self.dim, None]
+            weight = self.axes.double() * torch.where(kept > 0, kept**-self.power, 0)
+            bias = -(weight @ self.mean)
+            self._maps[key] = weight.to(*key), bias.to(*key)
+        return self._maps[key]
+
+    def report(self) -> dict[str, Any]:
+        """What conditioning changes, of the sample, as JSON values.
+
+        rows: of the sample. mean_cosine, effective_rank: {"before", "after"}; the rank is that of the covariance, the
+        exponential of the entropy of its eigenvalues (Roy and Vetterli 2007). variance_kept: of the encoder's vectors
+        about their mean, in the kept axes. dim: {"before", "after"}. power.
+        """
+        variances = self.deviations**2
+        kept = variances[: self.dim]
+        return {
+            "rows": self.about.get("rows"),
+            "power": self.power,
+            "dim": {"before": self.source_dim, "after": self.dim},
+            "mean_cosine": self.about.get("mean_cosine"),
+            "effective_rank": {
+                "before": effective_rank(variances),
+                "after": effective_rank(torch.where(kept > 0, kept ** (1 - self.power), 0)),
+            },
+            "variance_kept": (kept.sum() / variances.sum()).item(),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The content of conditioning.safetensors: the three tensors, and power and about in its metadata."""
+        if not self._data:
+            tensors = {"mean": self.mean, "axes": self.axes, "deviations": self.deviations}
+            settings = json.dumps({"power": self.power, "about": self.about}, sort_keys=True)
+            self._data.append(save({name: t.contiguous() for name, t in tensors.items()}, {"conditioning": settings}))
+        return self._data[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of a manifest and of run.json: {"power", "source_dim", "sha256"}, the last of the file."""
+        digest = hashlib.sha256(self.to_bytes()).hexdigest()
+        return {"power": self.power, "source_dim": self.source_dim, "sha256": digest}
+
+    @staticmethod
+    def check(entry: Any) -> None:
+        """Validates an entry as `as_dict` makes it. Raises CacheError."""
+        power, dim, digest = (
+            (entry["power"], entry["source_dim"], entry["sha256"])
+            if isinstance(entry, dict) and entry.keys() == {"power", "source_dim", "sha256"}
+            else (None, None, None)
+        )
+        valid = type(power) in (int, float) and 0 <= power <= 1  # type: ignore[operator]
+        valid = valid and type(dim) is int and 0 < dim <= 1 << 24 and isinstance(digest, str) and len(digest) == 64
+        if not valid:
+            raise CacheError(f"this version of lift-fast does not know the conditioning {entry!r}")
+
+    @staticmethod
+    def load(folder: Path, entry: dict[str, Any] | None = None, dim: int | None = None) -> "Conditioning":
+        """Reads conditioning.safetensors of a folder. entry: what the folder's manifest or run.json says of it. dim: of
+        the folder's vectors.
+
+        Raises CacheError when the file is missing, damaged or not the one of `entry`.
+        """
+        path = folder / CONDITIONING
+        again = "copy it from a cache or run with the same conditioning"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CacheError(
+                f"{path} cannot be read ({error.strerror or error}), without which no text can be compared with the "
+                f"vectors of this folder; {again}"
+            ) from error
+        if entry is not None:
+            Conditioning.check(entry)
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise CacheError(f"{path} is damaged or another cache's: its checksum is wrong; {again}")
+        try:
+            found = _parsed(data)
+        except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CacheError(f"{path} is damaged ({error}); {again}") from error
+        if dim is not None and found.dim != dim:
+            raise CacheError(f"{path} is another cache's: it keeps {found.dim} axes, not {dim}; {again}")
+        return found
+
+
+def _parsed(data: bytes) -> Conditioning:
+    """The conditioning of a file's content. Raises ValueError and others for one that is not valid."""
+    tensors = load(data)
+    length = int.from_bytes(data[:8], "little")
+    settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["conditioning"])
+    mean, axes, deviations, power = tensors["mean"], tensors["axes"], tensors["deviations"], settings["power"]
+    source_dim = len(mean)
+    if [t.dtype for t in (mean, axes, deviations)] != [torch.float64, torch.float32, torch.float64]:
+        raise ValueError("a tensor has another dtype")
+    if axes.dim() != 2 or not 0 < len(axes) <= source_dim or axes.shape[1] != source_dim:
+        raise ValueError(f"its axes are {list(axes.shape)}")
+    if deviations.shape != mean.shape or not all(t.isfinite().all() for t in (mean, axes, deviations)):
+        raise ValueError("a tensor has another shape, or is not finite")
+    if type(power) not in (int, float) or not 0 <= power <= 1 or not (deviations >= 0).all() or not deviations[0] > 0:
+        raise ValueError("its power or a deviation is out of range")
+    found = Conditioning(mean, axes, deviations, float(power), dict(settings["about"]))
+    found._data.append(data)
+    return found
+
+
+class Statistics:
+    """Mean and covariance of unit vectors, accumulated in float64 block by block.
+
+    dim: length of a vector. rows: how many were added, those of zeros not counted. sample: at most 2 048 of them,
+    float32, evenly spread.
+    """
+
+    def __init__(self, dim: int):
+        self.dim, self.rows = dim, 0
+        self.sample = torch.empty(0, dim)
+        self._every = 1  # of the rows the sample has one in so many
+        self._sum = torch.zeros(dim, dtype=torch.float64)
+        self._products = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Adds vectors [n, dim] of any length but 0, each divided by its length; rows of zeros are passed over.
+
+        Raises CacheError for a row that is not finite.
+        """
+        for part in x.detach().split(max(1, _BLOCK // self.dim)):
+            rows = part.cpu().double()
+            length = torch.linalg.vector_norm(rows, dim=1)
+            if not length.isfinite().all():
+                raise CacheError("a vector to condition is not finite; embed it again with another dtype (float32)")
+            rows = rows[length > 0] / length[length > 0, None]
+            self._sum += rows.sum(dim=0)
+            self._products.addmm_(rows.T, rows)
+            self.sample = torch.cat([self.sample, rows[-self.rows % self._every :: self._every].float()])
+            self.rows += len(rows)
+            while len(self.sample) > _SAMPLE:
+                self.sample, self._every = self.sample[::2].clone(), 2 * self._every
+
+    def mean(self) -> Tensor:
+        """float64 [dim]."""
+        return self._sum / max(1, self.rows)
+
+    def second_moment(self) -> Tensor:
+        """The mean of x xᵀ, float64 [dim, dim]."""
+        return self._products / max(1, self.rows)
+
+
+def fit(
+    statistics: Sequence[Statistics],
+    weights: Sequence[float] | None = None,
+    *,
+    power: Power = "auto",
+    dim: Dim = None,
+    about: dict[str, Any] | None = None,
+) -> Conditioning:
+    """The conditioning of vectors with these statistics.
+
+    statistics: one for each set of captions. weights: how much each set counts, in any unit; default: its rows. power:
+    p, or "auto": the one whose effective rank is nearest to half the axes, from 0 to 0.75; an encoder that is isotropic
+    already gets 0. dim: axes to keep; None: all; "auto": the fewest, a multiple of 32, that hold 99 % of the variance.
+    about: entries for Conditioning.about, which also gets "rows", "weights" and "mean_cosine".
+
+    Raises ConfigError for a power, dim or weight out of range, for a sample without variance, and for one that has no
+    more vectors than axes are kept.
+    """
+    check_settings(power, dim)
+    if weights is not None and (len(weights) != len(statistics) or not all(0 < w < float("inf") for w in weights)):
+        raise ConfigError(f"weights must be {len(statistics)} numbers above 0, one for each set, not {list(weights)}")
+    rows = [one.rows for one in statistics]
+    if 0 in rows:
+        raise ConfigError("a set has no vectors to fit a conditioning to; leave it out")
+    given = [float(w) for w in (weights or rows)]
+    shares = [w / sum(given) for w in given]
+    mean = sum(share * one.mean() for share, one in zip(shares, statistics, strict=True))
+    assert isinstance(mean, Tensor)
+    covariance = sum(share * one.second_moment() for share, one in zip(shares, statistics, strict=True))
+    covariance -= torch.outer(mean, mean)
+    variances, vectors = torch.linalg.eigh(covariance)
+    del covariance
+    deviations = variances.flip(0).clamp(min=0).sqrt()
+    deviations = torch.where(deviations > _LOST * deviations[0], deviations, 0)
+    most = int((deviations > 0).sum())
+    if not most:
+        raise ConfigError("all vectors of the sample are the same; they have no axes to condition")
+    kept = _dims(dim, deviations)
+    if kept > len(mean):
+        raise ConfigError(f"conditioning keeps at most the {len(mean)} axes that the vectors have, not {kept}")
+    if sum(rows) <= kept:
+        raise ConfigError(
+            f"{sum(rows)} captions do not determine {kept} axes; keep fewer (a quarter of the captions at most), or "
+            "fit to more captions"
+        )
+    axes = vectors.flip(1)[:, :kept].T.float().contiguous()
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    axes *= largest.sign()  # of the two directions of an axis always the same one
+    found = Conditioning(mean, axes, deviations, _power(power, deviations[:most]))
+    sample = torch.cat([one.sample for one in statistics])
+    cosines = {"before": mean_cosine(sample), "after": mean_cosine(found.apply(sample))}
+    known = (about or {}) | {"rows": rows, "weights": shares, "mean_cosine": cosines}
+    return replace(found, about=json.loads(json.dumps(known)))
+
+
+def check_settings(power: Power, dim: Dim) -> None:
+    """Validates the settings of `fit`. Raises ConfigError."""
+    if power != "auto" and not (isinstance(power, int | float) and 0 <= power <= 1):
+        raise ConfigError(f"the power of conditioning must be from 0 to 1, or auto, not {power}")
+    if isinstance(dim, int) and dim < 1:
+        raise ConfigError(f"conditioning keeps at least 1 axis, not {dim}")
+
+
+def mean_cosine(vectors: Tensor) -> float | None:
+    """The mean cosine over all pairs of rows, None for fewer than two rows."""
+    n = len(vectors)
+    if n < 2:
+        return None
+    unit = F.normalize(vectors.double(), dim=1)
+    total = unit.sum(dim=0)
+    return ((total @ total - (unit * unit).sum()) / (n * (n - 1))).item()
+
+
+def effective_rank(variances: Tensor) -> float:
+    """The exponential of the entropy of variances [n] as shares of their sum: n if all are equal, 1 if one is all."""
+    shares = variances.double() / variances.double().sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _dims(dim: Dim, deviations: Tensor) -> int:
+    if dim is None:
+        return len(deviations)
+    if dim != "auto":
+        return dim
+    held = (deviations**2).cumsum(0) / (deviations**2).sum()
+    fewest = int((held < _AUTO_VARIANCE).sum()) + 1
+    return min(len(deviations), -(-fewest // _AUTO_MULTIPLE) * _AUTO_MULTIPLE)
+
+
+def _power(power: Power, deviations: Tensor) -> float:
+    """power, or the one that `auto` chooses: by bisection, as the effective rank grows with the power."""
+    if power != "auto":
+        return float(power)
+    low, high = _AUTO_POWER
+    if effective_rank(deviations**2) >= len(deviations) / 2:
+        return low
+    for _ in range(20):
+        middle = (low + high) / 2
+        smaller = effective_rank(deviations ** (2 - 2 * middle)) < len(deviations) / 2
+        low, high = (middle, high) if smaller else (low, middle)
+    return round(high, 2)
