@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ CONDITIONING = "conditioning.safetensors"
 _BLOCK = 1 << 22  # numbers conditioned at a time: 16 MB of float32, enough rows for a fast matrix product
 _SAMPLE = 1 << 11  # vectors that are kept to measure the mean cosine
 _LOST = 1e-5  # axes with a smaller deviation, as a fraction of the largest, hold rounding errors alone
+_LEAST = 1e-7  # and so do axes with a smaller deviation of unit vectors: they have 24 bits
 _AUTO_VARIANCE = 0.99  # of the vectors' variance that `auto` dims keep
 _AUTO_MULTIPLE = 32  # of which `auto` dims are a multiple: rows stay aligned
 _AUTO_POWER = (0.0, 0.75)  # limits of the power that `auto` chooses
@@ -42,7 +44,7 @@ Power = float | Literal["auto"]
 Dim = int | Literal["auto"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditioning:
     """A conditioning, as fitted to a sample of the encoder's vectors.
 
@@ -56,9 +58,8 @@ class Conditioning:
     deviations: Tensor
     power: float
     about: dict[str, Any] = field(default_factory=dict)
-    _data: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
     _maps: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+        default_factory=dict, init=False, repr=False
     )
 
     @property
@@ -71,24 +72,31 @@ class Conditioning:
         """The length of conditioned vectors: the number of kept axes."""
         return self.axes.shape[0]
 
+    @torch.no_grad()
     def apply(self, x: Tensor) -> Tensor:
         """Conditions the encoder's vectors x [..., source_dim], of any length, on their device.
 
-        Returns [..., dim] of unit length, float32, or float64 for float64; zeros for a row of zeros and for the mean
-        itself. Raises ValueError for another source_dim.
+        Returns [..., dim] of unit length, float32, or float64 for float64, without a gradient. A row of zeros gives
+        zeros, one that is not finite NaN. Raises ValueError for another source_dim.
         """
         if x.shape[-1] != self.source_dim:
             raise ValueError(f"this conditioning is for vectors of {self.source_dim}, not {list(x.shape)}")
         wide = x if x.dtype == torch.float64 else x.float()
-        weight, bias = self.linear(wide.device, wide.dtype)
+        key = wide.device, wide.dtype
+        if key not in self._maps:
+            self._maps[key] = self.linear()[0].to(*key), self.mean.to(*key)
+        weight, mean = self._maps[key]
         rows = wide.reshape(-1, self.source_dim)
         out = rows.new_empty(len(rows), self.dim)
         step = max(1, _BLOCK // self.source_dim)
         for part, y in zip(rows.split(step), out.split(step), strict=True):
             length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-            torch.mm(part, weight.T, out=y)
-            y.div_(torch.where(length > 0, length, 1)).add_(bias)
-            y.mul_(length > 0)
+            # Squares of tiny and of huge numbers leave the range of float32.
+            unit = part * torch.where(length < 1e-15, 2.0**96, torch.where(length > 1e15, 2.0**-96, 1.0))
+            length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+            # The mean is subtracted before the product, not after it: the errors are those of the smaller numbers.
+            unit.div_(torch.where(length > 0, length, 1)).sub_(mean).mul_(length > 0)
+            torch.mm(unit, weight.T, out=y)
             length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
             y.div_(torch.where(length > 0, length, 1))
         return out.view(*x.shape[:-1], self.dim)
@@ -96,13 +104,9 @@ class Conditioning:
     def linear(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Conditioning as a linear map of unit vectors, before the result is scaled to unit length: weight
         [dim, source_dim] and bias [dim], so that c(x) is the direction of weight · x + bias."""
-        key = torch.device(device), dtype
-        if key not in self._maps:
-            kept = self.deviations[: self.dim, None]
-            weight = self.axes.double() * torch.where(kept > 0, kept**-self.power, 0)
-            bias = -(weight @ self.mean)
-            self._maps[key] = weight.to(*key), bias.to(*key)
-        return self._maps[key]
+        kept = self.deviations[: self.dim, None]
+        weight = self.axes.double() * torch.where(kept > 0, kept**-self.power, 0)
+        return weight.to(device, dtype), -(weight @ self.mean).to(device, dtype)
 
     def report(self) -> dict[str, Any]:
         """What conditioning changes, of the sample, as JSON values.
@@ -125,13 +129,16 @@ class Conditioning:
             "variance_kept": (kept.sum() / variances.sum()).item(),
         }
 
+    @cached_property
+    def _content(self) -> bytes:
+        tensors = {"mean": self.mean, "axes": self.axes, "deviations": self.deviations}
+        settings = json.dumps({"power": self.power, "about": self.about}, sort_keys=True)
+        return save({name: t.contiguous() for name, t in tensors.items()}, {"conditioning": settings})
+
     def to_bytes(self) -> bytes:
-        """The content of conditioning.safetensors: the three tensors, and power and about in its metadata."""
-        if not self._data:
-            tensors = {"mean": self.mean, "axes": self.axes, "deviations": self.deviations}
-            settings = json.dumps({"power": self.power, "about": self.about}, sort_keys=True)
-            self._data.append(save({name: t.contiguous() for name, t in tensors.items()}, {"conditioning": settings}))
-        return self._data[0]
+        """The content of conditioning.safetensors: the three tensors, and power and about in its metadata. Of one that
+        was read, the bytes that were read."""
+        return self._content
 
     def as_dict(self) -> dict[str, Any]:
         """The entry of a manifest and of run.json: {"power", "source_dim", "sha256"}, the last of the file."""
@@ -141,13 +148,16 @@ class Conditioning:
     @staticmethod
     def check(entry: Any) -> None:
         """Validates an entry as `as_dict` makes it. Raises CacheError."""
-        power, dim, digest = (
-            (entry["power"], entry["source_dim"], entry["sha256"])
-            if isinstance(entry, dict) and entry.keys() == {"power", "source_dim", "sha256"}
-            else (None, None, None)
+        valid = (
+            isinstance(entry, dict)
+            and entry.keys() == {"power", "source_dim", "sha256"}
+            and type(entry["power"]) in (int, float)
+            and 0 <= entry["power"] <= 1
+            and type(entry["source_dim"]) is int
+            and 0 < entry["source_dim"] <= 1 << 24
+            and isinstance(entry["sha256"], str)
+            and len(entry["sha256"]) == 64
         )
-        valid = type(power) in (int, float) and 0 <= power <= 1  # type: ignore[operator]
-        valid = valid and type(dim) is int and 0 < dim <= 1 << 24 and isinstance(digest, str) and len(digest) == 64
         if not valid:
             raise CacheError(f"this version of lift-fast does not know the conditioning {entry!r}")
 
@@ -175,6 +185,8 @@ class Conditioning:
             found = _parsed(data)
         except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged ({error}); {again}") from error
+        if entry is not None and (found.power, found.source_dim) != (entry["power"], entry["source_dim"]):
+            raise CacheError(f"{path} is damaged or another cache's: its settings are not those of {entry}; {again}")
         if dim is not None and found.dim != dim:
             raise CacheError(f"{path} is another cache's: it keeps {found.dim} axes, not {dim}; {again}")
         return found
@@ -185,18 +197,22 @@ def _parsed(data: bytes) -> Conditioning:
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
     settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["conditioning"])
-    mean, axes, deviations, power = tensors["mean"], tensors["axes"], tensors["deviations"], settings["power"]
-    source_dim = len(mean)
+    mean, axes, deviations = tensors["mean"], tensors["axes"], tensors["deviations"]
+    power, about = settings["power"], settings["about"]
     if [t.dtype for t in (mean, axes, deviations)] != [torch.float64, torch.float32, torch.float64]:
         raise ValueError("a tensor has another dtype")
-    if axes.dim() != 2 or not 0 < len(axes) <= source_dim or axes.shape[1] != source_dim:
+    if axes.dim() != 2 or not 0 < axes.shape[0] <= axes.shape[1]:
         raise ValueError(f"its axes are {list(axes.shape)}")
-    if deviations.shape != mean.shape or not all(t.isfinite().all() for t in (mean, axes, deviations)):
-        raise ValueError("a tensor has another shape, or is not finite")
-    if type(power) not in (int, float) or not 0 <= power <= 1 or not (deviations >= 0).all() or not deviations[0] > 0:
-        raise ValueError("its power or a deviation is out of range")
-    found = Conditioning(mean, axes, deviations, float(power), dict(settings["about"]))
-    found._data.append(data)
+    if not mean.shape == deviations.shape == axes.shape[1:]:
+        raise ValueError(f"its mean is {list(mean.shape)}, its deviations are {list(deviations.shape)}")
+    if not all(t.isfinite().all() for t in (mean, axes, deviations)):
+        raise ValueError("a number is not finite")
+    if (deviations.diff() > 0).any() or deviations[-1] < 0 or not deviations[0] > 0:
+        raise ValueError("its deviations are not in descending order, or are negative")
+    if type(power) not in (int, float) or not 0 <= power <= 1 or not isinstance(about, dict):
+        raise ValueError("its power is out of range, or it does not say how it was fitted")
+    found = Conditioning(mean, axes, deviations, float(power), about)
+    vars(found)["_content"] = data
     return found
 
 
@@ -252,16 +268,19 @@ def fit(
     """The conditioning of vectors with these statistics.
 
     statistics: one for each set of captions. weights: how much each set counts, in any unit; default: its rows. power:
-    p, or "auto": the one whose effective rank is nearest to half the axes, from 0 to 0.75; an encoder that is isotropic
-    already gets 0. dim: axes to keep; None: all; "auto": the fewest, a multiple of 32, that hold 99 % of the variance.
-    about: entries for Conditioning.about, which also gets "rows", "weights" and "mean_cosine".
+    p, or "auto": the one whose effective rank is nearest to half of the axes that have variance, from 0 to 0.75; an
+    encoder that is isotropic already gets 0. dim: axes to keep; None: all; "auto": the fewest, a multiple of 32, that
+    hold 99 % of the variance. about: entries for Conditioning.about, which also gets "rows", "weights" and
+    "mean_cosine".
 
-    Raises ConfigError for a power, dim or weight out of range, for a sample without variance, and for one that has no
-    more vectors than axes are kept.
+    Raises ConfigError for a power, dim or weight out of range, for sets whose vectors differ in length, for a sample
+    without variance, and for one that has no more vectors than axes are kept.
     """
     check_settings(power, dim)
     if weights is not None and (len(weights) != len(statistics) or not all(0 < w < float("inf") for w in weights)):
         raise ConfigError(f"weights must be {len(statistics)} numbers above 0, one for each set, not {list(weights)}")
+    if len({one.dim for one in statistics}) > 1:
+        raise ConfigError(f"the sets have vectors of lengths {[one.dim for one in statistics]}; fit to one encoder's")
     rows = [one.rows for one in statistics]
     if 0 in rows:
         raise ConfigError("a set has no vectors to fit a conditioning to; leave it out")
@@ -274,7 +293,7 @@ def fit(
     variances, vectors = torch.linalg.eigh(covariance)
     del covariance
     deviations = variances.flip(0).clamp(min=0).sqrt()
-    deviations = torch.where(deviations > _LOST * deviations[0], deviations, 0)
+    deviations = torch.where(deviations > max(_LEAST, _LOST * float(deviations[0])), deviations, 0)
     most = int((deviations > 0).sum())
     if not most:
         raise ConfigError("all vectors of the sample are the same; they have no axes to condition")
@@ -300,8 +319,8 @@ def check_settings(power: Power, dim: Dim) -> None:
     """Validates the settings of `fit`. Raises ConfigError."""
     if power != "auto" and not (isinstance(power, int | float) and 0 <= power <= 1):
         raise ConfigError(f"the power of conditioning must be from 0 to 1, or auto, not {power}")
-    if isinstance(dim, int) and dim < 1:
-        raise ConfigError(f"conditioning keeps at least 1 axis, not {dim}")
+    if dim is not None and dim != "auto" and not (isinstance(dim, int) and dim >= 1):
+        raise ConfigError(f"conditioning keeps at least 1 axis, or auto, not {dim}")
 
 
 def mean_cosine(vectors: Tensor) -> float | None:

@@ -138,8 +138,10 @@ class Manifest:
                 raise CacheError(f"codec {manifest.codec} {'needs a' if codec.rotated else 'takes no'} rotation")
             if manifest.rotation is not None:
                 Rotation.check(manifest.rotation)
-            if manifest.conditioning is not None:
+            if manifest.format == CONDITIONED_FORMAT:
                 Conditioning.check(manifest.conditioning)
+            elif manifest.conditioning is not None:
+                raise CacheError(f"format version {manifest.format} has no conditioning")
         except CacheError as error:
             raise CacheError(f"{path}: {error}; {again}") from error
         return manifest

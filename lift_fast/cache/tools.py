@@ -14,7 +14,7 @@ from ..ops.rows.codecs import CODECS, codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..progress import bar
 from .codec import encode
-from .conditioning import Conditioning, Statistics, mean_cosine
+from .conditioning import CONDITIONING, Conditioning, Statistics, mean_cosine
 from .manifest import FORMATS, MANIFEST, Manifest
 from .reader import Cache
 from .rotation import Rotation
@@ -34,7 +34,7 @@ def info(cache: Cache) -> dict[str, Any]:
     manifest = cache.manifest
     codec = CODECS[manifest.codec]
     paths = [cache.folder / shard.name for shard in manifest.shards]
-    present = [path for path in (*paths, cache.folder / MANIFEST) if path.exists()]
+    present = [path for path in (*paths, cache.folder / MANIFEST, cache.folder / CONDITIONING) if path.exists()]
     return {
         "rows": len(cache),
         "skipped": manifest.skipped,

@@ -2,6 +2,8 @@
 
 Processes that write the same cache communicate only through its folder:
 
+    conditioning.safetensors
+                    of a conditioned cache, is written first of all: both manifests have its checksum
     partial.json    is written before the first shard and removed after manifest.json exists, so that a folder with
                     shards always has one of the two; its content depends only on the settings and the shards' sizes
     a shard         appears complete, by a rename. Until then it is a .part file whose name is unique to its process,
@@ -49,7 +51,8 @@ class CacheWriter:
     set was read (Manifest). conditioning: that of the vectors, which goes into the folder, too.
 
     For a finished cache with the same settings `missing` returns no shard and `finish` does nothing. A finished cache
-    of which shards were removed becomes unfinished again. A cache of an older format keeps its format.
+    of which shards were removed becomes unfinished again, and one that lost conditioning.safetensors gets it back. A
+    cache of an older format keeps its format.
 
     Raises CacheMismatch, naming the differences, when the folder holds another cache; CacheError when it holds damaged
     files or cannot be written.
@@ -201,7 +204,7 @@ class CacheWriter:
             )
         shards = tuple(map(self._entry, range(len(self._manifest.shards))))
         self._manifest = replace(self._manifest, shards=shards)
-        self._write_manifest(MANIFEST, self._manifest)
+        self._write(MANIFEST, self._manifest.to_json())
         self._finished = True
         self._clean_up()
 
@@ -321,15 +324,13 @@ class CacheWriter:
             return
         name = self._check_manifest()
         shards_lost = name == MANIFEST and len(self._present()) < len(self._manifest.shards)
+        with self._writing(PARTIAL):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_conditioning()
         if not name or shards_lost:
-            with self._writing(PARTIAL):
-                self.folder.mkdir(parents=True, exist_ok=True)
             # Without the captions' digests and stamps: a caption may be corrected until its shard is written.
             bare = tuple(replace(shard, sha256="", captions="", stamp="") for shard in self._manifest.shards)
-            if self._conditioning is not None:
-                with self._writing(CONDITIONING):
-                    write_whole({self.folder / CONDITIONING: self._conditioning.to_bytes()}, self._tag)
-            if self._write_manifest(PARTIAL, replace(self._manifest, shards=bare)) and shards_lost:
+            if self._write(PARTIAL, replace(self._manifest, shards=bare).to_json()) and shards_lost:
                 (self.folder / MANIFEST).unlink(missing_ok=True)
         elif name == MANIFEST:
             self._finished = True
@@ -337,12 +338,23 @@ class CacheWriter:
         self._parts = list(self.folder.glob("*.part"))
         self._started = True
 
-    def _write_manifest(self, name: str, manifest: Manifest) -> bool:
-        """Writes manifest.json or partial.json. Returns False if another process has finished the cache meanwhile, and
-        so removed the temporary file."""
+    def _write_conditioning(self) -> None:
+        """Writes conditioning.safetensors unless it is there: before partial.json, which names its checksum, and again
+        for a cache that has lost it."""
+        if self._conditioning is None:
+            return
+        path, data = self.folder / CONDITIONING, self._conditioning.to_bytes()
+        with self._writing(CONDITIONING):
+            there = path.exists() and path.read_bytes() == data
+        if not there:
+            self._write(CONDITIONING, data)
+
+    def _write(self, name: str, data: bytes) -> bool:
+        """Writes a file that all processes write alike. Returns False if another process has finished the cache
+        meanwhile, and so removed the temporary file."""
         with self._writing(name):
             try:
-                write_whole({self.folder / name: manifest.to_json()}, self._tag)
+                write_whole({self.folder / name: data}, self._tag)
             except FileNotFoundError:
                 if not (self.folder / MANIFEST).exists():
                     raise
