@@ -1,23 +1,33 @@
-"""lift-fast cache: describes, verifies, recodes, imports, merges and samples text caches."""
+"""lift-fast cache: describes, verifies, recodes, conditions, imports, merges and samples text caches."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from ..data.options import DataOptions
+from ..errors import ConfigError
 from ..text.spec import Pooling
-from .common import CodecName, check_threads, counted, print_problems, print_size, printable, write_json
+from .common import (
+    CodecName,
+    check_threads,
+    counted,
+    print_conditioning,
+    print_problems,
+    print_size,
+    printable,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from ..cache import Cache
+    from ..cache import Cache, Conditioning
     from ..data.samples import Samples
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What a cache is: rows, dim, codec, size, encoder, rotation."""
+    """What a cache is: rows, dim, codec, size, encoder, rotation, conditioning."""
 
     cache: tyro.conf.Positional[Path]
     """Folder of the cache."""
@@ -28,7 +38,8 @@ class CacheInfo:
         from ..cache import Cache
         from ..cache.tools import info
 
-        found = info(Cache(self.cache))
+        cache = Cache(self.cache)
+        found = info(cache)
         rotation = "".join(f", rotated ({r['kind']}, seed {r['seed']})" for r in [found["rotation"]] if r)
         missing = f" ({len(found['missing'])} missing)" if found["missing"] else ""
         left_out = f", {found['skipped']} of them without a vector" if found["skipped"] else ""
@@ -43,6 +54,9 @@ class CacheInfo:
         }
         for name, line in lines.items():
             print(f"{name:9} {line}")
+        if cache.conditioning is not None:
+            found["conditioning"] |= {"report": cache.conditioning.report()}
+            print_conditioning(found["conditioning"]["report"])
         if self.json:
             write_json(self.json, found)
 
@@ -98,13 +112,87 @@ class CacheConvert:
 
         source = Cache(self.cache)
         convert(source, self.out, self.codec)
-        former = source.manifest.codec
-        if former != "f32":
-            print(
-                f"{self.cache} holds {former}, so the errors of {former} and of {self.codec} add up; for those of "
-                f"{self.codec} alone embed the captions with it"
-            )
+        print_errors(source, self.codec)
         print_size(self.out, info(Cache(self.out)))
+
+    def interrupted(self) -> str:
+        """What a run that was interrupted leaves."""
+        return f"the shards that are complete stay in {self.out}; run the same command again to continue"
+
+
+@dataclass(frozen=True)
+class CacheCondition:
+    """Write a cache's vectors conditioned: their mean subtracted, and what they have along each of their principal axes
+    divided by a power of its deviation (docs/cache.md). Resumes where it stopped.
+
+    The caches of one run need one conditioning: fit it to all of them with --fit, then give it to each with --like."""
+
+    cache: tyro.conf.Positional[Path]
+    """Folder of the cache."""
+    out: tyro.conf.Positional[Path]
+    """Folder of the new cache."""
+    power: float | Literal["auto"] = "auto"
+    """From 0, which only subtracts the mean, to 1, which makes all axes equal. auto: makes the effective rank half the
+    axes."""
+    dim: int | Literal["auto"] | None = None
+    """Axes that are kept, those of the largest deviation first. auto: the fewest, a multiple of 32, that hold 99 % of
+    the variance. Default: all."""
+    fit: tuple[Path, ...] = ()
+    """Caches that it is fitted to, of the same encoder. Default: the cache itself."""
+    weights: tuple[float, ...] = ()
+    """How much each cache of --fit counts, such as 1 1. Default: its rows."""
+    like: Path | None = None
+    """A conditioned cache, of the same encoder, whose conditioning to take instead of a new one."""
+    rows: int | None = None
+    """Rows in the sample of each cache, which must determine the axes. Default: 16384, or 4 times the length of the
+    encoder's vectors if that is more."""
+    seed: int = 0
+    """Seed of the samples."""
+    codec: CodecName | None = None
+    """How vectors are stored (docs/cache.md). Default: as in the cache."""
+
+    def __post_init__(self) -> None:
+        fitted = (self.power, self.dim, self.fit, self.weights, self.rows, self.seed)
+        if self.like is not None and fitted != ("auto", None, (), (), None, 0):
+            raise ConfigError("--like takes a conditioning as it is; leave out the options that fit a new one")
+        if self.weights and len(self.weights) != len(self.fit):
+            raise ConfigError(f"--weights has {len(self.weights)} numbers for the {len(self.fit)} caches of --fit")
+
+    def __call__(self) -> None:
+        from ..cache import Cache
+        from ..cache.tools import condition, info
+
+        source = Cache(self.cache)
+        conditioning = self.conditioning(source)
+        print_conditioning(conditioning.report())
+        condition(source, self.out, conditioning, self.codec)
+        print_errors(source, self.codec or source.manifest.codec)
+        print_size(self.out, info(Cache(self.out)))
+
+    def conditioning(self, source: "Cache") -> "Conditioning":
+        """The conditioning of the new cache: that of --like, the one that an interrupted run has fitted, or a new one.
+
+        Raises ConfigError, CacheError, and CacheMismatch for caches of other encoders.
+        """
+        from ..cache import Cache
+        from ..cache.tools import check_not_conditioned
+        from ..text.conditioning import Request, check_encoder, check_folder, conditioning_of, fit_to_caches, found_in
+
+        check_not_conditioned(source)
+        encoder, dim, name = source.manifest.encoder, source.dim, str(self.cache)
+        if self.like is not None:
+            taken = conditioning_of(Cache(self.like), encoder, dim, name)
+            check_folder(self.out, taken)
+            return taken
+        request = Request(self.power, self.dim, self.rows, self.seed)
+        request.check(dim)
+        caches = [Cache(folder) for folder in self.fit] or [source]
+        for cache in caches:
+            check_not_conditioned(cache)
+            check_encoder(cache, encoder, dim, name)
+        weights = self.weights or [max(1, len(cache) - cache.manifest.skipped) for cache in caches]
+        asked = request.of_caches(caches, weights)
+        return found_in(self.out, asked) or fit_to_caches(request, caches, weights, asked)
 
     def interrupted(self) -> str:
         """What a run that was interrupted leaves."""
@@ -205,6 +293,16 @@ class CacheSample:
             write_json(self.json, found)
 
 
+def print_errors(source: "Cache", codec: str) -> None:
+    """Prints that the errors of two codecs add up, where a cache was made from the codes of another."""
+    former = source.manifest.codec
+    if former != "f32":
+        print(
+            f"{source.folder} holds {former}, so the errors of {former} and of {codec} add up; for those of {codec} "
+            "alone embed the captions with it"
+        )
+
+
 def open_as_embedded(path: Path, options: DataOptions, cache: "Cache") -> "Samples":
     """Opens the data set that a cache was made from as `embed` did; it may lack the images. Prints its problems.
 
@@ -220,13 +318,14 @@ def open_as_embedded(path: Path, options: DataOptions, cache: "Cache") -> "Sampl
 
 @dataclass(frozen=True)
 class CacheTools:
-    """Describe text caches; verify, recode, import and merge them."""
+    """Describe text caches; verify, recode, condition, import and merge them."""
 
     command: tyro.conf.OmitSubcommandPrefixes[
         tyro.conf.OmitArgPrefixes[
             Annotated[CacheInfo, tyro.conf.subcommand("info")]
             | Annotated[CacheVerify, tyro.conf.subcommand("verify")]
             | Annotated[CacheConvert, tyro.conf.subcommand("convert")]
+            | Annotated[CacheCondition, tyro.conf.subcommand("condition")]
             | Annotated[CacheImportParquet, tyro.conf.subcommand("import-parquet")]
             | Annotated[CacheMerge, tyro.conf.subcommand("merge")]
             | Annotated[CacheSample, tyro.conf.subcommand("sample")]

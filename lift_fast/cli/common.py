@@ -71,6 +71,20 @@ def print_size(folder: Path, info: dict[str, Any]) -> None:
     print(f"{info['rows']} rows of {info['dim']}, {info['codec']}, {info['bytes'] / 1e6:.1f} MB, in {folder}")
 
 
+def print_conditioning(report: dict[str, Any]) -> None:
+    """Prints what a conditioning changes; report: of Conditioning.report."""
+    cosine, rank, dim = report["mean_cosine"], report["effective_rank"], report["dim"]
+    rows = report["rows"] or []
+    fitted = f", fitted to {' + '.join(map(str, rows))} captions" if rows else ""
+    print(f"conditioned with power {report['power']:g}{fitted}, before -> after:")
+    if cosine and None not in cosine.values():
+        print(f"  mean cosine between captions  {cosine['before']:.4f} -> {cosine['after']:.4f}")
+    print(f"  effective rank  {rank['before']:.1f} -> {rank['after']:.1f}")
+    print(
+        f"  dim  {dim['before']} -> {dim['after']}, which keeps {100 * report['variance_kept']:.2f} % of the variance"
+    )
+
+
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
     print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)

@@ -9,10 +9,12 @@ import tyro
 from ..data.options import DataOptions
 from ..errors import ConfigError
 from ..text.spec import Dtype, Padding, Pooling
-from .common import CodecName, counted, listed, print_problems, printable, warn
+from .common import CodecName, counted, listed, print_conditioning, print_problems, printable, warn
 
 if TYPE_CHECKING:
+    from ..cache import Cache, Conditioning
     from ..data.sources import Source
+    from ..text.conditioning import Request
     from ..text.encoder import Encoder
 
 
@@ -47,6 +49,50 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Conditioned:
+    """Whether the encoder's vectors are conditioned: their mean subtracted, and what they have along each of their
+    principal axes divided by a power of its deviation (docs/cache.md)."""
+
+    condition: str | None = None
+    """auto, a power from 0 to 1, or the folder of a conditioned cache. auto and a power are fitted to a sample of the
+    captions: 0 only subtracts the mean, 1 makes all axes equal, auto makes the effective rank half the axes. A cache
+    gives its own conditioning, which the caches of one run must share. Default: the encoder's vectors as they are."""
+    condition_dim: int | Literal["auto"] | None = None
+    """Axes that are kept, those of the largest deviation first. auto: the fewest, a multiple of 32, that hold 99 % of
+    the variance. Default: all."""
+    condition_rows: int | None = None
+    """Captions in the sample, which must determine the axes. Default: 16384, or 4 times the length of the encoder's
+    vectors if that is more."""
+    condition_seed: int = 0
+    """Seed of the sample."""
+
+    def __post_init__(self) -> None:
+        fits = self.condition is not None and (self.condition == "auto" or is_number(self.condition))
+        if not fits and (self.condition_dim, self.condition_rows, self.condition_seed) != (None, None, 0):
+            raise ConfigError(
+                "--condition-dim, --condition-rows and --condition-seed are for --condition auto and --condition POWER"
+            )
+
+    def request(self) -> "Request | Cache | None":
+        """What to fit, or the cache whose conditioning to take. Raises ConfigError, and CacheError as Cache."""
+        from ..cache import Cache
+        from ..text.conditioning import Request
+
+        if self.condition is None:
+            return None
+        fitted = self.condition_dim, self.condition_rows, self.condition_seed
+        if self.condition == "auto":
+            return Request("auto", *fitted)
+        if is_number(self.condition):
+            return Request(float(self.condition), *fitted)
+        if not Path(self.condition).exists():
+            raise ConfigError(
+                f"--condition is auto, a power from 0 to 1, or a conditioned cache; there is no {self.condition}"
+            )
+        return Cache(self.condition)
+
+
+@dataclass(frozen=True)
 class Embed:
     """Embed the captions of a data set once, with a frozen text encoder, into a cache. Resumes where it stopped.
 
@@ -69,6 +115,7 @@ class Embed:
     world: int = 8
     """--dry-run: estimate the time for this number of ranks, too."""
     encoding: tyro.conf.OmitArgPrefixes[Encoding] = Encoding()
+    conditioned: tyro.conf.OmitArgPrefixes[Conditioned] = Conditioned()
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
@@ -82,6 +129,7 @@ class Embed:
         from ..data.sources import open_source
         from ..devices import device_of_rank
         from ..ranks import Rank
+        from ..text.conditioning import conditioning_of
         from ..text.embed import embed_share
         from ..text.encoder import Encoder
         from ..text.presets import spec_for
@@ -91,6 +139,7 @@ class Embed:
         rank = Rank.from_environment()
         if self.dry_run and not rank.is_first:
             return
+        wanted = self.conditioned.request()
         device = device_of_rank(self.encoding.device, rank, rank.share_of(cpu_count()))
         source = open_source(self.data, self.field, self.reading)
         if rank.is_first:
@@ -117,8 +166,13 @@ class Embed:
             for line in code_notice(spec):
                 print(printable(line), flush=True)
         encoder = Encoder(spec, device=device)
+        conditioning: Conditioning | Request | None
+        if isinstance(wanted, Cache):
+            conditioning = conditioning_of(wanted, encoder.spec.as_dict(), encoder.dim, str(self.out))
+        else:
+            conditioning = wanted
         if self.dry_run:
-            return self.print_estimate(source, encoder)
+            return self.print_estimate(source, encoder, conditioning)
         prefix = f"{rank}: " if rank.world > 1 else ""
         done = embed_share(
             source,
@@ -126,8 +180,10 @@ class Embed:
             encoder,
             codec=self.codec,
             batch_size=self.encoding.batch_size,
+            conditioning=conditioning,
             rank=rank,
             warn=warn if rank.is_first else lambda warning: None,  # the vectors of all ranks are alike in this
+            fitted=(lambda known: print_conditioning(known.report())) if rank.is_first else lambda known: None,
         )
         if not (done.written or done.missing or rank.is_first):
             return  # the ranks that wrote something say that the cache is complete, or else the first
@@ -137,6 +193,8 @@ class Embed:
             print(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
         elif not done.missing:
             print(f"{prefix}the cache was complete; nothing was to do")
+        if rank.is_first and conditioning is None and done.spread is not None:
+            print(f"mean cosine between captions {done.spread:.4f}, of the first ones; near 1 they differ little")
         if rank.is_first and self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
             print("a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
         left_out = sum(done.skipped.values())
@@ -160,18 +218,29 @@ class Embed:
         """What a run that was interrupted leaves."""
         return f"the shards that are complete stay in {self.out}; run the same command again to continue"
 
-    def print_estimate(self, source: "Source", encoder: "Encoder") -> None:
+    def print_estimate(
+        self, source: "Source", encoder: "Encoder", conditioning: "Conditioning | Request | None"
+    ) -> None:
         """Prints the size of a cache of `source`, and how long embedding it takes."""
         from ..text.embed import estimate, in_bytes
 
         worlds = sorted({1, self.world})
         found = estimate(
-            source, self.out, encoder, codec=self.codec, batch_size=self.encoding.batch_size, worlds=worlds
+            source,
+            self.out,
+            encoder,
+            codec=self.codec,
+            batch_size=self.encoding.batch_size,
+            conditioning=conditioning,
+            worlds=worlds,
         )
+        most = "" if found.exact else "at most "
         print(
-            f"{found.rows} captions of dim {encoder.dim} in {self.codec}: {in_bytes(found.bytes)} on disk "
-            f"({found.bytes} bytes)"
+            f"{found.rows} captions of dim {found.dim} in {self.codec}: {most}{in_bytes(found.bytes)} on disk "
+            f"({most}{found.bytes} bytes)"
         )
+        if self.conditioned.condition_dim == "auto" and not found.exact:
+            print("--condition-dim auto keeps fewer axes where fewer hold 99 % of the variance")
         times = ", ".join(
             f"{duration(seconds)} with {'this one' if world == 1 else f'{world} ranks like it'}"
             for world, seconds in found.seconds.items()
@@ -190,3 +259,12 @@ def duration(seconds: float) -> str:
         parts.append(f"{int(seconds // size)} {name}")
         seconds %= size
     return " ".join(parts)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -4,11 +4,12 @@ Existing shards are not computed again, and within a group of shards a repeated 
 
     read every shard of this rank's share       finds bad captions, and data other than the cache's, before the first
                                                 write
+    fit the conditioning, if one is wanted      to a sample of all captions (conditioning.py)
     compare the cache's size with the disk's free space
     for each group (up to 16 shards in a row):  group g belongs to rank g % world
         for each shard of the group:
             new = captions that no earlier shard of the group has, each once, in order
-            encode and quantize new             on the encoder's device, `_CHUNK` captions at a time
+            encode, condition and quantize new  on the encoder's device, `_CHUNK` captions at a time
             copy the codes of repeated captions from this shard, or from an earlier shard of the group on disk
             write
 
@@ -29,7 +30,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..cache import Cache, CacheWriter, Rotation, encode, key_hashes
+from ..cache import Cache, CacheWriter, Conditioning, Rotation, encode, key_hashes
 from ..cache.manifest import digest_of
 from ..data.samples import BadText, Samples
 from ..data.sources import Source
@@ -38,6 +39,7 @@ from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..progress import bar
 from ..ranks import Rank
+from .conditioning import Request, check_folder, fit_to_source, found_in, publish
 from .encoder import NoTokens
 from .first_vectors import FirstVectors
 from .skipped import SkippedList
@@ -68,9 +70,9 @@ class Outcome:
     """What one rank did.
 
     computed: captions that were encoded. copied: rows that repeat a caption, whose codes were copied. missing: shards
-    that other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first computed
-    vectors (at most 1 024) and their codes, None if none was computed. spread: mean cosine between two of the first
-    computed vectors, None for fewer than 8. skipped: samples left out by cause: of the whole cache when it is
+    that other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first vectors
+    that were stored (at most 1 024) and their codes, None if none was computed. spread: mean cosine between two of the
+    encoder's first vectors, None for fewer than 8. skipped: samples left out by cause: of the whole cache when it is
     finished, else of this rank's share. written: shards that this rank wrote.
     """
 
@@ -87,13 +89,16 @@ class Outcome:
 class Estimate:
     """The size of a cache, and how long embedding takes.
 
-    rows, bytes: of the finished cache, exact. captions_per_s: captions per second of one process, measured on `sampled`
-    captions. seconds: number of ranks -> seconds. It counts repeated captions as if they were encoded, because finding
-    them would need reading all captions.
+    rows, dim, bytes: of the finished cache. They are exact unless a conditioning is still to be fitted (`exact`): dim
+    and bytes are then at most those; without `auto` dims, dim is exact and bytes are less than a hundred too many.
+    captions_per_s: captions per second of one process, measured on `sampled` captions. seconds: number of ranks ->
+    seconds. It counts repeated captions as if they were encoded, because finding them would need reading all captions.
     """
 
     rows: int
+    dim: int
     bytes: int
+    exact: bool
     captions_per_s: float
     sampled: int
     seconds: dict[int, float]
@@ -107,13 +112,15 @@ def embed(
     field: str = "txt",
     codec: str = "int8",
     batch_size: int = 64,
+    conditioning: Conditioning | Request | None = None,
     progress: bool = True,
 ) -> Cache:
     """Embeds all captions of a data set into a cache at `out`, in this process, and returns the cache, opened.
 
-    field: txt, an entry of the .json, or a column. codec, batch_size, errors: as for `embed_share`.
+    field: txt, an entry of the .json, or a column. codec, batch_size, conditioning, errors: as for `embed_share`.
     """
-    embed_share(Source(data, field), out, encoder, codec=codec, batch_size=batch_size, progress=progress)
+    source = Source(data, field)
+    embed_share(source, out, encoder, codec=codec, batch_size=batch_size, conditioning=conditioning, progress=progress)
     return Cache(out)
 
 
@@ -124,38 +131,55 @@ def embed_share(
     *,
     codec: str = "int8",
     batch_size: int = 64,
+    conditioning: Conditioning | Request | None = None,
     rank: Rank | None = None,
     progress: bool = True,
     warn: Callable[[str], object] = lambda warning: None,
+    fitted: Callable[[Conditioning], object] = lambda conditioning: None,
 ) -> Outcome:
     """Embeds the missing shards of a rank's share of `source` into the cache at `out`; finishes the cache when no
     rank's shard is missing.
 
     Cache shard k holds the captions of the source's shard k in the same order. A killed run continues at its first
-    missing shard. codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. rank: None for a
-    single process. progress: whether to show progress bars. warn: called with a warning for the user.
+    missing shard. codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. conditioning: of
+    the vectors; a Request is fitted to a sample of all captions before the first shard is written, unless the folder
+    has the fit of an earlier run or another rank. rank: None for a single process. progress: whether to show progress
+    bars. warn: called with a warning for the user. fitted: called with the conditioning before the first shard is
+    written.
 
     Samples that were left out are listed in OUT/skipped.jsonl when the cache is finished (skipped.py).
 
-    Raises ConfigError for a batch_size below 1 and DataError for bad data, both before anything is written; CacheError
-    when the disk has not the space for the cache, also before, and when it cannot be written; CacheMismatch when `out`
-    was made from other keys or captions, with another encoder, field or codec; EncoderError for an encoder that gives
+    Raises ConfigError for a batch_size below 1 and for a conditioning that the captions do not determine, and DataError
+    for bad data, all before anything is written; CacheError when the disk has not the space for the cache, also before,
+    and when it cannot be written; CacheMismatch when `out` was made from other keys or captions, with another encoder,
+    field, codec or conditioning; EncoderError for an encoder that gives
     different captions one vector; BadText for a caption without tokens, unless bad samples are skipped.
     """
     check_batch_size(batch_size)
     rank = rank or Rank()
-    rotation = _rotation(codec, encoder.dim)
-    writer = _writer(source, out, encoder, codec, rotation)
+    codec_named(codec)  # raises for an unknown one
     mine = groups(source.sizes)[rank.number :: rank.world]
-    plan = _read_all(source, writer, mine, rank, progress)
+    first = FirstVectors(encoder.spec.name, warn)
+    known = _known(conditioning, source, out, encoder)
+    if isinstance(known, Request):
+        plan = _read_all(source, lambda number, keys, captions: None, mine, rank, progress)
+        fit = _fit(known, source, encoder, batch_size, first, rank, progress)
+        _writer(source, out, encoder, codec, fit).check_space()
+        known = publish(Path(out), fit)
+        writer = _writer(source, out, encoder, codec, known, plan)
+    else:
+        writer = _writer(source, out, encoder, codec, known)
+        plan = _read_all(source, writer.expect, mine, rank, progress)
     writer.check_space()
+    if known is not None:
+        fitted(known)
+    dim, rotation = _codes_of(codec, encoder.dim, known)
     missing = set(writer.missing())
     todo = [number for group in mine for number in group if number in missing]
     left = writer.size_on_disk(todo)
     computed = copied = 0
-    first = FirstVectors(encoder.spec.name, rotation, warn)
     left_out = SkippedList(source, encoder.spec.name)
-    zero = encode(torch.zeros(1, encoder.dim), codec, rotation)
+    zero = encode(torch.zeros(1, dim), codec, rotation)
     with bar(
         total=sum(plan[number].new for number in todo),
         unit=" captions",
@@ -170,8 +194,10 @@ def embed_share(
             for start in range(0, max(1, len(captions)), _CHUNK):  # once even without captions, for codes of no row
                 chunk = captions[start : start + _CHUNK]
                 vectors, without = _vectors(encoder, chunk, batch_size, shown.update)
+                first.look(chunk, vectors, without)
+                vectors = vectors if known is None else known.apply(vectors)
                 rows = encode(vectors, codec, rotation)
-                first.look(chunk, vectors, rows, without)
+                first.compare(vectors, rows, rotation, without)
                 parts.append(rows.to("cpu"))
                 empty += [start + i for i in without]
             return QuantizedRows.cat(parts), empty
@@ -216,16 +242,22 @@ def estimate(
     *,
     codec: str = "int8",
     batch_size: int = 64,
+    conditioning: Conditioning | Request | None = None,
     worlds: Sequence[int] = (1,),
 ) -> Estimate:
     """Computes the size of the cache that embed_share would write at `out`, and estimates its time.
 
-    The time comes from encoding a few batches spread over the source. worlds: the numbers of ranks to estimate the
-    time for. Writes nothing. Raises as embed_share.
+    The time comes from encoding a few batches spread over the source; a Request is not fitted, as that may take long.
+    worlds: the numbers of ranks to estimate the time for. Writes nothing. Raises as embed_share.
     """
     check_batch_size(batch_size)
-    rotation = _rotation(codec, encoder.dim)
-    writer = _writer(source, out, encoder, codec, rotation)
+    known, to_fit = _known(conditioning, source, out, encoder), 0
+    exact = not isinstance(known, Request)
+    if isinstance(known, Request):
+        to_fit = min(known.sample_rows(encoder.dim), sum(source.sizes))
+        known = known.at_most(encoder.dim, known.of_source(source, encoder.spec.as_dict(), encoder.dim))
+    writer = _writer(source, out, encoder, codec, known)
+    dim, rotation = _codes_of(codec, encoder.dim, known)
     filled = [number for number, size in enumerate(source.sizes) if size]
     spread = [filled[len(filled) * k // _SAMPLED_BATCHES] for k in range(_SAMPLED_BATCHES)]
     sample: list[str] = []
@@ -236,7 +268,8 @@ def estimate(
         sample += captions[:: max(1, len(captions) // wanted)][:wanted]
 
     def run() -> None:
-        encode(_vectors(encoder, sample, batch_size, lambda captions: None)[0], codec, rotation).to("cpu")
+        vectors = _vectors(encoder, sample, batch_size, lambda captions: None)[0]
+        encode(vectors if known is None else known.apply(vectors), codec, rotation).to("cpu")
 
     run()  # the first call of a model is slower
     start = time.perf_counter()
@@ -244,8 +277,8 @@ def estimate(
     rate = len(sample) / (time.perf_counter() - start)
     rows = [sum(source.sizes[number] for number in group) for group in groups(source.sizes)]
     shares = {world: max(sum(rows[rank::world]) for rank in range(world)) for world in worlds}
-    seconds = {world: share / rate for world, share in shares.items()}
-    return Estimate(sum(source.sizes), writer.size_on_disk(), rate, len(sample), seconds)
+    seconds = {world: (to_fit + share) / rate for world, share in shares.items()}
+    return Estimate(sum(source.sizes), dim, writer.size_on_disk(), exact, rate, len(sample), seconds)
 
 
 def groups(sizes: Sequence[int]) -> list[range]:
@@ -280,9 +313,14 @@ class _Read:
 
 
 def _read_all(
-    source: Source, writer: CacheWriter, mine: Sequence[range], rank: Rank, progress: bool
+    source: Source,
+    expect: Callable[[int, Sequence[str], str], object],
+    mine: Sequence[range],
+    rank: Rank,
+    progress: bool,
 ) -> dict[int, _Read]:
-    """Reads a rank's share once. Raises DataError for bad data, CacheMismatch for a cache of other data."""
+    """Reads a rank's share once, and calls expect(number, keys, digest of the captions) for each shard: the writer's,
+    once there is one. Raises DataError for bad data, and what expect raises."""
     found = {}
     total = sum(source.sizes[number] for group in mine for number in group)
     title = _title(f"read {source.field}", rank)
@@ -292,7 +330,7 @@ def _read_all(
             for number in group:
                 keys, captions, bad = source.read(number)
                 digest, before = digest_of(captions), len(seen)
-                writer.expect(number, keys, digest)
+                expect(number, keys, digest)
                 seen.update(_usable(captions, bad))
                 seen.discard(None)
                 found[number] = _Read(digest, len(seen) - before)
@@ -371,19 +409,65 @@ def _rows(
     return _Shard(QuantizedRows.cat(parts)[torch.tensor(order)], skipped, empty, len(new) - len(without))
 
 
+def _known(
+    conditioning: Conditioning | Request | None, source: Source, out: str | Path, encoder: TextEncoder
+) -> Conditioning | Request | None:
+    """The conditioning of a cache, a Request while it is to be fitted. Raises ConfigError and CacheError."""
+    if not isinstance(conditioning, Request):
+        check_folder(Path(out), conditioning)
+        return conditioning
+    conditioning.check(encoder.dim)
+    return found_in(Path(out), conditioning.of_source(source, encoder.spec.as_dict(), encoder.dim)) or conditioning
+
+
+def _fit(
+    request: Request,
+    source: Source,
+    encoder: TextEncoder,
+    batch_size: int,
+    first: FirstVectors,
+    rank: Rank,
+    progress: bool,
+) -> Conditioning:
+    """Fits a conditioning to a sample of the captions; `first` looks at its vectors. Raises as fit_to_source."""
+
+    def encode_sample(captions: list[str], done: Callable[[int], object]) -> Tensor:
+        vectors, without = _vectors(encoder, captions, batch_size, done)
+        first.look(captions, vectors, without)
+        return vectors
+
+    asked = request.of_source(source, encoder.spec.as_dict(), encoder.dim)
+    title = _title("fit conditioning", rank)
+    return fit_to_source(request, source, encode_sample, encoder.dim, asked, title, progress)
+
+
+def _codes_of(codec: str, dim: int, conditioning: Conditioning | None) -> tuple[int, Rotation | None]:
+    """The length of the vectors that are stored, and the rotation of their codes. dim: of the encoder's vectors."""
+    dim = dim if conditioning is None else conditioning.dim
+    return dim, Rotation(dim) if codec_named(codec).rotated else None
+
+
 def _writer(
-    source: Source, out: str | Path, encoder: TextEncoder, codec: str, rotation: Rotation | None
+    source: Source,
+    out: str | Path,
+    encoder: TextEncoder,
+    codec: str,
+    conditioning: Conditioning | None,
+    plan: Mapping[int, _Read] | None = None,
 ) -> CacheWriter:
+    """The writer of a cache. plan: the shards that are read already."""
     shards = [
-        {"name": name, "samples": size, "stamp": source.stamp(number)}
+        {
+            "name": name,
+            "samples": size,
+            "captions": plan[number].captions if plan and number in plan else "",
+            "stamp": source.stamp(number),
+        }
         for number, (name, size) in enumerate(zip(source.names, source.sizes, strict=True))
     ]
     read, settings = source.options.recorded(), encoder.spec.as_dict()
-    return CacheWriter(out, encoder.dim, codec, settings, shards, source.field, rotation, read)
-
-
-def _rotation(codec: str, dim: int) -> Rotation | None:
-    return Rotation(dim) if codec_named(codec).rotated else None
+    dim, rotation = _codes_of(codec, encoder.dim, conditioning)
+    return CacheWriter(out, dim, codec, settings, shards, source.field, rotation, read, conditioning)
 
 
 def _title(what: str, rank: Rank) -> str:

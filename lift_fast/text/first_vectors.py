@@ -19,22 +19,22 @@ _NEARLY_SAME = 0.95  # mean cosine between vectors of different captions above w
 class FirstVectors:
     """The vectors of the first different captions, at most 1 024, and what they say about the encoder and the codec.
 
-    cosine: mean cosine between the vectors of the first call and their codes, None without a vector. spread: mean
-    cosine between two of the vectors, None for fewer than 8.
+    cosine: mean cosine between the first stored vectors, at most 1 024, and their codes, None before there are any.
+    spread: mean cosine between two of the encoder's vectors, None for fewer than 8.
 
-    encoder: its name, for messages. rotation: of the codes. warn: called with a warning for the user.
+    encoder: its name, for messages. warn: called with a warning for the user.
     """
 
-    def __init__(self, encoder: str, rotation: Rotation | None, warn: Callable[[str], object]):
-        self.encoder, self.rotation, self.warn = encoder, rotation, warn
+    def __init__(self, encoder: str, warn: Callable[[str], object]):
+        self.encoder, self.warn = encoder, warn
         self.cosine: float | None = None
         self.spread: float | None = None
         self._captions: set[str] = set()
         self._vectors: list[Tensor] = []
         self._warned = False
 
-    def look(self, captions: Sequence[str], vectors: Tensor, rows: QuantizedRows, empty: Sequence[int]) -> None:
-        """Takes the next captions, with their vectors, codes, and the numbers of those without tokens.
+    def look(self, captions: Sequence[str], vectors: Tensor, empty: Sequence[int]) -> None:
+        """Takes the next captions, with the encoder's vectors, and the numbers of those without tokens.
 
         Raises EncoderError when different captions have one vector.
         """
@@ -47,8 +47,6 @@ class FirstVectors:
                 chosen.append(i)
         if not chosen:
             return
-        if self.cosine is None:
-            self.cosine = _cosine(vectors[chosen], rows[torch.tensor(chosen)], self.rotation)
         self._vectors.append(vectors[chosen].cpu())
         if len(self._captions) < _LEAST_COMPARED:
             return
@@ -67,6 +65,16 @@ class FirstVectors:
                 f"the vectors of {self.encoder} for different captions are nearly the same (mean cosine "
                 f"{self.spread:.3f}); --pooling mean or another encoder may tell them apart better"
             )
+
+    def compare(self, vectors: Tensor, rows: QuantizedRows, rotation: Rotation | None, empty: Sequence[int]) -> None:
+        """Takes the next vectors that are stored, conditioned if the cache is, with their codes, the rotation of these,
+        and the numbers of the vectors that stand for captions without tokens."""
+        if self.cosine is not None:
+            return
+        without = set(empty)
+        kept = torch.tensor([i for i in range(len(vectors)) if i not in without][:_COMPARED], dtype=torch.int64)
+        if len(kept):
+            self.cosine = _cosine(vectors[kept.to(vectors.device)], rows[kept], rotation)
 
 
 def _cosine(vectors: Tensor, rows: QuantizedRows, rotation: Rotation | None) -> float:
