@@ -81,10 +81,11 @@ def write_lines(path: Path, captions) -> Path:
     return path
 
 
-def work(path, out, shard_rows, rank=0, world=1, codec="int8", skip_bad=False):
+def work(path, out, shard_rows, rank=0, world=1, codec="int8", skip_bad=False, conditioning=None):
     """Embeds one rank's share, without showing progress."""
     source = open_source(path, options=DataOptions(shard_rows=shard_rows, skip_bad=skip_bad))
-    return embed_share(source, out, TinyEncoder(), codec=codec, rank=Rank(rank, world), progress=False)
+    options = {"codec": codec, "conditioning": conditioning, "rank": Rank(rank, world)}
+    return embed_share(source, out, TinyEncoder(), progress=False, **options)
 
 
 def work_until(step, *arguments):
