@@ -41,7 +41,7 @@ def encode(x: Tensor, codec: str, rotation: Rotation | None = None) -> Quantized
         scales = scales * largest
         codes = pack(codes, kind)
     else:
-        most = x.abs().amax(dim=1) if x.shape[1] else largest
+        most = largest if rotation is None or not x.shape[1] else x.abs().amax(dim=1)
         scales = most / (127 if kind.integer else 448)
         # The scale of a row of denormal numbers may round to 0: such a row is encoded as a row of zeros.
         codes = x / torch.where(scales > 0, scales, 1)[:, None]

@@ -91,14 +91,14 @@ class Conditioning:
         step = max(1, _BLOCK // self.source_dim)
         for part, y in zip(rows.split(step), out.split(step), strict=True):
             length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-            # Squares of tiny and of huge numbers leave the range of float32.
-            unit = part * torch.where(length < 1e-15, 2.0**96, torch.where(length > 1e15, 2.0**-96, 1.0))
-            length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+            tiny, huge = length < 1e-15, length > 1e15
+            if (tiny | huge).any():  # squares of such numbers leave the range of float32
+                part = part * torch.where(tiny, 2.0**96, torch.where(huge, 2.0**-96, 1.0))
+                length = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             # The mean is subtracted before the product, not after it: the errors are those of the smaller numbers.
-            unit.div_(torch.where(length > 0, length, 1)).sub_(mean).mul_(length > 0)
-            torch.mm(unit, weight.T, out=y)
-            length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-            y.div_(torch.where(length > 0, length, 1))
+            torch.mm((part / length).sub_(mean), weight.T, out=y)
+            norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+            y.div_(torch.where(norm > 0, norm, 1)).masked_fill_(length == 0, 0)
         return out.view(*x.shape[:-1], self.dim)
 
     def linear(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
