@@ -6,6 +6,8 @@ its keys suffice to build the model and the text encoder again:
     model, preset                  "lift" or "clip", and a name in nn.PRESETS
     vit                            the fields of VitConfig in which the image tower is not the preset's, if any
     text_dim, encoder, rotation    LIFT: output width of the head, the EncoderSpec of the cached text, its rotation
+    conditioning                   LIFT: the entry of the text's conditioning, whose numbers are in the folder's
+                                   conditioning.safetensors; None or absent without one
     context                        CLIP: caption length in tokens
     text, embed_dim                CLIP: the fields of TextConfig, and the width of the joint space, that are not the
                                    preset's, if any (of models that were not trained here)
@@ -26,8 +28,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import typed
-from .cache import Rotation
-from .errors import CacheMismatch, ConfigError, DataError, TrainingError
+from .cache import Conditioning, Rotation
+from .cache.conditioning import CONDITIONING
+from .errors import CacheError, CacheMismatch, ConfigError, DataError, TrainingError
 from .files import write_whole
 from .nn import Clip, Lift, TextConfig, VitConfig, check_size, fill, preset
 from .text.encoder import Encoder
@@ -57,6 +60,7 @@ class _Run(TypedDict, total=False):
     context: int
     encoder: dict[str, Any] | None
     rotation: dict[str, Any] | None
+    conditioning: dict[str, Any] | None
     config: _Config
     field: str
     machine: dict[str, Any] | None
@@ -98,6 +102,11 @@ def check(run: Any) -> None:
         typed.check_fields(run["encoder"], EncoderSpec, "encoder")
         if "name" not in run["encoder"]:
             raise ConfigError("this model's description: encoder.name is missing")
+    if run.get("conditioning") is not None:
+        try:
+            Conditioning.check(run["conditioning"])
+        except CacheError as error:
+            raise ConfigError(f"this model's description: {error}") from error
 
 
 def empty(run: Any) -> Lift | Clip:
@@ -123,15 +132,19 @@ class _NoInitialisation(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
-def save(folder: Path, model: Lift | Clip, run: dict[str, Any]) -> None:
-    """Writes the weights, then run.json, each atomically: a folder that has run.json is complete.
+def save(folder: Path, model: Lift | Clip, run: dict[str, Any], conditioning: Conditioning | None = None) -> None:
+    """Writes the conditioning of the run's text, the weights, then run.json, each atomically: a folder that has
+    run.json is complete.
 
-    Raises TrainingError when a file cannot be written (a full disk).
+    Raises TrainingError when a file cannot be written (a full disk), ValueError for another conditioning than `run`
+    names.
     """
+    _check_named(conditioning, run)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     try:
         write_whole(
-            {
+            ({} if conditioning is None else {folder / CONDITIONING: conditioning.to_bytes()})
+            | {
                 folder / "model.safetensors": serialise(tensors),
                 folder / "run.json": json.dumps(run, indent=1, default=str).encode(),
             }
@@ -169,27 +182,52 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip,
     return model.to(device).eval(), run
 
 
+def conditioning_of(folder: Path, run: dict[str, Any]) -> Conditioning | None:
+    """The conditioning of the text of the run in `folder`; None without one. run: its description.
+
+    Raises CacheError when its file is missing, damaged or not the one that the description names.
+    """
+    entry = run.get("conditioning")
+    return None if entry is None else Conditioning.load(Path(folder), entry, run.get("text_dim"))
+
+
 def text_encoder(
-    model: Lift | Clip, run: dict[str, Any], device: torch.device, trust_remote_code: bool = False
+    model: Lift | Clip,
+    run: dict[str, Any],
+    device: torch.device,
+    trust_remote_code: bool = False,
+    conditioning: Conditioning | None = None,
 ) -> EncodeText:
     """A function from captions to their features, float32 [captions, dim] on the CPU, each row of length 1.
 
-    For LIFT it is the frozen encoder that embedded the training text, with the cache's rotation applied; for CLIP the
-    model's own text tower. trust_remote_code: LIFT: whether the encoder may run code from its repository.
+    For LIFT it is the frozen encoder that embedded the training text, with the cache's conditioning and rotation
+    applied; for CLIP the model's own text tower. trust_remote_code: LIFT: whether the encoder may run code from its
+    repository. conditioning: LIFT: `conditioning_of` the run.
 
     Raises as `frozen_encoder`.
     """
     if isinstance(model, Clip):
         return _tower_encoder(model, ClipTokenizer(run["context"]), device)
-    return frozen_encoder(run, device, trust_remote_code)
+    return frozen_encoder(run, device, trust_remote_code, conditioning)
 
 
-def frozen_encoder(run: dict[str, Any], device: torch.device, trust_remote_code: bool = False) -> EncodeText:
-    """The same of the frozen encoder that "encoder", "text_dim" and "rotation" of a run describe.
+def frozen_encoder(
+    run: dict[str, Any],
+    device: torch.device,
+    trust_remote_code: bool = False,
+    conditioning: Conditioning | None = None,
+) -> EncodeText:
+    """The same of the frozen encoder that "encoder", "text_dim", "conditioning" and "rotation" of a run describe.
 
-    Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, and
-    CacheMismatch when its dim is not text_dim.
+    Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, CacheMismatch
+    when its dim, or that of the conditioned vectors, is not the one that is needed; ValueError for another conditioning
+    than `run` names.
     """
+    _check_named(conditioning, run)
+    if conditioning is not None and conditioning.dim != run["text_dim"]:
+        raise CacheMismatch(
+            f"the conditioning of this run gives vectors of dim {conditioning.dim}, its head {run['text_dim']}"
+        )
     # That run.json allows remote code does not permit running it here: the run may come from somebody else.
     spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
     if run["encoder"].get("trust_remote_code") and not trust_remote_code:
@@ -198,14 +236,20 @@ def frozen_encoder(run: dict[str, Any], device: torch.device, trust_remote_code:
             "read it, then allow it with --trust-remote-code"
         )
     encoder = Encoder(spec, device=device)
-    if encoder.dim != run["text_dim"]:
-        raise CacheMismatch(
-            f"{encoder.spec.name} gives vectors of dim {encoder.dim}, the head of this run {run['text_dim']}"
-        )
-    if run.get("rotation") is None:
-        return lambda captions: encoder.encode(captions).cpu()
-    rotation = Rotation.from_dict(run["rotation"], encoder.dim)
-    return lambda captions: rotation.apply(encoder.encode(captions)).cpu()
+    wanted = run["text_dim"] if conditioning is None else conditioning.source_dim
+    if encoder.dim != wanted:
+        needs = "the head of this run" if conditioning is None else "the conditioning of this run is for"
+        raise CacheMismatch(f"{encoder.spec.name} gives vectors of dim {encoder.dim}, {needs} {wanted}")
+    rotation = None if run.get("rotation") is None else Rotation.from_dict(run["rotation"], run["text_dim"])
+
+    def encode(captions: Sequence[str]) -> Tensor:
+        vectors = encoder.encode(captions)
+        if conditioning is not None:
+            # On the CPU: a GPU may have been set to TF32, whose errors the small deviations would magnify.
+            vectors = conditioning.apply(vectors.cpu())
+        return (vectors if rotation is None else rotation.apply(vectors)).cpu()
+
+    return encode
 
 
 def encoder_code(folder: Path) -> list[str]:
@@ -215,6 +259,13 @@ def encoder_code(folder: Path) -> list[str]:
     """
     encoder = read_description(folder).get("encoder")
     return code_notice(replace(EncoderSpec(**encoder), trust_remote_code=True)) if encoder else []
+
+
+def _check_named(conditioning: Conditioning | None, run: dict[str, Any]) -> None:
+    """Raises ValueError unless it is the conditioning that a run names: with another, texts would be compared with
+    images in the wrong space, and nothing would show it."""
+    if (None if conditioning is None else conditioning.as_dict()) != run.get("conditioning"):
+        raise ValueError("this is not the conditioning that the run names; take that of conditioning_of")
 
 
 def _tower_encoder(model: Clip, tokenizer: ClipTokenizer, device: torch.device) -> EncodeText:

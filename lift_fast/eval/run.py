@@ -50,13 +50,14 @@ def evaluate(
     the default, as the run's own data was read. rank: this process among those that share the work, in one process
     group and each on its own device; all of them return the same.
 
-    Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.text_encoder and
-    evaluate_model raise, each also when it is raised on another rank.
+    Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.conditioning_of,
+    run_folder.text_encoder and evaluate_model raise, each also when it is raised on another rank.
     """
     rank = rank or Rank()
 
     def opened() -> tuple[Lift | Clip, EncodeText, dict[str, Samples], DataOptions, str]:
         model, run = run_folder.load(folder, device)
+        conditioning = run_folder.conditioning_of(folder, run)
         reading = options_of(run, options or DataOptions())
         if images and len(images) != len(sets):
             raise ConfigError(f"one --pictures for each --data, or none: got {len(images)} for {len(sets)}")
@@ -65,7 +66,7 @@ def evaluate(
             name: open_data(path, of_images, reading)
             for (name, path), of_images in zip(sets.items(), folders, strict=True)
         }
-        encode_text = run_folder.text_encoder(model, run, device, trust_remote_code)
+        encode_text = run_folder.text_encoder(model, run, device, trust_remote_code, conditioning)
         return model, encode_text, held_out, reading, run.get("field", "txt")
 
     model, encode_text, held_out, reading, wanted = together(opened)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import progress as progress_bars
+from ..cache import Conditioning
 from ..data.captions import halved
 from ..devices import pick_device
 from ..errors import ConfigError, DataError
@@ -32,7 +34,8 @@ class Parts:
     module: has encode_image, normalised pixels [batch, 3, H, W] -> [batch, dim]; a Lift or a Clip where the source is a
     run of lift-fast or can be one. logit_scale: the factor, not its logarithm. description: as in run.json; of other
     projects' models only the text encoder and the preprocessing. make_text: a device -> the function that encodes
-    texts, called once, when a text is first encoded.
+    texts, called once, when a text is first encoded. read_conditioning: reads `conditioning`, that of the text; None
+    without one. It is read when it is first asked for: images do without its file.
     """
 
     module: nn.Module
@@ -40,6 +43,12 @@ class Parts:
     logit_scale: float
     description: dict[str, Any]
     make_text: Callable[[torch.device], EncodeText]
+    read_conditioning: Callable[[], Conditioning | None] = lambda: None
+
+    @cached_property
+    def conditioning(self) -> Conditioning | None:
+        """The conditioning of the text. Raises CacheError when its file is missing or damaged."""
+        return self.read_conditioning()
 
 
 class Model:
@@ -58,9 +67,17 @@ class Model:
         self.source = source
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._make_text = parts.make_text
+        self._parts = parts
         self._text: EncodeText | None = None
         self.to(device)
+
+    @cached_property
+    def conditioning(self) -> Conditioning | None:
+        """The conditioning of text vectors, which `encode_text` applies; None for a model without one.
+
+        Raises CacheError when its file in the model's folder is missing or damaged.
+        """
+        return self._parts.conditioning
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
         """Moves the image encoder, and the text encoder, to a device ("auto", "cpu", "cuda", "cuda:1"), and converts
@@ -122,10 +139,10 @@ class Model:
 
         Raises EncoderError when the text encoder cannot be loaded or makes no tokens of a text; DataError for a text
         that is not valid Unicode; ConfigError when no text encoder is known, or it needs trust_remote_code;
-        CacheMismatch when its dim is not the image features'.
+        CacheMismatch when its dim is not the image features'; CacheError as `conditioning`.
         """
         if self._text is None:
-            self._text = self._make_text(self.device)
+            self._text = self._parts.make_text(self.device)
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
             if halved(text):  # a command's argument in another encoding

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from .. import run_folder
+from ..cache import Conditioning
 from ..errors import ConfigError, DataError
 from ..nn import Clip, Lift, fill
 from ..nn.weights.files import may_hold_weights, run_of
@@ -37,12 +38,14 @@ def find(source: str, *, encoder: str | None = None, trust_remote_code: bool = F
         path = path.parent
     why = ""
     model: Lift | Clip | others.ImageTower
+    folder = path  # which has the conditioning of the text
     if (run_file := run_of(path)) is not None:
-        model, run = run_folder.load(run_file.parent)
+        folder = run_file.parent
+        model, run = run_folder.load(folder)
     elif exports.is_export(path):
         model, run = exports.read(path)
     elif (path / _CHECKPOINT).is_file() or (path / _STARTED).is_file():
-        model, run = _of_checkpoint(path)
+        model, run, folder = _of_checkpoint(path)
     elif may_hold_weights(path):
         model, run, why = others.read(path)
     else:
@@ -51,17 +54,19 @@ def find(source: str, *, encoder: str | None = None, trust_remote_code: bool = F
             f"({_CHECKPOINT}), an export ({exports.ABOUT}), nor another project's weights (.safetensors, .pt, .pth, "
             ".bin, .ckpt, or a folder with model.safetensors, pytorch_model.bin or open_clip_model.safetensors)"
         )
-    return _parts(model, run, why, encoder, trust_remote_code)
+    return _parts(model, run, folder, why, encoder, trust_remote_code)
 
 
 def _parts(
     model: "Lift | Clip | others.ImageTower",
     run: dict[str, Any],
+    folder: Path,
     why: str,
     encoder: str | None,
     trust_remote_code: bool,
 ) -> Parts:
-    """The parts of a model. run: as in run.json. why: why its text encoder is not known, "" if it is."""
+    """The parts of a model. run: as in run.json. folder: of the run or export. why: why its text encoder is not known,
+    "" if it is."""
     if encoder is not None:
         run = run | {"encoder": _named(encoder, run.get("encoder"))}
     size = model.visual.config.image_size
@@ -76,13 +81,19 @@ def _parts(
         if isinstance(model, Clip):
             if encoder is None:
                 return run_folder.text_encoder(model, run, device)
-            own = {"text_dim": model.visual_projection.out_features, "rotation": None}
+            own = {"text_dim": model.visual_projection.out_features, "rotation": None, "conditioning": None}
             return run_folder.frozen_encoder(run | own, device, trust_remote_code)
         if run.get("encoder") is None:
             raise ConfigError(f"the text encoder of this model is not known: {why}; name it with encoder= or --encoder")
-        return run_folder.frozen_encoder(run, device, trust_remote_code)
+        return run_folder.frozen_encoder(run, device, trust_remote_code, parts.conditioning)
 
-    return Parts(model, preprocessing, model.logit_scale.exp().item(), run, make_text)
+    folder = folder.absolute()  # it is read later
+
+    def read_conditioning() -> Conditioning | None:
+        return run_folder.conditioning_of(folder, run)
+
+    parts = Parts(model, preprocessing, model.logit_scale.exp().item(), run, make_text, read_conditioning)
+    return parts
 
 
 def _named(encoder: str, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -107,9 +118,9 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any]]:
+def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any], Path]:
     """The model of a checkpoint, or of the newest one of a run that is not finished, as that run would end with it:
-    with the averaged weights, if there are any.
+    with the averaged weights, if there are any. With it what run.json would say, and the run's folder.
 
     Raises DataError when no checkpoint is whole, it is of another run, or the run is not described; ConfigError when
     the weights do not fit that description.
@@ -140,7 +151,7 @@ def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any]]:
         fill(model, state)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ConfigError(f"{found.folder}: the checkpoint does not fit its run's {_STARTED} ({error})") from error
-    return model.eval(), run
+    return model.eval(), run, folder
 
 
 def _started(folder: Path, identity: str | None) -> dict[str, Any]:
@@ -163,6 +174,7 @@ def _started(folder: Path, identity: str | None) -> dict[str, Any]:
         prefix = "encoder "
         encoder = {name.removeprefix(prefix): value for name, value in cache.items() if name.startswith(prefix)}
         run |= {"text_dim": settings["text_dim"], "encoder": encoder}
+        run["conditioning"] = cache.get("conditioning")
         return run | {name: cache[name] for name in ("rotation", "field", "codec")}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(

@@ -1,5 +1,6 @@
 """LIFT's text side in training: reads a frozen encoder's vectors from text caches, as codes, by row number."""
 
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,12 +17,13 @@ from .skipped import reasons
 class CachedText:
     """The text caches of a Collection, one for each of its data sets, read as one by the collection's row numbers.
 
-    len(text): rows of all caches. dim: length of a vector. encoder, field, rotation: those of the caches' manifests.
+    len(text): rows of all caches. dim: length of a vector. encoder, field, rotation, conditioning: those of the caches.
     left_out: row number -> error, for the samples that the caches have no vector of. not_compared: shards whose
     captions could not be compared, because their cache has no digest of them.
 
     Raises CacheMismatch when a cache was made from other keys or captions, when the caches differ in encoder, caption
-    field, codec or rotation, or when their dim is not `text_dim`.
+    field, codec, rotation or conditioning, or when their dim is not `text_dim`; CacheError when the file of the
+    conditioning is missing or damaged.
     """
 
     def __init__(self, caches: Sequence[Cache], data: Collection, text_dim: int | None = None):
@@ -39,6 +41,9 @@ class CachedText:
                     f"{cache.folder} and {first.folder} differ in encoder, caption field, codec or rotation "
                     f"({settings[0]} and {settings[1]}); embed both with the same settings"
                 )
+            if cache.manifest.conditioning != first.manifest.conditioning:
+                raise CacheMismatch(_other_conditioning(first, cache))
+        self.conditioning = first.conditioning
         if text_dim is not None:
             first.check_dim(text_dim, "the head (--text-dim)")
         self.left_out = _left_out(self.caches, data)
@@ -64,6 +69,25 @@ class CachedText:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         return QuantizedRows.cat(parts)[torch.from_numpy(inverse)]
+
+
+def _other_conditioning(first: Cache, other: Cache) -> str:
+    """What to say of two caches whose conditioning differs, and how to make it one."""
+    kept, changed = (other, first) if first.manifest.conditioning is None else (first, other)
+    like, source = (shlex.quote(str(cache.folder)) for cache in (kept, changed))
+    if changed.manifest.conditioning is None:
+        how = f"make them alike: lift-fast cache condition {source} OUT --like {like}"
+    else:
+        how = (
+            f"condition the cache that {source} was made from: lift-fast cache condition CACHE OUT --like {like}; or "
+            f"embed again: lift-fast embed --data DATA --out OUT --condition {like}"
+        )
+    one, two = (
+        "none" if entry is None else f"power {entry['power']:g}, {cache.dim} axes"
+        for cache, entry in ((cache, cache.manifest.conditioning) for cache in (other, first))
+    )
+    found = f"{one}; {two}" if one != two else f"both {one}, fitted to other captions"
+    return f"{other.folder} and {first.folder} differ in conditioning ({found}); {how}"
 
 
 def _left_out(caches: Sequence[Cache], data: Collection) -> dict[int, BadText]:

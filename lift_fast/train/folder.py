@@ -1,6 +1,7 @@
 """The folder of a run: whether a command may begin or go on there, its lock, and its logs cut back to a checkpoint.
 
-started.json      the first file: the settings and fingerprints (identity.py) that a command must have to go on
+started.json      the first file: the settings and fingerprints (identity.py) that a command must have to go on; only
+                  conditioning.safetensors comes before it, in a run whose text is conditioned (cache/conditioning.py)
 metrics.jsonl     a line for each step, and for each evaluation
 spikes.jsonl      a line for each spike of the loss
 run.json          the last file: the run is complete (run_folder.py)
@@ -19,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+from ..cache.conditioning import CONDITIONING, Conditioning
 from ..errors import ConfigError, TrainingError
 from ..files import write_whole
 from .identity import differences, digest_of
@@ -27,7 +29,7 @@ FORMAT = 1  # of started.json
 STARTED, METRICS, SPIKES, COMPLETE, LOCK = "started.json", "metrics.jsonl", "spikes.jsonl", "run.json", ".lock"
 _SHOWN = 3  # differences in a message
 # What a run that ended before it had begun may leave.
-_BEFORE_START = {LOCK, f"{STARTED}.part"}
+_BEFORE_START = {LOCK, f"{STARTED}.part", CONDITIONING, f"{CONDITIONING}.part"}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of file systems without them
 _TRIES = 100
 
@@ -84,15 +86,20 @@ def open_folder(out: Path, settings: dict[str, Any], resume: bool) -> State:
     return "complete" if (out / COMPLETE).exists() else "begun"
 
 
-def start(out: Path, settings: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Writes started.json, atomically, and returns its content; no other file of the run may be written before it.
+def start(
+    out: Path, settings: dict[str, Any], about: dict[str, Any], conditioning: Conditioning | None = None
+) -> dict[str, Any]:
+    """Writes started.json, atomically, and returns its content; no other file of the run may be written before it but
+    conditioning.safetensors, so that a run that has begun has it.
 
-    about: for people to read. Raises TrainingError when it cannot be written.
+    about: for people to read. conditioning: of the run's text. Raises TrainingError when a file cannot be written.
     """
     entries = json.loads(json.dumps({"format": FORMAT, **settings, "about": about}, default=str))
     entries["checksum"] = digest_of(entries)
+    files = {} if conditioning is None else {out / CONDITIONING: conditioning.to_bytes()}
+    files[out / STARTED] = (json.dumps(entries, indent=1) + "\n").encode()
     with writing(out):
-        write_whole({out / STARTED: (json.dumps(entries, indent=1) + "\n").encode()})
+        write_whole(files)
     return entries
 
 

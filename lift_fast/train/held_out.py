@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import run_folder
+from ..cache import Conditioning
 from ..data.open import open_data
 from ..errors import ConfigError
 from ..eval.images import ImageFeatures, Images, image_features
@@ -30,15 +31,22 @@ class HeldOut:
     encoder encodes the captions once, now, and is dropped; CLIP's text tower encodes them in each evaluation.
 
     run: of run.json, what run_folder needs, and "field" and "read" where they are not the default. device: of the
-    model. rank: this process; the constructor and `scores` are collectives. notices: on rank 0, what to say of the sets
-    before the first step.
+    model. rank: this process; the constructor and `scores` are collectives. conditioning: of the run's text. notices:
+    on rank 0, what to say of the sets before the first step.
 
     Raises DataError and ConfigError for a set that cannot be read, and for an encoder that runs code from its
     repository, which is not permitted while training; what run_folder.text_encoder raises; each also when it is
     raised on another rank.
     """
 
-    def __init__(self, config: TrainConfig, run: dict[str, Any], device: torch.device, rank: Rank):
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: dict[str, Any],
+        device: torch.device,
+        rank: Rank,
+        conditioning: Conditioning | None = None,
+    ):
         self.run, self.device, self.rank = run, device, rank
         options = options_of(run, config.options)
         size = preset(run["preset"]).vit.image_size
@@ -63,7 +71,7 @@ class HeldOut:
         def load() -> EncodeText:
             with torch.device("meta"):
                 model = run_folder.build(run)  # without weights: only its kind matters
-            return run_folder.text_encoder(model, run, device)
+            return run_folder.text_encoder(model, run, device, conditioning=conditioning)
 
         def check() -> None:
             for images in self.images.values():

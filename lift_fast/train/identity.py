@@ -111,7 +111,9 @@ def _of_data(samples: Samples, captions: str | None) -> dict[str, Any]:
 
 def _of_cache(cache: Cache) -> dict[str, Any]:
     manifest = cache.manifest
-    return {
+    # Runs that began before there was conditioning have no such key.
+    conditioned = {} if manifest.conditioning is None else {"conditioning": manifest.conditioning}
+    return conditioned | {
         **{f"encoder {name}": value for name, value in manifest.encoder.items()},
         **{name: getattr(manifest, name) for name in ("field", "codec", "rotation", "dim", "read", "rows")},
         "shards": digest_of([shard.sha256 for shard in manifest.shards]),
@@ -135,14 +137,27 @@ def _other_data(were: dict[str, Any], are: dict[str, Any]) -> list[str]:
             found.append(f"another data set{_place(number, old)}: {reason}")
     for number, (then, now) in enumerate(zip(were["caches"], are["caches"], strict=True), 1):
         if then != now:
-            reasons = [*_changed(then, now, str, {"shards"}), "other keys or vectors"]
-            found.append(f"another cache{_place(number, old)}: {reasons[0]}")
+            found.append(f"another cache{_place(number, old)}: {_other_cache(then, now)}")
     if not found and were["left_out"] != are["left_out"]:
         counts = [one["left_out"]["samples"] for one in (were, are)]
         found.append(
             f"{counts[0]} samples left out for their text, now {counts[1]}{' others' * (counts[0] == counts[1])}"
         )
     return found
+
+
+def _other_cache(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first difference between two caches."""
+    found = _changed(_in_words(then), _in_words(now), str, {"shards"})
+    if then.get("conditioning") != now.get("conditioning"):
+        found.append("a conditioning that was fitted to other captions")
+    return [*found, "other keys or vectors"][0]
+
+
+def _in_words(cache: dict[str, Any]) -> dict[str, Any]:
+    """A cache whose conditioning is named by its power: the rest of the entry tells a reader nothing."""
+    entry = cache.get("conditioning")
+    return cache if entry is None else cache | {"conditioning": f"power {entry['power']:g}"}
 
 
 def _other_samples(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -80,6 +80,8 @@ def _from_run(model: Lift | Clip, folder: Path) -> str:
     if sizes[0] == sizes[1]:
         model.load_state_dict(theirs)
         text = f", for the text of {run['encoder']['name']}" if isinstance(model, Lift) else ""
+        if conditioning := run.get("conditioning"):
+            text += f", conditioned with power {conditioning['power']:g}"
         return f"Weights: all of the {name} run {folder}{text}"
     model.visual.load_state_dict(source.visual.state_dict())
     why = "the rest has other sizes" if type(source) is type(model) else "the rest is of another kind of model"

@@ -97,7 +97,7 @@ class Run:
             stack.enter_context(folder.locked(out))
             about = {"config": training.description["config"], "versions": versions()}
             about["vit"] = training.description.get("vit", {})  # for inference while it trains
-            self.identity = folder.start(out, training.settings, about)["checksum"]
+            self.identity = folder.start(out, training.settings, about, training.conditioning)["checksum"]
         history = folder.rewind(out, training.step)
         for warning in history.warnings:
             self.warn(warning)
@@ -192,7 +192,7 @@ class Run:
         description = self.training.description | {"field": self.training.text.field, "step": step}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            run_folder.save(out, model, description)
+            run_folder.save(out, model, description, self.training.conditioning)
         except (OSError, TrainingError) as error:
             self.warn(f"cannot write the weights of step {step} ({error}); the run goes on without them")
 
@@ -206,7 +206,7 @@ class Run:
         training = self.training
         run = summarise(training, self.recorder, self.seconds, gathered(training))
         with final_weights(training) as model:
-            together(lambda: run_folder.save(self.config.out, model, run), only_first=True)
+            together(lambda: run_folder.save(self.config.out, model, run, training.conditioning), only_first=True)
         return run
 
 

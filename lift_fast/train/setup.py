@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import run_folder
-from ..cache import Cache
+from ..cache import Cache, Conditioning
 from ..data import dali
 from ..data.host import HostPipeline
 from ..data.loading import Batch, Loading, Pipeline
@@ -76,6 +76,11 @@ class Training:
     def step(self) -> int:
         """Number of steps that were done when training was set up."""
         return self.found.step if self.found else 0
+
+    @property
+    def conditioning(self) -> Conditioning | None:
+        """The conditioning of the text, None without one."""
+        return _conditioning_of(self.text)
 
     def next_batch(self) -> tuple[Tensor, Text, Tensor]:
         """The next batch of this rank, being copied to the device: pixels, and the text of the same samples, shapes as
@@ -178,7 +183,7 @@ def setup(
         pipeline.skipped.load_state_dict(found.state["skipped"])
     held_out = None
     if config.eval_data:
-        held_out = HeldOut(config, description | {"field": text.field}, device, rank)
+        held_out = HeldOut(config, description | {"field": text.field}, device, rank, _conditioning_of(text))
         said += held_out.notices
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -242,7 +247,7 @@ def open_run(config: TrainConfig, rank: Rank, device: torch.device) -> Opened:
     if config.init_from is not None:
         description["vit"] = conventions(config.init_from, preset(config.preset).vit)
     model = run_folder.build(description).to(device)
-    check_disk(config, model)
+    check_disk(config, model, _conditioning_of(text))
     model.set_checkpointing(config.checkpointing)
     model.set_fp8(config.fp8)
     return Opened(caches, data, text, description, model)
@@ -293,10 +298,12 @@ def read_as_embedded(options: DataOptions, cache: Cache) -> DataOptions:
     return replace(options.merged(cache.manifest.read), skip_bad=True)
 
 
-def check_disk(config: TrainConfig, model: nn.Module) -> None:
-    """Raises TrainingError when the disk of config.out has no space for the weights and the logs."""
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    needed, free = weights + _LOGGED * config.steps, free_bytes(config.out)
+def check_disk(config: TrainConfig, model: nn.Module, conditioning: Conditioning | None) -> None:
+    """Raises TrainingError when the disk of config.out has no space for the weights, the text's conditioning and the
+    logs."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    needed += len(conditioning.to_bytes()) if conditioning else 0
+    needed, free = needed + _LOGGED * config.steps, free_bytes(config.out)
     if needed > free:
         raise TrainingError(
             f"the run needs {needed / 1e6:.1f} MB in {config.out} and its disk has {free / 1e6:.1f} MB free; free some "
@@ -319,9 +326,17 @@ def describe(config: TrainConfig, text: CachedText | TokenizedText) -> dict[str,
     description = {"model": config.model, "preset": config.preset, "config": asdict(config)}
     if isinstance(text, TokenizedText):
         return description | {"context": config.context}
-    rotation = text.rotation.as_dict() if text.rotation else None
-    codec = text.caches[0].manifest.codec
-    return description | {"text_dim": text.dim, "encoder": text.encoder, "rotation": rotation, "codec": codec}
+    return description | {
+        "text_dim": text.dim,
+        "encoder": text.encoder,
+        "conditioning": text.conditioning.as_dict() if text.conditioning else None,
+        "rotation": text.rotation.as_dict() if text.rotation else None,
+        "codec": text.caches[0].manifest.codec,
+    }
+
+
+def _conditioning_of(text: CachedText | TokenizedText) -> Conditioning | None:
+    return text.conditioning if isinstance(text, CachedText) else None
 
 
 def make_pipeline(config: TrainConfig, data: Collection, image_size: int, device: torch.device, rank: Rank) -> Pipeline:

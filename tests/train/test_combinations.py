@@ -95,7 +95,7 @@ def small(monkeypatch):
     monkeypatch.setitem(PRESETS, "small", SMALL)
     text_encoder = run_folder.text_encoder
 
-    def encoder(model, run, device):
+    def encoder(model, run, device, conditioning=None):
         return TinyEncoder(mixed=False).encode if run["model"] == "lift" else text_encoder(model, run, device)
 
     monkeypatch.setattr(run_folder, "text_encoder", encoder)

@@ -76,7 +76,7 @@ def opened(root, name, *sets, rank=None, **changes):
 _text_encoder = run_folder.text_encoder
 
 
-def quick_encoder(model, run, device, trust_remote_code=False):
+def quick_encoder(model, run, device, trust_remote_code=False, conditioning=None):
     """run_folder.text_encoder with an encoder that takes no time."""
     if run["model"] == "clip":
         return _text_encoder(model, run, device)
@@ -108,7 +108,7 @@ def test_lift_s_encoder_encodes_once(root, monkeypatch):
     asked = []
     vectors = torch.nn.functional.normalize(torch.randn(400, 384), dim=1)
 
-    def text_encoder(model, run, device):
+    def text_encoder(model, run, device, conditioning):
         assert all(parameter.is_meta for parameter in model.parameters())
         return lambda captions: asked.append(list(captions)) or vectors[: len(captions)]
 
