@@ -17,9 +17,11 @@ import lift_fast
 from lift_fast import run_folder
 from lift_fast.cache import Cache, Conditioning, Rotation
 from lift_fast.cache.conditioning import CONDITIONING
+from lift_fast.cli.main import main
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, DataError
 from lift_fast.inference.sources import find
 from lift_fast.nn import PRESETS
+from lift_fast.text.encoder import Encoder
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
 
@@ -182,6 +184,27 @@ def test_a_started_json_of_before_has_no_entry(root, tmp_path):
     model = opened(folder)
     assert model.conditioning is None and model.description["conditioning"] is None
     assert (model.encode_text(CAPTIONS) - Cache(root / "plain").widen(torch.arange(len(CAPTIONS)))).abs().max() == 0
+
+
+def test_from_captions_to_use_with_a_real_encoder(tmp_path, monkeypatch, capfd):
+    """The commands one after the other; without the caches, a text is encoded as the cache has it, and found."""
+    monkeypatch.setattr(run_folder, "Encoder", Encoder)
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "data", 70, per_shard=30)
+    main([*"embed --data data --out cache --codec f32 --condition 0.5 --condition-dim 16".split()])
+    settings = "--preset tiny --steps 4 --batch-size 16 --warmup 1 --precision fp32 --eval-every 4"
+    main([*f"train --model lift --data data --cache cache --out run --eval-data data {settings}".split()])
+    rows = Cache("cache").widen(torch.arange(70))
+    shutil.rmtree("cache")
+    model = opened("run")
+    found = model.encode_text([f"caption {i}" for i in range(70)])
+    assert model.conditioning.source_dim == 384 and found.shape == (70, 16)
+    assert (found - rows).abs().max() < 2e-6
+    main([*"eval --run run --data data --json eval.json".split()])
+    scores = json.loads(Path("eval.json").read_text())["retrieval"]["data"]
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["evaluation"]["data"]
+    assert (scores["t2i"]["r1"], scores["i2t"]["r1"]) == (last["t2i_r1"], last["i2t_r1"])
+    assert "data: R@1/5/10" in capfd.readouterr().out
 
 
 def test_a_folder_that_has_the_file_alone_is_no_model(root, tmp_path):
