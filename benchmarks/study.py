@@ -3,8 +3,8 @@
 Each run trains the demo's LIFT (ViT tiny, batch 128) on drawings and scenes with one conditioning of the text, and is
 scored on samples held out of both sets. Their even samples are for choosing (`choose`), their odd ones for reporting
 (`report`). runs() lists them, most important first; FILE keeps one line of JSON for each, and runs that it has are not
-repeated, so that the command goes on where it was stopped. --worker K/N runs every N-th of them. A line with machine
-and versions stands before the lines of each process.
+repeated, so that the command goes on where it was stopped. Several processes may share FOLDER and FILE: each takes the
+first run that is left. A line with machine and versions stands before the lines of each process.
 
 docs/conditioning.md shows the results; benchmarks/study_tables.py formats them.
 """
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from lift_fast.cache import Cache, Conditioning
 from lift_fast.cache.conditioning import Dim, fit
+from lift_fast.cache.manifest import digest_of
 from lift_fast.cache.tools import condition, convert, statistics_of
 from lift_fast.cli.data import DataOpenMoji, DataScenes
 from lift_fast.data.open import open_data
@@ -130,21 +132,31 @@ class Study:
         self.captions: dict[str, Captions] = {}
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Within it other workers wait that would make the same."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def claim(self, what: str) -> Iterator[bool]:
+        """Yields whether no other process has claimed the same until this `with` block ends."""
+        (self.work / "claims").mkdir(parents=True, exist_ok=True)
+        with open(self.work / "claims" / digest_of([what]), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
-    def prepare(self, encoder: str) -> None:
-        """Makes what the runs with one encoder share, where it is missing."""
-        with self._alone():
-            if not (self.work / "data").exists():
-                DataOpenMoji(self.work / "making" / "openmoji", heldout=HELD_OUT)()
-                DataScenes(self.work / "making" / "scenes", heldout=HELD_OUT)()
-                (self.work / "making").rename(self.work / "data")
-            self._encode(encoder)
+    def prepare(self, encoder: str) -> bool:
+        """Makes what the runs with one encoder share, where it is missing. False if another process is making it."""
+        for what, make in (("data", self._make_data), (encoder, lambda: self._encode(encoder))):
+            with self.claim(what) as free:
+                if not free:
+                    return False
+                make()
+        return True
+
+    def _make_data(self) -> None:
+        if not (self.work / "data").exists():
+            DataOpenMoji(self.work / "making" / "openmoji", heldout=HELD_OUT)()
+            DataScenes(self.work / "making" / "scenes", heldout=HELD_OUT)()
+            (self.work / "making").rename(self.work / "data")
 
     def _encode(self, name: str) -> None:
         """The vectors of an encoder, in float32: caches of the training captions, and all texts that are held out."""
@@ -192,9 +204,8 @@ class Study:
                 found[part][data] = ways | {"composition": scores["composition"]}
         return found
 
-    def run(self, run: Run, worker: int) -> dict[str, Any]:
-        """Trains and scores one run."""
-        self.prepare(run.encoder)
+    def run(self, run: Run) -> dict[str, Any]:
+        """Trains and scores one run. `prepare` has been called for its encoder."""
         plain = {data: Cache(self.text(run) / data) for data in SETS}
         conditioning = None
         if run.power is not None:
@@ -203,7 +214,7 @@ class Study:
                 dim = int(run.dim * plain["scenes"].dim)
             statistics = [statistics_of(cache, ALL_ROWS, progress=False) for cache in plain.values()]
             conditioning = fit(statistics, power=run.power, dim=dim)
-        folder = self.work / f"worker-{worker}"
+        folder = self.work / f"run-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
         for data, cache in plain.items():
             if conditioning is None:
@@ -276,20 +287,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, caches and runs")
     parser.add_argument("--out", type=Path, required=True, help="results, one line of JSON for each run")
-    parser.add_argument("--worker", default="0/1", help="K/N: every N-th run, from the K-th")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="no more than the first so many runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    number, workers = map(int, arguments.worker.split("/"))
-    study = Study(arguments.work)
-    append(arguments.out, {"machine": machine(), "versions": versions(), "threads": arguments.threads})
-    for run in runs()[: arguments.only][number::workers]:
-        if any(result["run"] == asdict(run) for result in results(arguments.out)):
-            continue
-        result = study.run(run, number)
-        append(arguments.out, result)
-        print(run, {data: scores["i2t"] for data, scores in result["scores"]["report"].items()}, flush=True)
+    study, out = Study(arguments.work), arguments.out
+    append(out, {"machine": machine(), "versions": versions(), "threads": arguments.threads})
+    while left := [run for run in runs()[: arguments.only] if run not in done(out)]:
+        if not any(attempt(study, run, out) for run in left):
+            time.sleep(5)  # other processes are at all that is left
+
+
+def attempt(study: Study, run: Run, out: Path) -> bool:
+    """Makes one run and appends its result to `out`. False if another process is at it."""
+    if not study.prepare(run.encoder):
+        return False
+    with study.claim(str(run)) as free:
+        if not free or run in done(out):
+            return False
+        result = study.run(run)
+        append(out, result)
+    print(run, {data: scores["i2t"] for data, scores in result["scores"]["report"].items()}, flush=True)
+    return True
+
+
+def done(file: Path) -> set[Run]:
+    """The runs whose results are in a file."""
+    return {Run(**result["run"]) for result in results(file)}
 
 
 def append(file: Path, line: dict[str, Any]) -> None:

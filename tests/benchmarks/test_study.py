@@ -41,7 +41,8 @@ def small(tmp_path_factory):
     {"power": None, "scale": 5.0, "limit": 6.0},
 ])  # fmt: skip
 def test_a_run(small, change):
-    found = json.loads(json.dumps(small.run(Run("MiniLM", steps=2, **change), 0)))
+    assert small.prepare("MiniLM")
+    found = json.loads(json.dumps(small.run(Run("MiniLM", steps=2, **change))))
     assert found["dim"] == (96 if "dim" in change else 384)
     assert found["logit_scale"] == pytest.approx(change.get("scale", 1 / 0.07), rel=0.01)
     for part in ("choose", "report"):
@@ -49,6 +50,17 @@ def test_a_run(small, change):
             scores = found["scores"][part][data]
             assert 0 <= scores["i2t"] <= 1 and 0 <= scores["composition"]["mean"] <= 1
     assert found["scores"]["choose"] != found["scores"]["report"]  # other samples
+
+
+def test_a_run_is_made_once(small, tmp_path, monkeypatch):
+    """Not again when its result is there, and not while another process is at it or at its encoder."""
+    run, out, made = Run("MiniLM", None), tmp_path / "out.jsonl", []
+    monkeypatch.setattr(Study, "run", lambda self, run: made.append(run) or line(run, 1.0, 0.5))
+    for busy in ("data", "MiniLM", str(run)):
+        with small.claim(busy) as free:
+            assert free and not study.attempt(small, run, out)
+    assert study.attempt(small, run, out) and not study.attempt(small, run, out)
+    assert made == [run] and study.done(out) == {run}
 
 
 def line(run, loss, r1):
