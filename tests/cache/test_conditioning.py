@@ -1,12 +1,14 @@
 """Conditioning: the formula, the statistics and the fit, the file, and caches of conditioned vectors."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -535,8 +537,8 @@ def hostile_files(c):
     settings = {"power": c.power, "about": {}}
 
     def file(tensors=None, metadata=None, **changed):
-        told = {"conditioning": json.dumps(settings | changed)} if metadata is None else metadata
-        return save({k: t.contiguous() for k, t in (good | (tensors or {})).items() if t is not None}, told or None)
+        text = {"conditioning": json.dumps(settings | changed)} if metadata is None else metadata
+        return save({k: t.contiguous() for k, t in (good | (tensors or {})).items() if t is not None}, text or None)
 
     n = c.source_dim
     bad_number = c.mean.clone()
@@ -715,9 +717,33 @@ def test_a_query_is_conditioned_before_it_is_rotated(rng, tmp_path, codec):
     assert torch.allclose(cache.widen(rows) @ expected.T, cache.vectors(rows) @ c.apply(query).T, atol=1e-5)
 
 
+@pytest.mark.parametrize("codec", ["f32", "int8r"])
+@pytest.mark.parametrize("power", [0, 0.5])
+def test_the_example_of_docs_cache_md(rng, tmp_path, codec, power):
+    names = {}
+    page = (Path(__file__).parents[2] / "docs" / "cache.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(block, names)
+    c = some(rng, 13, 6, power)
+    deviations = c.deviations.clone()
+    deviations[4:] = 0
+    c = replace(c, deviations=deviations)
+    cache = conditioned(tmp_path / "c", c, codec=codec)
+    x = vectors_of(5, 13, seed=1)
+    query = names["condition"](x.numpy(), tmp_path / "c")
+    assert query.dtype == np.float32
+    assert_conditioned(c, x, torch.from_numpy(query))
+    if codec == "int8r":
+        query = names["rotate"](query, cache.manifest.rotation["seed"])
+    assert np.allclose(query, cache.transform(x).numpy(), rtol=0, atol=1e-5)
+    expected = cache.vectors(torch.arange(5, 12)) @ c.apply(x).T
+    assert np.allclose(names["read"](tmp_path / "c", 2)[1] @ query.T, expected.numpy(), rtol=0, atol=1e-5)
+
+
 def test_the_identity_depends_on_the_conditioning(rng, tmp_path):
     c = some(rng, 4, 4)
-    plain = Cache(write(tmp_path / "plain", [3], 4) is not None and tmp_path / "plain").manifest
+    write(tmp_path / "plain", [3], 4)
+    plain = Cache(tmp_path / "plain").manifest
     settings = [3, 4, "int8", None, "txt", ENCODER]
     assert plain.format == 3 and "conditioning" not in json.loads(plain.to_json())
     assert plain.identity == blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
