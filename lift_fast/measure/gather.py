@@ -64,6 +64,7 @@ _FROM_RUN = (
     "field",
     "captions",
     "encoder",
+    "conditioning",
     "step_ms_spread",
 )
 
