@@ -143,9 +143,8 @@ class Cache:
         """Takes the encoder's vectors x [..., source dim] into the space of the codes, [..., dim], in which a head that
         was trained on this cache answers: conditions them if the cache is conditioned, and rotates them for codecs with
         a rotation. Raises CacheError as `conditioning`."""
-        if self.conditioning is not None:
-            x = self.conditioning.apply(x).to(x.dtype)
-        return x if self.rotation is None else self.rotation.apply(x).to(x.dtype)
+        wide = x if self.conditioning is None else self.conditioning.apply(x)
+        return (wide if self.rotation is None else self.rotation.apply(wide)).to(x.dtype)
 
     @property
     def rotation(self) -> Rotation | None:

@@ -713,6 +713,8 @@ def test_a_query_is_conditioned_before_it_is_rotated(rng, tmp_path, codec):
     query = vectors_of(4, 9, seed=1)
     expected = rotation_for(codec, 6).apply(c.apply(query))
     assert torch.equal(cache.transform(query), expected)
+    half = query.bfloat16()
+    assert torch.equal(cache.transform(half), rotation_for(codec, 6).apply(c.apply(half)).bfloat16())
     rows = torch.arange(15)
     assert torch.allclose(cache.widen(rows) @ expected.T, cache.vectors(rows) @ c.apply(query).T, atol=1e-5)
 
