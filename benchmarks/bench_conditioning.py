@@ -92,32 +92,24 @@ def condition(suite: Suite) -> None:
     rows = QUICK_ROWS if suite.quick else ROWS
     with tempfile.TemporaryDirectory(prefix="bench-conditioning-") as folder:
         source = source_cache(Path(folder) / "source", rows)
-        case = {"rows": rows, "source_dim": SOURCE_DIM, "threads": torch.get_num_threads()}
+        case: dict[str, Any] = {"rows": rows, "source_dim": SOURCE_DIM, "threads": torch.get_num_threads()}
         with Memory() as memory:
             began = time.perf_counter()
             statistics = tools.statistics_of(source, FITTED, progress=False)
-            gathered = time.perf_counter() - began
-            fitted = {dim: _fit(statistics, dim) for dim in DIMS}
-        suite.add({**case, "what": f"statistics of {statistics.rows} rows, s", "value": gathered})
-        for dim, (seconds, _) in fitted.items():
-            suite.add({**case, "what": f"fit to {dim} dims, s", "value": seconds})
+            case["statistics_s"] = time.perf_counter() - began
+            fitted = []
+            for dim in DIMS:
+                began = time.perf_counter()
+                conditioning = fit([statistics], power=0.5, dim=dim)
+                fitted.append((conditioning, time.perf_counter() - began))
         suite.bar("fit: peak memory without mapped files, MiB", memory.anonymous / 2**20, MOST_MEMORY, at_most=True)
         del statistics
-        for seconds, conditioning in fitted.values():
+        for conditioning, seconds in fitted:
             drop(sorted(source.folder.iterdir()))
-            _condition(suite, Cache(source.folder), Path(folder) / "out", conditioning, gathered + seconds, case)
+            _condition(suite, Cache(source.folder), Path(folder) / "out", conditioning, {**case, "fit_s": seconds})
 
 
-def _fit(statistics: tools.Statistics, dim: int) -> tuple[float, Conditioning]:
-    """Seconds, and the conditioning."""
-    began = time.perf_counter()
-    found = fit([statistics], power=0.5, dim=dim)
-    return time.perf_counter() - began, found
-
-
-def _condition(
-    suite: Suite, source: Cache, out: Path, conditioning: Conditioning, fitted_s: float, case: dict[str, Any]
-) -> None:
+def _condition(suite: Suite, source: Cache, out: Path, conditioning: Conditioning, case: dict[str, Any]) -> None:
     dim, rows = conditioning.dim, len(source)
     x, weight, y = torch.randn(BLOCK, SOURCE_DIM), torch.randn(dim, SOURCE_DIM), torch.empty(BLOCK, dim)
     products: list[float] = []
@@ -153,7 +145,7 @@ def _condition(
             "rows_per_s": rows / seconds,
             "gemm_s": gemm,
             "of_gemm": gemm / seconds,
-            "with_fit_s": seconds + fitted_s,
+            "in_all_s": case["statistics_s"] + case["fit_s"] + seconds,
             **memory.columns(),
             "bytes a row": sum(path.stat().st_size for path in out.glob("text-*")) / made["rows"],
         }

@@ -28,6 +28,7 @@ COMMANDS = {
     "data": "python -m benchmarks data --quick --json FILE",
     "cache": "python -m benchmarks cache --quick --json FILE",
     "dequant": "python -m benchmarks dequant --quick --json FILE",
+    "conditioning": "python -m benchmarks conditioning --quick --json FILE",
     "compare": "python -m benchmarks compare --quick --json FILE",
     "search": "python -m benchmarks search --json FILE",
     "demo": "python -m benchmarks demo --json FILE",
@@ -464,6 +465,30 @@ def dequant() -> str:
 # ---- LIFT against CLIP
 
 
+def conditioned_cost() -> str:
+    """The time and memory of conditioning a cache; head and loss, and the bytes of a row, against the text's dims."""
+    every = result("bench-conditioning")["rows"]
+    made, steps = ([row for row in every if column in row] for column in ("condition_s", "median_ms"))
+    lines = {
+        "conditioning": lambda row: f"{row['condition_s']:,.0f} s, {row['rows_per_s']:,.0f} rows/s",
+        "its rate over that of the matrix product alone": lambda row: f"{100 * row['of_gemm']:.0f} %",
+        "before it: statistics, axes": lambda row: f"{row['statistics_s']:,.0f} s, {row['fit_s']:,.0f} s",
+        "most memory, without mapped files": lambda row: f"{row['without_mapped_files_mib']:,.0f} MiB",
+        "most memory, with them": lambda row: f"{row['peak_mib']:,.0f} MiB",
+    }
+    head = [f"{made[0]['rows']:,} int8 rows of {made[0]['source_dim']:,} to", *(f"{row['dim']:,} dims" for row in made)]
+    costs = table(head, [[name, *map(cell, made)] for name, cell in lines.items()])
+    rows = []
+    for row in steps:
+        if row["dtype"] == "fp32":
+            both = row, next(other for other in steps if (other["dim"], other["dtype"]) == (row["dim"], "bf16"))
+            times = [f"{ms(found['median_ms'])} ± {ms(found['spread_ms'])}" for found in both]
+            tower = {768: "ViT-B/16", 192: "ViT tiny"}[row["width"]]
+            rows.append([f"{tower}, {row['dim']:,}", *times, f"{row['bytes a row']:,}"])
+    saved = table([f"batch of {steps[0]['rows']:,}: tower, dims", "fp32, ms", "bf16, ms", "bytes a cached row"], rows)
+    return f"{costs}\n\nForward and backward of LIFT's head and loss, with the interquartile range:\n\n{saved}"
+
+
 def compare() -> str:
     """Counted FLOPs and memory of ViT-B/16."""
     rows = []
@@ -600,6 +625,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "gather": gather,
     "cache-scale": cache_scale,
     "dequant": dequant,
+    "conditioned-cost": conditioned_cost,
     "compare": compare,
     "demo": demo,
     "search": search,

@@ -18,10 +18,10 @@ def tiny(monkeypatch):
 def test_condition(tiny):
     suite = Suite("conditioning", quick=True)
     bench_conditioning.PARTS["condition"](suite)
-    whole = [row for row in suite.rows if "dim" in row]
-    assert len(suite.rows) == 5 and [row["dim"] for row in whole] == [64, 16]
-    for row in whole:
-        assert row["condition_s"] > 0 and 0 < row["of_gemm"] and row["with_fit_s"] > row["condition_s"]
+    assert [row["dim"] for row in suite.rows] == [64, 16]
+    for row in suite.rows:
+        parts = [row[name] for name in ("statistics_s", "fit_s", "condition_s")]
+        assert min(parts) > 0 and row["in_all_s"] == pytest.approx(sum(parts)) and row["of_gemm"] > 0
         assert row["peak_mib"] > row["without_mapped_files_mib"] > 10
         assert row["dim"] + 12 <= row["bytes a row"] < row["dim"] + 40
     assert len(suite.bars) == 5 and all(bar["value"] > 0 for bar in suite.bars)
