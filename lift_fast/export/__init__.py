@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..cache.conditioning import CONDITIONING
 from ..errors import ConfigError
 from ..inference import Model
 from ..nn import Clip, Lift
+from . import conditioned
 from .card import is_found, model_card
 from .classes import write_classes
 from .description import described
@@ -50,7 +52,8 @@ def export(
     templates: Sequence[str] = ("a photo of a {}.",),
     licence: str | None = None,
 ) -> list[str]:
-    """Writes a model into the folder `out`, which then also holds lift_fast.json and a model card, README.md.
+    """Writes a model into the folder `out`, which then also holds lift_fast.json, a model card, README.md, and, where
+    its text vectors are conditioned, conditioning.safetensors.
 
     to: a key of TARGETS. names, templates: classes, as of `Model.zero_shot`, whose features become classes.npz, so that
     images can be classified without a text encoder. licence: of the weights, for the card, as the Hugging Face hub
@@ -60,7 +63,7 @@ def export(
 
     Raises ConfigError for an unknown target, a folder that holds something, a model that is not lift-fast's, and a
     target that cannot hold this model, and when a file cannot be written; BackendError when a package that writes the
-    target is not installed; what `Model.zero_shot` raises. `out` is then as it was.
+    target is not installed; what `Model.conditioning` and `Model.zero_shot` raise. `out` is then as it was.
     """
     if to not in TARGETS:
         raise ConfigError(f"no target {to!r}; choose one of {', '.join(TARGETS)}")
@@ -72,7 +75,7 @@ def export(
             f"{model.source} is a model of another project that lift-fast only encodes with; export a run of lift-fast"
         )
     target = import_module(f".{TARGETS[to]}", __name__)
-    run = described(model)
+    run, conditioning = described(model), model.conditioning
     # In an empty folder that exists, which stays where it is: it may be mounted, or a shell's working folder.
     part = (out if out.exists() else out.parent) / f"{out.name}.{os.getpid()}.part"
     try:
@@ -86,6 +89,9 @@ def export(
         model.module = copy.deepcopy(model.module)
         model.to("cpu", torch.float32)
         remarks = target.write(model, part)
+        if conditioning is not None:
+            (part / CONDITIONING).write_bytes(conditioning.to_bytes())
+            remarks.append(conditioned.REMARK)
         if run.get("encoder") and not is_found(model, run):
             name = run["encoder"]["name"]
             remarks.append(f"the text encoder is recorded as {name}, without its path: load takes it with encoder=")

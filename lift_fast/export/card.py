@@ -8,6 +8,7 @@ from .. import __version__
 from ..inference import Model
 from ..inference.exports import ONE_WAY
 from ..nn import Clip, Lift
+from . import conditioned
 from .description import bad_scores
 
 # Target -> the hub's name of the library that loads it, and of the task.
@@ -38,7 +39,7 @@ def model_card(
         "Use": _use(to, use, is_lift and not is_found(model, run)),
         "About this folder": _items(remarks),
         "Image encoder": _image_encoder(model),
-        "Text encoder": _text_encoder(model, run),
+        "Text encoder": _text_encoder(model, run, to),
         "Data": _data(run, config),
         "Training": _training(run, config),
         "Measured cost": _cost(run, machine),
@@ -119,7 +120,7 @@ def _image_encoder(model: Model) -> str:
     )
 
 
-def _text_encoder(model: Model, run: Mapping[str, Any]) -> str:
+def _text_encoder(model: Model, run: Mapping[str, Any], to: str) -> str:
     module = model.module
     if isinstance(module, Clip):
         text = module.text.config
@@ -129,10 +130,11 @@ def _text_encoder(model: Model, run: Mapping[str, Any]) -> str:
         )
     spec = run.get("encoder")
     if not spec:
-        return "Not recorded. Texts must be encoded by the encoder whose vectors the model was trained against."
+        said = "Not recorded. Texts must be encoded by the encoder whose vectors the model was trained against."
+        return said + _conditioning(model, to)
     codec, rotation = run.get("codec"), run.get("rotation")
     version = model.description.get("versions", {}).get(spec["name"])  # of a built-in encoder, a Python package
-    return "Frozen; it is not part of the weights, and every text must be encoded with these settings.\n\n" + _table(
+    settings = _table(
         {
             "name": _code(spec["name"]),
             "revision": _code(spec.get("revision") or version or "not recorded"),
@@ -144,8 +146,23 @@ def _text_encoder(model: Model, run: Mapping[str, Any]) -> str:
             "dtype": spec.get("dtype"),
             "code from its repository": "needed" if spec.get("trust_remote_code") else None,
             "cached vectors": codec or "codec not recorded",
+            "conditioning of the vectors": None if model.conditioning else "none",
             "rotation of the vectors": json.dumps(rotation) if rotation else "none",
         }
+    )
+    said = "Frozen; it is not part of the weights, and every text must be encoded with these settings."
+    return f"{said}\n\n{settings}{_conditioning(model, to)}"
+
+
+def _conditioning(model: Model, to: str) -> str:
+    """How to condition the text encoder's vectors, and what that changes; "" where they are not conditioned."""
+    if model.conditioning is None:
+        return ""
+    rotated = model.description.get("rotation") and to != "sentence-transformers"  # where it is undone
+    turned = ", and then rotated" if rotated else ""
+    return (
+        f"\n\nEvery vector of a text must be conditioned{turned}. lift-fast does it; with numpy:\n\n"
+        f"```python\n{conditioned.CODE}```\n\n{_table(conditioned.rows(model.conditioning))}"
     )
 
 

@@ -9,7 +9,7 @@ from ..errors import DataError
 from ..inference import Model
 from ..nn import Clip, Lift
 
-_BUILD = ("model", "preset", "text_dim", "encoder", "rotation", "codec", "context", "field")
+_BUILD = ("model", "preset", "text_dim", "encoder", "conditioning", "rotation", "codec", "context", "field")
 _RECORD = (
     "captions samples_seen params seconds step_ms step_ms_spread images_per_s precision ranks device skipped_steps "
     "skipped_pictures skipped_causes"

@@ -33,10 +33,13 @@ class Text:
 def encoder_of(model: Model) -> EncoderSpec | None:
     """The encoder of a run of LIFT, if open_clip computes it: BERT or its kin with mean or cls pooling, no prompt.
 
+    HFTextEncoder's projection is linear, without a bias, and takes a vector before it is scaled to unit length: it can
+    rotate, but not subtract the mean, as conditioning does.
+
     None for others, and for one that is not on this machine: nothing is downloaded.
     """
     entry = model.description.get("encoder")
-    if isinstance(model.module, Clip) or not entry:
+    if isinstance(model.module, Clip) or not entry or model.conditioning is not None:
         return None
     spec = EncoderSpec(**entry)
     if spec.prompt or spec.end_token or spec.trust_remote_code or not _is_on_disk(spec):

@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from ..inference import Model
 from ..nn import Clip, Lift
+from . import conditioned
 
 
 def write(model: Model, out: Path) -> list[str]:
@@ -40,6 +41,7 @@ def config(model: Model) -> dict[str, Any]:
     found |= {"embed_dim": dim, "logit_scale": model.logit_scale, "preprocessing": model.preprocess.as_dict()}
     if isinstance(module, Lift):
         found |= {key: model.description.get(key) for key in ("encoder", "rotation")}
+        found["conditioning"] = conditioned.entry(model.conditioning) if model.conditioning else None
     return found
 
 

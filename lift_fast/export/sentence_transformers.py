@@ -3,14 +3,15 @@
 It is a Router with a list of that library's modules for each kind of input, and a Normalize for both:
 
     image   CLIPVisionModel or ViTModel, the last norm, the mean over the patches, and the head or projection
-    text    the frozen encoder and its pooling; CLIP's text tower and its projection
+    text    the frozen encoder and its pooling, and conditioning as a Normalize and two Dense; CLIP's text tower and
+            its projection
 
 Pooling has no mean without the class token. It gives the mean over all P + 1 tokens and the class token, from which
 the linear layer after it makes ((P + 1) · mean - class) / P. LayerNorm works on "sentence_embedding" and Pooling on
 "token_embeddings"; a Dense with the identity copies one to the other.
 
 If the cache's vectors are rotated (t -> R t), the image side is rotated back: the head's last layer becomes R⁻¹ W and
-R⁻¹ b. So texts are the encoder's own vectors, and all cosines are the same.
+R⁻¹ b. So texts are the encoder's own vectors, or those as conditioned, and all cosines are the same.
 """
 
 import json
@@ -68,6 +69,8 @@ def write(model: Model, out: Path) -> list[str]:
         else:
             text, prompt, remarks = _lift_text(library, model, parts / _TEXT)
             routes |= {"text": text} if text else {}
+            if model.description.get("rotation"):
+                remarks.append("the cache's rotation is undone, of images and texts alike: their cosines are as before")
         whole = library.SentenceTransformer(
             modules=[library.Router(routes, default_route=list(routes)[-1]), library.Normalize()],
             device="cpu",
@@ -143,7 +146,8 @@ def _image_side(library: Any, model: Model, folder: Path) -> list[Any]:
 
 
 def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str, list[str]]:
-    """The modules from a text to the frozen encoder's vector, its prompt, and what to say of them.
+    """The modules from a text to the frozen encoder's vector, as conditioned if it is, its prompt, and what to say of
+    them.
 
     There are no modules where sentence-transformers does not give the vectors that the encoder gives lift-fast: its
     vectors of a few texts are compared.
@@ -159,10 +163,15 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     if encoder.pooling not in _POOLINGS:
         return [], "", [f"{only} are no pooling of its hidden states"]
     assert isinstance(model.module, Lift)
-    if encoder.dim != (dim := model.module.head.fc_2.out_features):
-        return [], "", [f"{only} have {encoder.dim} numbers, and the image features {dim}"]
+    taken, of = model.module.head.fc_2.out_features, "the image features"
+    if model.conditioning is not None:
+        taken, of = model.conditioning.source_dim, "those that are conditioned"
+    if encoder.dim != taken:
+        return [], "", [f"{only} have {encoder.dim} numbers, and {of} {taken}"]
     expected = encoder.encode(_TRIAL)
     pooling = library.Pooling(encoder.dim, _POOLINGS[encoder.pooling])
+    if model.conditioning is not None:
+        encoder.model.float()  # a Dense is float32, and takes nothing else
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
     del encoder
@@ -176,10 +185,15 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     apart = float(torch.linalg.vector_norm(found - expected, dim=1).max())
     if not apart <= _APART[spec.dtype]:
         return [], "", [f"{only} are others in sentence-transformers (by {apart:.1g}): it adds no end token, or pads"]
+    modules = [tower, pooling]
     remark = f"texts get the vectors of {spec.name}, which is in the folder, under its own licence"
-    if model.description.get("rotation"):
-        remark += "; the cache's rotation is undone, for images and texts alike, so that their cosines are as before"
-    return [tower, pooling], spec.prompt, [remark]
+    if (conditioning := model.conditioning) is not None:
+        # The mean is subtracted first, by a layer of its own: a bias after the product would be less exact, as the
+        # deviations are far smaller than the mean.
+        centred = _dense(library, torch.eye(conditioning.source_dim), -conditioning.mean)
+        modules += [library.Normalize(), centred, _dense(library, conditioning.linear()[0])]
+        remark += ", as conditioned"
+    return modules, spec.prompt, [remark]
 
 
 def _clip_text(library: Any, module: Clip, folder: Path) -> list[Any]:

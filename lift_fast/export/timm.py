@@ -36,8 +36,8 @@ def write(model: Model, out: Path) -> list[str]:
             "CLIP's text tower is in clip_text.safetensors, which timm does not read",
         ]
     return [
-        "timm's model returns the features of the tower; LIFT's head (Linear, GELU, Linear), which maps them to the "
-        "text encoder's space, is in lift_head.safetensors, because a head of timm is one linear layer",
+        "timm's model returns the features of the tower; LIFT's head (Linear, GELU, Linear), which maps them to "
+        f"{_space(model)}, is in lift_head.safetensors, because a head of timm is one linear layer",
         "the text encoder is not in the folder",
     ]
 
@@ -108,9 +108,9 @@ with torch.no_grad():
         return text
     return (
         text
-        + """\
+        + f"""\
 
-# LIFT's head: the features in the text encoder's space.
+# LIFT's head: the features in {_space(model)}.
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -119,3 +119,8 @@ hidden = F.gelu(F.linear(features, head["head.fc_1.weight"], head["head.fc_1.bia
 features = F.normalize(F.linear(hidden, head["head.fc_2.weight"], head["head.fc_2.bias"]), dim=-1)
 """
     )
+
+
+def _space(model: Model) -> str:
+    """Where LIFT's head maps features to."""
+    return "the text encoder's space" if model.conditioning is None else "the space of the conditioned text vectors"

@@ -267,7 +267,8 @@ def _about(model: Model) -> str:
     """What to know of a model, in a few words: its kind, and what encodes its texts."""
     kind = model.description.get("model", "")
     if encoder := model.description.get("encoder"):
-        return f"{kind.upper()}, text by {encoder['name']}"
+        conditioned = ", conditioned" if model.description.get("conditioning") else ""
+        return f"{kind.upper()}, text by {encoder['name']}{conditioned}"
     return f"{kind.upper()}, its own text tower" if kind else str(model.source)
 
 

@@ -20,8 +20,9 @@ from support import peers
 from support.small_models import small_model
 from support.without import run_without
 
+from lift_fast.cache import Conditioning
 from lift_fast.cli.main import main
-from lift_fast.export import TARGETS, safetensors
+from lift_fast.export import TARGETS, conditioned, safetensors
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
 BLOCKS = {
@@ -75,6 +76,8 @@ def test_the_lines_run(to, place):
 
 def test_other_python_blocks_run(place):
     others = set(re.findall(r"```python\n(.*?)```", PAGE, re.S)) - {python for _, python in BLOCKS.values()}
+    # The lines of the cards, which test_conditioned_export.py runs.
+    others.remove(conditioned.CODE.replace("FOLDER", "exports/weights"))
     for block in others:
         assert "exports/onnx" in block  # the export from Python
         shutil.rmtree("exports/onnx", ignore_errors=True)
@@ -87,3 +90,9 @@ def test_every_field_of_config_json_is_described(model):
     for name, value in safetensors.config(model).items():
         fields = list(value) if isinstance(value, dict) and name not in ("encoder", "head") else [name]
         assert not [field for field in fields if f"`{field}`" not in table and f".{field}`" not in table]
+
+
+def test_every_field_of_a_conditioning_is_described():
+    row = PAGE[PAGE.index("| `conditioning` |") : PAGE.index("## Conditioned text vectors")]
+    made = Conditioning(torch.zeros(3).double(), torch.eye(3)[:2], torch.ones(3).double(), 0.5)
+    assert not [field for field in conditioned.entry(made) if f"`{field}`" not in row]
