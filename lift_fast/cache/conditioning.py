@@ -111,17 +111,25 @@ class Conditioning:
     def report(self) -> dict[str, Any]:
         """What conditioning changes, of the sample, as JSON values.
 
-        rows: of the sample. mean_cosine, effective_rank: {"before", "after"}; the rank is that of the covariance, the
-        exponential of the entropy of its eigenvalues (Roy and Vetterli 2007). variance_kept: of the encoder's vectors
-        about their mean, in the kept axes. dim: {"before", "after"}. power.
+        rows: of the samples, a list. mean_cosine, effective_rank: {"before", "after"}; the rank is that of the
+        covariance, the exponential of the entropy of its eigenvalues (Roy and Vetterli 2007). variance_kept: of the
+        encoder's vectors about their mean, in the kept axes. dim: {"before", "after"}. power. rows and mean_cosine are
+        None where `about` is not as `fit` makes it.
         """
+        rows, cosine = self.about.get("rows"), self.about.get("mean_cosine")
+        counted = isinstance(rows, list) and all(type(count) is int for count in rows)
+        measured = (
+            isinstance(cosine, dict)
+            and cosine.keys() == {"before", "after"}
+            and all(type(value) is float for value in cosine.values())
+        )
         variances = self.deviations**2
         kept = variances[: self.dim]
         return {
-            "rows": self.about.get("rows"),
+            "rows": rows if counted else None,
             "power": self.power,
             "dim": {"before": self.source_dim, "after": self.dim},
-            "mean_cosine": self.about.get("mean_cosine"),
+            "mean_cosine": cosine if measured else None,
             "effective_rank": {
                 "before": effective_rank(variances),
                 "after": effective_rank(torch.where(kept > 0, kept ** (1 - self.power), 0)),
@@ -300,11 +308,7 @@ def fit(
     kept = _dims(dim, deviations)
     if kept > len(mean):
         raise ConfigError(f"conditioning keeps at most the {len(mean)} axes that the vectors have, not {kept}")
-    if sum(rows) <= kept:
-        raise ConfigError(
-            f"{sum(rows)} captions do not determine {kept} axes; keep fewer (a quarter of the captions at most), or "
-            "fit to more captions"
-        )
+    check_rows(sum(rows), kept)
     axes = vectors.flip(1)[:, :kept].T.float().contiguous()
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
     axes *= largest.sign()  # of the two directions of an axis always the same one
@@ -321,6 +325,15 @@ def check_settings(power: Power, dim: Dim) -> None:
         raise ConfigError(f"the power of conditioning must be from 0 to 1, or auto, not {power}")
     if dim is not None and dim != "auto" and not (isinstance(dim, int) and dim >= 1):
         raise ConfigError(f"conditioning keeps at least 1 axis, or auto, not {dim}")
+
+
+def check_rows(rows: int, axes: int) -> None:
+    """Raises ConfigError when a sample of `rows` captions does not determine so many axes."""
+    if rows <= axes:
+        raise ConfigError(
+            f"{rows} captions do not determine {axes} axes; keep fewer (a quarter of the captions at most), or fit to "
+            "more captions"
+        )
 
 
 def mean_cosine(vectors: Tensor) -> float | None:

@@ -185,11 +185,11 @@ class CacheCondition:
             check_folder(self.out, taken)
             return taken
         request = Request(self.power, self.dim, self.rows, self.seed)
-        request.check(dim)
         caches = [Cache(folder) for folder in self.fit] or [source]
         for cache in caches:
             check_not_conditioned(cache)
             check_encoder(cache, encoder, dim, name)
+        request.check(dim, [len(cache) for cache in caches])
         weights = self.weights or [max(1, len(cache) - cache.manifest.skipped) for cache in caches]
         asked = request.of_caches(caches, weights)
         return found_in(self.out, asked) or fit_to_caches(request, caches, weights, asked)

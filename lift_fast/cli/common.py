@@ -77,7 +77,7 @@ def print_conditioning(report: dict[str, Any]) -> None:
     rows = report["rows"] or []
     fitted = f", fitted to {' + '.join(map(str, rows))} captions" if rows else ""
     print(f"conditioned with power {report['power']:g}{fitted}, before -> after:")
-    if cosine and None not in cosine.values():
+    if cosine:
         print(f"  mean cosine between captions  {cosine['before']:.4f} -> {cosine['after']:.4f}")
     print(f"  effective rank  {rank['before']:.1f} -> {rank['after']:.1f}")
     print(

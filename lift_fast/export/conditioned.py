@@ -36,14 +36,10 @@ def rows(conditioning: Conditioning) -> dict[str, str]:
     """The rows of the card's table. What the file does not record is said to be missing."""
     report = conditioning.report()
     captions, cosines = report["rows"], report["mean_cosine"]
-    # Both come from the file's metadata, which need not be of `fit`.
-    known = isinstance(captions, list) and all(type(count) is int for count in captions)
-    before, after = (cosines.get(when) if isinstance(cosines, dict) else None for when in ("before", "after"))
-    measured = isinstance(before, float) and isinstance(after, float)
     return {
         "conditioning": "mean subtracted, principal axes, each divided by its deviation to the power "
         f"{report['power']:g}",
         "numbers before and after": f"{conditioning.source_dim}, {conditioning.dim}",
-        "fitted to": f"{sum(captions)} captions" if known else "not recorded",
-        "mean cosine before and after": f"{before:.3f}, {after:.3f}" if measured else "not recorded",
+        "fitted to": f"{sum(captions)} captions" if captions else "not recorded",
+        "mean cosine before and after": "{before:.3f}, {after:.3f}".format(**cosines) if cosines else "not recorded",
     }

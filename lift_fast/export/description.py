@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import DataError
 from ..inference import Model
 from ..nn import Clip, Lift
+from ..text.spec import without_path
 
 _BUILD = ("model", "preset", "text_dim", "encoder", "conditioning", "rotation", "codec", "context", "field")
 _RECORD = (
@@ -38,7 +39,7 @@ def described(model: Model) -> dict[str, Any]:
     if scores := _scores(model):
         found["evaluation"] = scores
     if run.get("encoder"):
-        found["encoder"] = run["encoder"] | {"name": name_of_encoder(run["encoder"]["name"])}
+        found["encoder"] = run["encoder"] | {"name": without_path(run["encoder"]["name"])}
     config = run.get("config", {})
     if config:
         found["config"] = {key: config[key] for key in _SETTINGS if key in config}
@@ -68,12 +69,6 @@ def bad_scores(model: Model, error: Exception) -> DataError:
         f"{model.source}: its eval.json is not JSON as eval writes it ({error!r}); make it again with: "
         "lift-fast eval --json"
     )
-
-
-def name_of_encoder(name: str) -> str:
-    """The name of a text encoder; of a folder's path, which says nothing on another machine, the last part."""
-    path = PurePath(name)
-    return path.name if path.is_absolute() or len(path.parts) > 2 or name[:1] in (".", "~") else name
 
 
 def set_name(path: str) -> str:

@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, Conditioning, Manifest
-from ..cache.conditioning import CONDITIONING, Dim, Power, Statistics, check_settings, fit
+from ..cache.conditioning import CONDITIONING, Dim, Power, Statistics, check_rows, check_settings, fit
 from ..cache.manifest import MANIFEST, PARTIAL
 from ..cache.tools import sample_of, statistics_of
 from ..data.sources import Source
 from ..errors import CacheError, CacheMismatch, ConfigError
 from ..files import write_first
 from ..progress import bar
+from .spec import without_path
 
 _LEAST_ROWS, _ROWS_PER_AXIS = 1 << 14, 4  # of the default sample: 16 384, or 4 for each axis of the encoder
 _CHUNK = 1 << 14  # captions encoded in one call
@@ -58,13 +60,23 @@ class Request:
         """The captions of the sample, at most, for vectors of length source_dim."""
         return max(_LEAST_ROWS, _ROWS_PER_AXIS * source_dim) if self.rows is None else self.rows
 
-    def check(self, source_dim: int) -> None:
-        """Raises ConfigError when more axes are to be kept than vectors of length source_dim have."""
+    def check(self, source_dim: int, captions: Sequence[int]) -> None:
+        """Raises ConfigError when more axes are to be kept than vectors of length source_dim have, or than samples of
+        sets with so many captions determine: both are known before any is encoded."""
         if isinstance(self.dim, int) and self.dim > source_dim:
             raise ConfigError(f"vectors of length {source_dim} have {source_dim} axes, not {self.dim}; keep fewer")
+        if self.dim != "auto" and all(captions):  # of an empty set `fit` says so
+            most = self.sample_rows(source_dim)
+            check_rows(sum(min(most, count) for count in captions), self.dim or source_dim)
 
     def asked(self, encoder: dict[str, Any], source_dim: int, **sample: Any) -> dict[str, Any]:
-        """The request as JSON values, for Conditioning.about. encoder: its settings. sample: what it is drawn from."""
+        """The request as JSON values, for Conditioning.about. encoder: its settings. sample: what it is drawn from.
+
+        Runs and exports carry them to other machines: of the path of an encoder's folder they have a hash.
+        """
+        if (name := str(encoder.get("name", ""))) != (known := without_path(name)):
+            digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+            encoder = encoder | {"name": f"{known} (path {digest})"}
         power = self.power if self.power == "auto" else float(self.power)
         settings = {"power": power, "dim": self.dim, "rows": self.sample_rows(source_dim), "seed": self.seed}
         return json.loads(json.dumps(settings | {"encoder": encoder} | sample))
@@ -75,7 +87,8 @@ class Request:
 
     def of_caches(self, caches: Sequence[Cache], weights: Sequence[float]) -> dict[str, Any]:
         """`asked` for samples of the vectors of caches, of which each counts as much as its weight."""
-        drawn = [[cache.manifest.identity, len(cache)] for cache in caches]
+        shards = ["".join(shard.sha256 for shard in cache.manifest.shards) for cache in caches]
+        drawn = [blake2b(hashes.encode(), digest_size=16).hexdigest() for hashes in shards]
         first = caches[0]
         return self.asked(first.manifest.encoder, first.dim, caches=drawn, weights=[float(w) for w in weights])
 
@@ -250,4 +263,5 @@ def _flat(asked: Any) -> dict[str, Any]:
     """The settings with those of the encoder among them."""
     settings = dict(asked) if isinstance(asked, dict) else {}
     encoder = settings.pop("encoder", None)
-    return settings | {f"encoder {name}": value for name, value in (encoder or {}).items()}
+    named = encoder if isinstance(encoder, dict) else {}  # what a file holds need not be of `asked`
+    return settings | {f"encoder {name}": value for name, value in named.items()}

@@ -416,7 +416,7 @@ def _known(
     if not isinstance(conditioning, Request):
         check_folder(Path(out), conditioning)
         return conditioning
-    conditioning.check(encoder.dim)
+    conditioning.check(encoder.dim, [sum(source.sizes)])
     return found_in(Path(out), conditioning.of_source(source, encoder.spec.as_dict(), encoder.dim)) or conditioning
 
 

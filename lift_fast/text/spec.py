@@ -1,6 +1,7 @@
 """EncoderSpec: the settings that determine a caption's vector."""
 
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
@@ -45,3 +46,9 @@ def check_batch_size(batch_size: int) -> None:
     """Validates a batch size. Raises ConfigError below 1."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1 caption")
+
+
+def without_path(name: str) -> str:
+    """The name of a text encoder; of a folder's path, which says nothing on another machine, the last part."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() or len(path.parts) > 2 or name[:1] in (".", "~") else name

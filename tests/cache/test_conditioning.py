@@ -460,6 +460,14 @@ def test_the_report(rng):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.parametrize("rows", ["\x1b[31m", ["\x1b[31m"], [None], 7, [True], None])
+@pytest.mark.parametrize("cosine", ["0.5", [0.5, 0], {"before": 0.5}, {"before": 0.5, "after": None}, None])
+def test_the_report_of_a_file_that_another_program_wrote(rng, rows, cosine):
+    """Its metadata are printed: they are numbers or left out."""
+    c = replace(fit([statistics_from(cone(rng, 60, 8))]), about={"rows": rows, "mean_cosine": cosine})
+    assert (c.report()["rows"], c.report()["mean_cosine"]) == (None, None)
+
+
 def test_the_same_vectors_give_the_same_bytes(rng):
     x = cone(rng, 300, 33)
     files = {fit([statistics_from(*x.split(100))], dim=20).to_bytes() for _ in range(3)}

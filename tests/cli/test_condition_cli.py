@@ -179,6 +179,18 @@ def test_it_goes_on_after_ctrl_c_without_another_fit(rng, tmp_path, capfd, monke
     assert contents(tmp_path / "b") == contents(tmp_path / "whole")
 
 
+def test_a_fit_to_other_caches_with_as_many_rows_is_not_taken(rng, tmp_path, capfd):
+    for name in "abc":
+        cache_of(tmp_path / name, cone(rng, 143))
+    run(f"cache condition {tmp_path}/a {tmp_path}/out --fit {tmp_path}/a {tmp_path}/b")
+    before = contents(tmp_path / "out")
+    message = error_of(capfd, f"cache condition {tmp_path}/a {tmp_path}/out --fit {tmp_path}/a {tmp_path}/c")
+    assert "was fitted for another command (caches is [" in message
+    assert contents(tmp_path / "out") == before
+    run(f"cache condition {tmp_path}/a {tmp_path}/out --fit {tmp_path}/a {tmp_path}/b")
+    assert contents(tmp_path / "out") == before
+
+
 def test_info_describes_the_conditioning(rng, tmp_path, capfd):
     cache_of(tmp_path / "a", cone(rng, 143))
     run(f"cache condition {tmp_path}/a {tmp_path}/b --power 0.6 --dim 9")

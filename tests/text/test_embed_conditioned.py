@@ -381,6 +381,33 @@ def test_the_fit_of_other_captions_or_another_encoder_is_refused(tmp_path, lines
     assert contents(tmp_path / "c") == whole
 
 
+def test_a_fit_that_says_nothing_of_its_command_is_refused(tmp_path, lines, whole):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / CONDITIONING).write_bytes(whole[CONDITIONING])
+    fit = Conditioning.load(tmp_path / "whole")
+    for number, about in enumerate([{}, {"asked": [1]}, {"asked": {"encoder": "tiny"}}, {"asked": {"encoder": [1]}}]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        other = Conditioning(fit.mean, fit.axes, fit.deviations, fit.power, about)
+        (folder / CONDITIONING).write_bytes(other.to_bytes())
+        with pytest.raises(CacheMismatch, match="was fitted for another command"):
+            tiny(lines, folder)
+
+
+def test_the_path_of_the_encoder_s_folder_is_not_in_the_file(tmp_path, lines):
+    """Runs and exports take the file to other machines. The encoders of two folders are told apart nevertheless."""
+    for name, kept in [("/home/someone/models/mine", "mine"), ("tiny", "tiny"), ("org/model", "org/model")]:
+        out = tmp_path / kept
+        share(source_of(lines), out, Cone(mixed=False, spec=Spec(name)), conditioning=REQUEST)
+        data = (out / CONDITIONING).read_bytes()
+        assert b"someone" not in data and kept.encode() in data
+        assert Cache(out).conditioning.about["asked"]["encoder"]["name"].startswith(kept)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "mine" / CONDITIONING, tmp_path / "other" / CONDITIONING)
+    with pytest.raises(CacheMismatch, match="encoder name is 'mine .*', not 'mine .*'"):
+        share(source_of(lines), tmp_path / "other", Cone(spec=Spec("/home/b/mine")), conditioning=REQUEST)
+
+
 def test_plain_and_conditioned_caches_do_not_mix(tmp_path, lines, whole):
     tiny(lines, tmp_path / "plain", request=None)
     before = contents(tmp_path / "plain")
@@ -418,8 +445,18 @@ def test_a_conditioning_that_does_not_fit_is_not_taken(tmp_path, lines):
 )
 def test_too_many_axes(tmp_path, count, options, words):
     path = write_lines(tmp_path / "c.jsonl", [f"caption {i}" for i in range(count)])
-    with pytest.raises(ConfigError, match=words):
-        share(source_of(path), tmp_path / "c", conditioning=Request(0.5, **options))
+    encoder = Cone(mixed=False)
+    for make in (share, lambda source, out, encoder, **more: estimate(source, out, encoder, **more)):
+        with pytest.raises(ConfigError, match=words):
+            make(source_of(path), tmp_path / "c", encoder, conditioning=Request(0.5, **options))
+    assert not encoder.encoded and not (tmp_path / "c").exists()
+
+
+def test_too_many_axes_among_auto_dims(tmp_path):
+    """How many they are is known from the vectors alone."""
+    path = write_lines(tmp_path / "c.jsonl", captions_of(20, 20))
+    with pytest.raises(ConfigError, match="20 captions do not determine 24 axes"):
+        share(source_of(path), tmp_path / "c", conditioning=Request(0.5, "auto"))
     assert not (tmp_path / "c").exists()
 
 
