@@ -209,14 +209,15 @@ class CacheWriter:
         self._clean_up()
 
     def check_space(self) -> None:
-        """Raises CacheError unless the disk has space for the shards that are missing and the manifest.
+        """Raises CacheError unless the disk has space for the shards that are missing, the manifest, and the
+        conditioning where its file is missing, too.
 
         Quotas are not known, nor what other processes write; write_shard reports those.
         """
         free = free_bytes(self.folder)  # before the shards are listed: another rank may complete one meanwhile
         missing = sorted(set(range(len(self._manifest.shards))) - self._present())
-        rest = len(self._manifest.to_json()) + self._conditioning_bytes()
-        needed = self.size_on_disk(missing) + rest if missing else 0
+        rest = 0 if (self.folder / CONDITIONING).exists() else self._conditioning_bytes()
+        needed = self.size_on_disk(missing) + len(self._manifest.to_json()) + rest if missing else 0
         if needed > free:
             raise CacheError(
                 f"{self.folder} needs {needed} bytes ({needed / 1e9:.3g} GB) for {len(missing)} shards, and its disk "
@@ -364,7 +365,8 @@ class CacheWriter:
     def _clean_up(self) -> None:
         """Removes partial.json, and the .part files of killed runs."""
         for path in [self.folder / PARTIAL, *self.folder.glob("*.part")]:
-            path.unlink(missing_ok=True)
+            if path.exists():  # a disk that cannot be written refuses to remove what is not there
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:

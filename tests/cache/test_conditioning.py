@@ -1,5 +1,6 @@
 """Conditioning: the formula, the statistics and the fit, the file, and caches of conditioned vectors."""
 
+import errno
 import json
 import re
 import signal
@@ -826,6 +827,38 @@ def test_an_unfinished_cache_that_lost_its_conditioning(rng, tmp_path):
     flip_bit(tmp_path / "c" / CONDITIONING, -1)
     conditioned(tmp_path / "c", c)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_the_space_for_a_conditioning_counts_once(rng, tmp_path, monkeypatch):
+    c = some(rng, 40, 30)
+    whole = conditioned(tmp_path / "whole", c)
+    rest = sum(len(data) for name, data in contents(whole.folder).items() if name != CONDITIONING)
+    needed = {"free": rest + len(c.to_bytes())}
+    monkeypatch.setattr("lift_fast.cache.writer.free_bytes", lambda path: needed["free"])
+    writer = writer_of(tmp_path / "c", c)
+    writer.check_space()
+    needed["free"] = len(c.to_bytes()) - 1
+    with pytest.raises(CacheError, match=f"its disk has {needed['free']} bytes"):
+        writer.check_space()
+    writer.missing()  # writes the conditioning
+    needed["free"] = rest
+    writer_of(tmp_path / "c", c).check_space()
+    needed["free"] = rest // 2
+    with pytest.raises(CacheError, match=f"its disk has {rest // 2} bytes"):
+        writer_of(tmp_path / "c", c).check_space()
+
+
+def test_a_finished_cache_on_a_disk_that_cannot_be_written(rng, tmp_path, monkeypatch):
+    c = some(rng, 4, 3)
+    conditioned(tmp_path / "c", c)
+
+    def refused(self, *arguments, **options):  # as the system does, also for a file that is not there
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    writer = writer_of(tmp_path / "c", c)
+    assert writer.missing() == []
+    writer.finish()
 
 
 def test_a_writer_with_another_conditioning_is_refused(rng, tmp_path):
