@@ -174,11 +174,12 @@ def _remarks(model: Model, has_name: bool, text: Text | None) -> list[str]:
                 "(HTML entities, broken Unicode, runs of whitespace)"
             )
         else:
-            why = "" if model.conditioning is None else ", as open_clip cannot subtract the mean of conditioned vectors"
+            why, other = "", ", or from the encoder's own project"
+            if model.conditioning is not None:
+                why, other = ", as open_clip cannot subtract the mean of conditioned vectors", ""
             remarks.append(
                 f"the text encoder is not in the folder{why}: open_clip's encode_text runs a stand-in that returns "
-                "NaN. Take the texts' features from lift_fast.load(FOLDER).encode_text, or from the encoder's own "
-                "project"
+                f"NaN. Take the texts' features from lift_fast.load(FOLDER).encode_text{other}"
             )
     if text or not has_name:
         remarks.append(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..cache import Cache
-from ..errors import ConfigError
+from ..errors import CacheMismatch, ConfigError
 from ..nn import PRESETS, Clip, preset
 from ..text.cached import CachedText
 from ..text.encoder import Encoder
@@ -51,13 +51,21 @@ def compare_runs(
     FLOPs, and peak memory of runs without a GPU, are counted for the runs' settings; step times are the medians that
     the runs recorded; the time spent on text and the cost of embedding a caption once are measured here.
 
-    Raises ConfigError when the runs cannot be compared, or when `caches` lacks the context that CLIP was trained at.
+    Raises ConfigError when the runs cannot be compared, or when `caches` lacks the context that CLIP was trained at;
+    CacheMismatch when a cache's vectors are not as long as those that LIFT was trained on, and so take another time.
     """
     check_pair(runs)
     lift, clip = runs["lift"], runs["clip"]
     own, batch = clip["context"], clip["config"]["batch_size"]
     if own not in caches:
         raise ConfigError(f"CLIP was trained at context {own}; name it in --context, not only {list(caches)}")
+    like = f", with --condition {lift['config']['cache'][0]}" if lift.get("conditioning") else ""
+    for cache in caches.values():
+        if cache.dim != lift["text_dim"]:
+            raise CacheMismatch(
+                f"the vectors of {cache.folder} have length {cache.dim}, those of the LIFT run {lift['text_dim']}; "
+                f"embed these captions as the run's were{like}"
+            )
     sizes = preset(clip["preset"])
 
     timed: dict[int, Cache | CachedText] = {0: training, **caches}

@@ -219,6 +219,9 @@ def test_compare_takes_captions_that_have_changed_for_other_data(tmp_path, capfd
         f"--cache {tmp_path}/cache"
     )
     run(compare)
+    run(f"cache condition {tmp_path}/cache {tmp_path}/few --dim 5")
+    message = error_of(capfd, compare.replace("/cache", "/few"))
+    assert "few have length 5, those of the LIFT run 384; embed these captions as the run's were" in message
     tar = sorted(data.glob("*.tar"))[0]
     tar.write_bytes(tar.read_bytes().replace(b"caption 1", b"caption 7"))
     message = error_of(capfd, compare)
