@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from ..inference import Model
 from ..nn import Clip, Lift
+from ..text.spec import without_path
 from . import conditioned
 
 
@@ -40,7 +41,9 @@ def config(model: Model) -> dict[str, Any]:
         found["text"] |= {"mlp_dim": transformer.mlp_dim, "norm_eps": transformer.norm_eps}
     found |= {"embed_dim": dim, "logit_scale": model.logit_scale, "preprocessing": model.preprocess.as_dict()}
     if isinstance(module, Lift):
-        found |= {key: model.description.get(key) for key in ("encoder", "rotation")}
+        encoder = model.description.get("encoder")
+        found["encoder"] = encoder and encoder | {"name": without_path(encoder["name"])}
+        found["rotation"] = model.description.get("rotation")
         found["conditioning"] = conditioned.entry(model.conditioning) if model.conditioning else None
     return found
 

@@ -34,7 +34,7 @@ from ..nn import Clip, Lift
 from ..nn.weights import whole_hf
 from ..text.encoder import Encoder
 from ..text.repository import first_line
-from ..text.spec import EncoderSpec
+from ..text.spec import EncoderSpec, without_path
 from ..text.tokenizer import ClipTokenizer
 from .hf import PREPROCESSING, TOKENS, text_config, vision_config, write_preprocessor
 
@@ -156,7 +156,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     if not entry:
         return [], "", ["only images can be encoded: the run names no text encoder"]
     spec = EncoderSpec(**entry)
-    only = f"only images can be encoded: the vectors of {spec.name}"
+    only = f"only images can be encoded: the vectors of {without_path(spec.name)}"
     if spec.trust_remote_code:
         return [], "", [f"{only} come from code of its repository, which it may not run"]
     encoder = Encoder(spec)
@@ -186,7 +186,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     if not apart <= _APART[spec.dtype]:
         return [], "", [f"{only} are others in sentence-transformers (by {apart:.1g}): it adds no end token, or pads"]
     modules = [tower, pooling]
-    remark = f"texts get the vectors of {spec.name}, which is in the folder, under its own licence"
+    remark = f"texts get the vectors of {without_path(spec.name)}, which is in the folder, under its own licence"
     if (conditioning := model.conditioning) is not None:
         # The mean is subtracted first, by a layer of its own: a bias after the product would be less exact, as the
         # deviations are far smaller than the mean.

@@ -71,7 +71,7 @@ class Model:
         self._text: EncodeText | None = None
         self.to(device)
 
-    @cached_property
+    @property
     def conditioning(self) -> Conditioning | None:
         """The conditioning of text vectors, which `encode_text` applies; None for a model without one.
 

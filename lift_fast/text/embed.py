@@ -152,8 +152,8 @@ def embed_share(
     Raises ConfigError for a batch_size below 1 and for a conditioning that the captions do not determine, and DataError
     for bad data, all before anything is written; CacheError when the disk has not the space for the cache, also before,
     and when it cannot be written; CacheMismatch when `out` was made from other keys or captions, with another encoder,
-    field, codec or conditioning; EncoderError for an encoder that gives
-    different captions one vector; BadText for a caption without tokens, unless bad samples are skipped.
+    field, codec or conditioning; EncoderError for an encoder that gives different captions one vector; BadText for a
+    caption without tokens, unless bad samples are skipped.
     """
     check_batch_size(batch_size)
     rank = rank or Rank()

