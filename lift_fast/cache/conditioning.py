@@ -217,6 +217,8 @@ def _parsed(data: bytes) -> Conditioning:
         raise ValueError("a number is not finite")
     if (deviations.diff() > 0).any() or deviations[-1] < 0 or not deviations[0] > 0:
         raise ValueError("its deviations are not in descending order, or are negative")
+    if ((axes.norm(dim=1) - 1).abs() > 1e-3).any() or (deviations[deviations > 0] < 0.1 * _LOST * deviations[0]).any():
+        raise ValueError("its axes are not of unit length, or a deviation is too small")
     if type(power) not in (int, float) or not 0 <= power <= 1 or not isinstance(about, dict):
         raise ValueError("its power is out of range, or it does not say how it was fitted")
     found = Conditioning(mean, axes, deviations, float(power), about)

@@ -579,6 +579,11 @@ def hostile_files(c):
     yield "deviations that are not finite", file({"deviations": bad_number})
     yield "a negative deviation", file({"deviations": negative})
     yield "ascending deviations", file({"deviations": c.deviations.flip(0)})
+    yield "axes that are too long", file({"axes": c.axes * 1e38})
+    yield (
+        "a deviation that is too small",
+        file({"deviations": c.deviations * torch.tensor([1, 1e-300, 0], dtype=torch.float64)}),
+    )
     yield "no variance", file({"deviations": torch.zeros(n).double()})
     yield "no mean", file({"mean": None})
     yield "no axes at all", file({"axes": None})
@@ -621,7 +626,7 @@ def test_hostile_files(rng, tmp_path):
             assert "conditioning.safetensors is damaged (" in words and "copy it from" in words, name
             assert len(words) < 2000, name
         count += 1
-    assert count == 42
+    assert count == 44
 
 
 def test_a_file_that_is_missing_or_is_a_folder(rng, tmp_path):

@@ -107,8 +107,11 @@ def _training(report: dict) -> dict[str, Any]:
         rows.append((f"text time a step, n = {n}", *_ms(report, "text_ms_by_context", n)))
     if both(report, "step_ms_spread") != (None, None):
         rows.append(("step time, interquartile range", *_ms(report, "step_ms_spread")))
+    encoder, power = get(report, "lift", "encoder", "name"), get(report, "lift", "conditioning", "power")
+    if encoder is not None and power is not None:
+        encoder = f"{encoder} (its vectors conditioned, power {power:g})"
     return {
-        "encoder": get(report, "lift", "encoder", "name"),
+        "encoder": encoder,
         "chart": line_chart("training loss", "step", "loss", lines, width=600, height=300),
         "rows": rows,
     }
