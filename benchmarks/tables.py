@@ -17,6 +17,8 @@ from typing import Any
 from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.sugarcrepe import TASKS
 
+from . import study, study_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.S)
@@ -28,12 +30,14 @@ COMMANDS = {
     "data": "python -m benchmarks data --quick --json FILE",
     "cache": "python -m benchmarks cache --quick --json FILE",
     "dequant": "python -m benchmarks dequant --quick --json FILE",
-    "conditioning": "python -m benchmarks conditioning --quick --json FILE",
+    "conditioning": "python -m benchmarks conditioning --json FILE",
+    "demo_text": "python -m benchmarks demo_text --json FILE",
     "compare": "python -m benchmarks compare --quick --json FILE",
     "search": "python -m benchmarks search --json FILE",
     "demo": "python -m benchmarks demo --json FILE",
     "host": "python -m benchmarks host --quick --json FILE",
 }
+STUDY_COMMAND = "python -m benchmarks.study --work FOLDER --out FILE"
 COMPARE_COMMAND = "lift-fast compare --preset vit-b16 --context 77 128 --json FILE"
 GIB, MIB = 2**30, 2**20
 DIMS = 4096, 512
@@ -64,9 +68,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"|{'|'.join(line)}|" if line[0] == "-" else f"| {' | '.join(line)} |" for line in lines)
 
 
-def raw(name: str, up: str = "../") -> str:
+def raw(name: str, up: str = "../", suffix: str = "json") -> str:
     """A link to a result file, from docs/ or, with up="", from README.md."""
-    return f"[raw]({up}benchmarks/results/cpu/{name}.json)"
+    return f"[raw]({up}benchmarks/results/cpu/{name}.{suffix})"
 
 
 def ms(value: float) -> str:
@@ -465,6 +469,60 @@ def dequant() -> str:
 # ---- LIFT against CLIP
 
 
+def conditioned_spectra() -> str:
+    """What conditioning changes of each encoder's vectors."""
+    head = ["text", "dims", "power", "mean cosine", "effective rank"]
+    return table(head, study_tables.spectra(study_tables.encoders()))
+
+
+def conditioned_study() -> str:
+    """Each encoder with each power, and the powers that were chosen."""
+    encoders = study_tables.encoders()
+    rows = [[encoder, *row] for encoder in encoders for row in study_tables.powers(encoder)]
+    chosen = ", ".join(f"{study_tables.name_of(study_tables.chosen(encoder))} for {encoder}" for encoder in encoders)
+    made = f"{study_tables.count()} of the {len(study.runs())} runs that the study lists are made, by `{STUDY_COMMAND}`"
+    made += f" on {study_tables.machine()}"
+    return (
+        f"{table(['text', 'power', *study_tables.HEAD], rows)}\n\nChosen on the other samples: {chosen}. {made}: "
+        f"{raw('study-conditioning', suffix='jsonl')}."
+    )
+
+
+def conditioned_dims() -> str:
+    """Powers and shares of the dims."""
+    rows = [[encoder, *row] for encoder in study_tables.encoders() for row in study_tables.dims(encoder)]
+    return table(["text", "power", "dims", "caches", *study_tables.HEAD], rows)
+
+
+def conditioned_others() -> str:
+    """More steps, other scales and the sigmoid loss."""
+    return table(["MiniLM, 150 steps, but", "power", "scale at the end", *study_tables.HEAD], study_tables.others())
+
+
+def conditioned_tasks() -> str:
+    """The accuracy of each task of composition."""
+    return table(["text", "power", *study_tables.TASK_NAMES], study_tables.tasks(study_tables.encoders()))
+
+
+def conditioned_demo() -> str:
+    """LIFT of the demo, on the encoder's vectors as they are and as conditioned."""
+    every = result("bench-demo_text")["rows"]
+    rows = []
+    for text in ("as it is", "conditioned"):
+        runs = [row for row in every if row["text"] == text]
+        ways = [f"{data} {way} R@1" for data in ("openmoji", "scenes") for way in ("i2t", "t2i")]
+        shares = [study_tables.figure([100 * run[name] for run in runs]) for name in (*ways, "composition mean")]
+        rows.append([text, str(len(runs)), study_tables.figure([run["loss"] for run in runs], 2), *shares])
+    ratios = {
+        data: target("demo_text", f"{data}: mean R@1 of both ways, conditioned over as it is")
+        for data in ("scenes", "openmoji")
+    }
+    return (
+        f"{table(['text', *study_tables.HEAD], rows)}\n\nR@1, the mean of both ways: on the scenes "
+        f"{ratios['scenes']:.2f} × that of the vectors as they are, on the drawings {ratios['openmoji']:.2f} ×."
+    )
+
+
 def conditioned_cost() -> str:
     """The time and memory of conditioning a cache; head and loss, and the bytes of a row, against the text's dims."""
     every = result("bench-conditioning")["rows"]
@@ -625,6 +683,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "gather": gather,
     "cache-scale": cache_scale,
     "dequant": dequant,
+    "conditioned-spectra": conditioned_spectra,
+    "conditioned-study": conditioned_study,
+    "conditioned-dims": conditioned_dims,
+    "conditioned-others": conditioned_others,
+    "conditioned-tasks": conditioned_tasks,
+    "conditioned-demo": conditioned_demo,
     "conditioned-cost": conditioned_cost,
     "compare": compare,
     "demo": demo,
