@@ -483,7 +483,7 @@ def conditioned_study() -> str:
     made = f"{study_tables.count()} of the {len(study.runs())} runs that the study lists are made, by `{STUDY_COMMAND}`"
     made += f" on {study_tables.machine()}"
     return (
-        f"{table(['text', 'power', *study_tables.HEAD], rows)}\n\nChosen on the other samples: {chosen}. {made}: "
+        f"{table(['text', 'power', *study_tables.HEAD], rows)}\n\nChosen on the other samples, of the powers that were run: {chosen}. {made}: "
         f"{raw('study-conditioning', suffix='jsonl')}."
     )
 
