@@ -482,10 +482,9 @@ def conditioned_study() -> str:
     chosen = ", ".join(f"{study_tables.name_of(study_tables.chosen(encoder))} for {encoder}" for encoder in encoders)
     made = f"{study_tables.count()} of the {len(study.runs())} runs that the study lists are made, by `{STUDY_COMMAND}`"
     made += f" on {study_tables.machine()}"
-    return (
-        f"{table(['text', 'power', *study_tables.HEAD], rows)}\n\nChosen on the other samples, of the powers that were run: {chosen}. {made}: "
-        f"{raw('study-conditioning', suffix='jsonl')}."
-    )
+    picked = f"Chosen on the other samples, of the powers that were run: {chosen}."
+    link = raw("study-conditioning", suffix="jsonl")
+    return f"{table(['text', 'power', *study_tables.HEAD], rows)}\n\n{picked} {made}: {link}."
 
 
 def conditioned_dims() -> str:
