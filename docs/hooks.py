@@ -80,7 +80,7 @@ def on_files(files: Any, config: Any) -> None:
     for page, source in FROM_ROOT.items():
         text = re.sub(r"\]\(docs/", "](", (ROOT / source).read_text())
         files.append(File.generated(config, page, content=_in_site(text)))
-    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.json")):
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.json*")):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     files.append(File.generated(config, "LICENSE.txt", abs_src_path=str(ROOT / "LICENSE")))
 
