@@ -26,7 +26,7 @@ def write_whole(files: Mapping[Path, bytes], tag: str = "") -> None:
             part.unlink(missing_ok=True)
         raise
     for folder in {path.parent for path in files}:
-        _flush_names(folder)
+        flush_names(folder)
 
 
 def write_first(path: Path, data: bytes, tag: str) -> None:
@@ -49,7 +49,7 @@ def write_first(path: Path, data: bytes, tag: str) -> None:
                 os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    _flush_names(path.parent)
+    flush_names(path.parent)
 
 
 def free_bytes(path: Path) -> int:
@@ -69,7 +69,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_names(folder: Path) -> None:
+def flush_names(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

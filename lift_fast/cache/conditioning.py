@@ -84,7 +84,7 @@ class Conditioning:
         wide = x if x.dtype == torch.float64 else x.float()
         key = wide.device, wide.dtype
         if key not in self._maps:
-            self._maps[key] = self.linear()[0].to(*key), self.mean.to(*key)
+            self._maps[key] = self.weight().to(*key), self.mean.to(*key)
         weight, mean = self._maps[key]
         rows = wide.reshape(-1, self.source_dim)
         out = rows.new_empty(len(rows), self.dim)
@@ -101,12 +101,10 @@ class Conditioning:
             y.div_(torch.where(norm > 0, norm, 1)).masked_fill_(length == 0, 0)
         return out.view(*x.shape[:-1], self.dim)
 
-    def linear(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-        """Conditioning as a linear map of unit vectors, before the result is scaled to unit length: weight
-        [dim, source_dim] and bias [dim], so that c(x) is the direction of weight · x + bias."""
+    def weight(self) -> Tensor:
+        """The matrix W of rows s_i^-p · a_i, float64 [dim, source_dim]: c(x) is the direction of W · (x/|x| - m)."""
         kept = self.deviations[: self.dim, None]
-        weight = self.axes.double() * torch.where(kept > 0, kept**-self.power, 0)
-        return weight.to(device, dtype), -(weight @ self.mean).to(device, dtype)
+        return self.axes.double() * torch.where(kept > 0, kept**-self.power, 0)
 
     def report(self) -> dict[str, Any]:
         """What conditioning changes, of the sample, as JSON values.

@@ -123,7 +123,7 @@ class CacheConvert:
 @dataclass(frozen=True)
 class CacheCondition:
     """Write a cache's vectors conditioned: their mean subtracted, and what they have along each of their principal axes
-    divided by a power of its deviation (docs/cache.md). Resumes where it stopped.
+    divided by a power of its deviation (docs/conditioning.md). Resumes where it stopped.
 
     The caches of one run need one conditioning: fit it to all of them with --fit, then give it to each with --like."""
 

@@ -51,7 +51,7 @@ class Encoding:
 @dataclass(frozen=True)
 class Conditioned:
     """Whether the encoder's vectors are conditioned: their mean subtracted, and what they have along each of their
-    principal axes divided by a power of its deviation (docs/cache.md)."""
+    principal axes divided by a power of its deviation (docs/conditioning.md)."""
 
     condition: str | None = None
     """auto, a power from 0 to 1, or the folder of a conditioned cache. auto and a power are fitted to a sample of the

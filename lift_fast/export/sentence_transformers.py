@@ -191,7 +191,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
         # The mean is subtracted first, by a layer of its own: a bias after the product would be less exact, as the
         # deviations are far smaller than the mean.
         centred = _dense(library, torch.eye(conditioning.source_dim), -conditioning.mean)
-        modules += [library.Normalize(), centred, _dense(library, conditioning.linear()[0])]
+        modules += [library.Normalize(), centred, _dense(library, conditioning.weight())]
         remark += ", as conditioned"
     return modules, spec.prompt, [remark]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cache import Rotation
+from ..cache.conditioning import mean_cosine
 from ..errors import EncoderError
 from ..ops.rows.quantized import QuantizedRows
 
@@ -57,9 +58,8 @@ class FirstVectors:
                 "the text, or max_length cuts all of it off; choose another --pooling (mean), a larger --max-length, "
                 "or another encoder"
             )
-        total = unit.sum(dim=0)
-        self.spread = ((total @ total - len(unit)) / (len(unit) * (len(unit) - 1))).item()
-        if self.spread > _NEARLY_SAME and not self._warned:
+        self.spread = mean_cosine(unit)
+        if self.spread is not None and self.spread > _NEARLY_SAME and not self._warned:
             self._warned = True
             self.warn(
                 f"the vectors of {self.encoder} for different captions are nearly the same (mean cosine "

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from ..errors import RankLost, TrainingError
+from ..files import flush_names
 from ..ranks import Rank, answering, together
 from .storage import Index, Reader, Writer, sizes_and_dtype
 
@@ -200,7 +201,7 @@ class Checkpoints:
         self._clear()
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            _sync(self.folder.parent)
+            flush_names(self.folder.parent)
         writer.set_up_storage_writer(True)
 
     def _commit(self, step: int, state: dict[str, Any], index: Index) -> None:
@@ -211,11 +212,11 @@ class Checkpoints:
             file.write(_sealed(json.dumps(content).encode()))
             file.flush()
             os.fsync(file.fileno())
-        _sync(part)
+        flush_names(part)
         if whole.exists():  # a damaged one
             os.replace(whole, self._old(step))
         os.replace(part, whole)
-        _sync(self.folder)
+        flush_names(self.folder)
         self._damaged.discard(step)
         self._prune(step)
 
@@ -474,12 +475,3 @@ def _sha256(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -157,24 +157,20 @@ def test_inference_mode_and_gradients(rng):
     x = torch.from_numpy(rng.normal(size=(3, 6))).float()
     with torch.inference_mode():
         first = c.apply(x)
-        weight, bias = c.linear("cpu", torch.float32)
+        weight = c.weight()
     for again in (c.apply(x), c.apply(x.clone().requires_grad_())):
         assert torch.equal(again, first) and not again.requires_grad and not again.is_inference()
-    for tensor in c.linear("cpu", torch.float32):
-        assert not tensor.is_inference()
-    assert weight.shape == (4, 6) and bias.shape == (4,)
+    assert weight.shape == (4, 6)
 
 
 @pytest.mark.parametrize("power", [0, 0.5, 1])
-def test_the_linear_map(rng, power):
+def test_the_weight(rng, power):
     c = some(rng, 21, 8, power)
     x = torch.from_numpy(rng.normal(size=(30, 21)))
-    weight, bias = c.linear()
-    assert weight.dtype == bias.dtype == torch.float64
-    y = x / x.norm(dim=1, keepdim=True) @ weight.T + bias
+    weight = c.weight()
+    assert weight.dtype == torch.float64
+    y = (x / x.norm(dim=1, keepdim=True) - c.mean) @ weight.T
     assert np.allclose((y / y.norm(dim=1, keepdim=True)).numpy(), formula(c, x.numpy())[0], rtol=0, atol=1e-13)
-    half = c.linear("cpu", torch.float32)
-    assert torch.equal(half[0], weight.float()) and torch.equal(half[1], bias.float())
 
 
 def test_axes_without_variance_give_zeros(rng):
@@ -285,9 +281,9 @@ def test_fit_is_numpys(rng, rows, dim, kept, power):
     if power != "auto":
         assert c.power == power
     # Before they are scaled, the sample's vectors have mean 0, and the variance s^(2 - 2p) along each axis.
-    weight, bias = (tensor.numpy() for tensor in c.linear())
+    weight = c.weight().numpy()
     unit = x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1, keepdims=True)
-    y = (unit @ weight.T + bias) * deviations[: c.dim] ** (c.power - 1)
+    y = (unit - c.mean.numpy()) @ weight.T * deviations[: c.dim] ** (c.power - 1)
     assert np.allclose(y.mean(axis=0), 0, atol=1e-6 / deviations[c.dim - 1])
     assert np.allclose(y.T @ y / rows, np.eye(c.dim), atol=1e-5)
     about = c.about

@@ -143,7 +143,7 @@ PLACES = {
         ("lift_fast.train.checkpoints:Checkpoints._begin", [0], 2),
         ("lift_fast.train.checkpoints:Checkpoints._commit", [0], 2),
         ("lift_fast.train.checkpoints:Checkpoints._prune", [0], 2),
-        ("lift_fast.train.checkpoints:_sync", [0], 4),
+        ("lift_fast.train.checkpoints:flush_names", [0], 4),
         ("os:replace", [0], 4),
     ],
     "any time": [(STEP, ANYWHERE, 2)],
