@@ -23,8 +23,6 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    # Jobs in a shell's background ignore SIGINT, and so would the commands that tests interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
@@ -32,6 +30,9 @@ def pytest_runtest_setup(item):
     name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
     torch.manual_seed(zlib.crc32(name.encode()))
     progress.configure()  # a command with --quiet sets it for the process
+    # Jobs in a shell's background ignore SIGINT, and so does this process once a test has interrupted a command in it;
+    # the commands that later tests start and interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -102,7 +102,6 @@ def test_the_browser_is_opened_when_asked(demo, monkeypatch, capsys):
             main(["gallery", str(demo / "clip"), "--port", "0", *more])
         assert ended.value.code == 130
     assert len(opened) == 1 and opened[0] in capsys.readouterr().out
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_errors_come_before_the_models_are_loaded(demo, capsys, monkeypatch):
