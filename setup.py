@@ -167,6 +167,7 @@ setup(
     package_dir={"lift_fast.kernels": "kernels"},
     package_data={
         "lift_fast": ["py.typed", "*.pyi"],
+        "lift_fast.eval": ["imagenet/*.txt"],
         "lift_fast.gallery": ["page/*"],
         "lift_fast.measure.report": ["*.j2", "*.css"],
         "lift_fast.ops.tuned": ["*.json"],
