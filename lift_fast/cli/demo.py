@@ -43,7 +43,7 @@ class Demo:
         step("LIFT", Train(lift))
         step("CLIP", Train(clip))
         for run in (lift.out, clip.out):
-            step(f"evaluate {run.name}", Eval(run, self.held_out, run / "eval.json"))
+            step(f"evaluate {run.name}", Eval(str(run), self.held_out, run / "eval.json"))
         compare = self.out / "compare.json"
         step(
             "compare",

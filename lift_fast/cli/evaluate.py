@@ -50,7 +50,7 @@ NamedSets = Annotated[
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained run on held-out sets: retrieval, and composition and zero-shot where a set has them.
+    """Evaluate a trained model on held-out sets: retrieval, composition and zero-shot classification, as each set asks.
 
     Zero-shot classification takes the classes that the metadata of the samples name: a column, or an entry of the
     .json, called group, label, class, class_name or cls; of class folders their names.
@@ -59,73 +59,102 @@ class Eval:
     without the --).
     """
 
-    run: Path
-    """Folder of the run."""
+    run: str
+    """Folder of a run, a checkpoint, an export, another project's weights, or a name on the hub, owner/model."""
     data: NamedSets
     """Held-out sets: --data DIR, or names and folders of several: --data openmoji DIR scenes DIR."""
     json: Path | None = None
     """File to write the figures to."""
     loader: Literal["auto", "host", "dali"] = "auto"
     """Decoder of the images, as in train."""
+    encoder: str | None = None
+    """Text encoder, a folder or name as for embed, where the model does not say it."""
     trust_remote_code: bool = False
-    """Run Python code that comes with LIFT's text encoder."""
+    """Run Python code that comes with the text encoder."""
     device: str = "auto"
-    field: str | None = None
-    """Caption to read. Default: the one that the run was trained on, or txt in a set that does not have it."""
+    field: tuple[str, ...] = ()
+    """Captions to read, several for several captions of an image. Default: those that the run was trained on, or txt in
+    a set that does not have them."""
     pictures: tuple[Path, ...] = ()
     """Folders of the image files, one for each --data; needed when they are not where the captions are."""
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for folders of images that do not go with the sets."""
+        if self.pictures and len(self.pictures) != len(self.data):
+            raise ConfigError(f"one --pictures for each --data, or none: got {len(self.pictures)} for {len(self.data)}")
+
     def __call__(self) -> None:
         from ..data.reading import cpu_count
-        from ..data.samples import Problem
         from ..devices import device_of_rank
         from ..eval.run import evaluate
+        from ..eval.sets import open_set, options_of
+        from ..inference import load
+        from ..inference.subject import subject_of
         from ..ranks import Rank, answering, joined, together
-        from ..run_folder import encoder_code
+        from .use import print_code
 
         rank = Rank.from_environment()
         device = device_of_rank(self.device, rank, rank.share_of(cpu_count()))
         with joined(rank, device, _TIMEOUT), answering(rank):
-            if self.trust_remote_code:
-                lines = together(lambda: encoder_code(self.run), only_first=True)
-                for line in lines if rank.is_first else ():
-                    print(printable(line), flush=True)
-            result = evaluate(
-                self.run,
-                self.data,
-                device,
-                loader=self.loader,
-                trust_remote_code=self.trust_remote_code,
-                field=self.field,
-                images=self.pictures,
-                options=self.reading,
-                rank=rank,
+            model = together(
+                lambda: load(self.run, device=device, encoder=self.encoder, trust_remote_code=self.trust_remote_code)
             )
-        if not rank.is_first:
-            return
-        print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
-        for name, scores in result["retrieval"].items():
-            i2t, t2i = scores["i2t"], scores["t2i"]
+            if rank.is_first:
+                print_code(model, self.encoder, self.trust_remote_code)
+            subject, run = together(lambda: subject_of(model)), model.description
+            options = options_of(run, self.reading)
+            folders = self.pictures or len(self.data) * (None,)
+            sets = together(
+                lambda: {
+                    name: open_set(path, images, options=options, fields=self.field, wanted=run.get("field", "txt"))
+                    for (name, path), images in zip(self.data.items(), folders, strict=True)
+                }
+            )
+            result = evaluate(subject, sets, loader=self.loader, skip_bad=options.skip_bad, rank=rank)
+        if rank.is_first:
+            print_scores(result)
+            if self.json:
+                write_json(self.json, result)
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """Prints what eval.json holds: a line for each score of each set."""
+    from ..data.samples import Problem
+
+    print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
+    for key in result["benchmarks"]:
+        name = printable(key)
+        for task, words in (("retrieval", ""), ("first_caption", ", first caption alone")):
+            if scores := result[task].get(key):
+                print(f"{name}{words}: {_recalls(scores)}")
+        if scores := result["composition"].get(key):
+            tasks = ", ".join(f"{task} {scores[task]:.1%}" for task in scores["counts"])
             print(
-                f"{name}: R@1/5/10 image to text {i2t['r1']:.1%} {i2t['r5']:.1%} {i2t['r10']:.1%}, text to image "
-                f"{t2i['r1']:.1%} {t2i['r5']:.1%} {t2i['r10']:.1%} (n = {scores['n']}, chance {1 / scores['n']:.2%})"
+                f"{name}: composition {scores['mean']:.1%} ({tasks}; n = {scores['n']}, "
+                f"{counted(sum(scores['ties'].values()), 'tie')}; by the text alone {scores['blind']['mean']:.1%})"
             )
-            if result["skipped"][name]:
-                causes = listed(result["skipped_causes"][name])
-                print(f"{name}: {counted(result['skipped'][name], 'sample')} left out ({causes})")
-            for note in result["notes"][name]:
-                print(f"{name}: {note}")
-        if result["composition"]:
-            print("composition: " + ", ".join(f"{k} {v:.1%}" for k, v in result["composition"].items() if k != "n"))
-        if result["zero_shot"]:
-            scores = result["zero_shot"]
+        if scores := result["zero_shot"].get(key):
+            first = scores["first_template"]
+            alone = f"; first template alone {first['top1']:.1%}" if first else ""
             print(
-                f"zero-shot: {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes "
-                f"(always naming the commonest class: {scores['majority']:.1%})"
+                f"{name}: zero-shot {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes, "
+                f"top-5 {scores['top5']:.1%} (always naming the commonest class: {scores['majority']:.1%}{alone})"
             )
-        if self.json:
-            write_json(self.json, result)
+        if result["skipped"][key]:
+            causes = listed(result["skipped_causes"][key])
+            print(f"{name}: {counted(result['skipped'][name], 'sample')} left out ({causes})")
+        for note in result["notes"][key]:
+            print(f"{name}: {printable(note)}")
+
+
+def _recalls(scores: dict[str, Any]) -> str:
+    ways = []
+    for way, words in (("i2t", "image to text"), ("t2i", "text to image")):
+        found, chance = scores[way], scores["chance"][way]["r1"]
+        ways.append(f"{words} {found['r1']:.1%} {found['r5']:.1%} {found['r10']:.1%} (chance {chance:.2%})")
+    captions = f", {scores['captions']} captions" if scores["captions"] != scores["n"] else ""
+    return f"R@1/5/10 {', '.join(ways)}, n = {scores['n']}{captions}"
 
 
 @dataclass(frozen=True)

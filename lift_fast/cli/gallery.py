@@ -38,7 +38,7 @@ class Gallery:
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __call__(self) -> None:
-        from ..eval.run import field_of, options_of
+        from ..eval.sets import field_of, options_of
         from ..gallery import Library, Server
         from ..gallery.find import find_models, find_sets
         from ..inference import load

@@ -5,15 +5,15 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .samples import BadText
+from .samples import BadText, SeveralCaptions
 
 
 def checked_caption(value: Any, field: str, where: Callable[[], str]) -> str:
     """Returns a caption without surrounding space.
 
     value: what the data set holds: str, or bytes that must be UTF-8. where: names the sample, for the message. Raises
-    BadText: "no caption" for None and for blank text; "not UTF-8"; "not text" for anything else, such as a list, a
-    number or NaN.
+    BadText: "no caption" for None and for blank text; "not UTF-8"; "not text" for anything else, such as a number or
+    NaN; SeveralCaptions, which is "not text" too, for a list of text.
     """
     if isinstance(value, bytes):
         try:
@@ -24,7 +24,10 @@ def checked_caption(value: Any, field: str, where: Callable[[], str]) -> str:
                 f"{where()}: {field!r} is not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8",
             ) from error
     if value is not None and not isinstance(value, str):
-        raise BadText("not text", f"{where()}: {field!r} is {_described(value)}, not text; write one caption there")
+        reason = f"{where()}: {field!r} is {_described(value)}, not text; write one caption there"
+        if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
+            raise SeveralCaptions(reason, value)
+        raise BadText("not text", reason)
     text = (value or "").strip()
     if not text:
         raise BadText("no caption", f"{where()} has no caption {field!r}; add one or drop the sample")

@@ -261,7 +261,7 @@ class _Decoder:
         return pipe
 
 
-def load_images(data: Samples, image_size: int, device_id: int | None = None) -> Loaded:
+def load_images(data: Samples, image_size: int, device_id: int | None = None, resize_size: int | None = None) -> Loaded:
     """As host.load_images, decoded by DALI: uint8 [n, size, size, 3] on the CPU or GPU `device_id`, and sample numbers.
 
     The host renders the images on which DALI fails. Raises BackendError without DALI, DataError when no image decodes.
@@ -274,7 +274,7 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
 
     def centred(sample: int) -> _Job | BadSample:
         try:
-            return _centred(data.image_bytes(sample), image_size)
+            return _centred(data.image_bytes(sample), image_size, resize_size)
         except BadSample as error:
             return error
 
@@ -298,7 +298,7 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
                     warnings.warn(f"DALI failed on images, which the host renders: {_reason(error)}", stacklevel=2)
                     dali.close()
                     dali = _Decoder(loading, device_id, corners=True)
-                    dali.put([_by_host(job, image_size) for job in jobs.values()])
+                    dali.put([_by_host(job, image_size, resize_size) for job in jobs.values()])
                     parts.append(dali.get())
                 samples += jobs
     finally:
@@ -308,18 +308,18 @@ def load_images(data: Samples, image_size: int, device_id: int | None = None) ->
     return Loaded(torch.cat(parts), samples, dict(causes.most_common()))
 
 
-def _centred(data: bytes, size: int) -> _Job:
+def _centred(data: bytes, size: int, resize_size: int | None) -> _Job:
     """The job that makes render_centre's pixels of an image. Raises BadSample."""
     header = read_header(data)
     if not header.plain or not is_regular(data, header):
-        return _finished(render_centre(data, header, size))
-    return _Job(np.frombuffer(data, np.uint8), *centre_of(header.width, header.height, size))
+        return _finished(render_centre(data, header, size, resize_size))
+    return _Job(np.frombuffer(data, np.uint8), *centre_of(header.width, header.height, size, resize_size))
 
 
-def _by_host(job: _Job, size: int) -> _Job:
+def _by_host(job: _Job, size: int, resize_size: int | None) -> _Job:
     """A job of _centred's rendered by the host."""
     data = job.encoded.tobytes()
-    return job if job.by_host else _finished(render_centre(data, read_header(data), size))
+    return job if job.by_host else _finished(render_centre(data, read_header(data), size, resize_size))
 
 
 def _finished(pixels: np.ndarray) -> _Job:

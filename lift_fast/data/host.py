@@ -47,8 +47,10 @@ class HostPipeline(Pipeline):
         return laid_out(pixels, self.loading.dtype, self.loading.layout)
 
 
-def load_images(data: Samples, image_size: int) -> Loaded:
+def load_images(data: Samples, image_size: int, resize_size: int | None = None) -> Loaded:
     """Decodes all images of a set for evaluation: uint8 [n, size, size, 3], and the numbers of their samples.
+
+    resize_size: of the shorter side before the centre crop; default: image_size.
 
     Leaves bad samples out and counts them by cause. Raises DataError when no image decodes.
     """
@@ -56,7 +58,7 @@ def load_images(data: Samples, image_size: int) -> Loaded:
     def rendered(sample: int) -> np.ndarray | BadSample:
         try:
             encoded = data.image_bytes(sample)
-            return render_centre(encoded, read_header(encoded), image_size)
+            return render_centre(encoded, read_header(encoded), image_size, resize_size)
         except BadSample as error:
             return error
 

@@ -48,6 +48,14 @@ class BadText(DataError, BadSample):
         self.cause, self.reason = cause, reason
 
 
+class SeveralCaptions(BadText):
+    """A list of captions where training takes one. captions: the list; evaluation takes it."""
+
+    def __init__(self, reason: str, captions: Sequence[str]):
+        super().__init__("not text", reason)
+        self.captions = captions
+
+
 class Problem(NamedTuple):
     """Something in a data set that is not read and is no sample: the lost part of a shard, files without a use.
 

@@ -1,62 +1,77 @@
 """Composition: does the model prefer the true caption to a foil, a caption that differs in one object or attribute?
 
-The seven tasks of SugarCrepe (Hsieh et al., 2023, arXiv:2306.14610).
+As SugarCrepe asks it (Hsieh et al., 2023, arXiv:2306.14610), and SugarCrepe++ with two true captions (Dumpala et al.,
+2024, arXiv:2406.11171).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..errors import DataError
-from ..run_folder import EncodeText
-from ..sugarcrepe import TASKS
+_CHUNK = 1024  # choices that are scored at once
 
 
-def composition(image: Tensor, captions: Mapping[str, Tensor], foils: Mapping[str, Tensor]) -> dict[str, Any]:
+class Rows(NamedTuple):
+    """A choice by row numbers: of the image, of its true captions, and of the foil."""
+
+    task: str
+    image: int
+    captions: tuple[int, ...]
+    foil: int
+
+
+def composition(image: Tensor, text: Tensor, choices: Sequence[Rows]) -> dict[str, Any]:
     """The accuracy of each task, their "mean", and "n", the number of choices made.
 
-    image [n, dim]; captions and foils: task -> [n, dim], of the same samples; all of unit length. A choice is correct
-    when the caption's cosine is larger than the foil's: a tie is a miss. Chance is 0.5.
+    image [n, dim], text [texts, dim], of unit length. A choice is right when the cosine of every true caption is larger
+    than the foil's: a tie is a miss. Chance is 1/2 for one true caption, 1/3 for two.
+
+    Also "ties" and "counts": task -> how many choices were ties (the least of the true captions and the foil), and how
+    many there are; and "blind": the accuracies and their mean with the mean of all images' features in place of each
+    image's, so that the text alone decides.
     """
-    scores: dict[str, Any] = {
-        task: ((image * captions[task]).sum(dim=1) > (image * foils[task]).sum(dim=1)).float().mean().item()
-        for task in captions
+    mean_image = F.normalize(image.double().mean(dim=0), dim=0).to(image.dtype)
+    right, blind, ties, counts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for rows, features, captions, foils in _chunks(image, text, choices):
+        margin = _margin(features, captions, foils)
+        blind_margin = _margin(mean_image.expand_as(features), captions, foils)
+        for row, found, without in zip(rows, margin.tolist(), blind_margin.tolist(), strict=True):
+            right[row.task] += found > 0
+            ties[row.task] += found == 0
+            blind[row.task] += without > 0
+            counts[row.task] += 1
+
+    def accuracies(hits: Counter[str]) -> dict[str, float]:
+        each = {task: hits[task] / n for task, n in counts.items()}
+        return each | {"mean": sum(each.values()) / len(each)}
+
+    return accuracies(right) | {
+        "n": len(choices),
+        "ties": dict(ties),
+        "counts": dict(counts),
+        "blind": accuracies(blind),
     }
-    return scores | {"mean": sum(scores.values()) / len(scores), "n": len(image) * len(scores)}
 
 
-def has_foils(metas: Sequence[dict[str, Any]]) -> bool:
-    """Whether the metadata of every sample have a "composition"."""
-    return all("composition" in meta for meta in metas)
+def _chunks(
+    image: Tensor, text: Tensor, choices: Sequence[Rows]
+) -> Iterator[tuple[Sequence[Rows], Tensor, Tensor, Tensor]]:
+    """Some choices, and the features of their images [n, dim], true captions [n, captions, dim] and foils [n, dim]."""
+    for start in range(0, len(choices), _CHUNK):
+        rows = choices[start : start + _CHUNK]
+        most = max(len(row.captions) for row in rows)
+        # A caption that stands twice changes no minimum.
+        captions = [(*row.captions, *row.captions[:1] * (most - len(row.captions))) for row in rows]
+        yield rows, image[[row.image for row in rows]], text[torch.tensor(captions)], text[[row.foil for row in rows]]
 
 
-def captions_and_foils(metas: Sequence[dict[str, Any]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Samples' metadata -> (task -> captions, task -> foils), in the samples' order.
-
-    Raises DataError when a sample lacks the caption or the foil of a task.
-    """
-    for number, meta in enumerate(metas):
-        for task in TASKS:
-            if not {"caption", "foil"} <= set(meta["composition"].get(task, ())):
-                raise DataError(f"sample {number} has no caption and foil for the composition task {task!r}")
-    captions = {task: [meta["composition"][task]["caption"] for meta in metas] for task in TASKS}
-    foils = {task: [meta["composition"][task]["foil"] for meta in metas] for task in TASKS}
-    return captions, foils
-
-
-def evaluate_composition(image: Tensor, metas: Sequence[dict[str, Any]], encode_text: EncodeText) -> dict[str, Any]:
-    """The scores of `composition` for image features [n, dim] and the metadata of their samples.
-
-    Raises DataError as captions_and_foils does.
-    """
-    captions, foils = captions_and_foils(metas)
-    # Tasks share captions: each distinct text is encoded once.
-    texts = list(dict.fromkeys(text for side in (captions, foils) for task in side.values() for text in task))
-    number = {text: i for i, text in enumerate(texts)}
-    vectors = encode_text(texts)
-
-    def features(side: dict[str, list[str]]) -> dict[str, Tensor]:
-        return {task: vectors[[number[text] for text in task_texts]] for task, task_texts in side.items()}
-
-    return composition(image, features(captions), features(foils))
+def _margin(image: Tensor, captions: Tensor, foils: Tensor) -> Tensor:
+    """How far the least cosine of the true captions is above the foil's, float64 [n]. Equal texts have equal cosines:
+    each is summed in the same order."""
+    image = image.double()
+    true = (image.unsqueeze(1) * captions.double()).sum(dim=2).amin(dim=1)
+    return true - (image * foils.double()).sum(dim=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..data import dali, host
 from ..data.loading import Loaded
-from ..data.pixels import normalise
+from ..data.pixels import MEAN, STD, normalise
 from ..data.samples import Samples
 from ..data.skipped import in_words
 from ..devices import gpu_index
@@ -25,20 +25,41 @@ _BYTES = 1 << 28  # of pixels that are decoded at once
 _WHITE = base64.b64decode("R0lGODdhAQABAIABAP///////ywAAAAAAQABAAACAkQBADs=")  # a GIF of 1 x 1
 
 
+class Pixels(NamedTuple):
+    """What a tower expects: the shorter side resized to `resize`, the centred square of `size` pixels, normalised by
+    mean and std (data.pixels.normalise)."""
+
+    size: int
+    resize: int
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+
+    @staticmethod
+    def of_size(size: int) -> "Pixels":
+        """What the models of lift-fast expect."""
+        return Pixels(size, size)
+
+
 class Images:
     """A rank's share of the images of a set, decoded. Each iteration yields Loaded for each of its chunks; pixels of a
     chunk without any are one black image.
 
-    size: pixels a side. device: of the tower. loader: auto, host or dali, as in TrainConfig.
+    device: of the tower. loader: auto, host or dali, as in TrainConfig.
 
     Raises BackendError while iterating for loader dali when it is not installed.
     """
 
-    def __init__(self, data: Samples, size: int, device: torch.device, loader: str = "auto", rank: Rank | None = None):
-        self.data, self.size, self.device, self.loader, self.rank = data, size, device, loader, rank or Rank()
+    def __init__(
+        self, data: Samples, pixels: Pixels, device: torch.device, loader: str = "auto", rank: Rank | None = None
+    ):
+        self.data, self.pixels, self.device, self.loader, self.rank = data, pixels, device, loader, rank or Rank()
         self.chunks = cut(len(data), _CHUNK)
-        self.none = Loaded(torch.zeros(1, size, size, 3, dtype=torch.uint8), [], {})
+        self.none = Loaded(torch.zeros(1, pixels.size, pixels.size, 3, dtype=torch.uint8), [], {})
         self._kept: list[Loaded] | None = None
+
+    def normalised(self, loaded: Loaded) -> Tensor:
+        """The pixels of a chunk as the tower takes them: float32 [n, 3, size, size] on the device."""
+        return normalise(loaded.pixels.to(self.device), self.pixels.mean, self.pixels.std)
 
     @property
     def bytes(self) -> int:
@@ -74,10 +95,11 @@ class Images:
 
     def _decoded(self, chunks: Sequence[range]) -> Iterator[Loaded]:
         part = _Part(self.data, [sample for chunk in chunks for sample in chunk])
+        size, resize = self.pixels.size, self.pixels.resize
         if dali.wanted(self.loader, self.device.type == "cuda"):
-            pixels, positions, causes = dali.load_images(cast(Samples, part), self.size, gpu_index(self.device))
+            pixels, positions, causes = dali.load_images(cast(Samples, part), size, gpu_index(self.device), resize)
         else:
-            pixels, positions, causes = host.load_images(cast(Samples, part), self.size)
+            pixels, positions, causes = host.load_images(cast(Samples, part), size, resize)
         first = end = 0
         for chunk in chunks:
             end += len(chunk)
@@ -122,7 +144,7 @@ def image_features(encode_image: Callable[[Tensor], Tensor], images: Images) -> 
     share = iter(images)
     for _ in range(rounds(len(images.chunks), images.rank)):
         loaded = next(share, images.none)
-        encoded = encode_image(normalise(loaded.pixels.to(images.device)))
+        encoded = encode_image(images.normalised(loaded))
         features.append(encoded.float().cpu()[: len(loaded.samples)])
         samples += loaded.samples
         causes.update(loaded.causes)

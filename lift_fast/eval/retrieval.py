@@ -1,68 +1,251 @@
-"""Retrieval both ways: how often the positive caption of an image (or image of a caption) is among the first k."""
+"""Retrieval both ways: how often a right caption of an image, and a right image of a caption, is among the first k.
 
-from collections import Counter
-from collections.abc import Sequence
+As CLIP's evaluations ask it (Radford et al., 2021, arXiv:2103.00020), but right answers are sets: equal captions are
+right for the same images.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 KS = (1, 5, 10)
+_TILE = 1024  # images, and texts, whose scores are held at once: 4 MiB, which stay in the caches of a CPU
+
+Ranks = tuple[Tensor, Tensor]
 
 
-def ranks(similarity: Tensor) -> Tensor:
-    """The rank of each query's positive, int64 [queries]; 0 is the best.
+def retrieval(
+    image: Tensor,
+    text: Tensor,
+    image_of: Sequence[int] | Tensor,
+    text_of: Sequence[int] | Tensor | None = None,
+    found: Ranks | None = None,
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 from image to text and from text to image.
 
-    similarity [queries, items], where item i is the positive of query i. Every item that ties with the positive ranks
-    before it, so that features that have collapsed to one point score nothing.
+    image, text, image_of, text_of: as of `ranks`. found: what ranks returned for them, where it is known.
+
+    Returns
+        i2t, t2i  recall at k, {"r1": …, "r5": …, "r10": …}: the fraction of queries of which a right answer is among
+                  the first k. The queries are the images that have a caption, and all captions.
+        n         the number of images that have a caption
+        captions  the number of captions
+        repeats   how many captions are equal to an earlier one
+        chance    {"i2t": …, "t2i": …}, the recalls of a random order
+
+    Raises ValueError as ranks.
     """
-    positive = similarity.diagonal().unsqueeze(1)
-    return (similarity >= positive).sum(dim=1) - 1
-
-
-def recalls(similarity: Tensor) -> dict[str, float]:
-    """Recall at k, {"r1": …, "r5": …, "r10": …}: the fraction of queries (rows) whose positive is among the first k."""
-    rank = ranks(similarity)
-    return {f"r{k}": (rank < k).float().mean().item() for k in KS}
-
-
-def retrieval(image: Tensor, text: Tensor, caption_of: Sequence[int] | None = None) -> dict[str, Any]:
-    """Recall from image to text and from text to image: {"i2t": recalls, "t2i": recalls, "n": n, "repeats", "ceiling"}.
-
-    image [n, dim], text [distinct, dim], of unit length. caption_of [n]: which row of text is the caption of each
-    image; by default text i of image i. Chance of r1 is 1/n.
-
-    An image whose caption another one has, too, competes with it: repeats is the number of captions that an earlier
-    image has, and ceiling the recalls of a perfect model, which cannot be 1 then (`ceilings`).
-
-    Raises ValueError when a similarity is not finite.
-    """
-    similarity = image.float() @ text.float().T
-    if not torch.isfinite(similarity).all():
-        raise ValueError("retrieval got features that are not finite")
-    if caption_of is not None:
-        similarity = similarity[:, list(caption_of)]  # equal captions tie to the bit
-    numbers = range(len(image)) if caption_of is None else caption_of
+    ranks_of_images, ranks_of_captions = ranks(image, text, image_of, text_of) if found is None else found
+    owners, rows = _captions(image_of, text_of, image.device)
+    pairs = _right_pairs(owners, rows, len(text))
+    weights = torch.bincount(rows, minlength=len(text))
+    own, row = pairs // len(text), pairs % len(text)
+    right_captions = torch.zeros(len(image), dtype=torch.int64, device=image.device).index_add_(0, own, weights[row])
+    right_images = torch.bincount(row, minlength=len(text))[rows]
     return {
-        "i2t": recalls(similarity),
-        "t2i": recalls(similarity.T),
-        "n": len(image),
-        "repeats": len(numbers) - len(set(numbers)),
-        "ceiling": ceilings(numbers),
+        "i2t": _recalls(ranks_of_images[ranks_of_images >= 0]),
+        "t2i": _recalls(ranks_of_captions),
+        "n": int((right_captions > 0).sum()),
+        "captions": len(rows),
+        "repeats": len(rows) - int((weights > 0).sum()),
+        "chance": {
+            "i2t": _chance(right_captions[right_captions > 0], len(rows)),
+            "t2i": _chance(right_images, len(image)),
+        },
     }
 
 
-def ceilings(caption_of: Sequence[int]) -> dict[str, dict[str, float]]:
-    """The largest recalls that a model can have, {"i2t": recalls, "t2i": recalls}, where captions repeat.
+@torch.no_grad()
+def ranks(
+    image: Tensor,
+    text: Tensor,
+    image_of: Sequence[int] | Tensor,
+    text_of: Sequence[int] | Tensor | None = None,
+) -> Ranks:
+    """The rank of each query's best right answer: int64 [n] of the images, -1 for an image without caption, and int64
+    [captions] of the captions; 0 is the best.
 
-    caption_of [n]: a number for the caption of each image, the same for equal captions. Of the g images of one caption:
-    from image to text the positive ties with g - 1 others, which rank before it, so it is among the first k for all g
-    images if g <= k and for none otherwise; from text to image g equal queries have one ranking, in which the positives
-    of at most k of them are among the first k.
+    image [n, dim], text [texts, dim]: features of any float dtype, computed with as float32, of unit length or not, on
+    one device. The score of an image and a caption is the product of their features. image_of, int64 [captions]: the
+    row of image that each caption belongs to. text_of, int64 [captions]: its row of text, the same for equal captions;
+    default: caption i is row i.
+
+    Right answers are sets: for an image its captions, and all that are equal to one of them; for a caption its image,
+    and all that have an equal caption. A rank is the number of wrong answers that score at least as much as the best
+    right one: ties go against the model, so that features that have collapsed to one point rank last. Every caption is
+    a query and an answer, equal ones as often as they occur; every image is an answer.
+
+    Ranks below 10 are exact: scores that float32 cannot tell apart are compared in float64, where only those that
+    differ by less than its rounding tie. Of ranks from 10 on, answers that float32 cannot tell from the best right one
+    count as wrong ones ahead. Memory: the features, and a few tiles of _TILE x _TILE scores; one product of the
+    features gives the scores of both directions.
+
+    Raises ValueError when a feature is not finite, and when there are no captions.
     """
-    sizes = Counter(caption_of).values()
-    n = len(caption_of)
-    return {
-        "i2t": {f"r{k}": sum(g for g in sizes if g <= k) / n for k in KS},
-        "t2i": {f"r{k}": sum(min(g, k) for g in sizes) / n for k in KS},
-    }
+    owners, rows = _captions(image_of, text_of, image.device)
+    if not len(rows):
+        raise ValueError("retrieval got no captions")
+    pairs = _right_pairs(owners, rows, len(text))
+    images, texts = _Side(image), _Side(text)
+    _set_best(images, texts, pairs)
+    # Of a tile's sums, which float32 counts exactly below 2^24 captions.
+    weights = torch.bincount(rows, minlength=len(text)).float()
+    ones = weights.new_ones(_TILE)
+    space, spare = weights.new_empty(_TILE * _TILE), weights.new_empty(_TILE * _TILE)
+    right = _by_tile(pairs, len(image), len(text))
+    with _exact_float32():
+        for top in range(0, len(image), _TILE):
+            x = images.block(top)
+            for left in range(0, len(text), _TILE):
+                y = texts.block(left)
+                shape = len(x), len(y)
+                scores = space[: math.prod(shape)].view(shape)
+                ahead = spare[: math.prod(shape)].view(shape)
+                torch.mm(x, y.T, out=scores)
+                scores[next(right)] = -torch.inf
+                _count(images, top, texts, left, scores, weights[left : left + _TILE], ahead)
+                _count(texts, left, images, top, scores.T, ones[: len(x)], ahead.T)
+    return torch.where(torch.bincount(owners, minlength=len(image)) > 0, images.ranks(), -1), texts.ranks()[rows]
+
+
+class _Side:
+    """The features of one side, images or texts, and what is known of the ranks of each as a query.
+
+    scale: a power of 2 that brings the largest norm near 1, so that no product overflows; block(start) is a tile's
+    rows, scaled. norms, float64 [n]: of the scaled rows.
+    """
+
+    def __init__(self, features: Tensor):
+        n = len(features)
+        self.features = features.float()
+        self.norms = torch.cat([part.double().norm(dim=1) for part in self.features.split(_TILE)])
+        if not self.norms.isfinite().all():
+            raise ValueError("retrieval got features that are not finite")
+        _, exponent = math.frexp(self.norms.max().item())
+        self.scale = 2.0 ** -max(-126, min(exponent, 126))  # itself a float32
+        self.norms *= self.scale
+        self.tie = self.norms.new_full((n,), torch.inf)  # the least float64 score that ties with the best right one
+        self.low = torch.empty(n, device=features.device)  # a float32 score below is certainly less than that
+        self.high = torch.empty_like(self.low)  # a float32 score from here on is certainly more
+        self.counted = torch.zeros(n, dtype=torch.int64, device=features.device)  # certainly ahead of the best right
+        self.most = torch.zeros_like(self.counted)  # ahead, or not certainly behind
+
+    def block(self, start: int) -> Tensor:
+        return self.features[start : start + _TILE] * self.scale
+
+    def set_best(self, best: Tensor, other: "_Side") -> None:
+        """best, float64 [n]: the score of each query's best right answer; inf where it has none."""
+        dim, largest = self.features.shape[1], other.norms.max()
+        scale = self.scale * other.scale
+        # A sum of dim products, in whatever order, is off by at most dim roundings of the product of the norms (Higham,
+        # Accuracy and Stability of Numerical Algorithms, section 3.1). low and high are rounded to float32; what is too
+        # small for a float32 may be lost.
+        rounding = self.norms * largest * (dim + 2) * 1.01
+        self.tie = best - 2 * rounding * 2.0**-53 / scale
+        self.low = (best * scale - rounding * 2.0**-24 - dim * 2.0**-110).float()
+        self.high = (best * scale + rounding * 2.0**-24 + dim * 2.0**-110).float()
+
+    def ranks(self) -> Tensor:
+        """int64 [n]. Where less than KS[-1] are counted, every answer between low and high was looked at."""
+        return torch.where(self.counted < KS[-1], self.counted, self.most)
+
+
+def _captions(
+    image_of: Sequence[int] | Tensor, text_of: Sequence[int] | Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    owners = torch.as_tensor(image_of, dtype=torch.int64, device=device)
+    rows = torch.arange(len(owners), device=device) if text_of is None else torch.as_tensor(text_of).to(owners)
+    return owners, rows
+
+
+def _right_pairs(owners: Tensor, rows: Tensor, texts: int) -> Tensor:
+    """The pairs of an image and a text that are right, each once, ascending: image * texts + text, int64."""
+    return torch.unique(owners * texts + rows)
+
+
+def _set_best(images: _Side, texts: _Side, pairs: Tensor) -> None:
+    """Scores the right pairs in float64."""
+    best = [torch.full_like(side.norms, -torch.inf) for side in (images, texts)]
+    for some in pairs.split(_TILE):
+        own, row = some // len(texts.norms), some % len(texts.norms)
+        scores = (images.features[own].double() * texts.features[row].double()).sum(dim=1)
+        best[0].scatter_reduce_(0, own, scores, "amax")
+        best[1].scatter_reduce_(0, row, scores, "amax")
+    for side, other, found in ((images, texts, best[0]), (texts, images, best[1])):
+        side.set_best(found.masked_fill(found == -torch.inf, torch.inf), other)
+
+
+def _by_tile(pairs: Tensor, images: int, texts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The right pairs of each tile, as positions in it; tiles of the first images come first."""
+    own, row = pairs // texts, pairs % texts
+    across = -(-texts // _TILE)
+    tile = own // _TILE * across + row // _TILE
+    order = tile.argsort()
+    sizes = torch.bincount(tile, minlength=-(-images // _TILE) * across).tolist()
+    yield from zip((own[order] % _TILE).split(sizes), (row[order] % _TILE).split(sizes), strict=True)
+
+
+def _count(
+    queries: _Side, first: int, answers: _Side, start: int, scores: Tensor, weights: Tensor, ahead: Tensor
+) -> None:
+    """Counts the answers of a tile that are ahead of each query's best right one.
+
+    scores, float32 [some queries, some answers], of the queries from `first` and the answers from `start` on; right
+    ones are -inf. weights, float32: how often each answer occurs. ahead: memory as of scores.
+    """
+    some = slice(first, first + len(scores))
+    low, high, counted = queries.low[some, None], queries.high[some, None], queries.counted[some]
+    certain = torch.mv(torch.ge(scores, high, out=ahead), weights).long()
+    possible = torch.mv(torch.ge(scores, low, out=ahead), weights).long()
+    counted += certain
+    queries.most[some] += possible
+    unclear = ((certain < possible) & (counted < KS[-1])).nonzero().flatten()
+    if not len(unclear):
+        return
+    near = scores[unclear]
+    near = (near >= low[unclear]) & (near < high[unclear])
+    columns = near.any(dim=0).nonzero().flatten()
+    x = queries.features[unclear + first].double()
+    y = answers.features[columns + start].double()
+    tied = (x @ y.T >= queries.tie[unclear + first, None]) & near[:, columns]
+    counted[unclear] += (tied.double() @ weights[columns].double()).long()
+
+
+def _recalls(found: Tensor) -> dict[str, float]:
+    return {f"r{k}": int((found < k).sum()) / len(found) for k in KS}
+
+
+def _chance(right: Tensor, answers: int) -> dict[str, float]:
+    """The recalls of a random order of all answers, for queries of which each has so many right ones: int64 [queries].
+
+    All of the first k are wrong with probability C(answers - right, k) / C(answers, k).
+    """
+    wrong, missed, found = answers - right, right.new_ones(len(right), dtype=torch.float64), {}
+    for j in range(KS[-1]):
+        missed = missed * (wrong - j).clamp(min=0) / max(1, answers - j)
+        found[j + 1] = 1 - missed.mean().item()
+    return {f"r{k}": found[k] for k in KS}
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Turns settings off by which float32 products are computed with TF32 or bfloat16. They are the process's."""
+    backends = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    before = {matmul: matmul.fp32_precision for matmul in backends if hasattr(matmul, "fp32_precision")}
+    inexact = {matmul: precision for matmul, precision in before.items() if precision in ("tf32", "bf16")}
+    legacy = None if before else torch.get_float32_matmul_precision()  # before torch 2.9
+    try:
+        for matmul in inexact:
+            matmul.fp32_precision = "ieee"
+        if legacy:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for matmul, precision in inexact.items():
+            matmul.fp32_precision = precision
+        if legacy:
+            torch.set_float32_matmul_precision(legacy)

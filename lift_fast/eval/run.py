@@ -1,265 +1,193 @@
-"""Evaluates a model on held-out sets: retrieval on each, composition and zero-shot where a set's metadata allow it."""
+"""Evaluates a model on held-out sets: retrieval, composition and zero-shot classification, as each set asks for."""
 
-import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import run_folder
-from ..data.images import read_header
-from ..data.open import open_data
-from ..data.options import DataOptions
-from ..data.samples import Samples
-from ..errors import ConfigError, DataError, TrainingError
-from ..nn import Clip, Lift
+from ..data.skipped import in_words
+from ..errors import DataError, TrainingError
 from ..ranks import Rank, together
-from ..run_folder import EncodeText
-from .composition import evaluate_composition, has_foils
-from .images import Images, image_features
-from .retrieval import retrieval
-from .texts import Captions, Texts, encode_texts, matched, read_captions
-from .zero_shot import LABELS, evaluate_zero_shot, has_numbers, labels_of
+from .composition import Rows, composition
+from .examples import examples as examples_of
+from .held_out_set import HeldOutSet
+from .images import ImageFeatures, Images, image_features
+from .questions import Questions
+from .retrieval import ranks, retrieval
+from .subject import Subject
+from .texts import Texts, encode_texts
+from .zero_shot import zero_shot
 
-_TRIED = 8  # samples that are asked for a caption, to see whether a set has the field
+FORMAT = 2  # of what evaluate returns
+TASKS = ("retrieval", "first_caption", "composition", "zero_shot")  # each of them of the sets that ask for it
 
 
 def evaluate(
-    folder: Path,
-    sets: Mapping[str, Path],
-    device: torch.device,
-    *,
-    loader: str = "auto",
-    trust_remote_code: bool = False,
-    examples: int = 8,
-    field: str | None = None,
-    images: Sequence[Path] = (),
-    options: DataOptions | None = None,
-    rank: Rank | None = None,
-) -> dict[str, Any]:
-    """Evaluates the trained run in `folder` on `sets`: name -> path of a held-out data set.
-
-    loader: what decodes the images: auto, host or dali, as in TrainConfig. trust_remote_code: whether LIFT's text
-    encoder may run code from its repository. examples, and what is returned: as of evaluate_model.
-
-    field: the caption to read. Default: the one that the run was trained on, or "txt" in a set that does not have it.
-    images: the folder of the image files of each set, or none at all. options: how the sets are read; where they have
-    the default, as the run's own data was read. rank: this process among those that share the work, in one process
-    group and each on its own device; all of them return the same.
-
-    Raises DataError and ConfigError when the sets or the run cannot be read; what run_folder.conditioning_of,
-    run_folder.text_encoder and evaluate_model raise, each also when it is raised on another rank.
-    """
-    rank = rank or Rank()
-
-    def opened() -> tuple[Lift | Clip, EncodeText, dict[str, Samples], DataOptions, str]:
-        model, run = run_folder.load(folder, device)
-        conditioning = run_folder.conditioning_of(folder, run)
-        reading = options_of(run, options or DataOptions())
-        if images and len(images) != len(sets):
-            raise ConfigError(f"one --pictures for each --data, or none: got {len(images)} for {len(sets)}")
-        folders: Sequence[Path | None] = images or len(sets) * [None]
-        held_out = {
-            name: open_data(path, of_images, reading)
-            for (name, path), of_images in zip(sets.items(), folders, strict=True)
-        }
-        encode_text = run_folder.text_encoder(model, run, device, trust_remote_code, conditioning)
-        return model, encode_text, held_out, reading, run.get("field", "txt")
-
-    model, encode_text, held_out, reading, wanted = together(opened)
-    fields = together(
-        lambda: {name: field or field_of(data, wanted) for name, data in held_out.items()}, only_first=True
-    )
-    result = evaluate_model(
-        model,
-        encode_text,
-        held_out,
-        device,
-        loader=loader,
-        examples=examples,
-        fields=fields,
-        skip_bad=reading.skip_bad,
-        rank=rank,
-    )
-    for name, found in fields.items():
-        if field is None:
-            result["notes"][name] += notes_on_field(found, wanted)
-    return result
-
-
-def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:
-    """How the held-out sets of a run are read: as given; where that has the default, as the run's own data was."""
-    settings = {**run.get("read", {}), **given.recorded()}
-    return replace(given, **{name: value for name, value in settings.items() if hasattr(given, name)})
-
-
-def field_of(data: Samples, wanted: str) -> str:
-    """The caption field `wanted` if the first samples have it, else "txt"."""
-    for sample in range(min(_TRIED, len(data))):
-        try:
-            data.caption(sample, wanted)
-            return wanted
-        except DataError:
-            continue
-    return "txt"
-
-
-def evaluate_model(
-    model: Lift | Clip,
-    encode_text: EncodeText,
-    sets: Mapping[str, Samples],
-    device: torch.device,
+    subject: Subject,
+    sets: Mapping[str, HeldOutSet],
     *,
     loader: str = "auto",
     examples: int = 8,
-    fields: Mapping[str, str] | None = None,
     skip_bad: bool = False,
     rank: Rank | None = None,
 ) -> dict[str, Any]:
-    """Evaluates `model`, in eval mode and on `device`, on `sets`: name -> data set.
+    """Evaluates a model on held-out sets: name -> set.
 
-    encode_text: captions -> features float32 [captions, dim] on the CPU, of unit length. fields: name -> the caption
-    field to read; default "txt". skip_bad: leave out samples without a usable caption. rank: as of evaluate.
+    loader: what decodes the images: auto, host or dali, as in TrainConfig. skip_bad: leave out texts of which the
+    encoder's tokenizer makes nothing. rank: this process among those that share the work, in one process group and
+    each on its own device; all of them return the same.
 
     Returns the content of eval.json:
+        format         FORMAT
         retrieval      {set: scores}, see retrieval.retrieval
-        composition    scores of the set in which every sample has foils, see composition.composition; None without one
-        zero_shot      scores of the set with at least two classes, see zero_shot.zero_shot; None without one
-        pictures       of each set the first `examples` images as data URIs, with their caption and the one that the
-                       model ranks first
-        skipped        {set: number of samples left out}: images that do not decode, captions that cannot be used; these
+        first_caption  {set: the same with the first caption of each image alone}, for sets with several
+        composition    {set: scores}, see composition.composition
+        zero_shot      {set: scores}, see zero_shot.zero_shot
+        benchmarks     {set: the name of the published benchmark that it is, or None}
+        skipped        {set: number of samples left out}: images that do not decode, texts that cannot be used; these
                        count in no score
         skipped_causes {set: the same by cause}
         problems       {set: what opening it found that belongs to no sample}
         notes          {set: what to know of its scores, in sentences}
+        examples       {set: see examples.examples, `examples` of each kind}, for sets with retrieval
 
-    Raises ConfigError when two sets have foils or two have classes, since each of these scores is of one set; DataError
-    when no image of a set decodes, and for a caption that cannot be used, unless skip_bad; BackendError for loader dali
-    when it is not installed.
+    Raises DataError when no image of a set decodes, or when nothing that it asks can be used; TrainingError when
+    features are not finite; BackendError for loader dali when it is not installed; what the text encoder raises; each
+    also when it is raised on another rank.
     """
     rank = rank or Rank()
-    result: dict[str, Any] = {"retrieval": {}, "composition": None, "zero_shot": None, "pictures": []}
-    result |= {"skipped": {}, "skipped_causes": {}, "problems": {}, "notes": {}}
-    for name, data in sets.items():
-        field = (fields or {}).get(name, "txt")
-        scores = _evaluate_set(model, encode_text, name, data, device, loader, examples, field, skip_bad, rank)
-        for task in ("composition", "zero_shot"):
+    result: dict[str, Any] = {"format": FORMAT} | {task: {} for task in TASKS}
+    result |= {key: {} for key in ("benchmarks", "skipped", "skipped_causes", "problems", "notes", "examples")}
+    for name, held_out in sets.items():
+        scores = _evaluate_set(subject, held_out, loader, examples, skip_bad, rank)
+        for task in (*TASKS, "examples"):
             if scores[task] is not None:
-                _require_first(result, task, name)
-                result[task] = scores[task]
-        result["pictures"] += scores["pictures"]
-        for key in ("retrieval", "skipped", "skipped_causes", "notes"):
-            result[key][name] = scores[key]
-        result["problems"][name] = [problem._asdict() for problem in data.problems]
+                result[task][name] = scores[task]
+        result["benchmarks"][name] = held_out.benchmark
+        result["skipped"][name] = sum(scores["skipped_causes"].values())
+        result["skipped_causes"][name] = scores["skipped_causes"]
+        result["problems"][name] = [problem._asdict() for problem in held_out.data.problems]
+        result["notes"][name] = [*held_out.questions.notes, *scores["notes"]]
     return result
 
 
 def _evaluate_set(
-    model: Lift | Clip,
-    encode_text: EncodeText,
-    name: str,
-    data: Samples,
-    device: torch.device,
-    loader: str,
-    examples: int,
-    field: str,
-    skip_bad: bool,
-    rank: Rank,
+    subject: Subject, held_out: HeldOutSet, loader: str, examples: int, skip_bad: bool, rank: Rank
 ) -> dict[str, Any]:
-    """What evaluate_model returns of one set."""
-    images = Images(data, model.visual.config.image_size, device, loader, rank)
-    features = image_features(model.encode_image, images)
-    captions = together(lambda: read_captions(data, features.samples, field, skip_bad) if rank.is_first else None)
-    texts = encode_texts(captions, encode_text, rank, skip_bad)
+    """The scores of one set, as score_set returns them, and its examples."""
+    # Texts first: what is wrong with the encoder shows before the images have taken their time.
+    texts = encode_texts(held_out.questions.texts(), subject.encode_text, rank, skip_bad)
+    images = Images(held_out.data, subject.pixels, subject.device, loader, rank)
+    features = image_features(subject.encode_image, images)
 
     def score() -> dict[str, Any]:
-        assert captions is not None  # on rank 0
-        image, chosen, causes = matched(features, captions, texts)
-        found = score_set(image, chosen, texts)
-        return found | {
-            "skipped": sum(causes.values()),
-            "skipped_causes": causes,
-            "notes": notes_on(found["retrieval"], chosen.metas),
-            "pictures": _examples(name, data, image[:examples], chosen, texts),
-        }
+        found, asked = _scored(features, held_out.questions, texts)
+        shown = None
+        if asked is not None:
+            shown = examples_of(
+                held_out.data,
+                asked.samples,
+                asked.image,
+                asked.captions,
+                asked.texts,
+                asked.text,
+                asked.ranks,
+                examples,
+            )
+        return found | {"examples": shown}
 
     return together(score, only_first=True)
 
 
-def score_set(image: Tensor, captions: Captions, texts: Texts) -> dict[str, Any]:
-    """The scores of one set: retrieval; composition where every sample has foils and zero_shot where there are two
-    classes, else None.
+def score_set(features: ImageFeatures, questions: Questions, texts: Texts) -> dict[str, Any]:
+    """The scores of one set: for each of TASKS a dict, None where the set does not ask for it; and
 
-    image: features of unit length, float32 [n, dim]; captions: of the same n samples.
+        skipped_causes  how many samples count in no score, by cause
+        notes           what to know of the scores, in sentences
 
-    Raises TrainingError when a feature is not finite.
+    Raises DataError when nothing that the set asks can be used, TrainingError when a feature is not finite.
     """
-    if not (image.isfinite().all() and texts.vectors.isfinite().all()):
+    return _scored(features, questions, texts)[0]
+
+
+class _Asked(NamedTuple):
+    """The retrieval of a set. samples, image, captions: of the images that have captions; texts, text: their distinct
+    captions; ranks: of the images' best right captions."""
+
+    samples: list[int]
+    image: Tensor
+    captions: list[list[str]]
+    texts: list[str]
+    text: Tensor
+    ranks: Tensor
+
+
+def _scored(features: ImageFeatures, questions: Questions, texts: Texts) -> tuple[dict[str, Any], _Asked | None]:
+    if not (features.features.isfinite().all() and texts.vectors.isfinite().all()):
         raise TrainingError("the model's features are not finite: its weights have diverged; take earlier ones")
-    distinct = list(dict.fromkeys(captions.captions))
-    number = {caption: i for i, caption in enumerate(distinct)}
-    caption_of = [number[caption] for caption in captions.captions]
-    repeated = len(distinct) < len(caption_of)
-    metas = captions.metas
-    return {
-        "retrieval": retrieval(image, texts(distinct), caption_of if repeated else None),
-        "composition": evaluate_composition(image, metas, texts) if has_foils(metas) else None,
-        "zero_shot": evaluate_zero_shot(image, metas, texts) if len(labels_of(metas)) > 1 else None,
-    }
-
-
-def notes_on(scores: dict[str, Any], metas: Sequence[dict[str, Any]]) -> list[str]:
-    """What to know of a set's scores: captions that repeat, classes without names."""
-    notes = []
-    if scores["repeats"]:
-        most = scores["ceiling"]
-        notes.append(
-            f"{scores['repeats']} of {scores['n']} captions repeat an earlier one, so a perfect model scores at most "
-            f"{most['t2i']['r1']:.1%} R@1 from text to image and {most['i2t']['r1']:.1%} from image to text"
+    causes = Counter(features.causes)
+    rows = {sample: row for row, sample in enumerate(features.samples)}
+    captions = {}
+    for sample in features.samples:
+        usable = [caption for caption in questions.captions.get(sample, ()) if caption not in texts.empty]
+        if sample in questions.left_out:
+            causes[questions.left_out[sample]] += 1
+            del rows[sample]
+        elif usable:
+            captions[sample] = usable
+        elif sample in questions.captions:
+            causes["no tokens"] += 1
+            del rows[sample]
+    scores: dict[str, Any] = dict.fromkeys(TASKS)
+    asked = None
+    if captions:
+        scores["retrieval"], asked = _retrieval(features.features, rows, captions, texts)
+        if any(len(several) > 1 for several in captions.values()):
+            first = {sample: several[:1] for sample, several in captions.items()}
+            scores["first_caption"] = _retrieval(features.features, rows, first, texts)[0]
+    choices = [
+        Rows(
+            choice.task,
+            rows[choice.sample],
+            tuple(texts.numbers[caption] for caption in choice.captions),
+            texts.numbers[choice.foil],
         )
-    if len(labels_of(metas)) < 2 and has_numbers(metas):
-        notes.append(
-            "its classes are numbers, and zero-shot classification needs their names, in a column or an entry of the "
-            f".json called one of {', '.join(LABELS)}"
-        )
-    return notes
-
-
-def notes_on_field(found: str, wanted: str) -> list[str]:
-    """What to know of a set whose captions `found` were read, by a run that was trained on those called `wanted`."""
-    if found == wanted:
-        return []
-    return [f"the run was trained on the captions {wanted!r}, which it does not have; {found!r} was read"]
-
-
-def _examples(name: str, data: Samples, image: Tensor, captions: Captions, texts: Texts) -> list[dict[str, Any]]:
-    """For the report: the first images of a set, each with its caption and the caption that the model ranks first.
-
-    image: the features of these first images; captions: of all.
-    """
-    distinct = list(dict.fromkeys(captions.captions))
-    best = (image @ texts(distinct).T).argmax(dim=1).tolist()
-    return [
-        {
-            "set": name,
-            "image": data_uri(data.image_bytes(sample)),
-            "caption": caption,
-            "first": distinct[first],
-            "right": distinct[first] == caption,
-        }
-        for sample, caption, first in zip(captions.samples, captions.captions, best, strict=False)
+        for choice in questions.choices
+        if choice.sample in rows and texts.empty.isdisjoint((*choice.captions, choice.foil))
     ]
+    if choices:
+        scores["composition"] = composition(features.features, texts.vectors, choices)
+    if questions.classes:
+        labels = {rows[sample]: label for sample, label in questions.classes.labels.items() if sample in rows}
+        if labels:
+            classes = texts(questions.classes.prompts()).view(len(questions.classes.names), -1, texts.vectors.shape[1])
+            own = torch.tensor(list(labels.values()))
+            scores["zero_shot"] = zero_shot(features.features[list(labels)], classes, own)
+    if not any(scores.values()):
+        raise DataError(f"no caption can be used: {in_words(causes) or 'the set asks for nothing'}")
+    notes = []
+    if lost := len(questions.choices) - len(choices):
+        notes.append(f"{lost} of {len(questions.choices)} choices are left out: their image or a text cannot be used")
+    if asked is not None and (repeats := scores["retrieval"]["repeats"]):
+        notes.append(
+            f"{repeats} of {scores['retrieval']['captions']} captions repeat an earlier one; all images of a caption, "
+            "and all captions of such an image, count as right answers"
+        )
+    by_cause = sorted(causes.items(), key=lambda item: (-item[1], item[0]))  # whatever rank met them first
+    return scores | {"skipped_causes": dict(by_cause), "notes": notes}, asked
 
 
-def data_uri(image: bytes) -> str:
-    """An encoded image as an address that a page can hold, with its media type: "data:image/jpeg;base64,…"."""
-    return f"data:image/{read_header(image).format};base64,{base64.b64encode(image).decode()}"
-
-
-def _require_first(result: dict[str, Any], task: str, name: str) -> None:
-    """Raises ConfigError when an earlier set has been scored on this task."""
-    if result[task] is not None:
-        raise ConfigError(f"{name} is the second set for {task}; evaluate the sets one at a time")
+def _retrieval(
+    image: Tensor, rows: Mapping[int, int], captions: Mapping[int, Sequence[str]], texts: Texts
+) -> tuple[dict[str, Any], _Asked]:
+    """The scores of retrieval. rows: sample -> row of image; captions: sample -> its captions, at least one."""
+    distinct = list(dict.fromkeys(caption for several in captions.values() for caption in several))
+    number = {caption: i for i, caption in enumerate(distinct)}
+    image_of = torch.tensor([row for row, several in enumerate(captions.values()) for _ in several])
+    text_of = torch.tensor([number[caption] for several in captions.values() for caption in several])
+    chosen, text = image[[rows[sample] for sample in captions]], texts(distinct)
+    found = ranks(chosen, text, image_of, text_of)
+    scores = retrieval(chosen, text, image_of, text_of, found)
+    return scores, _Asked(list(captions), chosen, list(map(list, captions.values())), distinct, text, found[0])

@@ -1,22 +1,13 @@
 """Zero-shot classification: the class whose name is nearest to the image, averaged over prompt templates
 (Radford et al., 2021, arXiv:2103.00020, section 3.1.4)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..run_folder import EncodeText
-
-LABELS = ("group", "label", "class", "class_name", "cls")  # entries of the metadata that name a sample's class
-TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")
-
-
-def prompts(name: str) -> list[str]:
-    """A class name, in lower case, in every template."""
-    return [template.format(name.lower().replace("&", "and")) for template in TEMPLATES]
+_CHUNK = 4096  # images that are classified at once
 
 
 def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -24,52 +15,39 @@ def zero_shot(image: Tensor, classes: Tensor, labels: Tensor) -> dict[str, Any]:
 
     image [n, dim]; classes [classes, templates, dim]; labels int64 [n]; features of unit length.
 
-    Returns top1; mean_per_class, the recall averaged over the classes that occur in labels; classes and n, the
-    counts; chance; and majority, the top1 of always answering the most frequent class.
+    Returns top1 and top5, the fractions of images whose class is among the first 1 and 5, where a class that ties goes
+    before the right one; mean_per_class, top1 averaged over the classes that occur in labels; classes, templates and n,
+    the counts; chance; majority, the top1 of always answering the most frequent class; and first_template, top1 and
+    top5 with the first template alone, None where there is no other.
     """
-    weights = F.normalize(classes.mean(dim=1), dim=-1)
-    right = (image @ weights.T).argmax(dim=1) == labels
+    right = _ranks(image, classes.double().mean(dim=1), labels)
     counts = torch.bincount(labels, minlength=len(classes))
-    hits = torch.bincount(labels[right], minlength=len(classes))
+    hits = torch.bincount(labels[right < 1], minlength=len(classes))
     seen = counts > 0
-    return {
-        "top1": right.float().mean().item(),
+    several = classes.shape[1] > 1
+    return _top(right) | {
         "mean_per_class": (hits[seen] / counts[seen]).mean().item(),
         "classes": len(classes),
+        "templates": classes.shape[1],
         "n": len(image),
         "chance": 1 / len(classes),
         "majority": (counts.max() / counts.sum()).item(),
+        "first_template": _top(_ranks(image, classes[:, 0], labels)) if several else None,
     }
 
 
-def label_of(meta: dict[str, Any]) -> str | None:
-    """The class that a sample's metadata name: the first of LABELS that is there. None where there is none, and where
-    it is a number, which says nothing to a text encoder."""
-    for name in LABELS:
-        value = meta.get(name)
-        if isinstance(value, str) and value.strip() and not value.strip().isdigit():
-            return value.strip()
-    return None
+def _ranks(image: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+    """How many wrong classes are as near to each image as its own, or nearer: int64 [n].
 
-
-def has_numbers(metas: Sequence[dict[str, Any]]) -> bool:
-    """Whether samples' metadata hold classes as numbers, without names."""
-    return any(str(meta.get(name, "")).strip().isdigit() for meta in metas for name in LABELS)
-
-
-def labels_of(metas: Sequence[dict[str, Any]]) -> list[str]:
-    """The distinct classes that samples' metadata name, sorted."""
-    return sorted({label for meta in metas if (label := label_of(meta))})
-
-
-def evaluate_zero_shot(image: Tensor, metas: Sequence[dict[str, Any]], encode_text: EncodeText) -> dict[str, Any]:
-    """The scores of `zero_shot` for image features [n, dim] and the metadata of their samples.
-
-    Samples without a class are left out.
+    Products in float64, rounded to float32: equal weights tie wherever they stand in the product.
     """
-    names = labels_of(metas)
-    number = {name: i for i, name in enumerate(names)}
-    labelled = {i: number[label] for i, meta in enumerate(metas) if (label := label_of(meta))}
-    texts = [prompt for name in names for prompt in prompts(name)]
-    classes = encode_text(texts).view(len(names), len(TEMPLATES), -1)
-    return zero_shot(image[list(labelled)], classes, torch.tensor(list(labelled.values())))
+    weights = F.normalize(weights.double(), dim=1)
+    ranks = []
+    for some, own in zip(image.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        scores = (some.double() @ weights.T).float()
+        ranks.append((scores >= scores.gather(1, own.unsqueeze(1))).sum(dim=1) - 1)
+    return torch.cat(ranks)
+
+
+def _top(ranks: Tensor) -> dict[str, float]:
+    return {f"top{k}": (ranks < k).double().mean().item() for k in (1, 5)}

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from .. import run_folder
 from ..cache import Conditioning
-from ..data.open import open_data
 from ..errors import ConfigError
-from ..eval.images import ImageFeatures, Images, image_features
-from ..eval.run import field_of, notes_on_field, options_of, score_set
-from ..eval.texts import Captions, Texts, encode_texts, matched, read_captions
+from ..eval.held_out_set import HeldOutSet
+from ..eval.images import ImageFeatures, Images, Pixels, image_features
+from ..eval.questions import Questions
+from ..eval.run import score_set
+from ..eval.sets import open_set, options_of
+from ..eval.texts import Texts, encode_texts
 from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
 from ..ranks import Rank, together
@@ -49,24 +51,19 @@ class HeldOut:
     ):
         self.run, self.device, self.rank = run, device, rank
         options = options_of(run, config.options)
-        size = preset(run["preset"]).vit.image_size
+        pixels = Pixels.of_size(preset(run["preset"]).vit.image_size)
 
-        def opened() -> dict[str, Images]:
+        def opened() -> dict[str, HeldOutSet]:
             if "encoder" in run and run["encoder"].get("trust_remote_code"):
                 raise ConfigError(
                     f"{run['encoder']['name']} runs code from its repository, so --eval-data cannot encode captions "
                     "while training; leave it out and evaluate with: lift-fast eval --trust-remote-code"
                 )
-            sets = {path.resolve().stem: open_data(path, None, options) for path in config.eval_data}
-            return {name: Images(data, size, device, config.loader, rank) for name, data in sets.items()}
-
-        def read() -> dict[str, Captions]:
-            found, wanted = {}, run.get("field", "txt")
-            for name, images in self.images.items():
-                field = field_of(images.data, wanted)
-                self.notices += [f"{name}: {note}" for note in notes_on_field(field, wanted)]
-                found[name] = read_captions(images.data, range(len(images.data)), field, skip_bad=True)
-            return found
+            wanted = run.get("field", "txt")
+            return {
+                path.resolve().stem: open_set(path, options=options, wanted=wanted, skip_bad=True)
+                for path in config.eval_data
+            }
 
         def load() -> EncodeText:
             with torch.device("meta"):
@@ -77,12 +74,13 @@ class HeldOut:
             for images in self.images.values():
                 images.check()
 
-        self.notices: list[str] = []
-        self.images = together(opened)
+        sets = together(opened)
+        self.questions = {name: held_out.questions for name, held_out in sets.items()}
+        self.notices = [f"{name}: {note}" for name, questions in self.questions.items() for note in questions.notes]
+        self.images = {
+            name: Images(held_out.data, pixels, device, config.loader, rank) for name, held_out in sets.items()
+        }
         together(check, only_first=True)
-        # Only rank 0 has captions, since it alone computes the scores.
-        captions = together(lambda: read() if rank.is_first else {})
-        self.captions = {name: captions.get(name) for name in self.images}
         self.texts: dict[str, Texts] | None = None
         if run["model"] == "lift":
             # Loading a model may draw random numbers, which are the training's.
@@ -99,8 +97,8 @@ class HeldOut:
         model: what is trained, on the device. towers: with FSDP2 the module that shards the model's weights
         (parallel.spread). The training goes on as if this had not been called.
 
-        Returns {set: {"t2i_r1", "i2t_r1", "n", "left_out"}}, and where a set has them "composition", the mean over the
-        tasks, and "zero_shot_top1".
+        Returns {set: {"n", "left_out"}}, n being the number of images scored, and where a set asks for them "t2i_r1"
+        and "i2t_r1", "composition", the mean over the tasks, and "zero_shot_top1".
 
         Raises DataError when no image of a set decodes; TrainingError when features are not finite.
         """
@@ -111,21 +109,25 @@ class HeldOut:
                 texts = self._encode_texts(run_folder.text_encoder(model, self.run, self.device))
             for name, images in self.images.items():
                 features = image_features(model.encode_image, images)
-                score = partial(_scores, features, self.captions[name], texts[name])
+                score = partial(_scores, features, self.questions[name], texts[name])
                 found[name] = together(score, only_first=True)
         return found
 
     def _encode_texts(self, encode_text: EncodeText) -> dict[str, Texts]:
-        return {name: encode_texts(found, encode_text, self.rank, True) for name, found in self.captions.items()}
+        return {
+            name: encode_texts(questions.texts(), encode_text, self.rank, True)
+            for name, questions in self.questions.items()
+        }
 
 
-def _scores(images: ImageFeatures, captions: Captions | None, texts: Texts) -> dict[str, Any]:
+def _scores(images: ImageFeatures, questions: Questions, texts: Texts) -> dict[str, Any]:
     """What HeldOut.scores returns of one set."""
-    assert captions is not None  # on rank 0
-    image, chosen, causes = matched(images, captions, texts)
-    scores = score_set(image, chosen, texts)
-    found = {f"{way}_r1": scores["retrieval"][way]["r1"] for way in ("t2i", "i2t")}
-    found |= {"n": len(image), "left_out": sum(causes.values())}
+    scores = score_set(images, questions, texts)
+    found: dict[str, Any] = {}
+    if scores["retrieval"]:
+        found |= {f"{way}_r1": scores["retrieval"][way]["r1"] for way in ("t2i", "i2t")}
+    left_out = sum(scores["skipped_causes"].values())
+    found |= {"n": len(images.samples) + sum(images.causes.values()) - left_out, "left_out": left_out}
     if scores["composition"]:
         found["composition"] = scores["composition"]["mean"]
     if scores["zero_shot"]:

@@ -13,15 +13,19 @@ from lift_fast.data.samples import BadText
 from lift_fast.data.shards import ShardWriter
 from lift_fast.errors import DataError, EncoderError
 from lift_fast.eval import images as images_module
-from lift_fast.eval.images import Images, image_features
+from lift_fast.eval.images import Images, Pixels, image_features
+from lift_fast.eval.questions import Questions
+from lift_fast.eval.run import score_set
+from lift_fast.eval.sets import read_questions
 from lift_fast.eval.shares import cut, mine, rounds
-from lift_fast.eval.texts import Captions, encode_texts, matched, read_captions
+from lift_fast.eval.texts import encode_texts
 from lift_fast.nn import Lift
 from lift_fast.ranks import Rank
 from lift_fast.sugarcrepe import TASKS
 from lift_fast.text.encoder import NoTokens
 
 CPU = torch.device("cpu")
+SIZE = Pixels.of_size(16)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 1000])
@@ -44,8 +48,8 @@ def features(rank: Rank, folder):
         seen.append(len(pixels))
         return model.encode_image(pixels)
 
-    found = image_features(encode, Images(data, 16, CPU, rank=rank))
-    captions = read_captions(data, found.samples, "txt", False) if rank.is_first else None
+    found = image_features(encode, Images(data, SIZE, CPU, rank=rank))
+    wanted = [f"caption {i}" for i in found.samples] if rank.is_first else None
     asked = []
 
     def encode_text(texts):
@@ -53,7 +57,7 @@ def features(rank: Rank, folder):
         generator = torch.Generator().manual_seed(len(texts[0]))
         return torch.nn.functional.normalize(torch.randn(len(texts), 24, generator=generator), dim=1)
 
-    texts = encode_texts(captions, encode_text, rank, False)
+    texts = encode_texts(wanted, encode_text, rank, False)
     return found, texts.vectors, list(texts.numbers), seen, asked
 
 
@@ -74,20 +78,20 @@ def test_features_do_not_depend_on_the_number_of_ranks(tmp_path):
 def test_few_images_are_decoded_at_once(tmp_path, monkeypatch):
     make_set(tmp_path / "set", 200, 100, broken={100})
     model = Lift(SMALL).eval()
-    want = image_features(model.encode_image, Images(open_data(tmp_path / "set"), 16, CPU))
+    want = image_features(model.encode_image, Images(open_data(tmp_path / "set"), SIZE, CPU))
     monkeypatch.setattr(images_module, "_BYTES", 1)
     decoded = []
     load_images = images_module.host.load_images
     monkeypatch.setattr(
-        images_module.host, "load_images", lambda part, size: decoded.append(len(part)) or load_images(part, size)
+        images_module.host, "load_images", lambda part, *sizes: decoded.append(len(part)) or load_images(part, *sizes)
     )
-    found = image_features(model.encode_image, Images(open_data(tmp_path / "set"), 16, CPU))
+    found = image_features(model.encode_image, Images(open_data(tmp_path / "set"), SIZE, CPU))
     assert torch.equal(found.features, want.features) and found[1:] == want[1:]
     assert decoded == [65, 65, 65, 9]  # each with one more, that decodes
 
 
 def test_a_set_without_images(tmp_path):
-    images = Images(make_set(tmp_path / "set", 70, broken=set(range(70))), 16, CPU)
+    images = Images(make_set(tmp_path / "set", 70, broken=set(range(70))), SIZE, CPU)
     for failing in (images.check, lambda: image_features(Lift(SMALL).encode_image, images)):
         with pytest.raises(DataError, match=r"no image decodes \(70 not a picture\)"):
             failing()
@@ -112,22 +116,22 @@ def encode_text(texts):
 def test_samples_without_usable_texts_are_left_out_and_counted(tmp_path):
     data = hostile(tmp_path / "data")
     with pytest.raises(BadText, match="has no caption"):
-        read_captions(data, range(6), "txt", False)
-    captions = read_captions(data, range(6), "txt", True)
-    assert captions.samples == [0, 3, 4, 5] and captions.left_out == {1: "no caption", 2: "does not parse"}
+        read_questions(data)
+    questions = read_questions(data, skip_bad=True)
+    assert list(questions.captions) == [0, 3, 4, 5] and questions.left_out == {1: "no caption", 2: "does not parse"}
     with pytest.raises(EncoderError, match="no tokens"):
-        encode_texts(captions, encode_text, Rank(), False)
-    texts = encode_texts(captions, encode_text, Rank(), True)
+        encode_texts(questions.texts(), encode_text, Rank(), False)
+    texts = encode_texts(questions.texts(), encode_text, Rank(), True)
     assert texts.empty == {"..."}
-    found = image_features(Lift(SMALL).eval().encode_image, Images(data, 16, CPU))
-    image, chosen, causes = matched(found, captions, texts)
-    assert torch.equal(image, found.features[[0, 3, 5]]) and chosen.captions == ["caption 0", "caption 3", "caption 5"]
-    assert causes == {"does not parse": 1, "no caption": 1, "no tokens": 1}
-    only = Captions([4], ["..."], [{}], {i: "no caption" for i in (0, 1, 2, 3, 5)})
+    found = image_features(lambda pixels: torch.randn(len(pixels), 8), Images(data, SIZE, CPU))
+    scores = score_set(found, questions, texts)
+    assert scores["skipped_causes"] == {"does not parse": 1, "no caption": 1, "no tokens": 1}
+    assert scores["retrieval"]["n"] == scores["retrieval"]["captions"] == 3
+    only = Questions({4: ["..."]}, left_out=dict.fromkeys((0, 1, 2, 3, 5), "no caption"))
+    with pytest.raises(DataError, match=r"no caption can be used: 5 no caption, 1 no tokens"):
+        score_set(found, only, texts)
     with pytest.raises(DataError, match="no caption can be used"):
-        matched(found, only, texts)
-    with pytest.raises(DataError, match="no caption can be used"):
-        encode_texts(only, encode_text, Rank(), True)
+        encode_texts(only.texts(), encode_text, Rank(), True)
 
 
 def test_every_text_that_scoring_takes(tmp_path):
@@ -135,8 +139,5 @@ def test_every_text_that_scoring_takes(tmp_path):
         for i in range(4):
             foils = {task: {"caption": f"caption {i}", "foil": f"foil {i % 2}"} for task in TASKS}
             writer.write(f"{i}", png(random.Random(i)), f"caption {i}", {"composition": foils, "label": "ab"[i % 2]})
-    captions = read_captions(open_data(tmp_path / "data"), range(4), "txt", False)
-    texts = captions.texts()
+    texts = read_questions(open_data(tmp_path / "data")).texts()
     assert texts[:6] == ["caption 0", "caption 1", "caption 2", "caption 3", "foil 0", "foil 1"] and len(texts) == 14
-    alone = Captions([0], ["caption 0"], [{"label": "a"}], {})
-    assert alone.texts() == ["caption 0"]

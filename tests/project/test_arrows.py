@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
     | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
     "inference": {"errors", "files", "typed", "progress", "devices", "run_folder"}
-    | {"ops", "nn", "cache", "data", "text", "train"},
+    | {"ops", "nn", "cache", "data", "text", "train", "eval"},
     "export": {"errors", "files", "run_folder", "nn", "cache", "text", "data", "inference"},
     "gallery": {"errors", "files", "progress", "devices", "run_folder", "nn", "data", "text", "inference"},
 }

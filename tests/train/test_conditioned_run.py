@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support import complete  # noqa: F401
 from support.conditioned_sets import conditioned, embedded, fitted, formula, make_encoder
+from support.evaluated import evaluated
 from support.ranks import SMALL, in_group, on_ranks, trained
 from support.tiny_sets import png
 
@@ -22,7 +23,6 @@ from lift_fast.cli.main import main
 from lift_fast.data.open import open_sets
 from lift_fast.data.shards import ShardWriter
 from lift_fast.errors import CacheError, CacheMismatch, ConfigError, Stopped, TrainingError
-from lift_fast.eval.run import evaluate
 from lift_fast.nn import PRESETS
 from lift_fast.text.cached import CachedText
 from lift_fast.train import folder
@@ -186,11 +186,11 @@ def test_the_scores_while_training_are_those_of_eval_without_the_caches(sets, tm
     for step in (2, 4):
         weights = config.out / "weights" / f"step-{step:08d}"
         assert Conditioning.load(weights).as_dict() == conditioning.as_dict()
-        scores = evaluate(weights, {"held": held}, CPU)["retrieval"]["held"]
+        scores = evaluated(weights, {"held": held})["retrieval"]["held"]
         while_training = lines[step - 1]["evaluation"]["held"]
         assert scores["n"] == while_training["n"] == 25
         assert (scores["t2i"]["r1"], scores["i2t"]["r1"]) == (while_training["t2i_r1"], while_training["i2t_r1"])
-    final = evaluate(config.out, {"held": held}, CPU)
+    final = evaluated(config.out, {"held": held})
     assert final["retrieval"]["held"]["n"] == 25
     main(["eval", "--run", str(config.out / "weights" / "step-00000004"), "--data", "held", str(held)])
     assert "held: R@1/5/10" in capfd.readouterr().out
@@ -200,7 +200,7 @@ def test_a_run_finds_the_images_that_it_was_trained_on(sets, tmp_path):
     """With texts in the wrong space the scores would be those of chance, 4 % each."""
     config = config_of(sets, tmp_path / "out", steps=150, lr=0.003, data=(sets / "a",), cache=(sets / "f32" / "a",))
     quiet(replace(config, batch_size=17, min_crop_area=1.0))
-    scores = evaluate(config.out, {"a": sets / "a"}, CPU)["retrieval"]["a"]
+    scores = evaluated(config.out, {"a": sets / "a"})["retrieval"]["a"]
     assert scores["t2i"]["r1"] > 0.7 and scores["i2t"]["r1"] > 0.7
 
 
@@ -314,11 +314,11 @@ def test_runs_of_before_have_no_such_entry(sets, tmp_path):
     config = config_of(sets, tmp_path / "out", "plain")
     quiet(config)
     assert not (config.out / CONDITIONING).exists()
-    before = evaluate(config.out, {"held": sets / "held"}, CPU)
+    before = evaluated(config.out, {"held": sets / "held"})
     run = run_folder.read_description(config.out)
     assert run.pop("conditioning") is None
     (config.out / "run.json").write_text(json.dumps(run))
-    assert evaluate(config.out, {"held": sets / "held"}, CPU) == before
+    assert evaluated(config.out, {"held": sets / "held"}) == before
     assert run_folder.conditioning_of(config.out, run) is None
 
 
@@ -369,7 +369,7 @@ def test_evaluation_without_the_file_is_an_error_at_once(sets, tmp_path, damage)
     else:
         shutil.copy(sets / "other captions" / "a" / CONDITIONING, file)
     with pytest.raises(CacheError, match=f"{CONDITIONING} (cannot be read|is damaged or another cache's)"):
-        evaluate(config.out, {"held": tmp_path / "there is none"}, CPU)
+        evaluated(config.out, {"held": tmp_path / "there is none"})
     run_folder.load(config.out)
 
 
@@ -431,5 +431,5 @@ def test_two_ranks(sets, tmp_path):
     for out in (config.out, weights):
         assert (out / CONDITIONING).read_bytes() == (sets / "f32" / "a" / CONDITIONING).read_bytes()
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    scores = evaluate(weights, {"held": sets / "held"}, CPU)["retrieval"]["held"]
+    scores = evaluated(weights, {"held": sets / "held"})["retrieval"]["held"]
     assert scores["t2i"]["r1"] == lines[1]["evaluation"]["held"]["t2i_r1"]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.evaluated import evaluated
 from support.ranks import SMALL, in_group, on_ranks
 from support.tiny_sets import make_set, png
 from support.tiny_text import TinyEncoder
@@ -15,7 +16,6 @@ from lift_fast import run_folder
 from lift_fast.data.options import DataOptions
 from lift_fast.data.shards import ShardWriter
 from lift_fast.errors import ConfigError, DataError, TrainingError
-from lift_fast.eval.run import evaluate
 from lift_fast.losses import ClipLoss
 from lift_fast.nn import PRESETS
 from lift_fast.ranks import Rank
@@ -80,27 +80,33 @@ def quick_encoder(model, run, device, trust_remote_code=False, conditioning=None
     """run_folder.text_encoder with an encoder that takes no time."""
     if run["model"] == "clip":
         return _text_encoder(model, run, device)
+    return quick_frozen(run, device)
+
+
+def quick_frozen(run, device, trust_remote_code=False, conditioning=None):
+    """run_folder.frozen_encoder with an encoder that takes no time."""
     encoder = TinyEncoder(mixed=False, dim=run["text_dim"])
     return lambda captions: torch.nn.functional.normalize(encoder.encode(captions), dim=1)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_scores_are_those_of_eval(root, name, monkeypatch):
-    """Also where several sets have foils and classes, which eval takes one at a time."""
+    """Also where several sets have foils and classes."""
     monkeypatch.setattr(run_folder, "text_encoder", quick_encoder)
+    monkeypatch.setattr(run_folder, "frozen_encoder", quick_frozen)
     model, held = opened(root, name, "plain", "one", "two")
     scores = held.scores(model)
     assert json.loads(json.dumps(scores)) == scores
+    want = evaluated(root / name, {data: root / data for data in ("plain", "one", "two")})
     for data in ("plain", "one", "two"):
-        want = evaluate(root / name, {data: root / data}, CPU)
         assert scores[data]["t2i_r1"] == want["retrieval"][data]["t2i"]["r1"]
         assert scores[data]["i2t_r1"] == want["retrieval"][data]["i2t"]["r1"]
         assert (scores[data]["n"], scores[data]["left_out"]) == (want["retrieval"][data]["n"], want["skipped"][data])
         if data == "plain":
             assert set(scores[data]) == {"t2i_r1", "i2t_r1", "n", "left_out"} and scores[data]["n"] == 84
         else:
-            assert scores[data]["composition"] == want["composition"]["mean"]
-            assert scores[data]["zero_shot_top1"] == want["zero_shot"]["top1"]
+            assert scores[data]["composition"] == want["composition"][data]["mean"]
+            assert scores[data]["zero_shot_top1"] == want["zero_shot"][data]["top1"]
     assert held.scores(model) == scores
 
 
@@ -167,7 +173,7 @@ def test_bad_samples_are_left_out(root, tmp_path):
         scores = held.scores(model)[tmp_path.stem]
         assert scores["n"] + scores["left_out"] == 9
         assert scores["left_out"] == left_out
-        want = evaluate(root / name, {"set": tmp_path}, CPU, options=DataOptions(skip_bad=True))
+        want = evaluated(root / name, {"set": tmp_path}, options=DataOptions(skip_bad=True))
         assert want["skipped"]["set"] == left_out and want["retrieval"]["set"]["t2i"]["r1"] == scores["t2i_r1"]
 
 
@@ -175,8 +181,8 @@ def test_the_captions_are_those_that_the_run_was_trained_on(root):
     """A set without them is read as eval does, and said so."""
     model, run = run_folder.load(root / "clip")
     held = HeldOut(config(root, "plain", "one"), run | {"field": "long"}, CPU, Rank())
-    assert held.captions["plain"].captions[:2] == ["long caption 0", "long caption 1"]
-    assert held.captions["one"].captions[:3] == ["caption 0", "caption 0", "caption 1"]
+    assert held.questions["plain"].captions[1] == ["long caption 1"]
+    assert [held.questions["one"].captions[i] for i in range(3)] == [["caption 0"], ["caption 0"], ["caption 1"]]
     assert held.notices == ["one: the run was trained on the captions 'long', which it does not have; 'txt' was read"]
 
 
@@ -208,7 +214,7 @@ def features_of(held, model, towers):
     """The scores, and the features of the images that they are computed from, on rank 0."""
     seen = []
     score_set = held_out.score_set
-    held_out.score_set = lambda image, *rest: seen.append(image) or score_set(image, *rest)
+    held_out.score_set = lambda images, *rest: seen.append(images.features) or score_set(images, *rest)
     try:
         return held.scores(model, towers), seen
     finally:

@@ -1,0 +1,121 @@
+"""Opens held-out sets and reads what they ask."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..data.captions import checked_caption
+from ..data.open import open_data
+from ..data.options import DataOptions
+from ..data.samples import BadText, Samples, SeveralCaptions
+from ..errors import DataError
+from ..sugarcrepe import TASKS
+from .held_out_set import HeldOutSet
+from .labels import LABELS, classes_of, has_numbers
+from .questions import Choice, Questions
+
+_TRIED = 8  # samples that are asked for a caption, to see whether a set has the field
+
+
+def open_set(
+    path: str | Path,
+    images: str | Path | None = None,
+    *,
+    options: DataOptions | None = None,
+    fields: Sequence[str] = (),
+    wanted: str = "txt",
+    skip_bad: bool | None = None,
+) -> HeldOutSet:
+    """Opens a held-out set of any layout of data.open.open_data.
+
+    images, options: as of open_data. fields: the captions to read, several for several captions of an image. Default:
+    `wanted`, or "txt" in a set that does not have it. skip_bad: leave out and count captions that cannot be used;
+    default: as the options say.
+
+    Raises DataError and ConfigError as open_data and read_questions.
+    """
+    options = options or DataOptions()
+    data = open_data(path, images, options)
+    skip_bad = options.skip_bad if skip_bad is None else skip_bad
+    return HeldOutSet(data, read_questions(data, fields, wanted=wanted, skip_bad=skip_bad))
+
+
+def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:
+    """How the held-out sets of a run are read: as given; where that has the default, as the run's own data was."""
+    settings = {**run.get("read", {}), **given.recorded()}
+    return replace(given, **{name: value for name, value in settings.items() if hasattr(given, name)})
+
+
+def field_of(data: Samples, wanted: str) -> str:
+    """The caption field `wanted` if the first samples have it, else "txt"."""
+    for sample in range(min(_TRIED, len(data))):
+        try:
+            data.caption(sample, wanted)
+            return wanted
+        except SeveralCaptions:
+            return wanted
+        except DataError:
+            continue
+    return "txt"
+
+
+def read_questions(
+    data: Samples, fields: Sequence[str] = (), *, wanted: str = "txt", skip_bad: bool = False
+) -> Questions:
+    """What the captions and the metadata of all samples ask: retrieval; composition where every sample has foils,
+    {"composition": {task: {"caption", "foil"}}}; zero-shot classification where there are at least two classes.
+
+    Arguments as of open_set. A caption may be a list, for several captions. skip_bad: leave out and count samples
+    without a usable caption.
+
+    Raises BadText for the first caption that cannot be used, unless skip_bad; DataError when none can be used, or when
+    a sample of a set with foils lacks one.
+    """
+    names = list(fields) or [field_of(data, wanted)]
+    captions: dict[int, list[str]] = {}
+    metas: dict[int, dict[str, Any]] = {}
+    left_out: dict[int, str] = {}
+    first: BadText | None = None
+    for sample in range(len(data)):
+        try:
+            several = [caption for name in names for caption in captions_of(data, sample, name)]
+            metas[sample] = data.meta(sample)
+            captions[sample] = list(dict.fromkeys(several))
+        except BadText as error:
+            if not skip_bad:
+                raise
+            first = first or error
+            left_out[sample] = error.cause
+    if not captions and first is not None:
+        raise DataError(f"{data.folder}: no caption can be used; the first: {first.reason}")
+    classes = classes_of(metas)
+    notes = []
+    if not fields and names != [wanted]:
+        notes.append(f"the run was trained on the captions {wanted!r}, which it does not have; {names[0]!r} was read")
+    if classes is None and has_numbers(metas):
+        notes.append(
+            "its classes are numbers, and zero-shot classification needs their names, in a column or an entry of the "
+            f".json called one of {', '.join(LABELS)}"
+        )
+    return Questions(captions, _choices(metas), classes, left_out, notes)
+
+
+def captions_of(data: Samples, sample: int, field: str) -> list[str]:
+    """The captions of a sample in a field, which may hold one or a list. Raises BadText."""
+    try:
+        return [data.caption(sample, field)]
+    except SeveralCaptions as several:
+        return [checked_caption(caption, field, lambda: data.where(sample)) for caption in several.captions]
+
+
+def _choices(metas: Mapping[int, Mapping[str, Any]]) -> list[Choice]:
+    """The choices between captions and foils, task after task, where every sample has them. Raises DataError."""
+    if not all("composition" in meta for meta in metas.values()):
+        return []
+    for sample, meta in metas.items():
+        for task in TASKS:
+            if not {"caption", "foil"} <= set(meta["composition"].get(task, ())):
+                raise DataError(f"sample {sample} has no caption and foil for the composition task {task!r}")
+    pairs = ((task, sample, meta["composition"][task]) for task in TASKS for sample, meta in metas.items())
+    return [Choice(task, sample, (pair["caption"],), pair["foil"]) for task, sample, pair in pairs]
