@@ -2,16 +2,16 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..data.options import DataOptions
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..train.config import PresetName
-from .common import counted, listed, print_problems, printable, read_json, write_json
+from .common import counted, listed, print_problems, printable, read_json, warn, write_json
 
 _TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
 
@@ -135,8 +135,8 @@ def print_scores(result: dict[str, Any]) -> None:
                 f"{counted(sum(scores['ties'].values()), 'tie')}; by the text alone {scores['blind']['mean']:.1%})"
             )
         if scores := result["zero_shot"].get(key):
-            first = scores["first_template"]
-            alone = f"; first template alone {first['top1']:.1%}" if first else ""
+            one = scores["one_template"]
+            alone = f"; with {scores['alone']!r} alone {one['top1']:.1%}" if one else ""
             print(
                 f"{name}: zero-shot {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes, "
                 f"top-5 {scores['top5']:.1%} (always naming the commonest class: {scores['majority']:.1%}{alone})"
@@ -225,43 +225,63 @@ class Compare:
         return compare_runs(runs, CachedText(trained, sets), caches, captions, pick_device(self.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html and report.json of two runs, their evaluations and their comparison, and print a table."""
+    """Write report.html and report.json of a run, or of two runs and their comparison, and print a table."""
 
-    lift: Path
-    """Folder of the LIFT run, with the eval.json that `lift-fast eval --json` wrote."""
-    clip: Path
-    """Folder of the CLIP run, with its eval.json."""
-    compare: Path
+    lift: Path | None = None
+    """Folder of a LIFT run, with the eval.json that `lift-fast eval --json` wrote there, if it was evaluated."""
+    clip: Path | None = None
+    """Folder of a CLIP run, likewise. One of the two is enough."""
+    compare: Path | None = None
     """File that `lift-fast compare --json` wrote for the two runs."""
     out: Path
     """Folder for the report."""
-    data: NamedSets
-    """Name and folder of each data set; the folder holds train and heldout."""
+    data: NamedSets = field(default_factory=dict)
+    """Name and folder of each data set, to count its samples: the folder holds train, heldout, or both."""
     command: str = "lift-fast report"
     """Command that the report names as its origin."""
 
     def __call__(self) -> None:
         from .. import run_folder
-        from ..data.open import open_data
         from ..measure import report
-        from ..measure.gather import gather
+        from ..measure.gather import gather, read_curves
 
-        folders = {"lift": self.lift, "clip": self.clip}
+        folders = {name: folder for name, folder in (("lift", self.lift), ("clip", self.clip)) if folder is not None}
+        if not folders:
+            raise ConfigError("a report is of a run; name one: --lift RUN, --clip RUN, or both")
+        if self.compare and len(folders) < 2:
+            raise ConfigError("--compare belongs to two runs; name both, --lift RUN --clip RUN, or leave it out")
         runs = {name: run_folder.read_description(folder) for name, folder in folders.items()}
-        evals = {
-            name: read_json(
-                folder / "eval.json", f"lift-fast eval --run {folder} --data NAME DIR --json {folder / 'eval.json'}"
-            )
-            for name, folder in folders.items()
-        }
-        compared = read_json(self.compare, "lift-fast compare --lift … --clip … --json")
-        sizes = {
-            name: {split: len(open_data(folder / split)) for split in ("train", "heldout")}
-            for name, folder in self.data.items()
-        }
-        numbers = gather(runs, evals, compared, sizes, self.command)
+        evals = {}
+        for name, folder in folders.items():
+            file = folder / "eval.json"
+            made_by = f"lift-fast eval --run {folder} --data NAME DIR --json {file}"
+            if file.exists():
+                evals[name] = read_json(file, made_by)
+            else:
+                warn(f"no {file}, so the report has no scores of it; make it with: {made_by}")
+        numbers = gather(
+            runs,
+            evals,
+            self.command,
+            compared=read_json(self.compare, "lift-fast compare --lift … --clip … --json") if self.compare else None,
+            data=_sizes(self.data),
+            curves={name: read_curves(folder / "metrics.jsonl") for name, folder in folders.items()},
+        )
         report.write(numbers, self.out)
         report.print_table(numbers)
         print(f"report: {self.out / 'report.html'}")
+
+
+def _sizes(data: dict[str, Path]) -> dict[str, dict[str, int]]:
+    """The number of samples of each split of each data set that there is. Raises DataError where there is none."""
+    from ..data.open import open_data
+
+    sizes = {}
+    for name, folder in data.items():
+        splits = [split for split in ("train", "heldout") if (folder / split).exists()]
+        if not splits:
+            raise DataError(f"{folder} holds neither train nor heldout; leave out --data, or name a folder that does")
+        sizes[name] = {split: len(open_data(folder / split)) for split in splits}
+    return sizes

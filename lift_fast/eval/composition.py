@@ -5,7 +5,7 @@ As SugarCrepe asks it (Hsieh et al., 2023, arXiv:2306.14610), and SugarCrepe++ w
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +31,14 @@ def composition(image: Tensor, text: Tensor, choices: Sequence[Rows]) -> dict[st
     than the foil's: a tie is a miss. Chance is 1/2 for one true caption, 1/3 for two.
 
     Also "ties" and "counts": task -> how many choices were ties (the least of the true captions and the foil), and how
-    many there are; and "blind": the accuracies and their mean with the mean of all images' features in place of each
-    image's, so that the text alone decides.
+    many there are; "chance": the accuracies and their mean for scores drawn at random; and "blind": the same with the
+    mean of all images' features in place of each image's, so that the text alone decides.
     """
     mean_image = F.normalize(image.double().mean(dim=0), dim=0).to(image.dtype)
     right, blind, ties, counts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    chance: dict[str, float] = dict.fromkeys((choice.task for choice in choices), 0.0)
+    for choice in choices:
+        chance[choice.task] += 1 / (1 + len(choice.captions))
     for rows, features, captions, foils in _chunks(image, text, choices):
         margin = _margin(features, captions, foils)
         blind_margin = _margin(mean_image.expand_as(features), captions, foils)
@@ -45,7 +48,7 @@ def composition(image: Tensor, text: Tensor, choices: Sequence[Rows]) -> dict[st
             blind[row.task] += without > 0
             counts[row.task] += 1
 
-    def accuracies(hits: Counter[str]) -> dict[str, float]:
+    def accuracies(hits: Mapping[str, float]) -> dict[str, float]:
         each = {task: hits[task] / n for task, n in counts.items()}
         return each | {"mean": sum(each.values()) / len(each)}
 
@@ -53,6 +56,7 @@ def composition(image: Tensor, text: Tensor, choices: Sequence[Rows]) -> dict[st
         "n": len(choices),
         "ties": dict(ties),
         "counts": dict(counts),
+        "chance": accuracies(chance),
         "blind": accuracies(blind),
     }
 

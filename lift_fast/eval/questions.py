@@ -1,5 +1,6 @@
 """What a held-out set asks of a model: captions to be retrieved, choices between captions, classes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,16 +20,24 @@ class Choice:
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes for zero-shot classification. names: as they stand in a prompt. templates: texts in which {} stands for
-    the name. labels: sample -> number of its class."""
+    """Classes for zero-shot classification. names: as they stand in a prompt; classes of one name count as one.
+    templates: texts in which {} stands for the name. labels: sample -> number of its class. one_template: a template
+    that is also scored alone; default: the first."""
 
     names: list[str]
     templates: list[str]
     labels: dict[int, int]
+    one_template: str = ""
 
-    def prompts(self) -> list[str]:
-        """The names in every template: those of the first class, of the second, …"""
-        return [template.replace("{}", name) for name in self.names for template in self.templates]
+    @property
+    def alone(self) -> str:
+        """The template that is scored alone."""
+        return self.one_template or self.templates[0]
+
+    def prompts(self, templates: Sequence[str] | None = None) -> list[str]:
+        """The names in every template, or in those given: first those of the first class, then of the second, …"""
+        chosen = self.templates if templates is None else templates
+        return [template.replace("{}", name) for name in self.names for template in chosen]
 
 
 @dataclass(frozen=True)
@@ -51,4 +60,6 @@ class Questions:
         found = dict.fromkeys(caption for captions in self.captions.values() for caption in captions)
         for choice in self.choices:
             found |= dict.fromkeys((*choice.captions, choice.foil))
-        return list(found | dict.fromkeys(self.classes.prompts() if self.classes else ()))
+        if self.classes:
+            found |= dict.fromkeys([*self.classes.prompts(), *self.classes.prompts([self.classes.alone])])
+        return list(found)

@@ -1,5 +1,6 @@
 """Evaluates a model on held-out sets: retrieval, composition and zero-shot classification, as each set asks for."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from .composition import Rows, composition
 from .examples import examples as examples_of
 from .held_out_set import HeldOutSet
 from .images import ImageFeatures, Images, image_features
-from .questions import Questions
+from .questions import Classes, Questions
 from .retrieval import ranks, retrieval
 from .subject import Subject
 from .texts import Texts, encode_texts
@@ -162,9 +163,7 @@ def _scored(features: ImageFeatures, questions: Questions, texts: Texts) -> tupl
     if questions.classes:
         labels = {rows[sample]: label for sample, label in questions.classes.labels.items() if sample in rows}
         if labels:
-            classes = texts(questions.classes.prompts()).view(len(questions.classes.names), -1, texts.vectors.shape[1])
-            own = torch.tensor(list(labels.values()))
-            scores["zero_shot"] = zero_shot(features.features[list(labels)], classes, own)
+            scores["zero_shot"] = _zero_shot(features.features, labels, questions.classes, texts)
     if not any(scores.values()):
         raise DataError(f"no caption can be used: {in_words(causes) or 'the set asks for nothing'}")
     notes = []
@@ -177,6 +176,22 @@ def _scored(features: ImageFeatures, questions: Questions, texts: Texts) -> tupl
         )
     by_cause = sorted(causes.items(), key=lambda item: (-item[1], item[0]))  # whatever rank met them first
     return scores | {"skipped_causes": dict(by_cause), "notes": notes}, asked
+
+
+def _zero_shot(image: Tensor, labels: Mapping[int, int], classes: Classes, texts: Texts) -> dict[str, Any]:
+    """The scores of zero-shot classification. labels: row of image -> number of its class.
+
+    Also "alone", the one template, and "prompts", the SHA-256 of its prompts in the order of the classes, a line each:
+    by it a published figure is known to be of the same prompts.
+    """
+    prompts = classes.prompts([classes.alone])
+    in_templates = texts(classes.prompts()).view(len(classes.names), len(classes.templates), -1)
+    alone = None if classes.templates == [classes.alone] else texts(prompts)
+    own = torch.tensor(list(labels.values()))
+    return zero_shot(image[list(labels)], in_templates, own, classes.names, alone) | {
+        "alone": classes.alone,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    }
 
 
 def _retrieval(

@@ -36,6 +36,7 @@ def test_composition_counts_what_is_strictly_preferred():
     }  # fmt: skip
     assert scores["ties"] == {"swap_obj": 0, "swap_att": 4} and scores["counts"] == {"swap_obj": 4, "swap_att": 4}
     assert scores["blind"] == {"swap_obj": 1.0, "swap_att": 0.0, "mean": 0.5}
+    assert scores["chance"] == {"swap_obj": 0.5, "swap_att": 0.5, "mean": 0.5}
 
 
 def test_every_true_caption_must_beat_the_foil():
@@ -44,6 +45,7 @@ def test_every_true_caption_must_beat_the_foil():
     both = [Rows("a", 0, (0, 1), 2), Rows("a", 0, (0, 2), 1), Rows("a", 0, (2, 0), 1), Rows("b", 0, (0,), 1)]
     scores = composition(image, text, both)
     assert (scores["a"], scores["b"], scores["mean"]) == (pytest.approx(1 / 3), 1.0, pytest.approx(2 / 3))
+    assert scores["chance"] == {"a": pytest.approx(1 / 3), "b": 0.5, "mean": pytest.approx(5 / 12)}
     assert composition(image, text, [Rows("a", 0, (0, 1), 1)])["ties"] == {"a": 1}
 
 
@@ -66,8 +68,8 @@ def test_zero_shot_by_hand():
     assert scores["majority"] == pytest.approx(4 / 6)
     assert scores["chance"] == pytest.approx(1 / 3)
     assert scores["top5"] == 1 and (scores["classes"], scores["templates"], scores["n"]) == (3, 2, 6)
-    assert scores["first_template"] == {"top1": scores["top1"], "top5": 1.0}
-    assert zero_shot(image, classes[:, :1], labels)["first_template"] is None
+    assert scores["one_template"] == {"top1": scores["top1"], "top5": 1.0}
+    assert zero_shot(image, classes[:, :1], labels)["one_template"] is None
 
 
 def test_classes_that_tie_go_before_the_right_one():
@@ -80,7 +82,14 @@ def test_the_first_template_alone():
     """It is right, and the mean of both is wrong."""
     classes = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.8, 0.6], [0.8, -0.6]]])
     scores = zero_shot(torch.tensor([[0.6, 0.8]]), classes, torch.tensor([1]))
-    assert scores["first_template"]["top1"] == 1 and scores["top1"] == 0
+    assert scores["one_template"]["top1"] == 1 and scores["top1"] == 0
+
+
+def test_classes_of_one_name_are_right_for_each_other():
+    classes = torch.eye(3)[[0, 1, 0]].unsqueeze(1)
+    image, labels = torch.eye(3)[[0, 0, 1]], torch.tensor([0, 2, 1])
+    assert zero_shot(image, classes, labels, ["crane", "cat", "crane"])["top1"] == 1
+    assert zero_shot(image, classes, labels)["top1"] == pytest.approx(1 / 3)
 
 
 def test_prompts_hold_the_class_name():
