@@ -1,43 +1,246 @@
-"""The classes that the metadata of samples name."""
+"""The classes that a data set names: as text or as numbers, in its metadata or in .cls members of tars."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from ..data.samples import Samples
+from ..data.scan import key_and_suffix
+from ..data.shards import Shards
+from ..data.tars import NotWhole, members
+from ..errors import DataError
 from .questions import Classes
+from .templates import (
+    AUTHORS,
+    USUAL,
+    ClassNames,
+    imagenet_classes,
+    imagenet_templates,
+    read_classnames,
+    read_templates,
+)
 
 LABELS = ("group", "label", "class", "class_name", "cls")  # entries of the metadata that name a sample's class
-TEMPLATES = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")
+# The files next to tars in which clip_benchmark has the names of the classes and the templates.
+NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+NO_CLASS = "no class"  # cause: a label that the names of the classes do not have
+_SUFFIX = b"cls"
+_LONGEST = 1000  # bytes of a .cls
+_IMAGENET = (1000, 50)  # classes of ImageNet's validation set, and images of each
+_ALIKE = 900  # names of 1000 that are those of ImageNet, since some lists differ in a few
 
 
-def readable(name: str) -> str:
-    """The name of a class as it stands in a prompt: in lower case, with "and" for &."""
-    return name.lower().replace("&", "and")
+class Labelled(NamedTuple):
+    """classes: None where a set names fewer than two. left_out: sample -> NO_CLASS. notes: as in Questions. benchmark:
+    "imagenet" for its validation set with its own templates, else None."""
+
+    classes: Classes | None = None
+    left_out: dict[int, str] = {}
+    notes: list[str] = []
+    benchmark: str | None = None
+
+
+def classes_of(
+    data: Samples,
+    metas: Mapping[int, Mapping[str, Any]],
+    *,
+    skip_bad: bool = False,
+    templates: Sequence[str] | None = None,
+    classnames: ClassNames | None = None,
+    labels: Mapping[int, str] | None = None,
+) -> Labelled:
+    """The classes of a set, for zero-shot classification.
+
+    metas: sample -> metadata, of the samples that count. A sample's label is the first of LABELS there that is text;
+    where no sample has text, the first that is a whole number from 0; in tars without either the content of its .cls.
+    labels: sample -> label, where they are known and there are no metas.
+
+    classnames: by number, where the labels are numbers; for labels that are text each label itself, in any order, or
+    the name of each label in alphabetical order; or by label; labels that are numbers count the ids, where these are
+    none. Default: classnames.txt in the folder of tars or in the
+    one above it; the names of ImageNet for its WordNet ids; else the labels themselves, in lower case, with spaces in
+    place of underscores. templates: default: zeroshot_classification_templates.txt next to tars; those of ImageNet for
+    its classes; else USUAL. Where none are given, AUTHORS is ImageNet's one template.
+
+    Samples without a label have no class. Raises DataError for a label that the names do not have, unless
+    skip_bad, for names and labels of different numbers, and for files of names or templates that cannot be
+    read.
+    """
+    if labels is None:
+        labels = _labels(data, metas, skip_bad)
+    if not labels:
+        return Labelled()
+    given = templates is not None
+    if classnames is None and (file := _next_to(data, NAMES_FILE)):
+        classnames = read_classnames(file)
+    if templates is None and (file := _next_to(data, TEMPLATES_FILE)):
+        templates = read_templates(file)
+    distinct = sorted(set(labels.values()))
+    of_imagenet = classnames is None and all(label in imagenet_classes() for label in distinct)
+    if classnames is None and all(map(_is_number, distinct)):
+        note = (
+            "its classes are numbers, and zero-shot classification needs their names: give --classnames, or a column "
+            f"or an entry of the .json called one of {', '.join(LABELS)}"
+        )
+        return Labelled(notes=[note])
+    names, number = _numbered(data, distinct, classnames, of_imagenet)
+    numbers: dict[int, int] = {}
+    left_out: dict[int, str] = {}
+    for sample, label in labels.items():
+        if label in number:
+            numbers[sample] = number[label]
+        elif skip_bad:
+            left_out[sample] = NO_CLASS
+        else:
+            raise DataError(
+                f"{data.where(sample)} is of the class {label!r}, and there is no name for it; add it to --classnames, "
+                "or leave such samples out with --skip-bad"
+            )
+    if len(names) < 2 or not numbers:
+        return Labelled(left_out=left_out)
+    of_imagenet = of_imagenet or _is_imagenet(names)
+    usual = imagenet_templates() if of_imagenet else USUAL
+    classes = Classes(names, list(templates or usual), numbers, AUTHORS if of_imagenet and not given else "")
+    whole = of_imagenet and _is_validation(classes) and set(classes.templates) == set(imagenet_templates())
+    return Labelled(
+        classes, left_out, _notes(len(metas) or len(data), classes, left_out), "imagenet" if whole else None
+    )
 
 
 def label_of(meta: Mapping[str, Any]) -> str | None:
-    """The class that a sample's metadata name: the first of LABELS that is there. None where there is none, and where
-    it is a number, which says nothing to a text encoder."""
-    for name in LABELS:
-        value = meta.get(name)
-        if isinstance(value, str) and value.strip() and not value.strip().isdigit():
-            return value.strip()
+    """The label that a sample's metadata name: the first of LABELS that is text and no number, else the first that is a
+    whole number from 0, as text. None where there is none."""
+    found = [text for name in LABELS if (text := _text(meta.get(name))) is not None]
+    return next((text for text in found if not _is_number(text)), found[0] if found else None)
+
+
+def readable(label: str) -> str:
+    """A label as it stands in a prompt: "Food_&_Drink" -> "food and drink"."""
+    return label.lower().replace("&", "and").replace("_", " ")
+
+
+def labels_of_tars(shards: Shards, skip_bad: bool = False) -> dict[int, str]:
+    """Sample -> the content of its .cls. Raises DataError for one that is too long or not UTF-8, unless skip_bad, and
+    for a tar that cannot be read."""
+    found = {}
+    first = 0
+    for number, path in enumerate(shards.paths):
+        row = {key: first + i for i, key in enumerate(shards.shard_keys(number))}
+        for key, content in _contents(path):
+            try:
+                label = content.decode().strip()
+            except UnicodeDecodeError:
+                label = ""
+            if label and len(content) < _LONGEST:
+                if key in row:
+                    found[row[key]] = label
+            elif not skip_bad:
+                raise DataError(f"{path}: the .cls of the sample {key!r} is neither a number nor a name")
+        first += shards.shard_sizes[number]
+    return found
+
+
+def tar_suffixes(path: Path, most: int = 64) -> set[str]:
+    """The suffixes of the first files in a tar, {} where it cannot be read."""
+    found = set()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for _, member in zip(range(most), members(file.fileno(), os.fstat(file.fileno()).st_size), strict=False):
+                if (named := key_and_suffix(member.name)) is not None:
+                    found.add(named[1].lower().decode(errors="replace"))
+    except (OSError, NotWhole):
+        pass
+    return found
+
+
+def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The key and the first bytes of each .cls in a tar, up to a damage, which opening the set has reported."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for name, offset, size in members(file.fileno(), os.fstat(file.fileno()).st_size):
+                named = key_and_suffix(name)
+                if named is not None and named[1].lower() == _SUFFIX:
+                    yield named[0].decode(errors="replace"), os.pread(file.fileno(), min(size, _LONGEST), offset)
+    except NotWhole:
+        return
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _labels(data: Samples, metas: Mapping[int, Mapping[str, Any]], skip_bad: bool) -> dict[int, str]:
+    """Sample -> its label: text where any sample has text, else a number."""
+    found = {sample: label for sample, meta in metas.items() if (label := label_of(meta)) is not None}
+    if not found and isinstance(data, Shards) and "cls" in tar_suffixes(data.paths[0]):
+        found = {sample: label for sample, label in labels_of_tars(data, skip_bad).items() if sample in metas}
+    if not all(map(_is_number, found.values())):
+        found = {sample: label for sample, label in found.items() if not _is_number(label)}
+    return found
+
+
+def _numbered(
+    data: Samples, distinct: list[str], classnames: ClassNames | None, of_imagenet: bool
+) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, and label -> number of its class. Raises DataError."""
+    if classnames is None:
+        names = [imagenet_classes()[label] for label in distinct] if of_imagenet else list(map(readable, distinct))
+        return names, {label: i for i, label in enumerate(distinct)}
+    numbers = all(map(_is_number, distinct))
+    if isinstance(classnames, dict):
+        if not numbers or all(map(_is_number, classnames)):
+            return list(classnames.values()), {label: i for i, label in enumerate(classnames)}
+        classnames = list(classnames.values())
+    if numbers:
+        return classnames, {label: int(label) for label in distinct if int(label) < len(classnames)}
+    by_name = {readable(name): i for i, name in reversed(list(enumerate(classnames)))}
+    if all(readable(label) in by_name for label in distinct):
+        return classnames, {label: by_name[readable(label)] for label in distinct}
+    if len(classnames) != len(distinct):
+        raise DataError(
+            f"{data.folder} has {len(distinct)} classes, such as {distinct[0]!r}, and --classnames has "
+            f"{len(classnames)} names, not these; write a line for each class: the class, a tab, and its name"
+        )
+    return classnames, {label: i for i, label in enumerate(distinct)}
+
+
+def _next_to(data: Samples, name: str) -> Path | None:
+    """The file of this name in the folder of tars, or in the one above it, whose folders are then the splits."""
+    if not isinstance(data, Shards):
+        return None
+    return next((path for folder in (data.folder, data.folder.parent) if (path := folder / name).is_file()), None)
+
+
+def _text(value: Any) -> str | None:
+    """A label as text, None for what is none: blank text, a fraction, a number below 0, true."""
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
     return None
 
 
-def has_numbers(metas: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether samples' metadata hold classes as numbers, without names."""
-    return any(str(meta.get(name, "")).strip().isdigit() for meta in metas.values() for name in LABELS)
+def _is_number(label: str) -> bool:
+    return label.isascii() and label.isdigit()
 
 
-def classes_of(metas: Mapping[int, Mapping[str, Any]]) -> Classes | None:
-    """The classes that the metadata name, sorted; None where there are less than two. metas: sample -> metadata.
+def _is_imagenet(names: Sequence[str]) -> bool:
+    """Whether the names are those of the 1000 classes of ImageNet, in its order."""
+    known = list(imagenet_classes().values())
+    return len(names) == len(known) and sum(a == b for a, b in zip(names, known, strict=True)) >= _ALIKE
 
-    Samples without a class have no label.
-    """
-    labels = {sample: label for sample, meta in metas.items() if (label := label_of(meta))}
-    names = sorted(set(labels.values()))
-    if len(names) < 2:
-        return None
-    number = {name: i for i, name in enumerate(names)}
-    own = {sample: number[label] for sample, label in labels.items()}
-    return Classes([readable(name) for name in names], list(TEMPLATES), own)
+
+def _is_validation(classes: Classes) -> bool:
+    """Whether there are as many images of each class as in ImageNet's validation set."""
+    number, each = _IMAGENET
+    counts = Counter(classes.labels.values())
+    return len(classes.names) == len(counts) == number and set(counts.values()) == {each}
+
+
+def _notes(known: int, classes: Classes, left_out: Mapping[int, str]) -> list[str]:
+    notes = []
+    if without := known - len(classes.labels) - len(left_out):
+        notes.append(f"{without} of {known} samples name no class, and count in no score of zero-shot classification")
+    if twice := [name for name, count in Counter(classes.names).items() if count > 1]:
+        notes.append(f"several classes are called {', '.join(twice[:3])}: no name tells them apart")
+    return notes

@@ -12,8 +12,10 @@ from ..data.samples import BadText, Samples, SeveralCaptions
 from ..errors import DataError
 from ..sugarcrepe import TASKS
 from .held_out_set import HeldOutSet
-from .labels import LABELS, classes_of, has_numbers
+from .labels import classes_of
+from .layouts import open_benchmark
 from .questions import Choice, Questions
+from .templates import ClassNames
 
 _TRIED = 8  # samples that are asked for a caption, to see whether a set has the field
 
@@ -26,19 +28,34 @@ def open_set(
     fields: Sequence[str] = (),
     wanted: str = "txt",
     skip_bad: bool | None = None,
+    templates: Sequence[str] | None = None,
+    classnames: ClassNames | None = None,
 ) -> HeldOutSet:
-    """Opens a held-out set of any layout of data.open.open_data.
+    """Opens a held-out set of any layout of layouts.open_benchmark or data.open.open_data.
 
     images, options: as of open_data. fields: the captions to read, several for several captions of an image. Default:
     `wanted`, or "txt" in a set that does not have it. skip_bad: leave out and count captions that cannot be used;
-    default: as the options say.
+    default: as the options say. templates, classnames: for zero-shot classification, as of labels.classes_of.
 
-    Raises DataError and ConfigError as open_data and read_questions.
+    Raises DataError and ConfigError as open_benchmark, open_data and read_questions.
     """
     options = options or DataOptions()
-    data = open_data(path, images, options)
     skip_bad = options.skip_bad if skip_bad is None else skip_bad
-    return HeldOutSet(data, read_questions(data, fields, wanted=wanted, skip_bad=skip_bad))
+    found = open_benchmark(
+        Path(path),
+        None if images is None else Path(images),
+        options=replace(options, skip_bad=skip_bad),
+        templates=templates,
+        classnames=classnames,
+        fields=fields,
+    )
+    if found is not None:
+        return found
+    data = open_data(path, images, options)
+    questions = read_questions(
+        data, fields, wanted=wanted, skip_bad=skip_bad, templates=templates, classnames=classnames
+    )
+    return HeldOutSet(data, questions)
 
 
 def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:
@@ -61,10 +78,16 @@ def field_of(data: Samples, wanted: str) -> str:
 
 
 def read_questions(
-    data: Samples, fields: Sequence[str] = (), *, wanted: str = "txt", skip_bad: bool = False
+    data: Samples,
+    fields: Sequence[str] = (),
+    *,
+    wanted: str = "txt",
+    skip_bad: bool = False,
+    templates: Sequence[str] | None = None,
+    classnames: ClassNames | None = None,
 ) -> Questions:
     """What the captions and the metadata of all samples ask: retrieval; composition where every sample has foils,
-    {"composition": {task: {"caption", "foil"}}}; zero-shot classification where there are at least two classes.
+    {"composition": {task: {"caption", "foil"}}}; zero-shot classification where labels.classes_of finds classes.
 
     Arguments as of open_set. A caption may be a list, for several captions. skip_bad: leave out and count samples
     without a usable caption.
@@ -89,16 +112,11 @@ def read_questions(
             left_out[sample] = error.cause
     if not captions and first is not None:
         raise DataError(f"{data.folder}: no caption can be used; the first: {first.reason}")
-    classes = classes_of(metas)
-    notes = []
+    labelled = classes_of(data, metas, skip_bad=skip_bad, templates=templates, classnames=classnames)
+    notes = list(labelled.notes)
     if not fields and names != [wanted]:
         notes.append(f"the run was trained on the captions {wanted!r}, which it does not have; {names[0]!r} was read")
-    if classes is None and has_numbers(metas):
-        notes.append(
-            "its classes are numbers, and zero-shot classification needs their names, in a column or an entry of the "
-            f".json called one of {', '.join(LABELS)}"
-        )
-    return Questions(captions, _choices(metas), classes, left_out, notes)
+    return Questions(captions, _choices(metas), labelled.classes, left_out | labelled.left_out, notes)
 
 
 def captions_of(data: Samples, sample: int, field: str) -> list[str]:

@@ -13,7 +13,7 @@ from ..data.samples import BadSample
 from ..errors import DataError
 
 ClassNames = list[str] | dict[str, str]  # names by number; or id, such as the name of a class folder -> name
-PHOTO = "a photo of a {}."
+AUTHORS = "It is a photo of a {}"  # LIFT's authors' only template, for ImageNet
 USUAL = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")  # of sets that are not ImageNet's
 _IMAGENET = "imagenet"  # in place of a file: the classes and templates that are installed
 _FOLDER = Path(__file__).parent / _IMAGENET
@@ -23,7 +23,7 @@ _NUMBER_OR_SYNSET = re.compile(r"\d+|n\d{8}")
 
 @cache
 def imagenet_templates() -> tuple[str, ...]:
-    """The 80 templates of OpenAI's CLIP for ImageNet; PHOTO is the first."""
+    """The 80 templates of OpenAI's CLIP for ImageNet."""
     return tuple(read_templates(_FOLDER / "templates.txt"))
 
 
@@ -52,7 +52,7 @@ def read_templates(path: Path) -> list[str]:
         if template:
             found.append(template)
     if not found:
-        raise DataError(f"{path} holds no template; write one a line, such as: {PHOTO}")
+        raise DataError(f"{path} holds no template; write one a line, such as: {AUTHORS}")
     return found
 
 
@@ -64,6 +64,7 @@ def read_classnames(path: Path) -> ClassNames:
         n02123045<TAB>tabby cat                 an id and a name a line, or an object: of the class with this label or
                                                 class folder. Where every id is a number or a WordNet id, a space will
         n01440764 tench, Tinca tinca            do; of a WordNet id's names with commas the first is taken
+        {"0": ["n01440764", "tench"], …}        imagenet_class_index.json; underscores stand for spaces
 
     Lines of a text file that begin with # are left out. Raises DataError for a file that cannot be read, a blank line
     between others, an id that occurs twice, a name that is no text, and fewer than two classes.
@@ -119,8 +120,9 @@ def _lines(path: Path, objects: bool = False) -> Iterator[_Line]:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no whole JSON file ({error}); write or download it again") from error
+    lines: list[tuple[str, Any, str | None]]
     if objects and isinstance(content, tuple):
-        lines = [(f"{path}: {_short(key)}", value, key) for key, value in content]
+        lines = [(f"{path}: {_short(key)}", *_named(key, value)) for key, value in content]
     elif isinstance(content, list):
         kind = "entry" if _is_json(path) else "line"
         lines = [(f"{path}: {kind} {number}", value, None) for number, value in enumerate(content, 1)]
@@ -131,6 +133,13 @@ def _lines(path: Path, objects: bool = False) -> Iterator[_Line]:
             raise DataError(f"{where} is no text")
         if _is_json(path) or not value.startswith("#"):
             yield _Line(where, value, label)
+
+
+def _named(key: str, value: Any) -> tuple[Any, str]:
+    """The name of a class and its id, for a pair of an object in a .json."""
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value):
+        return value[1].replace("_", " "), value[0]
+    return value, key
 
 
 def _is_json(path: Path) -> bool:

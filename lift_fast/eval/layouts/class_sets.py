@@ -1,0 +1,131 @@
+"""Sets of classes without captions, and the tars of clip_benchmark.
+
+DATA/n01440764/ILSVRC2012_val_00000293.JPEG    class folders
+DATA/0.tar with s0000000.jpg, s0000000.cls     tars with the number or the name of the class, as img2dataset,
+                                               clip_benchmark and timm write them
+DATA/1.jpg, DATA/1.cls                         the same, unpacked
+DATA/test/0.tar, DATA/classnames.txt           clip_benchmark's folder of splits
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...data.loose import LooseFiles
+from ...data.open import open_data
+from ...data.options import DataOptions
+from ...data.samples import BadText, Samples
+from ...data.scan import IMAGE_SUFFIXES
+from ...data.shards import Shards
+from ..held_out_set import HeldOutSet
+from ..labels import classes_of, labels_of_tars, tar_suffixes
+from ..questions import Questions
+from ..templates import ClassNames
+
+_TYPE_FILE, _RETRIEVAL = "dataset_type.txt", "retrieval"  # of clip_benchmark
+_LOOKED_AT = 200  # files of a folder
+_SPLITS = ("test", "val", "validation")  # with tars; the first that there is
+_CAPTIONS = {"txt", "json", "text", "caption"}
+
+
+def open_class_set(
+    path: Path, options: DataOptions, templates: Sequence[str] | None, classnames: ClassNames | None
+) -> HeldOutSet | None:
+    """Opens a set of which every sample has a class and none a caption, as far as its first files tell; None for any
+    other. Raises as open_data and classes_of do."""
+    data: Samples
+    if (tars := _tars_in(path)) is not None:
+        if options.text_suffix or not _only_classes(tar_suffixes(tars[0])):
+            return None
+        shards = Shards(tars[0].parent, options=options)
+        data, labels = shards, labels_of_tars(shards, options.skip_bad)
+    else:
+        suffixes, in_folders = _first_suffixes(path)
+        if suffixes & _CAPTIONS or options.text_suffix:
+            return None
+        if "cls" in suffixes:
+            data = LooseFiles(path, replace(options, text_suffix="cls"))
+            labels = _captions(data, options.skip_bad)
+        elif in_folders and suffixes & {*IMAGE_SUFFIXES}:
+            data = open_data(path, options=options)
+            if not isinstance(data, LooseFiles) or not data.classes:
+                return None
+            labels = _captions(data, options.skip_bad)
+        else:
+            return None
+    found = classes_of(data, {}, skip_bad=options.skip_bad, templates=templates, classnames=classnames, labels=labels)
+    questions = Questions(classes=found.classes, left_out=found.left_out, notes=found.notes)
+    return HeldOutSet(data, questions, found.benchmark)
+
+
+def open_retrieval_tars(path: Path, options: DataOptions) -> HeldOutSet | None:
+    """Opens tars that clip_benchmark wrote for retrieval, whose .txt has a caption a line; None for any other folder.
+
+    Raises DataError as Shards does, and for a sample without a caption, unless options.skip_bad.
+    """
+    tars = _tars_in(path)
+    if tars is None or not _says_retrieval(tars[0].parent):
+        return None
+    data = Shards(tars[0].parent, options=options)
+    texts = _captions(data, options.skip_bad)
+    captions = {sample: [line.strip() for line in text.split("\n") if line.strip()] for sample, text in texts.items()}
+    left_out = {sample: "no caption" for sample in range(len(data)) if sample not in captions}
+    return HeldOutSet(data, Questions(captions=captions, left_out=left_out))
+
+
+def _captions(data: Samples, skip_bad: bool) -> dict[int, str]:
+    """Sample -> caption. Raises BadText for one that cannot be used, unless skip_bad."""
+    found = {}
+    first = 0
+    for number, size in enumerate(data.shard_sizes):
+        for row, caption in enumerate(data.captions(number), first):
+            if not isinstance(caption, BadText):
+                found[row] = caption
+            elif not skip_bad:
+                raise caption
+        first += size
+    return found
+
+
+def _tars_in(path: Path) -> list[Path] | None:
+    """The tars in a folder, or in that of a split, where it holds none; None where there is none."""
+    for folder in (path, *(path / split for split in _SPLITS)):
+        if tars := sorted(folder.glob("*.tar")):
+            return tars
+    return None
+
+
+def _says_retrieval(folder: Path) -> bool:
+    """Whether the file of clip_benchmark in the folder of the tars, or in the one above it, says so."""
+    for place in folder, folder.parent:
+        try:
+            return (place / _TYPE_FILE).read_text(encoding="utf-8").strip().lower() == _RETRIEVAL
+        except (OSError, UnicodeDecodeError):
+            continue
+    return False
+
+
+def _only_classes(suffixes: set[str]) -> bool:
+    return "cls" in suffixes and "txt" not in suffixes
+
+
+def _first_suffixes(path: Path) -> tuple[set[str], bool]:
+    """The suffixes of the first files in a folder, or, where it has none, in the first folders in it; and whether it is
+    the latter."""
+    for folders, below in (([path], False), (_folders_in(path), True)):
+        found: set[str] = set()
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                for _, entry in zip(range(_LOOKED_AT), entries, strict=False):
+                    if not entry.name.startswith(".") and "." in entry.name and entry.is_file():
+                        found.add(entry.name.rpartition(".")[2].lower())
+        if found & {"cls", *IMAGE_SUFFIXES}:
+            return found, below
+    return set(), False
+
+
+def _folders_in(path: Path) -> list[Path]:
+    """Some folders in a folder."""
+    with os.scandir(path) as entries:
+        return [Path(entry.path) for _, entry in zip(range(_LOOKED_AT), entries, strict=False) if entry.is_dir()][:3]
