@@ -52,7 +52,8 @@ class Demo:
         command = "lift-fast demo " + " ".join(
             f"--{key.replace('_', '-')} {value}" for key, value in vars(self).items()
         )
-        step("report", Report(lift.out, clip.out, compare, self.out, self.sets, command))
+        numbers = Report(lift=lift.out, clip=clip.out, compare=compare, out=self.out, data=self.sets, command=command)
+        step("report", numbers)
 
     @property
     def sets(self) -> dict[str, Path]:

@@ -86,12 +86,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart. series: a class of the style sheet."""
+    """A line of a chart. series: a class of the style sheet, as are the other names."""
 
     series: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
     dots: bool = False
+    dashed: bool = False
 
 
 def line_chart(
@@ -102,8 +103,8 @@ def line_chart(
     *,
     from_zero: bool = False,
     x_ticks: Sequence[float] | None = None,
-    width: int = 500,
-    height: int = 270,
+    width: int = 440,
+    height: int = 250,
 ) -> Svg | None:
     """Lines over round axes; None where no line has a point. from_zero: the y axis contains zero."""
     lines = [line for line in lines if line.points]
@@ -125,7 +126,8 @@ def line_chart(
     for line in lines:
         pixels = [(frame.x(x), frame.y(y)) for x, y in line.points]
         path = " ".join(f"{_pixels(x)},{_pixels(y)}" for x, y in pixels)
-        parts.append(element("polyline", class_=f"line {line.series}{' faint' if line.faint else ''}", points=path))
+        style = " ".join(["line", line.series, *(way for way in ("faint", "dashed") if getattr(line, way))])
+        parts.append(element("polyline", class_=style, points=path))
         if line.dots:
             parts += [element("circle", class_=f"dot {line.series}", cx=x, cy=y, r=3) for x, y in pixels]
     return chart(name, width, height, parts)
@@ -149,69 +151,37 @@ def chart(name: str, width: float, height: float, parts: Sequence[Svg]) -> Svg:
     return element("svg", *parts, class_="chart", viewBox=f"0 0 {width} {height}", role="img", aria_label=name)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar of paired_bars. series: a class of the style sheet. name and label: written at the bar's end."""
-
-    series: str
-    name: str
-    value: float | None
-    label: str
-
-
-def paired_bars(name: str, groups: Sequence[tuple[str, Sequence[Bar], str]]) -> Svg:
-    """Horizontal bars in groups, each group to its own scale: its largest bar has the full length.
-
-    groups: the name that is written on the left, the bars, and a remark that is written on the right.
-    """
-    left = max(172, 8 + 7 * max((len(title) for title, *_ in groups), default=0))
-    full, group_height, width = 712 - left, 66, 1000
-    parts = []
-    for i, (title, bars, remark) in enumerate(groups):
-        top = i * group_height
-        if i:
-            parts.append(element("line", class_="grid", x1=0, x2=width, y1=top, y2=top))
-        parts.append(element("text", title, class_="name", x=0, y=top + 38))
-        longest = max(bar.value or 0 for bar in bars)
-        for j, bar in enumerate(bars):
-            length = max(1.5, full * bar.value / longest) if bar.value and longest else 0
-            y = top + 11 + 23 * j
-            parts.append(element("rect", class_=f"bar {bar.series}", x=left, y=y, width=length, height=19, rx=2))
-            words = element("tspan", bar.name, class_=bar.series), f" {bar.label}"
-            parts.append(element("text", *words, class_="value", x=left + length + 8, y=y + 14))
-        parts.append(element("text", remark, class_="saving", x=width, y=top + 39, text_anchor="end"))
-    return chart(name, width, len(groups) * group_height, parts)
-
-
 # What all dumbbells share, so that they line up in a column.
-_SHARES = Frame(8, 352, 0, 26, (0.0, 1.0), (0.0, 1.0))
+_SHARES = Frame(8, 292, 0, 26, (0.0, 1.0), (0.0, 1.0))
 
 
-def dumbbell(first: tuple[str, float | None], second: tuple[str, float | None]) -> Svg:
-    """Two shares, each given with its series, as dots joined by a line; a mark at one half shows chance.
+def dumbbell(shares: Sequence[tuple[str, float | None]], chance: float | None) -> Svg:
+    """One or two shares, each given with its series, as dots joined by a line; a mark shows chance.
 
     The first dot is smaller and lies on top, so that equal shares look like a dot in a ring.
     """
     frame = _SHARES
-    y, half = (frame.top + frame.bottom) / 2, frame.x(0.5)
-    parts = [
-        element("line", class_="grid", x1=frame.left, x2=frame.right, y1=y, y2=y),
-        element("line", class_="chance", x1=half, x2=half, y1=frame.top, y2=frame.bottom),
-    ]
-    shares = [(series, min(1.0, max(0.0, share))) for series, share in (first, second) if share is not None]
-    if len(shares) == 2:
-        larger = max(shares, key=lambda pair: pair[1])[0]
-        ends = [frame.x(share) for _, share in shares]
+    y = (frame.top + frame.bottom) / 2
+    parts = [element("line", class_="grid", x1=frame.left, x2=frame.right, y1=y, y2=y)]
+    if chance is not None:
+        x = frame.x(chance)
+        parts.append(element("line", class_="chance", x1=x, x2=x, y1=frame.top, y2=frame.bottom))
+    known = [(series, min(1.0, max(0.0, share))) for series, share in shares if share is not None]
+    if len(known) == 2:
+        larger = max(known, key=lambda pair: pair[1])[0]
+        ends = [frame.x(share) for _, share in known]
         parts.append(element("line", class_=f"link {larger}", x1=ends[0], x2=ends[1], y1=y, y2=y))
-    for series, share in reversed(shares):
-        radius = 5 if series == first[0] else 6.5
+    for series, share in reversed(known):
+        radius = 5 if series == shares[0][0] else 6.5
         parts.append(element("circle", class_=f"dot {series}", cx=frame.x(share), cy=y, r=radius))
     return _on_shares(frame.bottom, parts)
 
 
-def dumbbell_axis() -> Svg:
+def dumbbell_axis(chance: float | None) -> Svg:
     """The scale of a column of dumbbells, in per cent."""
-    marks = ((0.0, "0", "start"), (0.5, "chance, 50", "middle"), (1.0, "100", "end"))
+    marks = [(0.0, "0", "start"), (1.0, "100", "end")]
+    if chance is not None:
+        marks.append((chance, f"chance, {fixed(100 * chance, 0)}", "middle"))
     labels = [
         element("text", label, class_="tick", x=_SHARES.x(share), y=12, text_anchor=anchor)
         for share, label, anchor in marks

@@ -43,7 +43,7 @@ def amount(value: float | None, kind: str) -> str:
     if value is None:
         return DASH
     if kind == "share":
-        return f"{100 * value:.1f}{HARD}%"
+        return f"{100 * value:.{2 if 0 < value < 0.01 else 1}f}{HARD}%"
     size, unit = unit_for(value, kind)
     return f"{significant(value / size)}{HARD}{unit}"
 

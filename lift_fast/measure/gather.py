@@ -1,57 +1,21 @@
-"""Merges the numbers of two runs, from run.json, eval.json and compare.json, into the report's dict."""
+"""Merges the numbers of one or two runs, from run.json, eval.json, metrics.jsonl and compare.json, into the report's
+dict."""
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import ConfigError, DataError
 from .compare_runs import check_pair
-from .paper import PAPER_RESULTS
+from .paper import rows_for
 
-
-def gather(
-    runs: dict[str, dict[str, Any]],
-    evals: dict[str, dict[str, Any]],
-    compared: dict[str, Any],
-    data: dict[str, dict[str, int]],
-    command: str,
-) -> dict[str, Any]:
-    """Returns the dict that `measure.report` renders.
-
-    runs, evals: by "lift" and "clip", the content of run.json and of eval.json. compared: the content of
-    compare.json. data: set -> split -> number of samples. command: shown in the report as what made it.
-
-    Raises ConfigError when the runs cannot be compared, DataError when compare.json does not compare two runs, or an
-    eval.json is of an earlier version.
-    """
-    check_pair(runs)
-    if "runs" not in compared:
-        raise DataError("this compare.json measured no runs; make it with: lift-fast compare --lift … --clip … --json")
-    sets = {model: list(scores["retrieval"]) for model, scores in evals.items()}
-    if sets["lift"] != sets["clip"]:
-        raise ConfigError(f"the runs were evaluated on different sets: {sets['lift']} and {sets['clip']}")
-    if any("image" not in example for scores in evals.values() for example in scores["pictures"]):
-        raise DataError("an eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json …")
-    report: dict[str, Any] = {}
-    for model, run in runs.items():
-        report[model] = {
-            **{key: run.get(key) for key in _FROM_RUN},
-            **{key: evals[model][key] for key in ("retrieval", "composition", "zero_shot")},
-            **compared["runs"][model],
-        }
-    return report | {
-        "savings": compared["savings"],
-        "paper_scale": compared["paper_scale"],
-        "cost_against_length": compared["cost_against_length"],
-        "paper_results": PAPER_RESULTS,
-        "pictures": _examples(evals),
-        "data": data,
-        "machine": runs["lift"]["machine"],
-        "versions": runs["lift"]["versions"],
-        "seed": runs["lift"]["config"]["seed"],
-        "command": command,
-    }
-
+EVAL_FORMAT = 2  # of eval.json
+SCORES = ("retrieval", "first_caption", "composition", "zero_shot")  # keys of eval.json, each {set: scores}
+CURVES = ("t2i_r1", "i2t_r1")  # of the scores while a run trains
 
 _FROM_RUN = (
+    "preset",
     "params",
     "samples_seen",
     "seconds",
@@ -65,19 +29,153 @@ _FROM_RUN = (
     "captions",
     "encoder",
     "conditioning",
+    "step_ms",
     "step_ms_spread",
+    "peak_memory_bytes",
 )
+_SPLITS = ("train", "training")
 
 
-def _examples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The example images, each with the caption that each model ranks first."""
-    return [
-        {
-            **{key: lift[key] for key in ("set", "image", "caption")},
-            "lift": lift["first"],
-            "lift_right": lift["right"],
-            "clip": clip["first"],
-            "clip_right": clip["right"],
-        }
-        for lift, clip in zip(evals["lift"]["pictures"], evals["clip"]["pictures"], strict=True)
-    ]
+def gather(
+    runs: Mapping[str, dict[str, Any]],
+    evals: Mapping[str, dict[str, Any]],
+    command: str,
+    *,
+    compared: dict[str, Any] | None = None,
+    data: Mapping[str, dict[str, int]] | None = None,
+    curves: Mapping[str, dict[str, list[dict[str, Any]]]] | None = None,
+) -> dict[str, Any]:
+    """Returns the dict that `measure.report` renders.
+
+    runs: the content of run.json, by "lift" and "clip", or of one of them. evals: the content of eval.json, of those
+    runs that were evaluated. command: shown in the report as what made it. compared: the content of compare.json.
+    data: set -> split -> number of samples. curves: what read_curves returns, by run.
+
+    Raises ConfigError when the runs cannot be compared, when one is not of the model that it is given as, or when they
+    were evaluated on different sets; DataError when compare.json does not compare two runs, or an eval.json is of an
+    earlier version.
+    """
+    if len(runs) == 2:
+        check_pair(runs)
+    for name, run in runs.items():
+        if run["model"] != name:
+            raise ConfigError(f"--{name} names a run of {run['model']}")
+    if compared is not None and "runs" not in compared:
+        raise DataError("this compare.json measured no runs; make it with: lift-fast compare --lift … --clip … --json")
+    for model, scores in evals.items():
+        check_scores(scores, f"the eval.json of --{model}")
+    sets = {model: list(scores["benchmarks"]) for model, scores in evals.items()}
+    if len(sets) == 2 and sets["lift"] != sets["clip"]:
+        raise ConfigError(f"the runs were evaluated on different sets: {sets['lift']} and {sets['clip']}")
+    report: dict[str, Any] = {}
+    for model, run in runs.items():
+        found = {key: run.get(key) for key in _FROM_RUN}
+        if found["peak_memory_bytes"] is not None:
+            found["peak_memory_from"] = "measured"
+        if model in evals:
+            found |= {key: evals[model].get(key) for key in (*SCORES, "skipped", "skipped_causes", "notes")}
+        if curves and curves.get(model):
+            found["curves"] = curves[model]
+        if compared is not None:
+            found |= compared["runs"][model]
+        report[model] = found
+    some = next(iter(runs.values()))
+    if compared is not None:
+        report |= {key: compared[key] for key in ("savings", "paper_scale", "cost_against_length")}
+    return report | {
+        "published": _published(runs, evals),
+        "examples": _examples(evals),
+        "benchmarks": next(iter(evals.values()), {}).get("benchmarks", {}),
+        "trained_on": {"sets": [_set_name(path) for path in some["config"]["data"]], "samples": some.get("captions")},
+        "data": dict(data or {}),
+        "machine": some.get("machine"),
+        "versions": some.get("versions"),
+        "seed": some["config"]["seed"],
+        "command": command,
+    }
+
+
+def check_scores(scores: Any, what: str) -> None:
+    """Raises DataError unless `scores` are the content of an eval.json of this version; what: the file, in words."""
+    if not isinstance(scores, dict) or scores.get("format") != EVAL_FORMAT:
+        raise DataError(f"{what} is of an earlier lift-fast; make it again with: lift-fast eval --json")
+
+
+def read_curves(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The scores on held-out sets while a run trained, of its metrics.jsonl: set -> [{"step", "t2i_r1", "i2t_r1"}, …].
+
+    step: how many were done. The file is read a line at a time; a line that is cut, as a killed run leaves its last, is
+    passed over, and of a step that occurs twice the later line counts. Empty where there is no such file.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    try:
+        with open(file, "rb") as lines:
+            for step, evaluation in _evaluations(lines):
+                for name, scores in evaluation.items():
+                    point = {"step": step + 1} | {key: scores[key] for key in CURVES if key in scores}
+                    found.setdefault(name, {})[step] = point
+    except FileNotFoundError:
+        return {}
+    return {name: [points[step] for step in sorted(points)] for name, points in found.items()}
+
+
+def _evaluations(lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
+    for line in lines:
+        if b'"evaluation"' not in line:  # most of them, which need no parsing
+            continue
+        try:
+            record = json.loads(line)
+            yield record["step"], record["evaluation"]
+        except (ValueError, KeyError):
+            continue
+
+
+def _set_name(path: str) -> str:
+    """The last part of a path, and the one before it where the last is train."""
+    parts = PurePath(path).parts
+    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:])
+
+
+def _published(runs: Mapping[str, dict[str, Any]], evals: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's rows for each set that is the paper's, and which of our scores they may stand next to."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, scores in evals.items():
+        for part in SCORES:
+            for name, ours in scores.get(part, {}).items():
+                rows = rows_for(scores["benchmarks"][name], part, runs[model], ours["n"], ours.get("prompts"))
+                if not rows:
+                    continue
+                entry = found.setdefault((name, part), {"set": name, "rows": [row._asdict() for row in rows]})
+                entry.setdefault("ours", {})[model] = _like(rows[0].scores, part, ours)
+    return list(found.values())
+
+
+def _like(names: Iterable[str], part: str, scores: dict[str, Any]) -> dict[str, float]:
+    """Our scores by the names of the paper's."""
+    if part == "first_caption":
+        return {name: scores[name[:3]][name[4:]] for name in names}
+    if part == "zero_shot":
+        scores = scores.get("one_template") or scores
+    return {name: scores[name] for name in names}
+
+
+def _examples(evals: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By set: images, each with the caption that each model ranks first; captions, each with each model's images; and
+    the worst mistakes of each model."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for model, scores in evals.items():
+        for name, shown in scores["examples"].items():
+            entry = found.setdefault(name, {"images": [], "texts": [], "worst": []})
+            for kind, same, own in (
+                ("images", ("image", "caption"), ("first", "right")),
+                ("texts", ("caption",), ("images", "right")),
+            ):
+                known = {tuple(example[key] for key in same): example for example in entry[kind]}
+                for example in shown[kind]:
+                    key = tuple(example[key] for key in same)
+                    if key not in known:
+                        known[key] = {key: example[key] for key in same}
+                        entry[kind].append(known[key])
+                    known[key][model] = {key: example[key] for key in own}
+            entry["worst"] += [{"model": model, **example} for example in shown["worst"]]
+    return found

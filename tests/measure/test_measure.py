@@ -16,7 +16,7 @@ from lift_fast.measure import compare, time
 from lift_fast.measure.compare import cost_against_length, format_table, paper_scale
 from lift_fast.measure.flops import clip_flops, count, lift_flops, saved
 from lift_fast.measure.memory import LiveBytes, peak_training_memory
-from lift_fast.measure.paper import PAPER_RESULTS, RETRIEVAL_TASKS
+from lift_fast.measure.paper import rows_for
 from lift_fast.measure.time import Timing, clip_text_ms, interleaved_ms, lift_text_ms, median_ms
 from lift_fast.nn import Clip, Lift, Preset, TextConfig, VitConfig, preset, transformer
 from lift_fast.ops.pairs.contrastive import contrastive
@@ -359,13 +359,50 @@ def test_clip_text_time_grows_with_the_context():
 # The paper's figures, and ours compared with them.
 
 
-def test_paper_results_have_the_reports_shape():
-    for row in PAPER_RESULTS["sugarcrepe"]:
-        assert set(row) == {"model", "data", "seen", *TASKS}
-    for row in PAPER_RESULTS["retrieval"]:
-        assert set(row) == {"model", "data", *RETRIEVAL_TASKS}
-    assert PAPER_RESULTS["sugarcrepe"][3]["replace_rel"] == 76.8
-    assert PAPER_RESULTS["retrieval"][3]["flickr_t2i"] == 72.9
+PROMPTS = "4186863f7cfe1005e11d76ffd467b870cd3c8f511536d62e942444a2f9dbe2a1"
+PAPER = [
+    (("sugarcrepe", "composition", {"preset": "vit-b16"}, 7511), {"replace_rel": 0.768, "add_att": 0.922}),
+    (("imagenet", "zero_shot", {"preset": "vit-b16"}, 50_000, PROMPTS), {"top1": 0.436}),
+    (("coco-val2017", "first_caption", {"preset": "vit-b16"}, 5000), {"i2t_r1": 0.346, "t2i_r1": 0.36}),
+    (("flickr30k", "first_caption", {"preset": "vit-b16"}, 1000), {"i2t_r1": 0.691, "t2i_r1": 0.729}),
+]
+
+
+@pytest.mark.parametrize(("asked", "scores"), PAPER)
+def test_the_papers_rows(asked, scores):
+    rows = rows_for(*asked)
+    assert [row[:2] for row in rows] == [(m, d) for d in ("DataComp", "Recap") for m in ("CLIP", "LIFT")]
+    assert {name: rows[3].scores[name] for name in scores} == scores
+    assert all(row.scores.keys() == rows[3].scores.keys() for row in rows)
+    if asked[0] == "sugarcrepe":
+        assert set(rows[0].scores) == set(TASKS)
+
+
+@pytest.mark.parametrize(("asked", "scores"), PAPER)
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, None),
+        (0, "coco-karpathy"),
+        (0, "sugarcrepe++"),
+        (1, "retrieval"),
+        (2, {"preset": "tiny"}),
+        (2, {"preset": "vit-b32"}),
+        (2, {"preset": "vit-b16", "vit": {"layers": 10}}),
+        (2, {}),
+        (3, 4999),
+        (3, 0),
+    ],
+)
+def test_no_row_of_the_paper_where_data_protocol_or_size_are_not_its(asked, scores, place, value):
+    changed = [*asked]
+    changed[place] = value
+    assert rows_for(*changed) == []
+
+
+@pytest.mark.parametrize("prompts", [None, "", PROMPTS[:-1] + "0"])
+def test_no_imagenet_row_for_other_prompts(prompts):
+    assert rows_for("imagenet", "zero_shot", {"preset": "vit-b16"}, 50_000, prompts) == []
 
 
 def test_paper_scale(monkeypatch):

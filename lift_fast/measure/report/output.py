@@ -2,48 +2,63 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
 from ...files import write_whole
 from ..formatting import DASH, HARD, THIN, amount, integer
-from .comparison import PAID_ONCE, costs, embedding_s, qualities, summary
-from .fields import finite, get
+from .comparison import PAID_ONCE, costs, embedding_s, lead, qualities, summary, verdict
+from .fields import finite, get, models_of
 from .page import render_html
 
 # The table is ASCII but for names in the report.
 _ASCII = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "→": "->", "µ": "u", "’": "'"})
+_WIDTH = 100  # of the sentences, in characters
 
 
 def write(report: dict, folder: Path) -> None:
-    """Writes report.json and report.html into `folder`, each replaced whole; an error leaves the old files."""
+    """Writes report.json and report.html into `folder`, each replaced whole; an error leaves the old files.
+
+    report.json is the report, and of two runs also "verdict": the names of the measures on which each is ahead.
+    """
+    content = finite(report)
+    if len(models_of(report)) == 2:
+        content["verdict"] = {side: [each.name for each in found] for side, found in verdict(content).items()}
     texts = {
-        "report.json": json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": render_html(report),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / name: text.encode() for name, text in texts.items()})
+    write_whole({folder / name: text.encode(errors="replace") for name, text in texts.items()})
 
 
 def print_table(report: dict, file: TextIO | None = None) -> None:
-    """Prints costs, scores and the summary to `file` or stdout; `*` marks the model that is ahead."""
+    """Prints costs, scores and the summary to `file` or stdout; of two runs, `*` marks the model that is ahead."""
     report = finite(report)
-    rows = [("", "LIFT", "CLIP", "LIFT against CLIP")]
+    models = models_of(report)
+    compared = len(models) == 2
+    rows = [["", *(name for _, name in models), *(["LIFT against CLIP"] if compared else [])]]
     for measure in costs(report) + qualities(report):
-        lift, clip = (
-            f"{amount(value, measure.kind)} {'*' if measure.ahead == side else ' '}"
-            for side, value in (("lift", measure.lift), ("clip", measure.clip))
-        )
-        rows.append((measure.name, lift, clip, measure.difference))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        values = [amount(getattr(measure, model), measure.kind) for model, _ in models]
+        if compared:
+            values = [
+                f"{value} {'*' if measure.ahead == model else ' '}"
+                for value, (model, _) in zip(values, models, strict=True)
+            ]
+            values.append(measure.difference or "")
+        rows.append([measure.name, *values])
+    rows = [[word.translate(_ASCII) for word in row] for row in rows]  # before widths are counted: some grow
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
+        "  ".join([f"{row[0]:<{first}}", *(f"{word:>{width}}" for word, width in zip(row[1:], widths, strict=True))])
+        for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
     if (embedding := embedding_s(report)) is not None:
         captions, each = (get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
         paid = f"{integer(captions)} captions x {amount(each, 'ms')} = {amount(embedding, 's')} of embedding"
         lines += ["", f"Text over the whole run holds {paid}.", PAID_ONCE]
-    text = "\n".join([*lines, "", summary(report)])
+    text = "\n".join([*lines, "", *(textwrap.fill(sentence, _WIDTH) for sentence in (lead(report), summary(report)))])
     print(text.translate(_ASCII), file=file or sys.stdout)
