@@ -234,8 +234,9 @@ def _chance(right: Tensor, answers: int) -> dict[str, float]:
 @contextmanager
 def _exact_float32() -> Iterator[None]:
     """Turns settings off by which float32 products are computed with TF32 or bfloat16. They are the process's."""
-    backends = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    before = {matmul: matmul.fp32_precision for matmul in backends if hasattr(matmul, "fp32_precision")}
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    products: list[Any] = [backend.matmul for backend in backends if hasattr(backend, "matmul")]
+    before = {matmul: matmul.fp32_precision for matmul in products if hasattr(matmul, "fp32_precision")}
     inexact = {matmul: precision for matmul, precision in before.items() if precision in ("tf32", "bf16")}
     legacy = None if before else torch.get_float32_matmul_precision()  # before torch 2.9
     try:
