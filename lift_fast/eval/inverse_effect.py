@@ -177,7 +177,7 @@ def _drawn(kind: str, count: int, rng: random.Random) -> list[_Core]:
     elif kind == "roles":
         more = [(verb,) for verb in rng.sample(list(_VERBS), count)]
     elif kind == "positions":
-        more = [(rng.choice(list(_RELATIONS)),) for _ in pairs]
+        more = [(rng.choice(list(_RELATIONS)),)] * count  # one, as the sentences have one syntax
     elif kind == "negation":
         more = [(holder,) for holder in rng.sample(_HOLDERS, count)]
     else:
