@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -29,9 +29,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..cache.codec import encode as quantize
-from ..data.reading import stamp_of
 from ..data.samples import BadSample, Samples, located
 from ..data.skipped import in_words
+from ..data.stamps import data_stamp
 from ..errors import ConfigError, DataError
 from ..files import write_whole
 from ..ops.rows.codecs import CODECS
@@ -173,31 +173,16 @@ def build(
 def model_identity(model: Model, *more: object) -> str:
     """A digest of all that decides a model's image features: its weights, their dtype and the preprocessing; 32 hex
     digits. more: JSON values that enter it too."""
-    digest = hashlib.sha256(json.dumps([model.preprocess.as_dict(), *more], sort_keys=True).encode())
-    for name, tensor in model.module.state_dict().items():
+    return weights_digest(model.module.state_dict(), model.preprocess.as_dict(), *more)
+
+
+def weights_digest(state: Mapping[str, Tensor], *more: object) -> str:
+    """A digest of weights and their dtypes, and of the JSON values `more`; 32 hex digits."""
+    digest = hashlib.sha256(json.dumps([*more], sort_keys=True).encode())
+    for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
-
-
-def data_stamp(data: Samples, number: int, first: int) -> str:
-    """A text that changes when an image of shard `number` does, or a key: from the sizes and times of the files.
-
-    first: the number of its first sample.
-    """
-    digest = hashlib.blake2b(f"{data.names[number]} {data.shard_sizes[number]}".encode(), digest_size=16)
-    for i in range(first, first + data.shard_sizes[number]):
-        try:
-            path = data.image_file(i)
-            if path is None:  # it is a part of the shard, and so are the others
-                digest.update(data.shard_stamp(number).encode())
-                return digest.hexdigest()
-            digest.update(os.fsencode(str(path).removeprefix(str(data.folder))))
-            digest.update(b" %d %d," % stamp_of(os.stat(path)))
-        except (BadSample, OSError, ValueError):
-            digest.update(b"-")
-    digest.update(data.shard_hashes(number).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _pieces(data: Samples, folder: Path, identity: str) -> list[_Piece]:

@@ -14,11 +14,12 @@ from support.tiny_models import tiny_model
 from support.tiny_sets import keys_of, make_set, png
 
 from lift_fast.data.options import DataOptions
+from lift_fast.data.stamps import data_stamp
 from lift_fast.errors import CacheError, ConfigError, DataError
 from lift_fast.inference import store as storing
 from lift_fast.inference.features import encode_images, how_read, image_files, open_images
 from lift_fast.inference.search import open_index
-from lift_fast.inference.store import build, data_stamp, model_identity
+from lift_fast.inference.store import build, model_identity
 
 
 @pytest.fixture
