@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+import lift_fast
 from lift_fast.cache import Cache
 from lift_fast.cache.tools import convert
 from lift_fast.cli.demo import Demo
 from lift_fast.eval.run import evaluate
+from lift_fast.eval.sets import open_set
+from lift_fast.inference.subject import subject_of
 from lift_fast.sugarcrepe import TASKS
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
@@ -46,9 +47,10 @@ def run(suite: Suite) -> None:
 
 def _scores(config: TrainConfig, held_out: dict[str, Path]) -> dict[str, Any]:
     record = train(config, progress=False)
-    found = evaluate(config.out, held_out, torch.device("cpu"), examples=0)
+    subject = subject_of(lift_fast.load(config.out, device="cpu"))
+    found = evaluate(subject, {name: open_set(folder) for name, folder in held_out.items()}, examples=0)
     recalls = {f"{data} {way} R@1": scores[way]["r1"] for data, scores in found["retrieval"].items() for way in WAYS}
-    composition = {f"composition {task}": found["composition"][task] for task in (*TASKS, "mean")}
+    composition = {f"composition {task}": found["composition"]["scenes"][task] for task in (*TASKS, "mean")}
     return {**recalls, **composition, "loss": sum(record["loss"][-10:]) / 10}
 
 

@@ -16,11 +16,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -32,10 +33,12 @@ from lift_fast.cache.manifest import digest_of
 from lift_fast.cache.tools import condition, convert, statistics_of
 from lift_fast.cli.data import DataOpenMoji, DataScenes
 from lift_fast.data.open import open_data
-from lift_fast.data.samples import Samples
-from lift_fast.eval.images import Images, image_features
+from lift_fast.eval.held_out_set import HeldOutSet
+from lift_fast.eval.images import ImageFeatures, Images, Pixels, image_features
+from lift_fast.eval.questions import Questions
 from lift_fast.eval.run import score_set
-from lift_fast.eval.texts import Captions, Texts, read_captions
+from lift_fast.eval.sets import open_set
+from lift_fast.eval.texts import Texts
 from lift_fast.losses import SigLipLoss
 from lift_fast.measure.machine import machine, versions
 from lift_fast.nn import models
@@ -50,6 +53,7 @@ from lift_fast.train.setup import Training
 SETS = ("openmoji", "scenes")
 BATCH = 128
 HELD_OUT = 800  # samples of each set: half for choosing, half for reporting
+PARTS = {"choose": 0, "report": 1}  # the even samples and the odd ones
 ALL_ROWS = 1 << 20  # statistics are those of all training captions
 PROMPT = "Instruct: Retrieve images that match the caption\nQuery: "
 ENCODERS = {
@@ -70,7 +74,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"scale": 50.0},
     {"limit": 20.0},
 )
-Powers = Sequence[float | str | None]
+Powers = Sequence[float | Literal["auto"] | None]
 Dims = Sequence[float | str]
 
 
@@ -81,7 +85,7 @@ class Run:
     largest."""
 
     encoder: str
-    power: float | str | None
+    power: float | Literal["auto"] | None
     dim: float | str = 1.0
     seed: int = 0
     steps: int = 150
@@ -126,13 +130,16 @@ def runs() -> list[Run]:
     return list(dict.fromkeys(found))
 
 
-class Study:
-    """Data, caches and held-out texts in a folder, made when they are first needed."""
+class Work:
+    """Data, caches and held-out texts in a folder, made when they are first needed. Several processes may share it.
+
+    A study derives from it: `run` makes a run, of which `prepare` makes what it shares with others.
+    """
 
     def __init__(self, work: Path):
         self.work = work
+        self.held_out: dict[str, HeldOutSet] = {}
         self.images: dict[str, Images] = {}
-        self.captions: dict[str, Captions] = {}
 
     @contextmanager
     def claim(self, what: str) -> Iterator[bool]:
@@ -146,41 +153,91 @@ class Study:
                 return
             yield True
 
-    def prepare(self, encoder: str) -> bool:
-        """Makes what the runs with one encoder share, where it is missing. False if another process is making it."""
-        for what, make in (("data", self._make_data), (encoder, lambda: self._encode(encoder))):
+    def make(self, steps: Mapping[str, Callable[[], None]]) -> bool:
+        """Makes what is named, where it is missing, in turn. False if another process is making a part of it."""
+        for what, step in steps.items():
             with self.claim(what) as free:
                 if not free:
                     return False
-                make()
+                step()
         return True
 
-    def _make_data(self) -> None:
+    def prepare(self, run: Any) -> bool:
+        """Makes what a run shares with others, where it is missing. False if another process is making it."""
+        raise NotImplementedError
+
+    def run(self, run: Any) -> dict[str, Any]:
+        """Makes a run that is prepared. Returns its line of the results: {"run": its fields, …}."""
+        raise NotImplementedError
+
+    def make_data(self) -> None:
+        """The demo's data sets, with more samples held out."""
         if not (self.work / "data").exists():
             DataOpenMoji(self.work / "making" / "openmoji", heldout=HELD_OUT)()
             DataScenes(self.work / "making" / "scenes", heldout=HELD_OUT)()
             (self.work / "making").rename(self.work / "data")
+
+    def train(self, data: str) -> Path:
+        return self.work / "data" / data / "train"
+
+    def asked(self, data: str) -> HeldOutSet:
+        """The held-out samples of a set."""
+        if data not in self.held_out:
+            self.held_out[data] = open_set(self.work / "data" / data / "heldout")
+        return self.held_out[data]
+
+    def image_features(self, data: str, model: models.Lift | models.Clip) -> ImageFeatures:
+        """Of the held-out images of a set. model: in eval mode."""
+        if data not in self.images:
+            pixels = Pixels.of_size(model.visual.config.image_size)
+            self.images[data] = Images(self.asked(data).data, pixels, torch.device("cpu"))
+            self.images[data].keep()
+        return image_features(model.encode_image, self.images[data])
+
+
+def scores_of(features: ImageFeatures, questions: Questions, texts: Texts) -> dict[str, Any]:
+    """{part: {"i2t" and "t2i": R@1, "composition": scores or None}} of the two halves of a held-out set."""
+    found = {}
+    for part, parity in PARTS.items():
+        scores = score_set(*half(features, questions, parity), texts)
+        ways = {way: scores["retrieval"][way]["r1"] for way in ("i2t", "t2i")}
+        found[part] = ways | {"composition": scores["composition"]}
+    return found
+
+
+def half(features: ImageFeatures, questions: Questions, parity: int) -> tuple[ImageFeatures, Questions]:
+    """The even (0) or odd (1) samples of a set, for retrieval and composition."""
+    rows = [row for row, sample in enumerate(features.samples) if sample % 2 == parity]
+    captions = {sample: several for sample, several in questions.captions.items() if sample % 2 == parity}
+    choices = [choice for choice in questions.choices if choice.sample % 2 == parity]
+    chosen = ImageFeatures(features.features[rows], [features.samples[row] for row in rows], Counter())
+    return chosen, Questions(captions, choices)
+
+
+def encoded(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """The encoder's vectors of texts, float32 [texts, dim]."""
+    return torch.cat([encoder.encode(texts[i : i + 512]) for i in range(0, len(texts), 512)])
+
+
+class Study(Work):
+    """The runs of this study."""
+
+    def prepare(self, run: Run) -> bool:
+        return self.make({"data": self.make_data, run.encoder: lambda: self._encode(run.encoder)})
 
     def _encode(self, name: str) -> None:
         """The vectors of an encoder, in float32: caches of the training captions, and all texts that are held out."""
         folder = self.work / "text" / name.replace(", ", "-").replace(" ", "-")
         if (folder / "done").exists():
             return
-        encoder = Encoder(_spec(name))
+        encoder = Encoder(spec_of(name))
         texts = {}
         for data in SETS:
             embed(open_data(self.train(data)), folder / data, encoder, codec="f32")
-            samples = open_data(self.work / "data" / data / "heldout")
-            held_out = read_captions(samples, range(len(samples)), "txt", False).texts()
-            texts[data] = (
-                held_out,
-                torch.cat([encoder.encode(held_out[i : i + 512]) for i in range(0, len(held_out), 512)]),
-            )
+            held_out = self.asked(data).questions.texts()
+            texts[data] = held_out, encoded(encoder, held_out)
         torch.save(texts, folder / "heldout.pt")
         (folder / "done").touch()
-
-    def train(self, data: str) -> Path:
-        return self.work / "data" / data / "train"
 
     def text(self, run: Run) -> Path:
         return self.work / "text" / run.encoder.replace(", ", "-").replace(" ", "-")
@@ -188,27 +245,16 @@ class Study:
     def score(self, run: Run, model: models.Lift, conditioning: Conditioning | None) -> dict[str, Any]:
         """{"choose": {set: scores}, "report": {set: scores}} of a trained model."""
         model.eval()
-        found: dict[str, Any] = {"choose": {}, "report": {}}
+        found: dict[str, Any] = {part: {} for part in PARTS}
         vectors = torch.load(self.text(run) / "heldout.pt", weights_only=True)
         for data in SETS:
-            if data not in self.images:
-                samples: Samples = open_data(self.work / "data" / data / "heldout")
-                self.images[data] = Images(samples, model.visual.config.image_size, torch.device("cpu"))
-                self.images[data].keep()
-                self.captions[data] = read_captions(samples, range(len(samples)), "txt", False)
             texts, given = vectors[data]
             scored = Texts(texts, given if conditioning is None else conditioning.apply(given))
-            features = image_features(model.encode_image, self.images[data]).features
-            for part, first in (("choose", 0), ("report", 1)):
-                held = self.captions[data]
-                half = Captions(held.samples[first::2], held.captions[first::2], held.metas[first::2], {})
-                scores = score_set(features[first::2], half, scored)
-                ways = {way: scores["retrieval"][way]["r1"] for way in ("i2t", "t2i")}
-                found[part][data] = ways | {"composition": scores["composition"]}
+            for part, scores in scores_of(self.image_features(data, model), self.asked(data).questions, scored).items():
+                found[part][data] = scores
         return found
 
     def run(self, run: Run) -> dict[str, Any]:
-        """Trains and scores one run. `prepare` has been called for its encoder."""
         plain = {data: Cache(self.text(run) / data) for data in SETS}
         conditioning = None
         if run.power is not None:
@@ -275,7 +321,7 @@ class Sigmoid(nn.Module):
         return self.loss(image, text, scale, bias)
 
 
-def _spec(name: str) -> Any:
+def spec_of(name: str) -> Any:
     encoder, pooling, prompt = ENCODERS[name]
     return spec_for(encoder, pooling=pooling, prompt=prompt or None)
 
@@ -286,27 +332,28 @@ def results(file: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "run" in line]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
+def command(module: str, runs: Sequence[Any], study_in: Callable[[Path], Work]) -> None:
+    """The command line of a study."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, caches and runs")
     parser.add_argument("--out", type=Path, required=True, help="results, one line of JSON for each run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="no more than the first so many runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    study, out = Study(arguments.work), arguments.out
+    study, out = study_in(arguments.work), arguments.out
     append(out, {"machine": machine(), "versions": versions(), "threads": arguments.threads})
-    while left := [run for run in runs()[: arguments.only] if run not in done(out)]:
+    while left := [run for run in runs[: arguments.only] if not done(run, out)]:
         if not any(attempt(study, run, out) for run in left):
             time.sleep(5)  # other processes are at all that is left
 
 
-def attempt(study: Study, run: Run, out: Path) -> bool:
+def attempt(study: Work, run: Any, out: Path) -> bool:
     """Makes one run and appends its result to `out`. False if another process is at it."""
-    if not study.prepare(run.encoder):
+    if not study.prepare(run):
         return False
     with study.claim(str(run)) as free:
-        if not free or run in done(out):
+        if not free or done(run, out):
             return False
         result = study.run(run)
         append(out, result)
@@ -314,9 +361,9 @@ def attempt(study: Study, run: Run, out: Path) -> bool:
     return True
 
 
-def done(file: Path) -> set[Run]:
-    """The runs whose results are in a file."""
-    return {Run(**result["run"]) for result in results(file)}
+def done(run: Any, file: Path) -> bool:
+    """Whether a file has the result of a run."""
+    return asdict(run) in [result["run"] for result in results(file)]
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
@@ -325,4 +372,4 @@ def append(file: Path, line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command("study", runs(), Study)

@@ -91,7 +91,7 @@ def name_of(run: Run) -> str:
     if run.power == "auto":
         return f"auto ({groups()[run][0]['conditioning']['power']:g})"
     words = {None: "as it is", 0.0: "0 (mean subtracted)", 1.0: "1 (whitened)"}
-    return words.get(run.power, f"{run.power}")  # type: ignore[call-overload]
+    return words.get(run.power, f"{run.power}")
 
 
 def dims(encoder: str) -> list[list[str]]:

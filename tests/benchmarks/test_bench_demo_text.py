@@ -22,8 +22,6 @@ def test_rows_and_targets(monkeypatch):
     small = partial(demo.Demo, steps=2, batch_size=8, scenes=400, heldout=12)
     monkeypatch.setattr(bench_demo_text, "Demo", small)
     monkeypatch.setattr(demo, "DataOpenMoji", drawings)
-    # One set of classes and foils is scored; here both sets have them.
-    monkeypatch.setattr("lift_fast.eval.run._require_first", lambda *arguments: None)
     suite = Suite("demo_text", quick=True)
     bench_demo_text.run(suite)
     assert [row["text"] for row in suite.rows] == ["as it is", "conditioned"]

@@ -3,34 +3,21 @@
 import json
 
 import pytest
+from support.small_study import make_small
 
 from benchmarks import study, study_tables
 from benchmarks.study import Run, Study, runs
-from lift_fast.demo import scenes
 
 
 def test_no_run_is_listed_twice():
     assert len(set(runs())) == len(runs()) and {run.encoder for run in runs()} == set(study.ENCODERS)
 
 
-class SmallScenes:
-    """Stands in for the commands that write the demo's data sets."""
-
-    def __init__(self, out, heldout):
-        self.out, self.heldout = out, heldout
-
-    def __call__(self):
-        captions = scenes.write(self.out / "train", 64, 0, px=72)
-        scenes.write(self.out / "heldout", self.heldout, 0, 64, px=72, exclude_captions=set(captions))
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "HELD_OUT", 12)
+        make_small(patch)
         patch.setattr(study, "BATCH", 8)
-        patch.setattr(study, "DataOpenMoji", SmallScenes)
-        patch.setattr(study, "DataScenes", SmallScenes)
         yield Study(tmp_path_factory.mktemp("study"))
 
 
@@ -41,8 +28,9 @@ def small(tmp_path_factory):
     {"power": None, "scale": 5.0, "limit": 6.0},
 ])  # fmt: skip
 def test_a_run(small, change):
-    assert small.prepare("MiniLM")
-    found = json.loads(json.dumps(small.run(Run("MiniLM", steps=2, **change))))
+    run = Run("MiniLM", steps=2, **change)
+    assert small.prepare(run)
+    found = json.loads(json.dumps(small.run(run)))
     assert found["dim"] == (96 if "dim" in change else 384)
     assert found["logit_scale"] == pytest.approx(change.get("scale", 1 / 0.07), rel=0.01)
     for part in ("choose", "report"):
@@ -60,7 +48,7 @@ def test_a_run_is_made_once(small, tmp_path, monkeypatch):
         with small.claim(busy) as free:
             assert free and not study.attempt(small, run, out)
     assert study.attempt(small, run, out) and not study.attempt(small, run, out)
-    assert made == [run] and study.done(out) == {run}
+    assert made == [run] and study.done(run, out) and not study.done(Run("MiniLM", 0.5), out)
 
 
 def line(run, loss, r1):
