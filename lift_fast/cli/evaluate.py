@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -12,6 +13,9 @@ from ..data.options import DataOptions
 from ..errors import ConfigError, DataError
 from ..train.config import PresetName
 from .common import counted, listed, print_problems, printable, read_json, warn, write_json
+
+if TYPE_CHECKING:
+    from ..eval.held_out_set import HeldOutSet
 
 _TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
 
@@ -36,16 +40,20 @@ def named_sets(words: list[str]) -> dict[str, Path]:
     return found
 
 
-NamedSets = Annotated[
-    dict[str, Path],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[NAME] PATH [[NAME] PATH ...]",
-        instance_from_str=named_sets,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda sets: [word for name, path in sets.items() for word in (name, str(path))],
-    ),
-]
+_SPEC = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME] PATH [[NAME] PATH ...]",
+    instance_from_str=named_sets,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda sets: [word for name, path in sets.items() for word in (name, str(path))],
+)
+NamedSets = Annotated[dict[str, Path], _SPEC]
+NAMED_SETS = tyro.constructors.ConstructorRegistry()  # for settings of packages that do not know of tyro
+
+
+@NAMED_SETS.primitive_rule
+def _named_sets(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    return _SPEC if info.type == dict[str, Path] else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class Eval:
     a set that does not have them."""
     pictures: tuple[Path, ...] = ()
     """Folders of the image files, one for each --data; needed when they are not where the captions are."""
+    templates: Path | None = None
+    """Prompts of zero-shot classification: a file with one a line, {} standing for the class; or imagenet, the 80."""
+    classnames: Path | None = None
+    """Names of the classes: a file with one a line, or with a label or class folder before it; or imagenet."""
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
@@ -89,6 +101,7 @@ class Eval:
         from ..devices import device_of_rank
         from ..eval.run import evaluate
         from ..eval.sets import open_set, options_of
+        from ..eval.templates import read_classnames, read_templates
         from ..inference import load
         from ..inference.subject import subject_of
         from ..ranks import Rank, answering, joined, together
@@ -105,45 +118,64 @@ class Eval:
             subject, run = together(lambda: subject_of(model)), model.description
             options = options_of(run, self.reading)
             folders = self.pictures or len(self.data) * (None,)
-            sets = together(
-                lambda: {
-                    name: open_set(path, images, options=options, fields=self.field, wanted=run.get("field", "txt"))
+
+            def opened() -> "dict[str, HeldOutSet]":
+                templates = read_templates(self.templates) if self.templates else None
+                classnames = read_classnames(self.classnames) if self.classnames else None
+                return {
+                    name: open_set(
+                        path,
+                        images,
+                        options=options,
+                        fields=self.field,
+                        wanted=run.get("field", "txt"),
+                        templates=templates,
+                        classnames=classnames,
+                    )
                     for (name, path), images in zip(self.data.items(), folders, strict=True)
                 }
-            )
+
+            sets = together(opened)
             result = evaluate(subject, sets, loader=self.loader, skip_bad=options.skip_bad, rank=rank)
         if rank.is_first:
-            print_scores(result)
+            print_scores(result, run)
             if self.json:
                 write_json(self.json, result)
 
 
-def print_scores(result: dict[str, Any]) -> None:
-    """Prints what eval.json holds: a line for each score of each set."""
+def print_scores(result: dict[str, Any], run: Mapping[str, Any]) -> None:
+    """Prints what eval.json holds: a line for each score of each set. run: the description of the model."""
     from ..data.samples import Problem
+    from ..measure.paper import rows_for
 
     print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
-    for key in result["benchmarks"]:
+    for key, benchmark in result["benchmarks"].items():
         name = printable(key)
         for task, words in (("retrieval", ""), ("first_caption", ", first caption alone")):
             if scores := result[task].get(key):
                 print(f"{name}{words}: {_recalls(scores)}")
         if scores := result["composition"].get(key):
-            tasks = ", ".join(f"{task} {scores[task]:.1%}" for task in scores["counts"])
+            tasks = ", ".join(f"{printable(task)} {scores[task]:.1%}" for task in scores["counts"])
             print(
                 f"{name}: composition {scores['mean']:.1%} ({tasks}; n = {scores['n']}, "
-                f"{counted(sum(scores['ties'].values()), 'tie')}; by the text alone {scores['blind']['mean']:.1%})"
+                f"{counted(sum(scores['ties'].values()), 'tie')}; chance {scores['chance']['mean']:.1%}, by the text "
+                f"alone {scores['blind']['mean']:.1%})"
             )
         if scores := result["zero_shot"].get(key):
             one = scores["one_template"]
-            alone = f"; with {scores['alone']!r} alone {one['top1']:.1%}" if one else ""
+            alone = f"; with {printable(scores['alone'])!r} alone {one['top1']:.1%}" if one else ""
             print(
                 f"{name}: zero-shot {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes, "
                 f"top-5 {scores['top5']:.1%} (always naming the commonest class: {scores['majority']:.1%}{alone})"
             )
+        for task in ("first_caption", "composition", "zero_shot"):
+            if scores := result[task].get(key):
+                for row in rows_for(benchmark, task, run, scores["n"], scores.get("prompts")):
+                    figures = ", ".join(f"{measure} {value:.1%}" for measure, value in row.scores.items())
+                    print(f"{name}: the paper's {row.model}, trained on {row.data}: {figures}")
         if result["skipped"][key]:
             causes = listed(result["skipped_causes"][key])
-            print(f"{name}: {counted(result['skipped'][name], 'sample')} left out ({causes})")
+            print(f"{name}: {counted(result['skipped'][key], 'sample')} left out ({causes})")
         for note in result["notes"][key]:
             print(f"{name}: {printable(note)}")
 

@@ -38,8 +38,8 @@ def zero_shot(
         "classes": len(classes),
         "templates": classes.shape[1],
         "n": len(image),
-        "chance": 1 / len(classes),
-        "majority": (counts.max() / counts.sum()).item(),
+        "chance": (torch.bincount(same)[same[labels]].double().mean() / len(classes)).item(),
+        "majority": torch.bincount(same[labels]).double().max().item() / len(labels),
         "one_template": one,
     }
 
@@ -48,13 +48,15 @@ def _ranks(image: Tensor, weights: Tensor, labels: Tensor, same: Tensor) -> Tens
     """How many wrong classes are as near to each image as its own, or nearer: int64 [n]. same: int64 [classes], equal
     for classes that are right for each other.
 
-    Products in float64, rounded to float32: equal weights tie wherever they stand in the product.
+    A tie is what the rounding of float64 cannot tell apart, so that equal weights tie wherever they stand in the
+    product.
     """
     weights = F.normalize(weights.double(), dim=1)
+    rounding = 4 * weights.shape[1] * 2**-53
     ranks = []
     for some, own in zip(image.split(_CHUNK), labels.split(_CHUNK), strict=True):
-        scores = (some.double() @ weights.T).float()
-        ahead = scores >= scores.gather(1, own.unsqueeze(1))
+        scores = some.double() @ weights.T
+        ahead = scores >= scores.gather(1, own.unsqueeze(1)) - rounding
         ranks.append((ahead & (same != same[own].unsqueeze(1))).sum(dim=1))
     return torch.cat(ranks)
 
