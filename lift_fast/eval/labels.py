@@ -105,7 +105,7 @@ def classes_of(
     classes = Classes(names, list(templates or usual), numbers, AUTHORS if of_imagenet and not given else "")
     whole = of_imagenet and _is_validation(classes) and set(classes.templates) == set(imagenet_templates())
     return Labelled(
-        classes, left_out, _notes(len(metas) or len(data), classes, left_out), "imagenet" if whole else None
+        classes, left_out, _notes(len(metas or labels), classes, left_out), "imagenet" if whole else None
     )
 
 

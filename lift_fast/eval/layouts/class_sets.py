@@ -19,7 +19,7 @@ from ...data.samples import BadText, Samples
 from ...data.scan import IMAGE_SUFFIXES
 from ...data.shards import Shards
 from ..held_out_set import HeldOutSet
-from ..labels import classes_of, labels_of_tars, tar_suffixes
+from ..labels import classes_of, tar_suffixes
 from ..questions import Questions
 from ..templates import ClassNames
 
@@ -34,28 +34,30 @@ def open_class_set(
 ) -> HeldOutSet | None:
     """Opens a set of which every sample has a class and none a caption, as far as its first files tell; None for any
     other. Raises as open_data and classes_of do."""
+    if options.text_suffix:
+        return None
+    of_cls = replace(options, text_suffix="cls")
     data: Samples
     if (tars := _tars_in(path)) is not None:
-        if options.text_suffix or not _only_classes(tar_suffixes(tars[0])):
+        suffixes = tar_suffixes(tars[0])
+        if "cls" not in suffixes or "txt" in suffixes:
             return None
-        shards = Shards(tars[0].parent, options=options)
-        data, labels = shards, labels_of_tars(shards, options.skip_bad)
+        data = Shards(tars[0].parent, options=of_cls)
     else:
         suffixes, in_folders = _first_suffixes(path)
-        if suffixes & _CAPTIONS or options.text_suffix:
+        if suffixes & _CAPTIONS:
             return None
         if "cls" in suffixes:
-            data = LooseFiles(path, replace(options, text_suffix="cls"))
-            labels = _captions(data, options.skip_bad)
+            data = LooseFiles(path, of_cls)
         elif in_folders and suffixes & {*IMAGE_SUFFIXES}:
             data = open_data(path, options=options)
             if not isinstance(data, LooseFiles) or not data.classes:
                 return None
-            labels = _captions(data, options.skip_bad)
         else:
             return None
+    labels, left_out = _captions(data, options.skip_bad)
     found = classes_of(data, {}, skip_bad=options.skip_bad, templates=templates, classnames=classnames, labels=labels)
-    questions = Questions(classes=found.classes, left_out=found.left_out, notes=found.notes)
+    questions = Questions(classes=found.classes, left_out=left_out | found.left_out, notes=found.notes)
     return HeldOutSet(data, questions, found.benchmark)
 
 
@@ -68,24 +70,26 @@ def open_retrieval_tars(path: Path, options: DataOptions) -> HeldOutSet | None:
     if tars is None or not _says_retrieval(tars[0].parent):
         return None
     data = Shards(tars[0].parent, options=options)
-    texts = _captions(data, options.skip_bad)
+    texts, left_out = _captions(data, options.skip_bad)
     captions = {sample: [line.strip() for line in text.split("\n") if line.strip()] for sample, text in texts.items()}
-    left_out = {sample: "no caption" for sample in range(len(data)) if sample not in captions}
     return HeldOutSet(data, Questions(captions=captions, left_out=left_out))
 
 
-def _captions(data: Samples, skip_bad: bool) -> dict[int, str]:
-    """Sample -> caption. Raises BadText for one that cannot be used, unless skip_bad."""
-    found = {}
+def _captions(data: Samples, skip_bad: bool) -> tuple[dict[int, str], dict[int, str]]:
+    """Sample -> caption; and sample -> cause, where it cannot be used. Raises BadText for one, unless skip_bad."""
+    found: dict[int, str] = {}
+    left_out: dict[int, str] = {}
     first = 0
     for number, size in enumerate(data.shard_sizes):
         for row, caption in enumerate(data.captions(number), first):
             if not isinstance(caption, BadText):
                 found[row] = caption
-            elif not skip_bad:
+            elif skip_bad:
+                left_out[row] = caption.cause
+            else:
                 raise caption
         first += size
-    return found
+    return found, left_out
 
 
 def _tars_in(path: Path) -> list[Path] | None:
@@ -104,10 +108,6 @@ def _says_retrieval(folder: Path) -> bool:
         except (OSError, UnicodeDecodeError):
             continue
     return False
-
-
-def _only_classes(suffixes: set[str]) -> bool:
-    return "cls" in suffixes and "txt" not in suffixes
 
 
 def _first_suffixes(path: Path) -> tuple[set[str], bool]:
