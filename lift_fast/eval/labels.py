@@ -104,9 +104,14 @@ def classes_of(
     usual = imagenet_templates() if of_imagenet else USUAL
     classes = Classes(names, list(templates or usual), numbers, AUTHORS if of_imagenet and not given else "")
     whole = of_imagenet and _is_validation(classes) and set(classes.templates) == set(imagenet_templates())
-    return Labelled(
-        classes, left_out, _notes(len(metas or labels), classes, left_out), "imagenet" if whole else None
-    )
+    return Labelled(classes, left_out, _notes(len(metas or labels), classes, left_out), "imagenet" if whole else None)
+
+
+def check_classes(data: Samples, found: Labelled) -> None:
+    """Raises DataError for a set without captions in which no classes were found."""
+    if found.classes is None:
+        reason = "; ".join(found.notes) or "its samples are of fewer than two classes"
+        raise DataError(f"{data.folder} has no captions, and {reason}")
 
 
 def label_of(meta: Mapping[str, Any]) -> str | None:

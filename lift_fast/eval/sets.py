@@ -9,10 +9,11 @@ from ..data.captions import checked_caption
 from ..data.open import open_data
 from ..data.options import DataOptions
 from ..data.samples import BadText, Samples, SeveralCaptions
+from ..data.tables import TableSamples
 from ..errors import DataError
 from ..sugarcrepe import TASKS
 from .held_out_set import HeldOutSet
-from .labels import classes_of
+from .labels import LABELS, check_classes, classes_of
 from .layouts import open_benchmark
 from .questions import Choice, Questions
 from .templates import ClassNames
@@ -89,13 +90,13 @@ def read_questions(
     """What the captions and the metadata of all samples ask: retrieval; composition where every sample has foils,
     {"composition": {task: {"caption", "foil"}}}; zero-shot classification where labels.classes_of finds classes.
 
-    Arguments as of open_set. A caption may be a list, for several captions. skip_bad: leave out and count samples
-    without a usable caption.
+    Arguments as of open_set. A caption may be a list, for several captions. A table without captions is asked for
+    classes alone. skip_bad: leave out and count samples without a usable caption.
 
-    Raises BadText for the first caption that cannot be used, unless skip_bad; DataError when none can be used, or when
-    a sample of a set with foils lacks one.
+    Raises BadText for the first caption that cannot be used, unless skip_bad; DataError when none can be used, when a
+    sample of a set with foils lacks one, and for a table without captions and classes.
     """
-    names = list(fields) or [field_of(data, wanted)]
+    names = list(fields) or _fields_of(data, wanted)
     captions: dict[int, list[str]] = {}
     metas: dict[int, dict[str, Any]] = {}
     left_out: dict[int, str] = {}
@@ -104,19 +105,34 @@ def read_questions(
         try:
             several = [caption for name in names for caption in captions_of(data, sample, name)]
             metas[sample] = data.meta(sample)
-            captions[sample] = list(dict.fromkeys(several))
+            if names:
+                captions[sample] = list(dict.fromkeys(several))
         except BadText as error:
             if not skip_bad:
                 raise
             first = first or error
             left_out[sample] = error.cause
-    if not captions and first is not None:
+    if not metas and first is not None:
         raise DataError(f"{data.folder}: no caption can be used; the first: {first.reason}")
     labelled = classes_of(data, metas, skip_bad=skip_bad, templates=templates, classnames=classnames)
+    if not names:
+        check_classes(data, labelled)
     notes = list(labelled.notes)
-    if not fields and names != [wanted]:
+    if not fields and names and names != [wanted]:
         notes.append(f"the run was trained on the captions {wanted!r}, which it does not have; {names[0]!r} was read")
     return Questions(captions, _choices(metas), labelled.classes, left_out | labelled.left_out, notes)
+
+
+def _fields_of(data: Samples, wanted: str) -> list[str]:
+    """The caption field to read; [] for a table without captions, but with labels."""
+    field = field_of(data, wanted)
+    try:
+        data.caption_field(field)
+    except DataError:
+        if not isinstance(data, TableSamples) or not set(LABELS) & set(data.columns):
+            raise
+        return []
+    return [field]
 
 
 def captions_of(data: Samples, sample: int, field: str) -> list[str]:

@@ -131,8 +131,8 @@ def test_imagenet_is_a_benchmark_when_it_is_the_validation_set(tmp_path, change,
 def test_tars_with_cls(tmp_path):
     write_class_tar(tmp_path / "wds" / "test" / "0.tar", ["2", "0\n"])
     write_class_tar(tmp_path / "wds" / "test" / "1.tar", ["1", "2"], 2)
-    numbers = open_set(tmp_path / "wds")
-    assert numbers.questions.classes is None and "its classes are numbers" in numbers.questions.notes[0]
+    with pytest.raises(DataError, match="has no captions, and its classes are numbers, .* give --classnames"):
+        open_set(tmp_path / "wds")
     (tmp_path / "wds" / "classnames.txt").write_text("cat\nred panda\nred  fox\n")
     classes = classes_in(tmp_path / "wds")
     assert label_names(classes) == ["red  fox", "cat", "red panda", "red  fox"] and classes.templates == list(USUAL)
@@ -217,6 +217,25 @@ def test_labels_next_to_captions_that_are_no_labels(tmp_path):
     questions = open_set(tmp_path, options=SKIPPING).questions
     assert questions.classes.labels == {0: 0, 1: 1} and len(questions.captions) == 4
     assert questions.notes == ["2 of 4 samples name no class, and count in no score of zero-shot classification"]
+
+
+def test_tables_of_classes(tmp_path):
+    write_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,label\na.jpg,n01443537\nb.jpg,n01440764\nc.jpg,n01440764\n")
+    assert label_names(classes_in(tmp_path)) == ["goldfish", "tench", "tench"]
+    table.write_text("file_name,label\na.jpg,2\nb.jpg,0\nc.jpg,\n")
+    with pytest.raises(DataError, match="has no captions, and its classes are numbers"):
+        open_set(tmp_path)
+    found = open_set(tmp_path, classnames=["zero", "one", "two"])
+    assert label_names(found.questions.classes) == ["two", "zero"] and found.questions.captions == {}
+    assert found.questions.notes == ["1 of 3 samples name no class, and count in no score of zero-shot classification"]
+    table.write_text("file_name,label\na.jpg,cat\nb.jpg,cat\n")
+    with pytest.raises(DataError, match="has no captions, and its samples are of fewer than two classes"):
+        open_set(tmp_path)
+    table.write_text("file_name,kind\na.jpg,cat\nb.jpg,dog\n")
+    with pytest.raises(DataError, match="has no column of captions"):
+        open_set(tmp_path)
 
 
 def test_class_only_sets_whose_captions_are_asked_for(tmp_path):

@@ -19,7 +19,7 @@ from ...data.samples import BadText, Samples
 from ...data.scan import IMAGE_SUFFIXES
 from ...data.shards import Shards
 from ..held_out_set import HeldOutSet
-from ..labels import classes_of, tar_suffixes
+from ..labels import check_classes, classes_of, tar_suffixes
 from ..questions import Questions
 from ..templates import ClassNames
 
@@ -33,7 +33,7 @@ def open_class_set(
     path: Path, options: DataOptions, templates: Sequence[str] | None, classnames: ClassNames | None
 ) -> HeldOutSet | None:
     """Opens a set of which every sample has a class and none a caption, as far as its first files tell; None for any
-    other. Raises as open_data and classes_of do."""
+    other. Raises as open_data, classes_of and check_classes do."""
     if options.text_suffix:
         return None
     of_cls = replace(options, text_suffix="cls")
@@ -57,6 +57,7 @@ def open_class_set(
             return None
     labels, left_out = _captions(data, options.skip_bad)
     found = classes_of(data, {}, skip_bad=options.skip_bad, templates=templates, classnames=classnames, labels=labels)
+    check_classes(data, found)
     questions = Questions(classes=found.classes, left_out=left_out | found.left_out, notes=found.notes)
     return HeldOutSet(data, questions, found.benchmark)
 
