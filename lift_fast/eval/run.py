@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .composition import Rows, composition
 from .examples import examples as examples_of
 from .held_out_set import HeldOutSet
 from .images import ImageFeatures, Images, image_features
+from .kept import Kept
 from .questions import Classes, Questions
 from .retrieval import ranks, retrieval
 from .subject import Subject
@@ -33,12 +35,17 @@ def evaluate(
     examples: int = 8,
     skip_bad: bool = False,
     rank: Rank | None = None,
+    batch_size: int = 64,
+    features: Path | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model on held-out sets: name -> set.
 
     loader: what decodes the images: auto, host or dali, as in TrainConfig. skip_bad: leave out texts of which the
     encoder's tokenizer makes nothing. rank: this process among those that share the work, in one process group and
-    each on its own device; all of them return the same.
+    each on its own device; all of them return the same. batch_size: images that go through the tower at once.
+    features: a folder to keep features in, which are used again where nothing that makes them has changed (kept.py);
+    None keeps none. progress: whether to show bars on stderr.
 
     Returns the content of eval.json:
         format         FORMAT
@@ -55,14 +62,23 @@ def evaluate(
         examples       {set: see examples.examples, `examples` of each kind}, for sets with retrieval
 
     Raises DataError when no image of a set decodes, or when nothing that it asks can be used; TrainingError when
-    features are not finite; BackendError for loader dali when it is not installed; what the text encoder raises; each
-    also when it is raised on another rank.
+    features are not finite; BackendError for loader dali when it is not installed; ConfigError for a batch_size below
+    1; what the text encoder raises; each also when it is raised on another rank.
     """
     rank = rank or Rank()
     result: dict[str, Any] = {"format": FORMAT} | {task: {} for task in TASKS}
     result |= {key: {} for key in ("benchmarks", "skipped", "skipped_causes", "problems", "notes", "examples")}
+    kept: Kept | None = None
+
+    def identify() -> None:
+        nonlocal kept
+        if features is not None:
+            kept = Kept(features, subject.image_identity(), subject.text_identity())
+
+    together(identify, only_first=True)
     for name, held_out in sets.items():
-        scores = _evaluate_set(subject, held_out, loader, examples, skip_bad, rank)
+        images = Images(held_out.data, subject.pixels, subject.device, loader, rank, batch_size)
+        scores = _evaluate_set(subject, held_out, images, examples, skip_bad, kept, name if progress else None)
         for task in (*TASKS, "examples"):
             if scores[task] is not None:
                 result[task][name] = scores[task]
@@ -75,16 +91,25 @@ def evaluate(
 
 
 def _evaluate_set(
-    subject: Subject, held_out: HeldOutSet, loader: str, examples: int, skip_bad: bool, rank: Rank
+    subject: Subject,
+    held_out: HeldOutSet,
+    images: Images,
+    examples: int,
+    skip_bad: bool,
+    kept: Kept | None,
+    title: str | None,
 ) -> dict[str, Any]:
-    """The scores of one set, as score_set returns them, and its examples."""
+    """The scores of one set, as score_set returns them, and its examples. title: of bars; None for no bars."""
+    questions, rank = held_out.questions, images.rank
+    bars = [None if title is None else f"{title}: {what}" for what in ("texts", "images")]
     # Texts first: what is wrong with the encoder shows before the images have taken their time.
-    texts = encode_texts(held_out.questions.texts(), subject.encode_text, rank, skip_bad)
-    images = Images(held_out.data, subject.pixels, subject.device, loader, rank)
-    features = image_features(subject.encode_image, images)
+    texts = encode_texts(
+        questions.texts(), subject.encode_text, rank, skip_bad, kept.texts() if kept else None, bars[0]
+    )
+    features = image_features(subject.encode_image, images, kept, bars[1])
 
     def score() -> dict[str, Any]:
-        found, asked = _scored(features, held_out.questions, texts)
+        found, asked = _scored(features, questions, texts)
         shown = None
         if asked is not None:
             shown = examples_of(

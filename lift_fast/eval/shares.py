@@ -5,11 +5,7 @@ features do not depend on how many ranks there are.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 from ..ranks import Rank, every
 
@@ -31,11 +27,10 @@ def cut(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def in_order(features: Sequence[Tensor]) -> Tensor:
-    """The features of all chunks in order, on every rank. A collective.
+def in_order(own: Sequence[T]) -> list[T]:
+    """What the ranks have made of all chunks, in the order of the chunks, on every rank. A collective.
 
-    features: of this rank's chunks in order, each [n, dim] on the CPU, where n may be 0. There is at least one chunk.
+    own: an item for each of this rank's chunks, in order.
     """
-    each = every((torch.cat(list(features)) if features else None, [len(part) for part in features]))
-    parts = [() if whole is None else whole.split(sizes) for whole, sizes in each]
-    return torch.cat([part for one_round in zip_longest(*parts) for part in one_round if part is not None])
+    each = every(list(own))
+    return [items[number] for number in range(len(each[0])) for items in each if number < len(items)]

@@ -19,8 +19,8 @@ class Subject:
     float32 [texts, dim] on the CPU, of unit length. pixels: what encode_image expects. device: of the image tower.
     description: as in run.json, as far as it is known.
 
-    image_identity, text_identity: what decides the features, in a word: the same for the same weights, preprocessing,
-    encoder, prompt and conditioning. None: nothing is known, and no features are kept.
+    image_identity, text_identity: what decides the features of the model's images and of its texts, in a word: another
+    for other weights, preprocessing, encoder, prompt or conditioning. None: nothing is known, and no features are kept.
     """
 
     encode_image: Callable[[Tensor], Tensor]
@@ -28,5 +28,5 @@ class Subject:
     pixels: Pixels
     device: torch.device
     description: Mapping[str, Any] = field(default_factory=dict)
-    image_identity: str | None = None
-    text_identity: str | None = None
+    image_identity: Callable[[], str | None] = lambda: None
+    text_identity: Callable[[], str | None] = lambda: None

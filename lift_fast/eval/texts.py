@@ -1,15 +1,20 @@
 """The features of the texts of a held-out set: captions, foils and class prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
 
+import torch
 from torch import Tensor
 
 from ..errors import DataError, EncoderError
+from ..progress import bar
 from ..ranks import Rank, of_first, together
 from ..run_folder import EncodeText
+from .kept import KeptTexts
 from .shares import cut, in_order, mine, rounds
 
 _CHUNK = 128  # texts that are encoded at once
+_PIECE = 64 * _CHUNK  # texts that are kept at once
 
 
 class Texts:
@@ -28,26 +33,71 @@ class Texts:
         return self.vectors[[self.numbers[text] for text in texts]]
 
 
-def encode_texts(texts: Sequence[str] | None, encode_text: EncodeText, rank: Rank, skip_bad: bool) -> Texts:
+def encode_texts(
+    texts: Sequence[str] | None,
+    encode_text: EncodeText,
+    rank: Rank,
+    skip_bad: bool,
+    kept: KeptTexts | None = None,
+    title: str | None = None,
+) -> Texts:
     """The features of texts, each once, which rank 0 passes. A collective: the ranks share the encoding.
 
     Every rank calls encode_text equally often, since with FSDP2 each call of CLIP's text tower is a collective.
-    skip_bad: texts without tokens get zeros. Raises what encode_text raises.
+    skip_bad: texts without tokens get zeros. kept: on rank 0, features to be used again; those that are missing are
+    added, a piece at a time, and where none is, encode_text is not called. title: of a bar on stderr; None for no bar.
+
+    Raises DataError when no text has tokens; what encode_text raises; each also when it is raised on another rank.
     """
     texts = of_first(list(texts or ()))
+    positions, vectors = of_first(kept.find(texts) if kept else ([], torch.zeros(0, 0)))
+    if not skip_bad:  # of those without tokens the encoder says what is wrong
+        usable = vectors.any(dim=1)
+        positions, vectors = list(compress(positions, usable.tolist())), vectors[usable]
+    known = {*positions}
+    missing = [i for i in range(len(texts)) if i not in known]
+    parts = [vectors]
+    hidden = title is None or not rank.is_first or not missing
+    with bar(desc=title or "", total=len(texts), initial=len(known), unit="text", disable=hidden) as shown:
+        for piece in cut(len(missing), _PIECE):
+            several = [texts[missing[i]] for i in piece]
+            parts.append(_encoded(several, encode_text, rank, skip_bad, shown.update))
+            if kept and parts[-1].shape[1]:
+                kept.add(several, parts[-1])
+
+    dims = {part.shape[1] for part in parts} - {0}
+    if len(dims) > 1:  # those that were kept are not of this model
+        return encode_texts(texts, encode_text, rank, skip_bad, None, title)
+
+    def check() -> None:
+        if texts and not dims:
+            raise DataError(f"no caption can be used; the first: {texts[0]!r} has no tokens")
+
+    together(check, only_first=True)
+    found = torch.zeros(len(texts), max(dims, default=0))
+    found[positions + missing] = torch.cat(_widened(parts))
+    return Texts(texts, found)
+
+
+def _encoded(
+    texts: list[str], encode_text: EncodeText, rank: Rank, skip_bad: bool, update: Callable[[int], object]
+) -> Tensor:
+    """The features of texts, on every rank: float32 [n, dim], [n, 0] when none has tokens. update: is given the numbers
+    of texts that are done."""
     chunks = [[texts[i] for i in chunk] for chunk in cut(len(texts), _CHUNK)]
     own = mine(chunks, rank)
 
     def encode() -> list[Tensor]:
-        return [
-            _encoded(own[i] if i < len(own) else chunks[0], encode_text, skip_bad)
-            for i in range(rounds(len(chunks), rank))
-        ]
+        done = []
+        for i in range(rounds(len(chunks), rank)):
+            done.append(_chunk(own[i] if i < len(own) else chunks[0], encode_text, skip_bad))
+            update(sum(map(len, chunks[i * rank.world : (i + 1) * rank.world])))
+        return done[: len(own)]
 
-    return Texts(texts, in_order(together(encode)[: len(own)]))
+    return torch.cat(_widened(in_order(together(encode))))
 
 
-def _encoded(texts: list[str], encode_text: EncodeText, skip_bad: bool) -> Tensor:
+def _chunk(texts: list[str], encode_text: EncodeText, skip_bad: bool) -> Tensor:
     try:
         return encode_text(texts)
     except EncoderError as error:
@@ -56,10 +106,16 @@ def _encoded(texts: list[str], encode_text: EncodeText, skip_bad: bool) -> Tenso
         if empty is None or not skip_bad:
             raise
     without = set(empty)
-    kept = [i for i in range(len(texts)) if i not in without]
-    if not kept:
-        raise DataError(f"no caption can be used; the first: {texts[0]!r} has no tokens")
-    encoded = encode_text([texts[i] for i in kept])
+    usable = [i for i in range(len(texts)) if i not in without]
+    if not usable:
+        return torch.zeros(len(texts), 0)
+    encoded = encode_text([texts[i] for i in usable])
     vectors = encoded.new_zeros(len(texts), encoded.shape[1])
-    vectors[kept] = encoded
+    vectors[usable] = encoded
     return vectors
+
+
+def _widened(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts [n, dim], and in place of those [n, 0] zeros of that dim."""
+    dim = max(part.shape[1] for part in parts)
+    return [part if part.shape[1] else part.new_zeros(len(part), dim) for part in parts]

@@ -176,7 +176,7 @@ def model_identity(model: Model, *more: object) -> str:
     return weights_digest(model.module.state_dict(), model.preprocess.as_dict(), *more)
 
 
-def weights_digest(state: Mapping[str, Tensor], *more: object) -> str:
+def weights_digest(state: Mapping[str, Any], *more: object) -> str:
     """A digest of weights and their dtypes, and of the JSON values `more`; 32 hex digits."""
     digest = hashlib.sha256(json.dumps([*more], sort_keys=True).encode())
     for name, tensor in state.items():

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "text": {"errors", "files", "progress", "ranks", "ops", "cache", "data"},
     "run_folder": {"errors", "files", "typed", "nn", "cache", "text"},
     "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "eval": {"errors", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
+    "eval": {"errors", "files", "progress", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
     "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
     | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
     "inference": {"errors", "files", "typed", "progress", "devices", "run_folder"}
