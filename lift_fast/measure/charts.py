@@ -95,6 +95,12 @@ class Line:
     dashed: bool = False
 
 
+def thinned(points: Sequence[tuple[float, float]], about: int = 500) -> list[tuple[float, float]]:
+    """About so many of the points, evenly chosen, the last among them."""
+    stride = max(1, math.ceil(len(points) / about))
+    return [*points[::stride], *points[-1:]] if stride > 1 else list(points)
+
+
 def line_chart(
     name: str,
     x_name: str,

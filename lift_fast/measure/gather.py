@@ -55,11 +55,11 @@ def gather(
     were evaluated on different sets; DataError when compare.json does not compare two runs, or an eval.json is of an
     earlier version.
     """
-    if len(runs) == 2:
-        check_pair(runs)
     for name, run in runs.items():
         if run["model"] != name:
             raise ConfigError(f"--{name} names a run of {run['model']}")
+    if len(runs) == 2:
+        check_pair(runs)
     if compared is not None and "runs" not in compared:
         raise DataError("this compare.json measured no runs; make it with: lift-fast compare --lift … --clip … --json")
     for model, scores in evals.items():
@@ -112,8 +112,8 @@ def read_curves(file: Path) -> dict[str, list[dict[str, Any]]]:
         with open(file, "rb") as lines:
             for step, evaluation in _evaluations(lines):
                 for name, scores in evaluation.items():
-                    point = {"step": step + 1} | {key: scores[key] for key in CURVES if key in scores}
-                    found.setdefault(name, {})[step] = point
+                    point = {key: scores[key] for key in CURVES if key in scores}
+                    found.setdefault(name, {})[step] = {"step": step + 1} | point
     except FileNotFoundError:
         return {}
     return {name: [points[step] for step in sorted(points)] for name, points in found.items()}
@@ -125,8 +125,8 @@ def _evaluations(lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]
             continue
         try:
             record = json.loads(line)
-            yield record["step"], record["evaluation"]
-        except (ValueError, KeyError):
+            yield int(record["step"]), dict(record["evaluation"])
+        except (ValueError, KeyError, TypeError):
             continue
 
 

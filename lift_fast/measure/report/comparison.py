@@ -250,15 +250,23 @@ def _first(words: Sequence[str]) -> list[str]:
 
 
 def summary(report: dict) -> str:
-    """One sentence of plain text: what was trained, on which machine, and which model is ahead on what."""
+    """One sentence of plain text: what was trained on, on which machine, and on how many measures each model is ahead.
+
+    Empty where nothing of it is known.
+    """
     report = finite(report)
-    outcome = f": {_outcome(report)}" if len(models_of(report)) == 2 else ""
-    return f"Trained on {_samples(report)}, on {_place(report)}{outcome}."
+    facts = [f"on {fact}" for fact in (_samples(report), _place(report)) if fact]
+    trained = [f"trained {', '.join(facts)}"] if facts else []
+    outcome = [_outcome(report)] if len(models_of(report)) == 2 else []
+    sentence = ": ".join([*trained, *outcome])
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
 
 
-def _samples(report: dict) -> str:
+def _samples(report: dict) -> str | None:
     models = models_of(report)
     seen = {name: get(report, model, "samples_seen") for model, name in models}
+    if not any(seen.values()):
+        return None
     if len(set(seen.values())) == 2:
         samples = " and ".join(f"{integer(n)} ({name})" for name, n in seen.items()) + " samples"
     else:
@@ -271,9 +279,10 @@ def _samples(report: dict) -> str:
     return f"{samples} of the {integer(n)} in {joined(sets)}" if sets and n is not None else samples
 
 
-def _place(report: dict) -> str:
+def _place(report: dict) -> str | None:
     """The device of the runs; one device for each run where they differ."""
-    machine = report.get("machine") or {}
+    if not (machine := report.get("machine")):
+        return None
     cores = f"{integer(machine.get('cores'))} cores of {machine.get('cpu') or 'an unnamed CPU'}"
     devices = {name: get(report, model, "device") for model, name in models_of(report)}
     places = {name: cores if device == "cpu" else device for name, device in devices.items() if device}

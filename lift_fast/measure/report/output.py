@@ -60,5 +60,6 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
         captions, each = (get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
         paid = f"{integer(captions)} captions x {amount(each, 'ms')} = {amount(embedding, 's')} of embedding"
         lines += ["", f"Text over the whole run holds {paid}.", PAID_ONCE]
-    text = "\n".join([*lines, "", *(textwrap.fill(sentence, _WIDTH) for sentence in (lead(report), summary(report)))])
+    sentences = [sentence.replace("→", "->") for sentence in (lead(report), summary(report))]
+    text = "\n".join([*lines, "", *(textwrap.fill(sentence, _WIDTH) for sentence in sentences)])
     print(text.translate(_ASCII), file=file or sys.stdout)

@@ -9,7 +9,6 @@ scores are in scores.py.
 """
 
 import json
-import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..charts import Line, Svg, line_chart
+from ..charts import Line, Svg, line_chart, thinned
 from ..formatting import DASH, amount, integer, percent, significant, unit_for
 from ..paper import PRESET, SIZE
 from .comparison import (
@@ -137,7 +136,7 @@ def _ms(value: float | None) -> str:
 
 
 def _loss_lines(model: str, losses: Sequence[float | None]) -> list[Line]:
-    """The losses and their running mean, each thinned to about 500 points."""
+    """The losses and their running mean, thinned."""
     known = [(float(step), loss) for step, loss in enumerate(losses, 1) if loss is not None]
     half = max(1, len(known) // 60)
     sums = [0.0]
@@ -147,9 +146,7 @@ def _loss_lines(model: str, losses: Sequence[float | None]) -> list[Line]:
     for i, (step, _) in enumerate(known):
         first, end = max(0, i - half), min(len(known), i + half + 1)
         smoothed.append((step, (sums[end] - sums[first]) / (end - first)))
-    stride = max(1, math.ceil(len(known) / 500))
-    raw, smooth = ([*line[::stride], *line[-1:]] for line in (known, smoothed))
-    return [Line(model, raw, faint=True), Line(model, smooth)]
+    return [Line(model, thinned(known), faint=True), Line(model, thinned(smoothed))]
 
 
 def _costs(report: dict) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...sugarcrepe import TASKS
-from ..charts import Line, Svg, dumbbell, dumbbell_axis, line_chart
+from ..charts import Line, Svg, dumbbell, dumbbell_axis, line_chart, thinned
 from ..formatting import points
 from .comparison import DIRECTIONS, Measure, recall, tasks, zero_shot
 from .fields import both, either, get, models_of, sets_of
@@ -98,7 +98,7 @@ def curves(report: dict) -> list[tuple[str, Svg]]:
             found = get(report, model, "curves", name) or []
             for key in ("i2t_r1", "t2i_r1"):
                 known = [(point["step"], 100 * y) for point in found if (y := get(point, key)) is not None]
-                lines.append(Line(model, known, dots=len(known) < 30, dashed=key == "i2t_r1"))
+                lines.append(Line(model, thinned(known), dots=len(known) < 30, dashed=key == "i2t_r1"))
         chart = line_chart(f"R@1 on {name} while training", "step", "R@1, %", lines, from_zero=True)
         if chart is not None:
             charts.append((name, chart))
