@@ -8,10 +8,12 @@ import tyro
 
 from ..data.options import DataOptions
 from ..errors import ConfigError
-from ..text.spec import Dtype, Padding, Pooling
+from ..text.spec import Dtype, EncoderSpec, Padding, Pooling
 from .common import CodecName, counted, listed, print_conditioning, print_problems, printable, warn
 
 if TYPE_CHECKING:
+    import torch
+
     from ..cache import Cache, Conditioning
     from ..data.sources import Source
     from ..text.conditioning import Request
@@ -46,6 +48,26 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}: it must be at least 1")
+
+    def spec(self, name: str, device: "torch.device") -> EncoderSpec:
+        """The settings of the text encoder `name` on a device. Raises ConfigError as spec_for."""
+        from ..text.presets import spec_for
+
+        dtype: str = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        return spec_for(
+            name,
+            preset=self.preset,
+            pooling=self.pooling,
+            prompt=self.prompt,
+            end_token=self.end_token,
+            padding=self.padding,
+            max_length=self.max_length,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +154,6 @@ class Embed:
         from ..text.conditioning import conditioning_of
         from ..text.embed import embed_share
         from ..text.encoder import Encoder
-        from ..text.presets import spec_for
         from ..text.repository import code_notice
         from ..text.skipped import SKIPPED
 
@@ -147,21 +168,7 @@ class Embed:
             print_problems(source.samples.problems)
             for remark in remarks_of(source.samples):
                 warn(remark)
-        dtype: str = self.encoding.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-        spec = spec_for(
-            self.encoder,
-            preset=self.encoding.preset,
-            pooling=self.encoding.pooling,
-            prompt=self.encoding.prompt,
-            end_token=self.encoding.end_token,
-            padding=self.encoding.padding,
-            max_length=self.encoding.max_length,
-            revision=self.encoding.revision,
-            trust_remote_code=self.encoding.trust_remote_code,
-            dtype=dtype,
-        )
+        spec = self.encoding.spec(self.encoder, device)
         if rank.is_first:
             for line in code_notice(spec):
                 print(printable(line), flush=True)

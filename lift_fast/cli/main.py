@@ -20,10 +20,11 @@ from .cache import CacheTools
 from .data import DataTools
 from .demo import Demo
 from .embed import Embed
-from .evaluate import Compare, Eval, Report
+from .evaluate import NAMED_SETS, Compare, Eval, Report
 from .export import Export
 from .gallery import Gallery
 from .interrupt import INTERRUPTED, after_imports, say_interrupted
+from .inverse import Inverse
 from .threads import wait_briefly
 from .train import Train
 from .use import Classify, EmbedImages, Search
@@ -38,6 +39,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Inverse, tyro.conf.subcommand("inverse")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[EmbedImages, tyro.conf.subcommand("embed-images")]
@@ -79,6 +81,7 @@ def parse_line(args: list[str] | None = None) -> Line:
         "--version prints the version; --tyro-print-completion bash (or zsh, tcsh) a script that completes options.",
         args=args,
         config=(tyro.conf.FlagCreatePairsOff,),
+        registry=NAMED_SETS,
     )
 
 

