@@ -89,6 +89,13 @@ class Eval:
     """Prompts of zero-shot classification: a file with one a line, {} standing for the class; or imagenet, the 80."""
     classnames: Path | None = None
     """Names of the classes: a file with one a line, or with a label or class folder before it; or imagenet."""
+    batch_size: int = 64
+    """Images that go through the image tower at once, on each GPU. Features depend on it by rounding errors alone."""
+    features: Path | None = None
+    """Folder to keep features in, which are used again where nothing that makes them has changed. Models that share a
+    text encoder may share it. Default: eval-features in the folder of the run or of the model, if it has one."""
+    keep: bool = True
+    """Keep features, and use those that were kept."""
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
@@ -103,7 +110,7 @@ class Eval:
         from ..eval.sets import open_set, options_of
         from ..eval.templates import read_classnames, read_templates
         from ..inference import load
-        from ..inference.subject import subject_of
+        from ..inference.subject import features_folder, subject_of
         from ..ranks import Rank, answering, joined, together
         from .use import print_code
 
@@ -136,7 +143,19 @@ class Eval:
                 }
 
             sets = together(opened)
-            result = evaluate(subject, sets, loader=self.loader, skip_bad=options.skip_bad, rank=rank)
+            features = (self.features or features_folder(model)) if self.keep else None
+            if rank.is_first and self.keep and features is None:
+                warn(f"features are not kept: {self.run} is no folder; name one with --features")
+            result = evaluate(
+                subject,
+                sets,
+                loader=self.loader,
+                skip_bad=options.skip_bad,
+                rank=rank,
+                batch_size=self.batch_size,
+                features=features,
+                progress=True,
+            )
         if rank.is_first:
             print_scores(result, run)
             if self.json:
