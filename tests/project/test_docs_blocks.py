@@ -54,6 +54,7 @@ from PIL import Image
 from pyarrow import parquet
 from support import complete  # noqa: F401
 from support.shell_blocks import Answer, Program, run
+from support.tiny_benchmarks import write_docs_sets
 from support.tiny_sets import png
 from transformers import CLIPConfig, CLIPModel
 
@@ -195,6 +196,7 @@ def places(tmp_path_factory) -> Path:
         with ShardWriter(folder / "shards" / name, 400) as writer:
             for i in range(count):
                 writer.write(f"{name}-{i}", png(rng, (16, 16)), f"{name} {i % 20}", {"long": f"a longer {name} {i}"})
+    write_docs_sets(folder)
     for name in ("cat", "dog"):
         Image.open(BytesIO(png(rng, (90, 70)))).save(folder / f"{name}.jpg")
     (folder / "embeddings/train-00000-of-00001").mkdir(parents=True)

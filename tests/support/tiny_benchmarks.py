@@ -114,3 +114,23 @@ def write_class_tar(path: Path, labels: Sequence[str], first: int = 0) -> Path:
     for number, label in enumerate(labels, first):
         files += [(f"s{number:07d}.jpg", uniform(number)), (f"s{number:07d}.cls", label.encode())]
     return write_tar(path, files)
+
+
+def write_docs_sets(folder: Path) -> None:
+    """Writes the sets that docs/evaluation.md names into `folder`/sets, and its files of classes into `folder`."""
+    names = [f"{i:012d}.jpg" for i in range(139, 145)]
+    captions = {name: [f"caption {turn} of {name}" for turn in range(5)] for name in names}
+    sets = folder / "sets"
+    write_json(sets / "coco" / "annotations" / "captions_val2017.json", coco(captions))
+    write_images(sets / "coco" / "val2017", names)
+    for task in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
+        entries = {str(i): choice(name, f"{task} {i}", f"no {task} {i}") for i, name in enumerate(names)}
+        write_json(sets / "coco" / "sugarcrepe" / f"{task}.json", entries)
+    write_json(sets / "flickr30k" / "dataset_flickr30k.json", karpathy(captions))
+    write_images(sets / "flickr30k" / "flickr30k-images", names)
+    write_images(sets / "imagenet" / "val", ["n01440764/1.JPEG", "n01443537/2.JPEG", "n01443537/3.JPEG"])
+    write_images(sets / "flowers", ["rose/1.jpg", "rose/2.jpg", "lily/3.jpg"])
+    (folder / "templates.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
+    (folder / "classnames.txt").write_text("rose\tred rose\nlily\twhite lily\ntulip\tyellow tulip\n")
+    index = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"], "2": ["n01484850", "great_white_shark"]}
+    write_json(folder / "imagenet_class_index.json", index)
