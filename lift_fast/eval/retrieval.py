@@ -15,7 +15,7 @@ from torch import Tensor
 KS = (1, 5, 10)
 _TILE = 1024  # images, and texts, whose scores are held at once: 4 MiB, which stay in the caches of a CPU
 
-Ranks = tuple[Tensor, Tensor]
+Ranks = tuple[Tensor, Tensor]  # of the images, of the captions: see ranks
 
 
 def retrieval(
@@ -113,44 +113,39 @@ def ranks(
 
 
 class _Side:
-    """The features of one side, images or texts, and what is known of the ranks of each as a query.
-
-    scale: a power of 2 that brings the largest norm near 1, so that no product overflows; block(start) is a tile's
-    rows, scaled. norms, float64 [n]: of the scaled rows.
-    """
+    """The features of one side, images or texts, and what is known of the rank of each as a query."""
 
     def __init__(self, features: Tensor):
-        n = len(features)
         self.features = features.float()
         self.norms = torch.cat([part.double().norm(dim=1) for part in self.features.split(_TILE)])
         if not self.norms.isfinite().all():
             raise ValueError("retrieval got features that are not finite")
+        # A power of 2 that brings the largest norm near 1, so that no product overflows.
         _, exponent = math.frexp(self.norms.max().item())
-        self.scale = 2.0 ** -max(-126, min(exponent, 126))  # itself a float32
-        self.norms *= self.scale
-        self.tie = self.norms.new_full((n,), torch.inf)  # the least float64 score that ties with the best right one
-        self.low = torch.empty(n, device=features.device)  # a float32 score below is certainly less than that
-        self.high = torch.empty_like(self.low)  # a float32 score from here on is certainly more
-        self.counted = torch.zeros(n, dtype=torch.int64, device=features.device)  # certainly ahead of the best right
-        self.most = torch.zeros_like(self.counted)  # ahead, or not certainly behind
+        self.scale = 2.0 ** -max(-126, min(exponent, 126))
+        n, device = len(features), features.device
+        self.least = torch.empty(n, dtype=torch.float64, device=device)  # of the score of the best right answer
+        self.low = torch.empty(n, device=device)  # a scaled float32 score below is certainly less than that
+        self.high = torch.empty(n, device=device)  # one from here on is certainly more
+        self.counted = torch.zeros(n, dtype=torch.int64, device=device)  # answers that are ahead of the best right one
+        self.most = torch.zeros(n, dtype=torch.int64, device=device)  # those, and all that are not certainly behind it
 
     def block(self, start: int) -> Tensor:
+        """The scaled features of a tile."""
         return self.features[start : start + _TILE] * self.scale
 
-    def set_best(self, best: Tensor, other: "_Side") -> None:
-        """best, float64 [n]: the score of each query's best right answer; inf where it has none."""
-        dim, largest = self.features.shape[1], other.norms.max()
-        scale = self.scale * other.scale
-        # A sum of dim products, in whatever order, is off by at most dim roundings of the product of the norms (Higham,
-        # Accuracy and Stability of Numerical Algorithms, section 3.1). low and high are rounded to float32; what is too
-        # small for a float32 may be lost.
-        rounding = self.norms * largest * (dim + 2) * 1.01
-        self.tie = best - 2 * rounding * 2.0**-53 / scale
-        self.low = (best * scale - rounding * 2.0**-24 - dim * 2.0**-110).float()
-        self.high = (best * scale + rounding * 2.0**-24 + dim * 2.0**-110).float()
+    def set_best(self, own: Tensor, scores: Tensor, errors: Tensor, other: "_Side") -> None:
+        """Sets what the right answers decide. own: the query of each right pair; scores, errors: float64 [pairs]."""
+        self.least = _most(own, scores - errors, self.norms)
+        dim, scale = self.features.shape[1], self.scale * other.scale
+        # As in _error, with the largest norm; low and high are rounded to float32, and what is too small for a float32
+        # may be lost.
+        error = 1.01 * (dim + 2) * 2.0**-24 * self.norms * other.norms.max() * scale + dim * 2.0**-110
+        best = _most(own, scores, self.norms) * scale
+        self.low, self.high = (best - error).float(), (best + error).float()
 
     def ranks(self) -> Tensor:
-        """int64 [n]. Where less than KS[-1] are counted, every answer between low and high was looked at."""
+        """int64 [n]. Where fewer than KS[-1] are counted, every answer between low and high was compared."""
         return torch.where(self.counted < KS[-1], self.counted, self.most)
 
 
@@ -169,14 +164,27 @@ def _right_pairs(owners: Tensor, rows: Tensor, texts: int) -> Tensor:
 
 def _set_best(images: _Side, texts: _Side, pairs: Tensor) -> None:
     """Scores the right pairs in float64."""
-    best = [torch.full_like(side.norms, -torch.inf) for side in (images, texts)]
-    for some in pairs.split(_TILE):
-        own, row = some // len(texts.norms), some % len(texts.norms)
-        scores = (images.features[own].double() * texts.features[row].double()).sum(dim=1)
-        best[0].scatter_reduce_(0, own, scores, "amax")
-        best[1].scatter_reduce_(0, row, scores, "amax")
-    for side, other, found in ((images, texts, best[0]), (texts, images, best[1])):
-        side.set_best(found.masked_fill(found == -torch.inf, torch.inf), other)
+    own, row = pairs // len(texts.norms), pairs % len(texts.norms)
+    both = zip(own.split(_TILE), row.split(_TILE), strict=True)
+    scores = torch.cat([(images.features[i].double() * texts.features[t].double()).sum(dim=1) for i, t in both])
+    errors = _error(images, own, texts, row)
+    images.set_best(own, scores, errors, texts)
+    texts.set_best(row, scores, errors, images)
+
+
+def _error(some: _Side, own: Tensor, others: _Side, rows: Tensor) -> Tensor:
+    """By how much a float64 score may be off at most, float64 as own and rows broadcast.
+
+    A sum of dim products, in any order, is off by dim roundings of the product of the norms (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1).
+    """
+    return 1.01 * (some.features.shape[1] + 2) * 2.0**-53 * some.norms[own] * others.norms[rows]
+
+
+def _most(own: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    """The largest of the values of each query, as like; inf for a query without any, so that nothing is ahead."""
+    most = torch.full_like(like, -torch.inf).scatter_reduce_(0, own, values, "amax")
+    return most.masked_fill(most == -torch.inf, torch.inf)
 
 
 def _by_tile(pairs: Tensor, images: int, texts: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -209,9 +217,10 @@ def _count(
     near = scores[unclear]
     near = (near >= low[unclear]) & (near < high[unclear])
     columns = near.any(dim=0).nonzero().flatten()
-    x = queries.features[unclear + first].double()
-    y = answers.features[columns + start].double()
-    tied = (x @ y.T >= queries.tie[unclear + first, None]) & near[:, columns]
+    own, rows = unclear + first, columns + start
+    exact = queries.features[own].double() @ answers.features[rows].double().T
+    exact += _error(queries, own[:, None], answers, rows)
+    tied = (exact >= queries.least[own, None]) & near[:, columns]
     counted[unclear] += (tied.double() @ weights[columns].double()).long()
 
 
