@@ -251,22 +251,38 @@ def _evaluation(model: Model, run: Mapping[str, Any]) -> str:
 
 def _scores(found: Mapping[str, Any]) -> str:
     """found: of eval.json."""
-    said = ["Retrieval, recall at 1, 5 and 10:\n", "| set | n | image to text | text to image |", "|-|-|-|-|"]
-    for name, scores in found["retrieval"].items():
-        recalls = (" / ".join(_share(scores[way][k]) for k in ("r1", "r5", "r10")) for way in ("i2t", "t2i"))
-        said.append(f"| {_code(name)} | {scores['n']} | {' | '.join(recalls)} |")
-    if composition := found.get("composition"):
-        tasks = ", ".join(f"{task} {_share(score)}" for task, score in composition.items() if task != "n")
-        said.append(f"\nComposition, caption above foil (SugarCrepe's tasks; n = {composition['n']}): {tasks}.")
-    if scores := found.get("zero_shot"):
+    said = []
+    for part, title in (("retrieval", "Retrieval"), ("first_caption", "The same with the first caption of each image")):
+        if found[part]:
+            said.append(f"{title}, recall at 1, 5 and 10:\n\n{_recalls(found[part])}")
+    for name, scores in found["composition"].items():
+        tasks = ", ".join(f"{_code(task)} {_share(scores[task])}" for task in scores["counts"])
         said.append(
-            f"\nZero-shot classification: {_share(scores['top1'])} of {scores['n']} images among {scores['classes']} "
-            f"classes (always the commonest class: {_share(scores['majority'])})."
+            f"Composition, {_code(name)}, every true caption above the foil: {_share(scores['mean'])}, the mean of "
+            f"{tasks} (n = {scores['n']}, {sum(scores['ties'].values())} ties, which are misses). The text alone "
+            f"decides {_share(scores['blind']['mean'])}; chance is {_share(scores['chance']['mean'])}."
         )
-    if skipped := {name: count for name, count in found.get("skipped", {}).items() if count}:
+    for name, scores in found["zero_shot"].items():
+        one = scores["one_template"]
+        alone = f"; with {_code(scores['alone'])} alone {_share(one['top1'])}" if one else ""
+        said.append(
+            f"Zero-shot classification, {_code(name)}: {_share(scores['top1'])} of {scores['n']} images among "
+            f"{scores['classes']} classes, {_share(scores['top5'])} among the first five{alone} (always the commonest "
+            f"class: {_share(scores['majority'])})."
+        )
+    if skipped := {name: count for name, count in found["skipped"].items() if count}:
         listed = ", ".join(f"{count} of {_code(name)}" for name, count in skipped.items())
-        said.append(f"\nSamples left out as bad: {listed}.")
-    return "\n".join(said)
+        said.append(f"Samples left out as bad: {listed}.")
+    return "\n\n".join(said)
+
+
+def _recalls(sets: Mapping[str, Any]) -> str:
+    """The table of retrieval scores by set."""
+    lines = ["| set | images | captions | image to text | text to image |", "|-|-|-|-|-|"]
+    for name, scores in sets.items():
+        recalls = [" / ".join(_share(scores[way][k]) for k in ("r1", "r5", "r10")) for way in ("i2t", "t2i")]
+        lines.append("| " + " | ".join([_code(name), str(scores["n"]), str(scores["captions"]), *recalls]) + " |")
+    return "\n".join(lines)
 
 
 def _licences(run: Mapping[str, Any], config: Mapping[str, Any], licence: str | None) -> str:

@@ -19,14 +19,15 @@ _SETTINGS = (
     "loss steps batch_size seed lock unlocked_blocks patch_dropout lr schedule warmup cooldown layer_decay "
     "weight_decay beta1 beta2 eps clip_grad ema min_crop_area flip colour fp8"
 ).split()
-_SCORES = ("retrieval", "composition", "zero_shot", "skipped")  # of eval.json
+_SCORES = ("format", "retrieval", "first_caption", "composition", "zero_shot", "skipped")  # of eval.json
+_EVAL_FORMAT = 2  # the version of eval.json that the card is written from
 _PARTS = ("train", "training", "heldout", "held-out", "val", "valid", "validation", "test")
 
 
 def described(model: Model) -> dict[str, Any]:
     """The description of a Lift or Clip, as in run.json: what `run_folder.build` and `load` need, and the figures and
     settings of training without losses, machine and paths. Of paths only the last part is kept. Of a run that was
-    evaluated, the scores. Raises DataError for an eval.json that is damaged.
+    evaluated, the scores. Raises DataError for an eval.json that is damaged or of another version.
     """
     run, module = model.description, model.module
     assert isinstance(module, Lift | Clip)
@@ -52,15 +53,17 @@ def described(model: Model) -> dict[str, Any]:
 def _scores(model: Model) -> Any:
     """Those in the folder of the run, eval.json; of an export, those that it was made with."""
     file = Path(model.source).expanduser() / "eval.json"
-    if not file.is_file():
-        return model.description.get("evaluation")
     try:
-        content = json.loads(file.read_bytes())
-        if "retrieval" not in content:
-            raise ValueError("it has no retrieval")
-        return {name: content[name] for name in _SCORES if name in content}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        content = json.loads(file.read_bytes()) if file.is_file() else model.description.get("evaluation")
+        if content is None:
+            return None
+        if content.get("format") == _EVAL_FORMAT:
+            return {name: content[name] for name in _SCORES}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise bad_scores(model, error) from error
+    raise DataError(
+        f"{model.source}: its eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json"
+    )
 
 
 def bad_scores(model: Model, error: Exception) -> DataError:

