@@ -1,4 +1,4 @@
-"""Runs a piece of Python with open_clip and timm, as `make` installs them in .venv/peers.
+"""Runs a piece of Python with open_clip, timm and clip_benchmark, as `make` installs them in .venv/peers.
 
 torchvision's wheel does not load its compiled operators with every build of torch (a CPU build, for one), and then does
 not import, though its transforms need none of them: PRELUDE leaves out its rules for operators that do not exist. All
