@@ -1,5 +1,6 @@
 """Data sets of published benchmarks, and of classes, in their own layouts."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from ..held_out_set import HeldOutSet
 from ..templates import ClassNames
 from . import captioned, sugarcrepe
 from .class_sets import open_class_set, open_retrieval_tars
-from .entries import Entries
+from .entries import Entries, names_in
 
 _ROOTS = ("", "annotations")  # of a folder: where a file of captions may lie
 _USUAL = "captions_val2017.json"  # of COCO's own folder, which holds those of other splits too
-_FILES = (_USUAL, "captions_val2014.json", "dataset_coco.json", "dataset_flickr8k.json", "dataset_flickr30k.json")
-_PATTERNS = ("*_test_karpathy.json", "*_test_karpathy.txt", "flickr_annotations_*.csv", "results_*.token")
+_FILES = re.compile(
+    r"captions_val201[47]\.json|dataset_(coco|flickr8k|flickr30k)\.json|.+_test_karpathy\.(json|txt)"
+    r"|flickr_annotations_.+\.csv|results_.+\.token"
+)
 
 
 def open_benchmark(
@@ -75,9 +78,8 @@ def _open_file(path: Path, images: Path | None, options: DataOptions) -> HeldOut
 
 def _captions_in(folder: Path) -> Path | None:
     """The file of captions in a folder. Raises DataError when there are several, but for COCO's annotations."""
-    found = [
-        file for root in _ROOTS for pattern in (*_FILES, *_PATTERNS) for file in sorted((folder / root).glob(pattern))
-    ]
+    places = [folder / root for root in _ROOTS]
+    found = [place / name for place in places if place.is_dir() for name in names_in(place) if _FILES.fullmatch(name)]
     usual = [file for file in found if file.name == _USUAL]
     others = [file for file in found if not file.name.startswith("captions_")]
     if len(usual) == 1 and not others:

@@ -24,7 +24,7 @@ from ...data.samples import BadText
 from ...errors import DataError
 from ..held_out_set import HeldOutSet
 from ..questions import Questions
-from .entries import Entries, identity_of, list_of, name_of, object_of, shown, text_of
+from .entries import Entries, first_line, identity_of, list_of, name_of, object_of, shown, text_of
 from .image_files import ImageFiles, images_folder
 
 # Images and captions of the sets whose figures others publish.
@@ -52,17 +52,14 @@ def open_json(entries: Entries, content: Any, images: Path | None, options: Data
 
 
 def is_table(path: Path) -> bool:
-    """Whether a .csv is the table of Flickr30K, judged from its header."""
-    with open(path, "rb") as file:
-        header = file.readline(1000).decode(errors="replace")
-    return {"raw", "split", "filename"} <= set(header.strip().split(","))
+    """Whether a .csv is the table of Flickr30K, judged from its header. Raises DataError."""
+    return {"raw", "split", "filename"} <= set(first_line(path, 1000).split(","))
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a text file has captions as lines, judged from its first."""
-    with open(path, "rb") as file:
-        first = file.readline(10_000).decode(errors="replace").removesuffix("\n")
-    return first.rstrip("\r") == "image,caption" or bool(_TOKEN.fullmatch(first))
+    """Whether a text file has captions as lines, judged from its first. Raises DataError."""
+    first = first_line(path, 10_000)
+    return first == "image,caption" or bool(_TOKEN.fullmatch(first))
 
 
 def open_lines(path: Path, images: Path | None, options: DataOptions) -> HeldOutSet:

@@ -10,6 +10,7 @@ DATA/test/0.tar, DATA/classnames.txt           clip_benchmark's folder of splits
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from ...data.loose import LooseFiles
@@ -112,21 +113,31 @@ def _says_retrieval(folder: Path) -> bool:
 
 
 def _first_suffixes(path: Path) -> tuple[set[str], bool]:
-    """The suffixes of the first files in a folder, or, where it has none, in the first folders in it; and whether it is
-    the latter."""
-    for folders, below in (([path], False), (_folders_in(path), True)):
-        found: set[str] = set()
-        for folder in folders:
-            with os.scandir(folder) as entries:
-                for _, entry in zip(range(_LOOKED_AT), entries, strict=False):
-                    if not entry.name.startswith(".") and "." in entry.name and entry.is_file():
-                        found.add(entry.name.rpartition(".")[2].lower())
-        if found & {"cls", *IMAGE_SUFFIXES}:
-            return found, below
-    return set(), False
+    """The suffixes of the first files in a folder, or, where no image is among them, in the first folders in it; and
+    whether it is the latter."""
+    files, folders = _first_entries(path)
+    if suffixes := _suffixes(files):
+        return suffixes, False
+    return _suffixes([name for folder in folders[:3] for name in _first_entries(folder)[0]]), True
 
 
-def _folders_in(path: Path) -> list[Path]:
-    """Some folders in a folder."""
-    with os.scandir(path) as entries:
-        return [Path(entry.path) for _, entry in zip(range(_LOOKED_AT), entries, strict=False) if entry.is_dir()][:3]
+def _suffixes(names: Sequence[str]) -> set[str]:
+    """The suffixes of files, where there are images or classes among them."""
+    found = {name.rpartition(".")[2].lower() for name in names if "." in name and not name.startswith(".")}
+    return found if found & {"cls", *IMAGE_SUFFIXES} else set()
+
+
+def _first_entries(path: Path) -> tuple[list[str], list[Path]]:
+    """The names of the first files in a folder, and the first folders; none where it cannot be listed, which opening
+    the set reports."""
+    files, folders = [], []
+    try:
+        with os.scandir(path) as entries:
+            for entry in islice(entries, _LOOKED_AT):
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                else:
+                    files.append(entry.name)
+    except OSError:
+        pass
+    return files, folders

@@ -1,6 +1,7 @@
 """Files that list images and texts: read whole, and each entry that cannot be used named or left out."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,23 @@ class Entries:
         """The error for a file of which nothing can be used."""
         causes = ", ".join(f"{len(reasons)} {cause}" for cause, reasons in self._bad.items()) or "it is empty"
         return DataError(f"{self.path} holds no {what} that can be used ({causes})")
+
+
+def first_line(path: Path, most: int) -> str:
+    """The first line of a text file, cut at `most` bytes. Raises DataError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.readline(most).decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises DataError when it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror})") from error
 
 
 def object_of(value: Any, where: str) -> dict[str, Any]:
