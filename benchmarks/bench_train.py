@@ -104,7 +104,8 @@ def _arguments(config: TrainConfig) -> list[str]:
     if config.save_every is not None:
         given += ["--save-every", config.save_every]
     if config.eval_every is not None:
-        given += ["--eval-every", config.eval_every, "--eval-data", *config.eval_data]
+        given += ["--eval-every", config.eval_every, "--eval-data"]
+        given += [word for named in config.eval_data.items() for word in named]
     return ["train", *map(str, given), "--quiet"]
 
 
@@ -419,7 +420,7 @@ def memory(suite: Suite) -> None:
             steps=steps,
             batch_size=8,
             save_every=steps // 20,
-            eval_data=(sets.held_out,),
+            eval_data={"heldout": sets.held_out},
             eval_every=steps // 10,
         )
         samples = list(_resident([*COMMAND, *_arguments(config)], config.out / "metrics.jsonl"))

@@ -67,6 +67,9 @@ class Train:
         losses = [loss for loss in run["loss"] if loss is not None]
         fall = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
         print(f"{run['model']}: {fall}{run['images_per_s']:.0f} images/s, {run['seconds']:.0f} s, in {self.config.out}")
+        if best := run.get("best"):
+            where = self.config.out / "weights" / "best"
+            print(printable(f"best: step {best['step']}, {best['of']} {best['score']:.1%}, in {where}"))
         if run.get("skipped_steps"):
             print(f"{counted(run['skipped_steps'], 'step')} changed no weights; see {self.config.out / 'spikes.jsonl'}")
         if run["skipped_pictures"]:

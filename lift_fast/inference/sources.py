@@ -21,11 +21,14 @@ from .model import Parts
 from .preprocessing import Preprocessing
 
 _STARTED, _CHECKPOINT, _CHECKPOINTS = "started.json", "checkpoint.json", "checkpoints"  # see train/
+_BEST, _BEST_BEFORE = "best", ".best.old"  # see train/best.py
 
 
 def find(source: str, *, encoder: str | None = None, trust_remote_code: bool = False) -> Parts:
     """The parts of the model at `source`. Arguments and errors as of `load`."""
     path = Path(source).expanduser()
+    if path.name == _BEST and not os.path.exists(path) and (before := path.with_name(_BEST_BEFORE)).is_dir():
+        path = before  # the folder is just being replaced, or a kill has ended that
     if not os.path.exists(path):  # of a Path it raises for a name that is too long
         # With a folder of the owner's name it is rather a path with a mistake than a name on the hub.
         if not HUB_NAME.fullmatch(source) or path.parent.is_dir():

@@ -12,6 +12,9 @@ PresetName = Literal[
     "tiny", "vit-ti16", "vit-s16", "vit-b16", "vit-b32", "vit-l16", "vit-l14", "vit-h14", "vit-so400m14"
 ]
 
+# Scores of an evaluation that --keep-best may name; r1 is the mean of the next two.
+SCORES = ("r1", "t2i_r1", "i2t_r1", "composition", "zero_shot_top1")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -151,10 +154,24 @@ class CheckpointSettings:
     """Checkpoints at multiples of this many steps are kept for good."""
     save_weights: bool = False
     """Beside each checkpoint write OUT/weights/STEP, which lift-fast eval takes while the run goes on."""
-    eval_data: tuple[Path, ...] = ()
-    """Held-out sets to evaluate on, named by the last part of their path."""
+    eval_data: dict[str, Path] = field(default_factory=dict)
+    """Held-out sets to evaluate on, as eval takes them: --eval-data DIR, or names and folders of several: --eval-data
+    openmoji DIR scenes DIR."""
+    eval_pictures: tuple[Path, ...] = ()
+    """Folders of the image files, one for each --eval-data; needed when they are not where the captions are."""
+    eval_field: tuple[str, ...] = ()
+    """Captions of the held-out sets, several for several captions of an image. Default: those that the run is trained
+    on, or txt in a set that does not have them."""
+    eval_templates: Path | None = None
+    """Prompts of zero-shot classification: a file with one a line, {} standing for the class; or imagenet, the 80."""
+    eval_classnames: Path | None = None
+    """Names of the classes: a file with one a line, or with a label or class folder before it; or imagenet."""
     eval_every: int | None = None
-    """Steps between evaluations. Default: none; the scores are kept in metrics.jsonl."""
+    """Steps between evaluations; the weights of the last step are evaluated, too. The scores are in metrics.jsonl."""
+    keep_best: str = "auto"
+    """Score by which the best of the evaluated weights are kept in OUT/weights/best: SET/SCORE, or SCORE alone for the
+    mean over the sets. SCORE is r1 (the mean of t2i_r1 and i2t_r1), t2i_r1, i2t_r1, composition or zero_shot_top1.
+    auto: r1, where no set has captions zero_shot_top1, else composition. none: keep none."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +247,30 @@ class TrainConfig(CheckpointSettings, MachineSettings, ImageSettings, OptimizerS
             raise ConfigError("--graph works in one process, --parallel fsdp in several; leave one out")
         if bool(self.eval_data) != (self.eval_every is not None):
             raise ConfigError("--eval-data and --eval-every go together: give both, or neither")
-        names = [path.resolve().stem for path in self.eval_data]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two sets of --eval-data have the same name ({', '.join(names)}); rename a folder")
+        if not isinstance(self.eval_data, dict):
+            raise ConfigError("eval_data names the held-out sets: {name: path}")
+        if self.eval_pictures and len(self.eval_pictures) != len(self.eval_data):
+            raise ConfigError(
+                f"one --eval-pictures for each --eval-data, or none: got {len(self.eval_pictures)} for "
+                f"{len(self.eval_data)}"
+            )
+        self._check_best()
+
+    def _check_best(self) -> None:
+        """Raises ConfigError for a score that no evaluation of this run may have."""
+        name, score = best_of(self.keep_best)
+        if score not in ("auto", "none", *SCORES) or (name is not None and score not in SCORES):
+            raise ConfigError(
+                f"--keep-best is auto, none, SCORE or SET/SCORE, where SCORE is {', '.join(SCORES)}; not "
+                f"{self.keep_best!r}"
+            )
+        if score in SCORES and not self.eval_data:
+            raise ConfigError("--keep-best goes by the scores of an evaluation; add --eval-data and --eval-every")
+        if name is not None and name not in self.eval_data:
+            raise ConfigError(f"--keep-best {self.keep_best}: no set of --eval-data is called {name!r}")
+
+
+def best_of(keep_best: str) -> tuple[str | None, str]:
+    """The set and the score that --keep-best names; None for all sets."""
+    name, slash, score = keep_best.rpartition("/")
+    return (name if slash else None), score

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from ..eval.images import ImageFeatures, Images, Pixels, image_features
 from ..eval.questions import Questions
 from ..eval.run import score_set
 from ..eval.sets import open_set, options_of
+from ..eval.templates import read_classnames, read_templates
 from ..eval.texts import Texts, encode_texts
 from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
 from ..ranks import Rank, together
 from ..run_folder import EncodeText
+from .best import Criterion
 from .config import TrainConfig
 
 _KEPT = 1 << 29  # bytes of decoded pixels of all sets that stay in memory; more are decoded anew each time
@@ -34,11 +37,12 @@ class HeldOut:
 
     run: of run.json, what run_folder needs, and "field" and "read" where they are not the default. device: of the
     model. rank: this process; the constructor and `scores` are collectives. conditioning: of the run's text. notices:
-    on rank 0, what to say of the sets before the first step.
+    on rank 0, what to say of the sets before the first step. best_by: the score that config.keep_best names, None where
+    no best weights are kept.
 
-    Raises DataError and ConfigError for a set that cannot be read, and for an encoder that runs code from its
-    repository, which is not permitted while training; what run_folder.text_encoder raises; each also when it is
-    raised on another rank.
+    Raises DataError and ConfigError for a set that cannot be read, for a score of config.keep_best that no set has, and
+    for an encoder that runs code from its repository, which is not permitted while training; what
+    run_folder.text_encoder raises; each also when it is raised on another rank.
     """
 
     def __init__(
@@ -60,9 +64,21 @@ class HeldOut:
                     "while training; leave it out and evaluate with: lift-fast eval --trust-remote-code"
                 )
             wanted = run.get("field", "txt")
+            folders = config.eval_pictures or len(config.eval_data) * (None,)
+            templates = read_templates(config.eval_templates) if config.eval_templates else None
+            classnames = read_classnames(config.eval_classnames) if config.eval_classnames else None
             return {
-                path.resolve().stem: open_set(path, options=options, wanted=wanted, skip_bad=True)
-                for path in config.eval_data
+                name: open_set(
+                    path,
+                    images,
+                    options=options,
+                    fields=config.eval_field,
+                    wanted=wanted,
+                    skip_bad=True,
+                    templates=templates,
+                    classnames=classnames,
+                )
+                for (name, path), images in zip(config.eval_data.items(), folders, strict=True)
             }
 
         def load() -> EncodeText:
@@ -76,7 +92,11 @@ class HeldOut:
 
         sets = together(opened)
         self.questions = {name: held_out.questions for name, held_out in sets.items()}
+        asked = blake2b(repr([*self.questions.values()]).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        scores = {name: _scores_of(questions) for name, questions in self.questions.items()}
+        self.best_by = together(lambda: Criterion.named(config.keep_best, scores, asked))
         self.notices = [f"{name}: {note}" for name, questions in self.questions.items() for note in questions.notes]
+        self.notices += [_problems(name, held_out) for name, held_out in sets.items() if held_out.data.problems]
         self.images = {
             name: Images(held_out.data, pixels, device, config.loader, rank) for name, held_out in sets.items()
         }
@@ -118,6 +138,19 @@ class HeldOut:
             name: encode_texts(questions.texts(), encode_text, self.rank, True)
             for name, questions in self.questions.items()
         }
+
+
+def _scores_of(questions: Questions) -> list[str]:
+    """The names of the scores that a set asks for, among those that HeldOut.scores returns."""
+    retrieval = ["t2i_r1", "i2t_r1"] * bool(questions.captions)
+    return retrieval + ["composition"] * bool(questions.choices) + ["zero_shot_top1"] * bool(questions.classes)
+
+
+def _problems(name: str, held_out: HeldOutSet) -> str:
+    """A sentence on what opening a set found that belongs to no sample."""
+    first, *others = held_out.data.problems
+    more = f"; and {len(others)} more" if others else ""
+    return f"{name}: {first.where}: {first.cause} ({first.reason}){more}"
 
 
 def _scores(images: ImageFeatures, questions: Questions, texts: Texts) -> dict[str, Any]:

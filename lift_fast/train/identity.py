@@ -25,8 +25,8 @@ MATHEMATICS = frozenset(
 # what ends a run (one that a spike has stopped may go on with --on-spike skip).
 FREE = frozenset(
     "data cache pictures out resume loader checked device checkpointing compile graph micro_batch parallel threads "
-    "timeout save_minutes save_every keep_last keep_every save_weights eval_data eval_every spike on_spike "
-    "max_skipped".split()
+    "timeout save_minutes save_every keep_last keep_every save_weights eval_data eval_pictures eval_field "
+    "eval_templates eval_classnames eval_every keep_best spike on_spike max_skipped".split()
 )
 _RESOLVED = {"precision", "text_dim", "init_from", "options"}
 _WITHOUT_MEANING = {"lift": {"field", "context"}, "clip": {"text_dim"}}  # for LIFT the cache decides the field

@@ -5,6 +5,7 @@ for each step from there on:
     the next batch: this rank's part of the global batch                        data/
     forward, loss, backward, optimizer                                          step.py
     the figures of the step before it go to the logs                            recorder.py
+    the held-out sets, if they are due; the weights, if they are the best       held_out.py, best.py
     a checkpoint, if one is due; the end, if a signal asked for it              checkpoints.py, signals.py
 the weights and run.json                                                        run_folder.py
 """
@@ -28,6 +29,7 @@ from ..measure.time import quartile_distance
 from ..nn import Clip, Lift
 from ..ranks import Rank, answering, every, joined, together
 from . import folder
+from .best import Best
 from .config import TrainConfig
 from .parallel import sum_over_ranks, whole
 from .recorder import HostCopy, Recorder, StepRecord, open_loggers
@@ -52,9 +54,9 @@ def train(
     first file is written. warn: called with a warning for the user.
 
     Writes to config.out: started.json, metrics.jsonl, TensorBoard events, checkpoints, skipped.jsonl if there are bad
-    samples, spikes.jsonl if there are spikes, and at the end model.safetensors and run.json. Everything is checked
-    before the first of these is written. When config.out holds this run, it goes on from its newest checkpoint, and
-    returns at once if it is complete.
+    samples, spikes.jsonl if there are spikes, weights/best if it evaluates, and at the end model.safetensors and
+    run.json. Everything is checked before the first of these is written. When config.out holds this run, it goes on
+    from its newest checkpoint, and returns at once if it is complete.
 
     Raises what `setup` raises; DataError while training when too many samples are bad; Stopped after SIGTERM, SIGINT or
     SIGUSR1, with a checkpoint written; TrainingError when the loss is not finite or jumps (the steps before it are in
@@ -80,6 +82,8 @@ class Run:
         self.warn = warn
         self.identity = training.identity
         history = together(lambda: self._open_folder(stack), only_first=True)
+        best_by = None if training.held_out is None else training.held_out.best_by
+        self.best = Best(self.config.out, best_by, warn)
         loggers = open_loggers(self.config, progress, training.step) if self.rank.is_first else []
         self.recorder = stack.enter_context(
             Recorder(self.config, loggers, losses=history.losses, step_ms=history.step_ms, where=training.data.where)
@@ -140,16 +144,30 @@ class Run:
         votes = HostCopy(sum_over_ranks(self._vote(), self.rank, training.device))
         self.votes = [*self.votes[-1:], votes]
         record = StepRecord(step, stats, lr, votes, rows, limit, data_ms)
-        if config.eval_every is not None and (step + 1) % config.eval_every == 0:
+        if config.eval_every is not None and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             evaluated = time.perf_counter()
-            with averaged(training):
-                assert training.held_out is not None
-                record.evaluation = training.held_out.scores(training.model, training.take_step.towers)
+            record.evaluation = self._evaluate(step + 1)
             begun += time.perf_counter() - evaluated
         try:
             self.recorder.add(record)  # reads the previous step's stats, while the device computes this step
         finally:
             record.step_ms = 1e3 * (time.perf_counter() - begun)
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """The scores of the held-out sets after `step` steps. Weights that are better than all before are kept."""
+        training = self.training
+        assert training.held_out is not None
+        with averaged(training):
+            scores = training.held_out.scores(training.model, training.take_step.towers)
+        score = math.nan if self.best.by is None else self.best.by.value(scores)
+        if self.best.is_beaten(score):  # on all ranks or on none
+            with final_weights(training) as model:
+                self.best.replace(model, self._described(step), training.conditioning, score)
+        return scores
+
+    def _described(self, step: int) -> dict[str, Any]:
+        """What run.json says of the weights after `step` steps, while the run goes on."""
+        return self.training.description | {"field": self.training.text.field, "step": step}
 
     def _vote(self) -> list[float]:
         """[how often this rank has met bad samples, whether it was asked to stop, whether a checkpoint is due]."""
@@ -189,10 +207,9 @@ class Run:
     def _save_weights(self, model: Lift | Clip, step: int) -> None:
         """Writes a folder that `lift-fast eval` takes; where it cannot be written, the run goes on without it."""
         out = self.config.out / "weights" / f"step-{step:08d}"
-        description = self.training.description | {"field": self.training.text.field, "step": step}
         try:
             out.mkdir(parents=True, exist_ok=True)
-            run_folder.save(out, model, description, self.training.conditioning)
+            run_folder.save(out, model, self._described(step), self.training.conditioning)
         except (OSError, TrainingError) as error:
             self.warn(f"cannot write the weights of step {step} ({error}); the run goes on without them")
 
@@ -205,6 +222,8 @@ class Run:
         """Writes the weights and run.json."""
         training = self.training
         run = summarise(training, self.recorder, self.seconds, gathered(training))
+        if self.best.kept is not None:
+            run["best"] = self.best.kept
         with final_weights(training) as model:
             together(lambda: run_folder.save(self.config.out, model, run, training.conditioning), only_first=True)
         return run

@@ -45,7 +45,11 @@ def bars(suite: Suite) -> dict[str, float | None]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"save_every": 7, "batch_size": 8}, {"save_minutes": 2.5, "eval_data": (SETS.held_out,), "eval_every": 3}],
+    [
+        {},
+        {"save_every": 7, "batch_size": 8},
+        {"save_minutes": 2.5, "eval_data": {"heldout": SETS.held_out}, "eval_every": 3},
+    ],
 )
 def test_the_command_line_is_that_of_the_settings(settings):
     config = SETS.config(Path("out"), steps=11, **settings)

@@ -76,7 +76,7 @@ class Base:
         if settings["model"] == "lift":
             settings["cache"] = tuple(root / f"cache{seed}" for seed in (1, 2))
         if "eval_every" in settings:
-            settings["eval_data"] = (root / "held out",)
+            settings["eval_data"] = {"held out": root / "held out"}
         return TrainConfig(**settings)
 
     def once(self, name: Any, make: Callable[[Path], Any]) -> Any:
@@ -240,7 +240,7 @@ def _places() -> dict[str, tuple[Any, str, int, int | None]]:
     from lift_fast.ops.pairs import exchange
     from lift_fast.text.cached import CachedText
     from lift_fast.text.tokenized import TokenizedText
-    from lift_fast.train import held_out, loop, parallel, recorder, setup, step
+    from lift_fast.train import best, held_out, loop, parallel, recorder, setup, step
     from lift_fast.train.storage import Writer
 
     saves = (STEPS - 1) // SAVE_EVERY
@@ -269,6 +269,7 @@ def _places() -> dict[str, tuple[Any, str, int, int | None]]:
         "finish": (loop.Run, "_finish", 1, None),
         "summary": (loop, "summarise", 1, None),
         "held out": (setup, "HeldOut", 1, None),
+        "best": (best.Best, "_written", 1, 0),
         "evaluation": (held_out.HeldOut, "scores", STEPS // 3, None),
         "features": (held_out, "image_features", STEPS // 3, None),
         "search": (checkpoints.Checkpoints, "_search", 1, 0),

@@ -89,11 +89,12 @@ def arguments(config: TrainConfig) -> list[str]:
     found = ["train"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name == "options" or value == field.default:
+        if field.name == "options" or value in (field.default, {}):
             continue
         found.append("--" + field.name.replace("_", "-"))
         if value is not True:
-            found += map(str, value if isinstance(value, tuple) else [value])
+            values = sum(value.items(), ()) if isinstance(value, dict) else value
+            found += map(str, values if isinstance(values, tuple) else [values])
     return found
 
 

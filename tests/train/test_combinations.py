@@ -110,7 +110,7 @@ def config_of(root: Path, out: Path, **options) -> TrainConfig:
     if "init_from" in settings:
         settings["init_from"] = root / settings["init_from"]
     if "eval_every" in settings:
-        settings["eval_data"] = (root / "held",)
+        settings["eval_data"] = {"held": root / "held"}
     return TrainConfig(**settings)
 
 
@@ -180,7 +180,7 @@ REFUSED = [
     ({"graph": True, "micro_batch": 2}, "--graph captures a step of one piece; leave out --micro-batch or --graph"),
     ({"graph": True, "patch_dropout": 0.5, "patch_dropout_steps": 2}, "--graph captures one shape, and"),
     ({"graph": True, "parallel": "fsdp"}, "--graph works in one process, --parallel fsdp in several; leave one out"),
-    ({"eval_data": (Path("held"),)}, "--eval-data and --eval-every go together: give both, or neither"),
+    ({"eval_data": {"held": Path("held")}}, "--eval-data and --eval-every go together: give both, or neither"),
     ({"batch_size": 1}, "the contrastive loss of a batch of 1 is always 0"),
     ({"init_from": "nothing"}, "nothing"),
     ({"fp8": True, "parallel": "fsdp", "compile": True}, "--fp8 with --parallel fsdp is not compiled"),

@@ -168,7 +168,7 @@ def test_the_scores_while_training_are_those_of_eval_without_the_caches(sets, tm
     """Of the weights on the way, and at the end."""
     root = shutil.copytree(sets, tmp_path / "sets")
     held = root / "held"
-    config = config_of(root, tmp_path / "out", "int8r", eval_data=(held,), eval_every=2, save_every=2)
+    config = config_of(root, tmp_path / "out", "int8r", eval_data={"held": held}, eval_every=2, save_every=2)
     texts = []
     quiet(
         replace(config, save_weights=True),
@@ -417,7 +417,7 @@ def train_on_ranks(rank, config):
 
 def test_two_ranks(sets, tmp_path):
     """One writes the file, both compute the same, and as one process does."""
-    config = config_of(sets, tmp_path / "two", eval_data=(sets / "held",), eval_every=2, save_every=2)
+    config = config_of(sets, tmp_path / "two", eval_data={"held": sets / "held"}, eval_every=2, save_every=2)
     config = replace(config, save_weights=True)
     results = on_ranks(2, in_group, train_on_ranks, config)
     for result in results:

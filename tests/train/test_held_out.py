@@ -63,7 +63,7 @@ def root(tmp_path_factory):
 
 
 def config(root, *sets, **changes):
-    changes = {"eval_data": tuple(root / name for name in sets), "eval_every": 1} | changes
+    changes = {"eval_data": {name: root / name for name in sets}, "eval_every": 1} | changes
     return TrainConfig("clip", (root / "plain",), root / "out", **changes)
 
 
@@ -169,7 +169,7 @@ def test_bad_samples_are_left_out(root, tmp_path):
         lines.append(f"{i}.png,{'' if i in (2, 4) else chr(0x200B) if i == 5 else f'caption {i}'}")
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     for name, left_out in (("lift", 3), ("clip", 2)):  # CLIP encodes a caption without tokens as such
-        model, held = opened(root, name, eval_data=(tmp_path,))
+        model, held = opened(root, name, eval_data={tmp_path.stem: tmp_path})
         scores = held.scores(model)[tmp_path.stem]
         assert scores["n"] + scores["left_out"] == 9
         assert scores["left_out"] == left_out
@@ -196,7 +196,7 @@ def test_what_cannot_be_evaluated_is_an_error_at_the_start(root, tmp_path):
 
     assert "no data set at" in error(DataError, run, "nothing")
     make_set(tmp_path / "broken", 3, broken={0, 1, 2})
-    assert "no image decodes (3 not a picture)" in error(DataError, run, eval_data=(tmp_path / "broken",))
+    assert "no image decodes (3 not a picture)" in error(DataError, run, eval_data={"broken": tmp_path / "broken"})
     lift = {"model": "lift", "preset": "small", **RUNS["lift"]}
     lift["encoder"] = lift["encoder"] | {"trust_remote_code": True}
     assert "--eval-data cannot encode captions" in error(ConfigError, lift, "plain")
@@ -297,7 +297,7 @@ def set_up(rank, root, gone):
         shutil.rmtree(gone)
     torch.distributed.barrier()
     try:
-        opened(root, "clip", "one", eval_data=(gone,), rank=rank)
+        opened(root, "clip", "one", eval_data={"gone": gone}, rank=rank)
     except DataError as error:
         return str(error), error.reported
     return None

@@ -237,10 +237,12 @@ def test_weights_to_start_from_are_read_once(sets, tmp_path, settings):
 
 
 def test_evaluations_are_part_of_the_record(sets, tmp_path):
-    config = config_of("clip", sets, tmp_path / "a", eval_data=(sets / "held",), eval_every=3, ema=0.8, save_every=5)
+    config = config_of(
+        "clip", sets, tmp_path / "a", eval_data={"held": sets / "held"}, eval_every=3, ema=0.8, save_every=5
+    )
     quiet(config)
     steps = steps_of(config.out)
-    assert [line["step"] for line in steps if "evaluation" in line] == [2, 5, 8]
+    assert [line["step"] for line in steps if "evaluation" in line] == [2, 5, 8, 10]
     assert steps[2]["evaluation"]["held"]["n"] == 8
     stopped(replace(config, out=tmp_path / "b"), 2, 4)
     assert_same(tmp_path / "b", tmp_path / "a", config.steps)
