@@ -2,14 +2,14 @@
 than a paraphrase?
 
 Contrastive training on synthetic captions shows an inverse effect: short ones make better models than the whole ones
-(Liu et al., 2024, arXiv:2411.16828). LIFT's authors lay it to the one syntax that such captions share, which a text
+(Liu et al., 2024, arXiv:2411.16828). LIFT's authors attribute it to the syntax that such captions share, which a text
 tower trained from scratch encodes in place of the meaning (Yang et al., 2025, arXiv:2506.04209).
 
 A triple has an anchor; a paraphrase, which states the same facts in another syntax; and a foil, which states others in
 the anchor's. But for the kind things, all three have the same nouns, and where the foil exchanges, the anchor's words.
 
     kind        what the foil changes                              what the paraphrase changes
-    things      speaks of other things, of other colours           predicates for adjectives, the order
+    things      speaks of other things, in their own colours       predicates for adjectives, the order
     attributes  exchanges the colours of two things                predicates for adjectives, the order
     roles       exchanges who does it to whom                      active, passive, relative clause
     positions   exchanges what is left of, or above, what          right of for left of, below for above, the order
