@@ -86,10 +86,11 @@ class Kept:
             for part in path.parent.glob(f"{path.name}.*.part"):
                 part.unlink(missing_ok=True)  # of a process that was killed
         except OSError as error:
-            if not path.exists():  # else another process has written it, and tidied up
-                self._refused = True
-                reason = error.strerror or error
-                warnings.warn(f"features are not kept: {self.folder} cannot be written ({reason})", stacklevel=2)
+            if isinstance(error, FileNotFoundError) and path.exists():
+                return  # another process has written it, and tidied up
+            self._refused = True
+            reason = error.strerror or error
+            warnings.warn(f"features are not kept: {self.folder} cannot be written ({reason})", stacklevel=2)
 
 
 class KeptImages:

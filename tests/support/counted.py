@@ -37,7 +37,7 @@ class Counted:
         return self.model.encode_image(pixels)
 
     def encode_text(self, texts):
-        if empty := [i for i, text in enumerate(texts) if not text.strip(".")]:
+        if empty := [i for i, text in enumerate(texts) if text and not text.strip(".")]:
             raise NoTokens(empty, f"no tokens in {texts[empty[0]]!r}")
         self.asked += texts
         rows = [np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * DIM), "<i2") for text in texts]
