@@ -637,8 +637,15 @@ def test_curves_are_drawn_for_each_run_and_direction(report):
 
 def test_notes_and_samples_that_were_left_out_are_listed(report):
     text = page_text(report)
-    assert "openmoji: LIFT: 3 samples left out (2 truncated, 1 empty)" in text
+    assert text.count("openmoji: 3 samples left out (2 truncated, 1 empty)") == 1
     assert text.count("openmoji: 3 of 400 captions repeat an earlier one") == 1  # both models' note, once
+    assert "scenes: " not in text[text.index("About the held-out sets") : text.index("At the paper")]
+    report["clip"]["skipped"]["openmoji"], report["clip"]["skipped_causes"]["openmoji"] = 1, {}
+    report["lift"]["skipped"]["scenes"] = 2
+    text = page_text(report)
+    assert "openmoji: LIFT: 3 samples left out (2 truncated, 1 empty)" in text
+    assert "openmoji: CLIP: 1 sample left out" in text
+    assert "scenes: LIFT: 2 samples left out" in text and "scenes: CLIP: no samples left out" in text
 
 
 def test_the_papers_rows_stand_next_to_ours_and_nowhere_else(report):

@@ -1,5 +1,6 @@
 """The parts of the page that show scores: retrieval, composition, zero-shot, curves, the paper's rows, examples."""
 
+import math
 from typing import Any
 
 from ...sugarcrepe import TASKS
@@ -82,7 +83,8 @@ def zero_shot_table(report: dict) -> dict[str, Any]:
                 "top1": zero_shot(report, name, "top1"),
                 "top5": zero_shot(report, name, "top5"),
                 "one": zero_shot(report, name, "one_template", "top1"),
-                "per_class": zero_shot(report, name, "mean_per_class"),
+                # How far it varies with the images is not known, so no model is called ahead.
+                "per_class": Measure(name, "share", *both(report, "zero_shot", name, "mean_per_class"), noise=math.inf),
                 **{key: either(report, "zero_shot", name, key) for key in shared},
             }
         )
@@ -110,14 +112,22 @@ def remarks(report: dict) -> list[tuple[str, list[str]]]:
     found = []
     for name in sets_of(report, "skipped"):
         words = [note for notes in both(report, "notes", name) for note in notes or ()]
-        for model, title in models_of(report):
-            if count := get(report, model, "skipped", name):
-                causes = get(report, model, "skipped_causes", name) or {}
-                listed = ", ".join(f"{n} {cause}" for cause, n in causes.items())
-                words.append(f"{title}: {count} sample{'s' * (count != 1)} left out{f' ({listed})' if listed else ''}")
-        if words:
-            found.append((name, list(dict.fromkeys(words))))
+        left_out = {title: _left_out(report, model, name) for model, title in models_of(report)}
+        if len(set(left_out.values())) == 1:
+            words += set(left_out.values())
+        else:
+            words += [f"{title}: {said or 'no samples left out'}" for title, said in left_out.items()]
+        if words := list(dict.fromkeys(filter(None, words))):
+            found.append((name, words))
     return found
+
+
+def _left_out(report: dict, model: str, name: str) -> str:
+    """How many samples of a set were left out, in words; "" for none."""
+    count = get(report, model, "skipped", name)
+    causes = get(report, model, "skipped_causes", name) or {}
+    listed = ", ".join(f"{n} {cause}" for cause, n in causes.items())
+    return f"{count} sample{'s' * (count != 1)} left out{f' ({listed})' * bool(listed)}" if count else ""
 
 
 _EXAMPLES = 6  # of each kind, on the page: two full rows
