@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lift_fast.eval.inverse_effect import KINDS, LENGTHS
 from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.sugarcrepe import TASKS
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "search": "python -m benchmarks search --json FILE",
     "demo": "python -m benchmarks demo --json FILE",
     "host": "python -m benchmarks host --quick --json FILE",
+    "inverse_effect": "python -m benchmarks inverse_effect --json FILE",
 }
 STUDY_COMMAND = "python -m benchmarks.study --work FOLDER --out FILE"
 COMPARE_COMMAND = "lift-fast compare --preset vit-b16 --context 77 128 --json FILE"
@@ -663,6 +665,26 @@ def host() -> str:
     return table(["µs", "Python, measured", "GPU, **estimated**", "share"], rows)
 
 
+def inverse() -> str:
+    """The rate of the inverse effect in each text encoder, by kind and length."""
+    encoders = list(dict.fromkeys(row["encoder"] for row in result("bench-inverse_effect")["rows"]))
+
+    def rates(encoder: str, kind: str) -> str:
+        found = [one("inverse_effect", encoder=encoder, kind=kind, length=length)["rate"] for length in LENGTHS]
+        return ", ".join(f"{100 * rate:.0f}" for rate in found)
+
+    def cosines(encoder: str) -> str:
+        every = one("inverse_effect", encoder=encoder, kind="all", length="all")
+        return ", ".join(f"{every[f'cosine to the {other}']:.2f}" for other in ("paraphrase", "foil"))
+
+    n = one("inverse_effect", kind="all", length="all")["n"]
+    rows = [
+        [kind if kind == "all" else f"`{kind}`", *(rates(each, kind) for each in encoders)] for kind in (*KINDS, "all")
+    ]
+    rows.append(["mean cosine to the paraphrase, to the foil", *map(cosines, encoders)])
+    return table([f"rate in %, short captions, long captions ({n} triples)", *encoders], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "machine": machine_line,
@@ -694,6 +716,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "search": search,
     "encoding": encoding,
     "host": host,
+    "inverse": inverse,
 }
 
 
