@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.loose import LooseFiles
 from ..data.samples import Samples
 from ..data.scan import key_and_suffix
 from ..data.shards import Shards
@@ -28,13 +29,15 @@ NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_template
 NO_CLASS = "no class"  # cause: a label that the names of the classes do not have
 _SUFFIX = b"cls"
 _LONGEST = 1000  # bytes of a .cls
+_DIGITS = 18  # of a label that is a number
 _IMAGENET = (1000, 50)  # classes of ImageNet's validation set, and images of each
+_TRIED = 8  # samples of a folder that are looked at for a .cls
 _ALIKE = 900  # names of 1000 that are those of ImageNet, since some lists differ in a few
 
 
 class Labelled(NamedTuple):
     """classes: None where a set names fewer than two. left_out: sample -> NO_CLASS. notes: as in Questions. benchmark:
-    "imagenet" for its validation set with its own templates, else None."""
+    "imagenet" for its validation set, else None."""
 
     classes: Classes | None = None
     left_out: dict[int, str] = {}
@@ -58,15 +61,15 @@ def classes_of(
     labels: sample -> label, where they are known and there are no metas.
 
     classnames: by number, where the labels are numbers; for labels that are text each label itself, in any order, or
-    the name of each label in alphabetical order; or by label; labels that are numbers count the ids, where these are
-    none. Default: classnames.txt in the folder of tars or in the
-    one above it; the names of ImageNet for its WordNet ids; else the labels themselves, in lower case, with spaces in
-    place of underscores. templates: default: zeroshot_classification_templates.txt next to tars; those of ImageNet for
-    its classes; else USUAL. Where none are given, AUTHORS is ImageNet's one template.
+    the name of each label in alphabetical order; or by label. Names by WordNet ids are also for labels that number
+    these. Default: classnames.txt in the folder of tars or in the one above it; the names of OpenAI's CLIP for
+    ImageNet's WordNet ids; else the labels, `readable`.
 
-    Samples without a label have no class. Raises DataError for a label that the names do not have, unless
-    skip_bad, for names and labels of different numbers, and for files of names or templates that cannot be
-    read.
+    templates: default: zeroshot_classification_templates.txt next to tars; those of ImageNet for its classes; else
+    USUAL. Where none are given, AUTHORS is ImageNet's one template.
+
+    Samples without a label have no class. Raises DataError for a label that the names do not have, unless skip_bad, for
+    names and labels of different numbers, and for files of names or templates that cannot be read.
     """
     if labels is None:
         labels = _labels(data, metas, skip_bad)
@@ -78,14 +81,13 @@ def classes_of(
     if templates is None and (file := _next_to(data, TEMPLATES_FILE)):
         templates = read_templates(file)
     distinct = sorted(set(labels.values()))
-    of_imagenet = classnames is None and all(label in imagenet_classes() for label in distinct)
     if classnames is None and all(map(_is_number, distinct)):
         note = (
             "its classes are numbers, and zero-shot classification needs their names: give --classnames, or a column "
             f"or an entry of the .json called one of {', '.join(LABELS)}"
         )
         return Labelled(notes=[note])
-    names, number = _numbered(data, distinct, classnames, of_imagenet)
+    names, number = _numbered(data, distinct, classnames)
     numbers: dict[int, int] = {}
     left_out: dict[int, str] = {}
     for sample, label in labels.items():
@@ -100,10 +102,10 @@ def classes_of(
             )
     if len(names) < 2 or not numbers:
         return Labelled(left_out=left_out)
-    of_imagenet = of_imagenet or _is_imagenet(names)
+    of_imagenet = _is_imagenet(distinct, classnames)
     usual = imagenet_templates() if of_imagenet else USUAL
     classes = Classes(names, list(templates or usual), numbers, AUTHORS if of_imagenet and not given else "")
-    whole = of_imagenet and _is_validation(classes) and set(classes.templates) == set(imagenet_templates())
+    whole = of_imagenet and _is_validation(classes)
     return Labelled(classes, left_out, _notes(len(metas or labels), classes, left_out), "imagenet" if whole else None)
 
 
@@ -134,16 +136,37 @@ def labels_of_tars(shards: Shards, skip_bad: bool = False) -> dict[int, str]:
     for number, path in enumerate(shards.paths):
         row = {key: first + i for i, key in enumerate(shards.shard_keys(number))}
         for key, content in _contents(path):
-            try:
-                label = content.decode().strip()
-            except UnicodeDecodeError:
-                label = ""
-            if label and len(content) < _LONGEST:
+            if label := _label(content):
                 if key in row:
                     found[row[key]] = label
             elif not skip_bad:
                 raise DataError(f"{path}: the .cls of the sample {key!r} is neither a number nor a name")
         first += shards.shard_sizes[number]
+    return found
+
+
+def labels_of_files(data: LooseFiles, skip_bad: bool = False) -> dict[int, str]:
+    """Sample -> the content of the .cls next to its image, {} where the first samples have none. Raises DataError as
+    labels_of_tars."""
+    found: dict[int, str] = {}
+    first = 0
+    for number, size in enumerate(data.shard_sizes):
+        for sample, key in enumerate(data.shard_keys(number), first):
+            if sample == _TRIED and not found:
+                return {}
+            path = data.folder / f"{key}.{_SUFFIX.decode()}"
+            try:
+                with open(path, "rb") as file:
+                    label = _label(file.read(_LONGEST))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror})") from error
+            if label:
+                found[sample] = label
+            elif not skip_bad:
+                raise DataError(f"{path}: the .cls of the sample {key!r} is neither a number nor a name")
+        first += size
     return found
 
 
@@ -174,22 +197,31 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
+def _label(content: bytes) -> str:
+    """The label in a .cls, "" for what is none: blank, as long as _LONGEST or longer, or not UTF-8."""
+    try:
+        return content.decode().strip() if len(content) < _LONGEST else ""
+    except UnicodeDecodeError:
+        return ""
+
+
 def _labels(data: Samples, metas: Mapping[int, Mapping[str, Any]], skip_bad: bool) -> dict[int, str]:
     """Sample -> its label: text where any sample has text, else a number."""
     found = {sample: label for sample, meta in metas.items() if (label := label_of(meta)) is not None}
     if not found and isinstance(data, Shards) and "cls" in tar_suffixes(data.paths[0]):
         found = {sample: label for sample, label in labels_of_tars(data, skip_bad).items() if sample in metas}
+    if not found and isinstance(data, LooseFiles):
+        found = {sample: label for sample, label in labels_of_files(data, skip_bad).items() if sample in metas}
     if not all(map(_is_number, found.values())):
         found = {sample: label for sample, label in found.items() if not _is_number(label)}
     return found
 
 
-def _numbered(
-    data: Samples, distinct: list[str], classnames: ClassNames | None, of_imagenet: bool
-) -> tuple[list[str], dict[str, int]]:
+def _numbered(data: Samples, distinct: list[str], classnames: ClassNames | None) -> tuple[list[str], dict[str, int]]:
     """The names of the classes, and label -> number of its class. Raises DataError."""
     if classnames is None:
-        names = [imagenet_classes()[label] for label in distinct] if of_imagenet else list(map(readable, distinct))
+        known = imagenet_classes() if _is_imagenet(distinct) else {}
+        names = [known.get(label) or readable(label) for label in distinct]
         return names, {label: i for i, label in enumerate(distinct)}
     numbers = all(map(_is_number, distinct))
     if isinstance(classnames, dict):
@@ -226,13 +258,19 @@ def _text(value: Any) -> str | None:
 
 
 def _is_number(label: str) -> bool:
-    return label.isascii() and label.isdigit()
+    return label.isascii() and label.isdigit() and len(label) <= _DIGITS
 
 
-def _is_imagenet(names: Sequence[str]) -> bool:
-    """Whether the names are those of the 1000 classes of ImageNet, in its order."""
-    known = list(imagenet_classes().values())
-    return len(names) == len(known) and sum(a == b for a, b in zip(names, known, strict=True)) >= _ALIKE
+def _is_imagenet(distinct: Sequence[str], classnames: ClassNames | None = None) -> bool:
+    """Whether the labels are WordNet ids of ImageNet's classes, or number these: names by all ids, or most of the 1000
+    names of OpenAI's CLIP, in order."""
+    known = imagenet_classes()
+    if all(label in known for label in distinct):
+        return True
+    if isinstance(classnames, dict):
+        return list(classnames) == list(known)
+    alike = sum(a == b for a, b in zip(classnames or (), known.values(), strict=False))
+    return len(classnames or ()) == len(known) and alike >= _ALIKE
 
 
 def _is_validation(classes: Classes) -> bool:

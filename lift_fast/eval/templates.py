@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,10 @@ from ..errors import DataError
 ClassNames = list[str] | dict[str, str]  # names by number; or id, such as the name of a class folder -> name
 AUTHORS = "It is a photo of a {}"  # LIFT's authors' only template, for ImageNet
 USUAL = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")  # of sets that are not ImageNet's
-_IMAGENET = "imagenet"  # in place of a file: the classes and templates that are installed
-_FOLDER = Path(__file__).parent / _IMAGENET
+_FOLDER = Path(__file__).parent / "imagenet"
+# In place of a file: what is installed.
+_TEMPLATES = {"imagenet": "templates.txt"}
+_CLASSES = {"imagenet": "classes.txt", "imagenet-authors": "authors.txt"}
 _SYNSET = re.compile(r"n\d{8}")
 _NUMBER_OR_SYNSET = re.compile(r"\d+|n\d{8}")
 
@@ -38,12 +40,11 @@ def imagenet_classes() -> dict[str, str]:
 
 def read_templates(path: Path) -> list[str]:
     """Reads templates from a text file, one a line, or from a .json list. {} or {c} stands for the class's name; lines
-    that are blank or begin with # are left out. `imagenet`, where there is no such file: imagenet_templates().
+    that are blank or begin with # are left out. `imagenet`, where there is no such file: the 80 of OpenAI's CLIP.
 
     Raises DataError for a file that cannot be read, a line without {}, and a file without templates.
     """
-    if path == Path(_IMAGENET) and not path.exists():
-        return list(imagenet_templates())
+    path = _installed(path, _TEMPLATES)
     found = []
     for where, line, _ in _lines(path):
         template = line.replace("{c}", "{}").strip()
@@ -57,8 +58,8 @@ def read_templates(path: Path) -> list[str]:
 
 
 def read_classnames(path: Path) -> ClassNames:
-    """Reads the names of classes from a text or a .json file. `imagenet`, where there is no such file:
-    imagenet_classes().
+    """Reads the names of classes from a text or a .json file. `imagenet`, where there is no such file: the 1000 of
+    ImageNet-1K, by OpenAI's CLIP; `imagenet-authors`: by LIFT's authors.
 
         cat                                     a name a line, or a list: of class 0, 1, …
         n02123045<TAB>tabby cat                 an id and a name a line, or an object: of the class with this label or
@@ -69,8 +70,7 @@ def read_classnames(path: Path) -> ClassNames:
     Lines of a text file that begin with # are left out. Raises DataError for a file that cannot be read, a blank line
     between others, an id that occurs twice, a name that is no text, and fewer than two classes.
     """
-    if path == Path(_IMAGENET) and not path.exists():
-        return dict(imagenet_classes())
+    path = _installed(path, _CLASSES)
     lines = list(_lines(path, objects=True))
     while lines and not lines[-1].text.strip():
         lines.pop()
@@ -97,6 +97,11 @@ def read_classnames(path: Path) -> ClassNames:
     if path.suffix.lower() != ".json" and all(map(_SYNSET.fullmatch, names)):
         return {label: name.partition(",")[0] for label, name in names.items()}
     return names
+
+
+def _installed(path: Path, known: Mapping[str, str]) -> Path:
+    """The installed file that a word stands for; a file of that name goes first."""
+    return _FOLDER / known[str(path)] if str(path) in known and not path.exists() else path
 
 
 class _Line(NamedTuple):

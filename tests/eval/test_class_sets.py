@@ -1,7 +1,9 @@
 """eval/labels.py and eval/layouts/class_sets.py: class folders, .cls members, and labels in metadata."""
 
+import hashlib
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lift_fast.eval.layouts import open_benchmark
 from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
 from lift_fast.eval.subject import Subject
-from lift_fast.eval.templates import AUTHORS, USUAL, imagenet_classes, imagenet_templates
+from lift_fast.eval.templates import AUTHORS, USUAL, imagenet_classes, imagenet_templates, read_classnames
 
 SKIPPING = DataOptions(skip_bad=True)
 
@@ -91,6 +93,26 @@ def test_imagenet_by_its_folders(tmp_path):
     assert open_set(tmp_path, templates=["a {}"]).questions.classes.alone == "a {}"
 
 
+AUTHORS_PROMPTS = "4186863f7cfe1005e11d76ffd467b870cd3c8f511536d62e942444a2f9dbe2a1"  # SHA-256, of their code
+
+
+@pytest.mark.parametrize("by_number", [False, True])
+def test_the_authors_prompts_for_imagenet(tmp_path, by_number):
+    if by_number:
+        write_class_tar(tmp_path / "0.tar", ["0", "999"])
+    else:
+        write_imagenet(tmp_path)
+    names = read_classnames(Path("imagenet-authors"))
+    keras = tmp_path.with_suffix(".json")
+    keras.write_text(json.dumps({str(i): [id_, name.replace(" ", "_")] for i, (id_, name) in enumerate(names.items())}))
+    for classnames in (names, read_classnames(keras)):
+        classes = classes_in(tmp_path, classnames=classnames)
+        prompts = "\n".join(classes.prompts([classes.alone]))
+        assert hashlib.sha256(prompts.encode()).hexdigest() == AUTHORS_PROMPTS
+        assert classes.templates == list(imagenet_templates())
+        assert label_names(classes)[0] == "tench" and label_names(classes)[-1] == "toilet tissue"
+
+
 def test_a_part_of_imagenet(tmp_path):
     write_imagenet(tmp_path, 2, 3)
     found = open_set(tmp_path)
@@ -98,7 +120,7 @@ def test_a_part_of_imagenet(tmp_path):
     assert label_names(found.questions.classes) == 2 * ["tench"] + 2 * ["goldfish"] + 2 * ["great white shark"]
 
 
-@pytest.mark.parametrize("change", ["none", "templates", "names", "one more", "one less"])
+@pytest.mark.parametrize("change", ["none", "templates", "some names", "names", "one more", "one less"])
 def test_imagenet_is_a_benchmark_when_it_is_the_validation_set(tmp_path, change, monkeypatch):
     """50 images of each class, here 2; as a tar with numbers, and the files of clip_benchmark."""
     assert labels_module._IMAGENET == (1000, 50)
@@ -112,6 +134,8 @@ def test_imagenet_is_a_benchmark_when_it_is_the_validation_set(tmp_path, change,
     templates = [template.replace("{}", "{c}") for template in imagenet_templates()]
     if change == "names":
         names.reverse()
+    if change == "some names":  # lists of CLIP's names differ in a few
+        names[::11] = ["another name"] * len(names[::11])
     if change == "templates":
         templates.pop()
     image = uniform(0)
@@ -124,7 +148,7 @@ def test_imagenet_is_a_benchmark_when_it_is_the_validation_set(tmp_path, change,
     (tmp_path / "classnames.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("\n".join(reversed(templates)) + "\n")
     found = open_set(tmp_path)
-    assert found.benchmark == ("imagenet" if change == "none" else None)
+    assert found.benchmark == (None if change in ("names", "one more", "one less") else "imagenet")
     assert found.questions.classes.alone == (templates[-1].replace("{c}", "{}") if change == "names" else AUTHORS)
 
 
@@ -205,6 +229,24 @@ def test_tars_with_captions_are_asked_for_both(tmp_path):
     write_tar(tmp_path / "0.tar", [*files, *((f"{i}.cls", b"cat" if i else b"dog") for i in range(3))])
     found = open_set(tmp_path)
     assert list(found.questions.captions) == [0, 1, 2] and label_names(found.questions.classes) == ["dog", "cat", "cat"]
+
+
+def test_files_with_captions_and_cls(tmp_path):
+    names = ["a/1", "a/22.05", "b"]
+    write_images(tmp_path, [f"{name}.jpg" for name in names])
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("a caption")
+    assert open_set(tmp_path).questions.classes is None
+    for name, label in zip(names, ("Cat", "dog", "x"), strict=True):
+        (tmp_path / f"{name}.cls").write_text(label)
+    found = open_set(tmp_path)
+    keys = [key for number in range(len(found.data.shard_sizes)) for key in found.data.shard_keys(number)]
+    label = {"a/1": "cat", "a/22.05": "dog", "b": "x"}
+    assert label_names(found.questions.classes) == [label[key] for key in keys] and len(found.questions.captions) == 3
+    (tmp_path / "b.cls").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="b.cls: the .cls of the sample 'b' is neither a number nor a name"):
+        open_set(tmp_path)
+    assert len(open_set(tmp_path, options=SKIPPING).questions.classes.labels) == 2
 
 
 def test_labels_next_to_captions_that_are_no_labels(tmp_path):

@@ -132,5 +132,3 @@ def write_docs_sets(folder: Path) -> None:
     write_images(sets / "flowers", ["rose/1.jpg", "rose/2.jpg", "lily/3.jpg"])
     (folder / "templates.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
     (folder / "classnames.txt").write_text("rose\tred rose\nlily\twhite lily\ntulip\tyellow tulip\n")
-    index = {"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"], "2": ["n01484850", "great_white_shark"]}
-    write_json(folder / "imagenet_class_index.json", index)
