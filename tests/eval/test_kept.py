@@ -1,5 +1,6 @@
 """eval/kept.py: features that are kept, used again while nothing that makes them has changed, and never trusted."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -414,13 +415,18 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_harms_nothing(tmp_path
     assert warning == f"features are not kept: {tmp_path / 'file' / 'f'} cannot be written (Not a directory)"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_folder_is_read(tmp_path, model):
-    path = asking_set(tmp_path / "set", 5)
-    want = scores(model, {"set": path}, tmp_path / "f")[0]
-    for folder in (tmp_path / "f").rglob("*"):
-        folder.chmod(0o555 if folder.is_dir() else 0o444)
+def test_a_read_only_folder_is_read(tmp_path, model, monkeypatch):
+    path = asking_set(tmp_path / "set", 70)
+    want, _ = scores(model, {"set": path}, tmp_path / "f")
+    monkeypatch.setattr(kept_module, "write_whole", unwritable)
     assert scores(model, {"set": path}, tmp_path / "f") == (want, (0, 0))
+    changed(sorted((tmp_path / "f/images").rglob("*.safetensors"))[0], "cut", tmp_path)
+    with pytest.warns(UserWarning, match=r"features are not kept: .*/f cannot be written \(Read-only file system\)"):
+        assert scores(model, {"set": path}, tmp_path / "f")[1][0] in (6, 64)
+
+
+def unwritable(files, tag):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_both_of_two_processes_that_keep_at_once_succeed(tmp_path, model, monkeypatch):
