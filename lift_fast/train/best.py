@@ -62,7 +62,7 @@ class Criterion(NamedTuple):
 
     def value(self, scores: Mapping[str, Mapping[str, float]]) -> float:
         """The score of an evaluation, NaN where a part of it is missing."""
-        return sum(scores[name].get(part, math.nan) for name, part in self.parts) / len(self.parts)
+        return math.fsum(scores[name].get(part, math.nan) for name, part in self.parts) / len(self.parts)
 
 
 class Best:

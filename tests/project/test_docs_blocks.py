@@ -217,7 +217,8 @@ def places(tmp_path_factory) -> Path:
             run_json.write_text(json.dumps(json.loads(run_json.read_text()) | {"vit": asdict(SMALL)}))
         for model in ("lift", "clip"):
             shutil.copytree(f"runs/demo/{model}", f"runs/{model}", copy_function=os.link)
-            shutil.copytree(f"runs/demo/{model}", f"runs/{model}/weights/step-00001000", copy_function=os.link)
+            for kept in ("step-00001000", "best"):
+                shutil.copytree(f"runs/demo/{model}", f"runs/{model}/weights/{kept}", copy_function=os.link)
     return folder
 
 

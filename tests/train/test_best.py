@@ -353,7 +353,7 @@ def test_the_score_is_that_of_eval(sets, tmp_path, changes, of):
     assert (
         about["best"]["score"]
         == {
-            "mean of plain/r1, asked/r1": (r1[0][0] + r1[0][1] + r1[1][0] + r1[1][1]) / 4,
+            "mean of plain/r1, asked/r1": math.fsum(r1[0] + r1[1]) / 4,
             "plain/t2i_r1": r1[0][0],
             "asked/zero_shot_top1": result["zero_shot"]["asked"]["top1"],
             "asked/composition": result["composition"]["asked"]["mean"],
@@ -580,9 +580,8 @@ def test_ranks_keep_the_same_weights(sets, tmp_path, how, world, fail):
     values = {step: by.value(scores) for step, scores in found.items() if not (fail and step == 2)}
     assert about["step"] == first_best(values) and about["score"] == values[about["step"]]
     result = evaluated(config.out / "weights" / "best", config.eval_data)
-    assert about["score"] == sum(
-        result["retrieval"][name][way]["r1"] for name in ("plain", "asked") for way in ("t2i", "i2t")
-    ) / 4  # fmt: skip
+    r1 = [result["retrieval"][name][way]["r1"] for name in ("plain", "asked") for way in ("t2i", "i2t")]
+    assert about["score"] == math.fsum(r1) / 4
 
 
 @pytest.mark.parametrize("action", ["kill", pytest.param("raise RuntimeError", marks=pytest.mark.campaign)])

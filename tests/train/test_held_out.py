@@ -9,13 +9,19 @@ import pytest
 import torch
 from support.evaluated import evaluated
 from support.ranks import SMALL, in_group, on_ranks
+from support.tiny_benchmarks import choice, coco, write_json
 from support.tiny_sets import make_set, png
 from support.tiny_text import TinyEncoder
 
+import lift_fast
 from lift_fast import run_folder
 from lift_fast.data.options import DataOptions
 from lift_fast.data.shards import ShardWriter
 from lift_fast.errors import ConfigError, DataError, TrainingError
+from lift_fast.eval.run import evaluate
+from lift_fast.eval.sets import open_set
+from lift_fast.eval.templates import read_classnames, read_templates
+from lift_fast.inference.subject import subject_of
 from lift_fast.losses import ClipLoss
 from lift_fast.nn import PRESETS
 from lift_fast.ranks import Rank
@@ -175,6 +181,75 @@ def test_bad_samples_are_left_out(root, tmp_path):
         assert scores["left_out"] == left_out
         want = evaluated(root / name, {"set": tmp_path}, options=DataOptions(skip_bad=True))
         assert want["skipped"]["set"] == left_out and want["retrieval"]["set"]["t2i"]["r1"] == scores["t2i_r1"]
+
+
+def test_benchmarks_and_sets_of_one_s_own(root, tmp_path):
+    """What eval takes: files of captions and of choices with their images elsewhere, class folders, several captions,
+    names and prompts of classes. The scores are those of eval."""
+    names = [f"{i:04d}.jpg" for i in range(12)]
+    rng = random.Random(4)
+    for folder in ("images", "more images"):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(png(rng))
+    captions = {name: [f"{word} {i // 2}" for word in ("short", "long")[: 1 + i % 2]] for i, name in enumerate(names)}
+    write_json(tmp_path / "coco.json", coco(captions))
+    for task in TASKS:
+        entries = {str(i): choice(name, f"a {task} {i}", f"no {task} {i % 3}") for i, name in enumerate(names)}
+        write_json(tmp_path / "sugarcrepe" / f"{task}.json", entries)
+    for i in range(9):
+        path = tmp_path / "classes" / ["n01", "n02", "n03"][i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(rng))
+    (tmp_path / "templates.txt").write_text("a photo of {}\n{} in the wild\n")
+    (tmp_path / "names.txt").write_text("n01\ttench\nn02\tgoldfish\nn03\tshark\n")
+
+    def both(sets, images=(), fields=(), prompts=()):
+        """The scores while training, and those of eval."""
+        templates, classnames = (tmp_path / name for name in prompts) if prompts else (None, None)
+        changes = {"eval_data": sets, "eval_pictures": images, "eval_field": fields}
+        changes |= {"eval_templates": templates, "eval_classnames": classnames}
+        model, held = opened(root, "clip", **changes)
+        more = {"templates": read_templates(templates), "classnames": read_classnames(classnames)} if prompts else {}
+        asked = {
+            name: open_set(path, *images[i : i + 1], fields=fields, **more)
+            for i, (name, path) in enumerate(sets.items())
+        }
+        return held.scores(model), evaluate(subject_of(lift_fast.load(root / "clip", device="cpu")), asked)
+
+    files = {"coco": tmp_path / "coco.json", "sugarcrepe": tmp_path / "sugarcrepe"}
+    scores, want = both(files, (tmp_path / "images", tmp_path / "more images"))
+    r1 = {f"{way}_r1": want["retrieval"]["coco"][way]["r1"] for way in ("t2i", "i2t")}
+    assert scores["coco"] == {"n": 12, "left_out": 0, **r1}
+    assert scores["sugarcrepe"] == {"n": 12, "left_out": 0, "composition": want["composition"]["sugarcrepe"]["mean"]}
+    # One image of a set has other pixels than that of the other, so they were not mixed up.
+    assert scores != both(files, (tmp_path / "more images", tmp_path / "images"))[0]
+
+    scores, want = both({"classes": tmp_path / "classes"}, prompts=("templates.txt", "names.txt"))
+    top1 = want["zero_shot"]["classes"]["top1"]
+    assert scores["classes"] == {"n": 9, "left_out": 0, "zero_shot_top1": top1}
+    model, held = opened(
+        root,
+        "clip",
+        eval_data={"classes": tmp_path / "classes"},
+        eval_templates=tmp_path / "templates.txt",
+        eval_classnames=tmp_path / "names.txt",
+    )
+    assert "goldfish in the wild" in held.questions["classes"].texts() and held.best_by.of == "classes/zero_shot_top1"
+
+    scores, want = both({"plain": root / "plain"}, fields=("txt", "long"))
+    assert want["retrieval"]["plain"]["captions"] == 2 * 84 == 2 * scores["plain"]["n"]
+    assert scores["plain"]["i2t_r1"] == want["retrieval"]["plain"]["i2t"]["r1"]
+
+
+def test_entries_that_cannot_be_used_are_told(root, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(random.Random(i)))
+    content = {"0": choice("0.png"), "1": choice("1.png", caption=7), "2": choice("2.png")}
+    write_json(tmp_path / "replace_obj.json", content)
+    model, held = opened(root, "clip", eval_data={"foils": tmp_path})
+    [notice] = [notice for notice in held.notices if "foils: " in notice and "replace_obj.json" in notice]
+    assert held.scores(model)["foils"]["n"] == 2, notice
 
 
 def test_the_captions_are_those_that_the_run_was_trained_on(root):
