@@ -12,7 +12,7 @@ from .paper import rows_for
 
 EVAL_FORMAT = 2  # of eval.json
 SCORES = ("retrieval", "first_caption", "composition", "zero_shot")  # keys of eval.json, each {set: scores}
-CURVES = ("t2i_r1", "i2t_r1")  # of the scores while a run trains
+CURVES = ("t2i_r1", "i2t_r1", "composition", "zero_shot_top1")  # the scores of a set while a run trains
 
 _FROM_RUN = (
     "preset",
@@ -102,7 +102,8 @@ def check_scores(scores: Any, what: str) -> None:
 
 
 def read_curves(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The scores on held-out sets while a run trained, of its metrics.jsonl: set -> [{"step", "t2i_r1", "i2t_r1"}, …].
+    """The scores on held-out sets while a run trained, of its metrics.jsonl: set -> [{"step", those of
+    CURVES that it has}, …].
 
     step: how many were done. The file is read a line at a time; a line that is cut, as a killed run leaves its last, is
     passed over, and of a step that occurs twice the later line counts. Empty where there is no such file.

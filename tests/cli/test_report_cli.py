@@ -63,7 +63,8 @@ def test_one_run_alone(trained, tmp_path, capfd, model):
         assert head not in page
     assert "scenes composition" in printed and "LIFT against CLIP" not in printed and "*" not in printed
     curve = numbers[model]["curves"]["heldout"]
-    assert [point["step"] for point in curve] == [2, 4] and "R@1 on held-out sets while training" in page
+    assert [point["step"] for point in curve] == [2, 4] and "On held-out sets while training" in page
+    assert {"t2i_r1", "i2t_r1", "composition"} <= set(curve[0]) and "heldout, accuracy" in page
 
 
 def test_two_runs_without_a_comparison(trained, tmp_path, capfd):

@@ -204,7 +204,13 @@ def lines_of(steps: range, every: int, score) -> list[str]:
         record = {"step": step, "samples": 8 * step, "loss": 1.0, "step_ms": 3.0}
         if (step + 1) % every == 0:
             record["evaluation"] = {
-                "scenes": {"t2i_r1": score(step), "i2t_r1": score(step) / 2, "n": 20, "left_out": 0}
+                "scenes": {
+                    "t2i_r1": score(step),
+                    "i2t_r1": score(step) / 2,
+                    "n": 20,
+                    "left_out": 0,
+                    "zero_shot_top1": 0.5,
+                }
             }
         lines.append(json.dumps(record))
     return lines
@@ -216,7 +222,7 @@ def test_curves_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines_of(range(60), 7, values.__getitem__)) + "\n")
     found = read_curves(tmp_path / "metrics.jsonl")
     steps = [7, 14, 21, 28, 35, 42, 49, 56]
-    expected = [{"step": s, "t2i_r1": values[s - 1], "i2t_r1": values[s - 1] / 2} for s in steps]
+    expected = [{"step": s, "t2i_r1": values[s - 1], "i2t_r1": values[s - 1] / 2, "zero_shot_top1": 0.5} for s in steps]
     assert found == {"scenes": expected}
 
 
@@ -232,7 +238,9 @@ def test_a_cut_last_line_is_passed_over(tmp_path, cut):
 )
 def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(line.encode("latin-1") + b"\n" + lines_of(range(1), 1, float)[0].encode())
-    assert read_curves(tmp_path / "metrics.jsonl") == {"scenes": [{"step": 1, "t2i_r1": 0.0, "i2t_r1": 0.0}]}
+    assert read_curves(tmp_path / "metrics.jsonl") == {
+        "scenes": [{"step": 1, "t2i_r1": 0.0, "i2t_r1": 0.0, "zero_shot_top1": 0.5}]
+    }
 
 
 def test_a_run_that_went_on_counts_each_step_once(tmp_path):

@@ -549,17 +549,24 @@ def test_one_run_without_scores(new_report):
     assert re.findall("<h2>(.*?)</h2>", html) == ["Training", "What training costs"]
 
 
-@pytest.mark.parametrize("part", ["retrieval", "first_caption", "composition", "zero_shot", "curves"])
-def test_a_set_with_less(report, part):
+@pytest.mark.parametrize(
+    ("part", "head"),
+    [
+        ("retrieval", "<h2>Retrieval<"),
+        ("first_caption", "<h3>First caption<"),
+        ("composition", "<h2>Composition<"),
+        ("zero_shot", "<h2>Zero-shot classification<"),
+        ("curves", "<h3>On held-out sets while training<"),
+    ],
+)
+def test_a_report_with_less(report, part, head):
     """Scores that no model has leave no empty table."""
-    heads = {"retrieval": "Retrieval", "first_caption": "First caption", "composition": "Composition"}
-    head = f">{heads.get(part, {'zero_shot': 'Zero-shot classification', 'curves': 'while training'}.get(part))}"
-    assert head.strip(">") in render_html(report)
+    assert head in render_html(report)
     for model in MODELS:
         report[model][part] = {}
     html = render_html(report)
-    assert head not in html.replace("R@1 on held-out sets while training", ">while training")
-    assert "<tbody>\n</tbody>" not in html
+    assert head not in html and "<tbody>\n</tbody>" not in html
+    assert Balance(html).wrong == []
 
 
 # Several sets, ties, chance.
@@ -622,17 +629,27 @@ def test_the_noise_of_a_mean_is_that_of_its_parts():
     assert comparison.mean("none", []) is None
 
 
-def test_curves_are_drawn_for_each_run_and_direction(report):
-    report["clip"]["curves"] = {"openmoji": [{"step": 600, "t2i_r1": 0.5}]}
-    html = render_html(report)
-    figure = html[html.index("R@1 on openmoji while training") :]
+def curve(html: str, name: str) -> tuple[str, list[tuple[str, int]]]:
+    """The words over a chart, and the style and number of points of each of its lines."""
+    figure = html[html.index(f"<figcaption><b>{name}<") :]
     figure = figure[: figure.index("</figure>")]
     lines = re.findall(r'<polyline class="([^"]*)" points="([^"]*)"', figure)
-    assert [(style, len(points.split())) for style, points in lines] == [
-        ("line lift dashed", 6),
-        ("line lift", 6),
-        ("line clip", 1),
-    ]
+    words = "".join(Balance(figure[: figure.index("</figcaption>")]).text)
+    return words, [(style, len(points.split())) for style, points in lines]
+
+
+def test_curves_are_drawn_for_each_run_and_score(report):
+    report["clip"]["curves"] = {
+        "openmoji": [{"step": 600, "t2i_r1": 0.5}],
+        "classes": [{"step": 300, "zero_shot_top1": 0.1}, {"step": 600, "zero_shot_top1": 0.2}],
+    }
+    html = render_html(report)
+    words, lines = curve(html, "openmoji, R@1")
+    assert lines == [("line lift", 6), ("line clip", 1), ("line lift dashed", 6)]
+    assert words.endswith("text → image solid, image → text dashed")
+    words, lines = curve(html, "classes, accuracy")
+    assert lines == [("line clip dashed", 2)] and words.endswith("CLIPzero-shot dashed")
+    assert "<b>openmoji, accuracy<" not in html and "<b>classes, R@1<" not in html
 
 
 def test_notes_and_samples_that_were_left_out_are_listed(report):

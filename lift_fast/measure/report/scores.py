@@ -10,6 +10,7 @@ from .comparison import DIRECTIONS, Measure, recall, tasks, zero_shot
 from .fields import both, either, get, models_of, sets_of
 
 RECALLS = ("r1", "r5", "r10")
+_DOTTED = 30  # a line of fewer points has dots at them
 
 
 def recall_rows(report: dict, part: str) -> list[dict[str, Any]]:
@@ -91,19 +92,36 @@ def zero_shot_table(report: dict) -> dict[str, Any]:
     return {"rows": rows, "several": any(row["one"].known for row in rows)}
 
 
-def curves(report: dict) -> list[tuple[str, Svg]]:
-    """Title and chart of R@1 on each set while the runs trained, in percent: image to text dashed."""
+# What is drawn of a set while runs train: the y axis, and each score's name in words; the second line is dashed.
+_CURVES = (
+    ("R@1", {"t2i_r1": DIRECTIONS["t2i"], "i2t_r1": DIRECTIONS["i2t"]}),
+    ("accuracy", {"composition": "composition", "zero_shot_top1": "zero-shot"}),
+)
+
+
+def curves(report: dict) -> list[tuple[str, str, Svg]]:
+    """The scores on each set while the runs trained, in percent: title, which lines are which, chart."""
     charts = []
     for name in sets_of(report, "curves"):
-        lines = []
-        for model, _ in models_of(report):
-            found = get(report, model, "curves", name) or []
-            for key in ("i2t_r1", "t2i_r1"):
-                known = [(point["step"], 100 * y) for point in found if (y := get(point, key)) is not None]
-                lines.append(Line(model, thinned(known), dots=len(known) < 30, dashed=key == "i2t_r1"))
-        chart = line_chart(f"R@1 on {name} while training", "step", "R@1, %", lines, from_zero=True)
-        if chart is not None:
-            charts.append((name, chart))
+        for axis, scores in _CURVES:
+            lines, words = [], []
+            for (key, title), way in zip(scores.items(), ("solid", "dashed"), strict=True):
+                of_runs = {
+                    model: [
+                        (point["step"], 100 * y)
+                        for point in get(report, model, "curves", name) or []
+                        if (y := get(point, key)) is not None
+                    ]
+                    for model, _ in models_of(report)
+                }
+                lines += [
+                    Line(model, thinned(known), dots=len(known) < _DOTTED, dashed=way == "dashed")
+                    for model, known in of_runs.items()
+                ]
+                words += [f"{title} {way}"] if any(of_runs.values()) else []
+            chart = line_chart(f"{axis} on {name} while training", "step", f"{axis}, %", lines, from_zero=True)
+            if chart is not None:
+                charts.append((f"{name}, {axis}", ", ".join(words), chart))
     return charts
 
 
