@@ -17,7 +17,7 @@ AUTHORS = "It is a photo of a {}"  # LIFT's authors' only template, for ImageNet
 USUAL = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")  # of sets that are not ImageNet's
 _FOLDER = Path(__file__).parent / "imagenet"
 # In place of a file: what is installed.
-_TEMPLATES = {"imagenet": "templates.txt"}
+_TEMPLATES = {"imagenet": "templates.txt", "imagenet-authors": "authors-templates.txt"}
 _CLASSES = {"imagenet": "classes.txt", "imagenet-authors": "authors.txt"}
 _SYNSET = re.compile(r"n\d{8}")
 _NUMBER_OR_SYNSET = re.compile(r"\d+|n\d{8}")
@@ -40,7 +40,8 @@ def imagenet_classes() -> dict[str, str]:
 
 def read_templates(path: Path) -> list[str]:
     """Reads templates from a text file, one a line, or from a .json list. {} or {c} stands for the class's name; lines
-    that are blank or begin with # are left out. `imagenet`, where there is no such file: the 80 of OpenAI's CLIP.
+    that are blank or begin with # are left out. `imagenet`, where there is no such file: the 80 of OpenAI's CLIP;
+    `imagenet-authors`: AUTHORS.
 
     Raises DataError for a file that cannot be read, a line without {}, and a file without templates.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lift_fast.errors import DataError
-from lift_fast.eval.templates import imagenet_classes, imagenet_templates, read_classnames, read_templates
+from lift_fast.eval.templates import AUTHORS, imagenet_classes, imagenet_templates, read_classnames, read_templates
 
 
 def written(folder, content, suffix=".txt"):
@@ -23,6 +23,7 @@ def test_imagenet():
     assert len(set(classes.values())) == 998
     assert len(set(templates)) == 80 and all(template.count("{}") == 1 for template in templates)
     assert {"a photo of a {}.", "itap of the {}.", "a tattoo of the {}."} <= set(templates)
+    assert read_templates(Path("imagenet-authors")) == [AUTHORS] == ["It is a photo of a {}"]
     assert read_templates(Path("imagenet")) == list(templates) and read_classnames(Path("imagenet")) == classes
 
 

@@ -117,7 +117,7 @@ def test_a_wheel_without_cuda(tree, tmp_path):
     assert {"page.html.j2", "style.css"} <= {file.name for file in (site / "lift_fast/measure/report").iterdir()}
     assert (site / "lift_fast/text/clip_merges.txt.gz").is_file()
     names = {file.name for file in (site / "lift_fast/eval/imagenet").iterdir()}
-    assert names == {"authors.txt", "classes.txt", "templates.txt"}
+    assert names == {"authors-templates.txt", "authors.txt", "classes.txt", "templates.txt"}
     [about] = site.glob("lift_fast-*.dist-info")
     assert {file.name for file in (about / "licenses").iterdir()} == {"LICENSE", "LICENSE-CLIP"}
     # No top-level kernels, tests or benchmarks.
