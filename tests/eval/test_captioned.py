@@ -4,6 +4,8 @@ import json
 import random
 
 import pytest
+import torch
+from support.scorers import Scorer
 from support.tiny_benchmarks import coco, karpathy, uniform, write_flickr_table, write_images, write_json, write_tar
 from support.tiny_sets import keys_of
 
@@ -12,6 +14,7 @@ from lift_fast.data.samples import SeveralCaptions
 from lift_fast.errors import DataError
 from lift_fast.eval.labels import classes_of
 from lift_fast.eval.layouts import open_benchmark
+from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
 
 CAPTIONS = {
@@ -134,6 +137,27 @@ def test_a_benchmark_is_known_by_its_counts(tmp_path, images, captions, name):
     write_images(tmp_path, ["7.jpg"])
     path = write_json(tmp_path / "dataset_flickr30k.json", karpathy(several))
     assert open_set(path).benchmark == name
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_perfect_model_scores_all(tmp_path, write):
+    """Captions repeat within an image and between images; the first captions of two images are equal."""
+    repeated = CAPTIONS | {"c.jpg": ["a cat on a mat", "zilch", "one cat"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CAPTIONS, "c.jpg", repeated["c.jpg"])
+        path = write(tmp_path / "set", CAPTIONS)
+    right: dict[str, list[int]] = {}
+    for number, several in enumerate(repeated.values()):
+        for caption in several:
+            right.setdefault(caption.strip(), []).append(number)
+    one = torch.eye(3)
+    perfect = Scorer(lambda i: one[i], lambda text: one[sorted(set(right[text]))].sum(dim=0))
+    result = evaluate(perfect.subject(), {"set": open_set(path)})
+    for part, captions, repeats in (("retrieval", 9, 3), ("first_caption", 3, 1)):
+        scores = result[part]["set"]
+        assert (scores["n"], scores["captions"], scores["repeats"]) == (3, captions, repeats)
+        assert all(scores[way][k] == 1 for way in ("i2t", "t2i") for k in ("r1", "r5", "r10"))
+    assert result["composition"] == result["zero_shot"] == {}
 
 
 def test_an_image_without_captions_stays(tmp_path):

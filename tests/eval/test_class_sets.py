@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.scorers import Scorer
 from support.tiny_benchmarks import uniform, write_class_tar, write_images, write_tar
-from torch.nn import functional as F
 
 from lift_fast.data.loose import LooseFiles
 from lift_fast.data.options import DataOptions
 from lift_fast.errors import DataError
 from lift_fast.eval import labels as labels_module
-from lift_fast.eval.images import Pixels
 from lift_fast.eval.layouts import open_benchmark
 from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
-from lift_fast.eval.subject import Subject
 from lift_fast.eval.templates import AUTHORS, USUAL, imagenet_classes, imagenet_templates, read_classnames
 
 SKIPPING = DataOptions(skip_bad=True)
@@ -294,15 +292,9 @@ def test_classes_are_scored(tmp_path):
     of_class = {"cat": 0, "dog": 1, "fox": 2}
     knows = [of_class[label] for label in labels[:-1]] + [1]
 
-    def encode_image(pixels):
-        red = (255 * pixels[:, 0].mean(dim=(1, 2)) / 6).round().long()
-        return torch.eye(3)[torch.tensor(knows)[red]]
-
-    def encode_text(texts):
-        return F.normalize(torch.stack([torch.eye(3)[of_class[text.split()[-1]]] for text in texts]), dim=1)
-
-    subject = Subject(encode_image, encode_text, Pixels(8, 8, (0, 0, 0), (1, 1, 1)), torch.device("cpu"))
-    result = evaluate(subject, {"set": open_set(tmp_path)})
+    one = torch.eye(3)
+    scorer = Scorer(lambda i: one[knows[i]], lambda text: one[of_class[text.split()[-1]]])
+    result = evaluate(scorer.subject(), {"set": open_set(tmp_path)})
     scores = result["zero_shot"]["set"]
     assert (scores["n"], scores["classes"], scores["top1"], scores["top5"]) == (5, 3, 4 / 5, 1)
     assert scores["mean_per_class"] == pytest.approx((2 / 3 + 1 + 1) / 3)

@@ -6,16 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.tiny_benchmarks import choice, number_of, real_sugarcrepe, uniform, write_images, write_json
-from torch.nn import functional as F
+from support.scorers import Scorer
+from support.tiny_benchmarks import choice, real_sugarcrepe, uniform, write_images, write_json
 
 from lift_fast.data.options import DataOptions
 from lift_fast.data.samples import BadSample
 from lift_fast.errors import DataError
-from lift_fast.eval.images import Pixels
 from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
-from lift_fast.eval.subject import Subject
 
 COUNTS = {
     "swap_att": 666,
@@ -36,24 +34,6 @@ def published(tmp_path_factory):
     names = sorted({entry["filename"] for task in entries.values() for entry in task.values()})
     write_images(folder / "val2017", names)
     return folder, entries, names
-
-
-class Scorer:
-    """A model that scores by a table: the features of an image are those of its name."""
-
-    def __init__(self, of_image, of_text):
-        self.of_image, self.of_text = of_image, of_text  # number of an image -> features; text -> features
-
-    def subject(self):
-        # So that normalised pixels are colours, 0 … 1.
-        return Subject(self.encode_image, self.encode_text, Pixels(8, 8, (0, 0, 0), (1, 1, 1)), torch.device("cpu"))
-
-    def encode_image(self, pixels):
-        colours = 255 * pixels.mean(dim=(2, 3))
-        return torch.stack([self.of_image(number_of(red, green)) for red, green, _ in colours.tolist()])
-
-    def encode_text(self, texts):
-        return F.normalize(torch.stack([self.of_text(text) for text in texts]), dim=1)
 
 
 def oracle(entries, names, sign=1):
