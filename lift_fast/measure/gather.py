@@ -32,6 +32,7 @@ _FROM_RUN = (
     "step_ms",
     "step_ms_spread",
     "peak_memory_bytes",
+    "best",
 )
 _SPLITS = ("train", "training")
 

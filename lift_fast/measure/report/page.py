@@ -119,6 +119,7 @@ def _training(report: dict) -> dict[str, Any]:
             for n in dict.fromkeys(n for times in both(report, "text_ms_by_context") for n in times or {})
         ),
         ("step time, interquartile range", _ms, ("step_ms_spread",)),
+        ("best weights after step", integer, ("best", "step")),
     ]
     rows = [
         (name, [(model, show(get(report, model, *keys))) for model, _ in models_of(report)])
