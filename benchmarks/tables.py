@@ -40,6 +40,7 @@ COMMANDS = {
     "inverse_effect": "python -m benchmarks inverse_effect --json FILE",
 }
 STUDY_COMMAND = "python -m benchmarks.study --work FOLDER --out FILE"
+DEMO_STUDY_COMMAND = "python -m benchmarks.demo_study --work FOLDER --out FILE"
 COMPARE_COMMAND = "lift-fast compare --preset vit-b16 --context 77 128 --json FILE"
 GIB, MIB = 2**30, 2**20
 DIMS = 4096, 512
@@ -106,7 +107,8 @@ def _scores(model: dict[str, Any]) -> list[float]:
     """Every accuracy of a model of the demo; higher is better."""
     ways = [way for found in model["retrieval"].values() for way in (found["i2t"], found["t2i"])]
     recalls = [way[key] for way in ways for key in RECALLS]
-    return [*recalls, *(model["composition"][task] for task in TASKS), model["zero_shot"]["top1"]]
+    choices = [scores[task] for scores in model["composition"].values() for task in TASKS]
+    return [*recalls, *choices, *(scores["top1"] for scores in model["zero_shot"].values())]
 
 
 def machines() -> str:
@@ -597,10 +599,10 @@ def demo() -> str:
             rows.append([f"{name}, {words}, R@1 / 5 / 10 ({held} held out, chance {100 / held:.2f} %)", *cells])
     foils = TASKS | {"mean": "composition, mean of seven"}
     for key, name in foils.items():
-        rows.append([f"{name} ({chance})", *(f"{100 * each['composition'][key]:.1f} %" for each in both)])
-    zero = lift["zero_shot"]
+        rows.append([f"{name} ({chance})", *(f"{100 * each['composition']['scenes'][key]:.1f} %" for each in both)])
+    zero = lift["zero_shot"]["openmoji"]
     name = f"zero-shot, drawings into {zero['classes']} groups (commonest group alone {100 * zero['majority']:.1f} %)"
-    rows.append([name, *(f"{100 * each['zero_shot']['top1']:.1f} %" for each in both)])
+    rows.append([name, *(f"{100 * each['zero_shot']['openmoji']['top1']:.1f} %" for each in both)])
     return table(["", "LIFT", "CLIP"], rows)
 
 
@@ -610,6 +612,30 @@ def _times(model: dict[str, Any], digits: int) -> str:
 
 def _recalls(scores: dict[str, float]) -> str:
     return " / ".join(f"{100 * scores[key]:.1f}" for key in RECALLS) + " %"
+
+
+# ---- the study of the demo
+
+
+def demo_choice() -> str:
+    """What decided which of gemma's vectors the study takes."""
+    head = ["LIFT's text", "drawings R@1", "scenes R@1", "composition", "replace relation", "swap attributes"]
+    chosen = study_tables.chosen_encoder(study_tables.demo_study.GEMMAS)
+    return f"{table(head, study_tables.choosing())}\n\nChosen among gemma's, by composition: {chosen}."
+
+
+def demo_recalls() -> str:
+    """R@1 of every model of the study of the demo."""
+    rows = study_tables.demo_recalls()
+    asked = [f"scenes, {captions}" for captions in study_tables.SCENES]
+    made = f"Made by `{DEMO_STUDY_COMMAND}` on {study_tables.machine(study_tables.DEMO_FILE)}"
+    head = ["trained on", "model", "seeds", "loss", "drawings", *asked]
+    return f"{table(head, rows)}\n\n{made}: {raw('study-demo', suffix='jsonl')}."
+
+
+def demo_tasks() -> str:
+    """Composition of the same models."""
+    return table(["trained on", "asked in", "model", "mean", *study_tables.TASK_NAMES], study_tables.demo_tasks())
 
 
 # ---- Python's time
@@ -713,6 +739,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "conditioned-cost": conditioned_cost,
     "compare": compare,
     "demo": demo,
+    "demo-choice": demo_choice,
+    "demo-recalls": demo_recalls,
+    "demo-tasks": demo_tasks,
     "search": search,
     "encoding": encoding,
     "host": host,

@@ -107,10 +107,10 @@ def write(source: str | Path, folder: str | Path) -> None:
             meta = data.meta(i)
             meta["composition"] = {
                 task: {
-                    "caption": reworded(foil.claims, f"{key}-{task}"),
-                    "foil": reworded(foil.foil_claims, f"{key}-{task}"),
+                    "caption": reworded(foil.claims, key),
+                    "foil": reworded(foil.foil_claims, key),
                 }
-                | ({"base": reworded(foil.base_claims, f"{key}-{task}")} if foil.base else {})
+                | ({"base": reworded(foil.base_claims, key)} if foil.base else {})
                 for task, foil in sample.foils.items()
             }
             writer.write(key, data.image_bytes(i), reworded(sample.claims, key), meta)
