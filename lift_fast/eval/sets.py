@@ -49,6 +49,7 @@ def open_set(
         templates=templates,
         classnames=classnames,
         fields=fields,
+        wanted=wanted,
     )
     if found is not None:
         return found

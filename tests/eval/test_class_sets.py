@@ -285,6 +285,19 @@ def test_class_only_sets_whose_captions_are_asked_for(tmp_path):
     assert open_benchmark(tmp_path, options=DataOptions(text_suffix="cls")) is None
 
 
+@pytest.mark.parametrize("caption", ["a caption", ["two", "captions"]])
+def test_captions_of_the_run_in_tars_with_cls(tmp_path, caption):
+    files = [
+        (f"{i}.{suffix}", data) for i in range(2) for suffix, data in (("jpg", uniform(i)), ("cls", b"ab"[i : i + 1]))
+    ]
+    files += [(f"{i}.json", json.dumps({"long": caption}).encode()) for i in range(2)]
+    write_tar(tmp_path / "0.tar", files)
+    questions = open_set(tmp_path, wanted="long").questions
+    assert len(questions.captions) == 2 and label_names(questions.classes) == ["a", "b"]
+    assert open_set(tmp_path, wanted="other").questions.captions == {}
+    assert label_names(classes_in(tmp_path)) == ["a", "b"]
+
+
 def test_classes_are_scored(tmp_path):
     """A model that knows all but one image; n, chance and both figures by hand."""
     labels = ["cat", "dog", "cat", "fox", "cat"]

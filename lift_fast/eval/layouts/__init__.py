@@ -28,6 +28,7 @@ def open_benchmark(
     templates: Sequence[str] | None = None,
     classnames: ClassNames | None = None,
     fields: Sequence[str] = (),
+    wanted: str = "txt",
 ) -> HeldOutSet | None:
     """Opens a held-out set in one of these layouts, which are told by their content; None for any other:
 
@@ -39,7 +40,7 @@ def open_benchmark(
 
     images: the folder of the image files, where they are not in the folder of the file or next to it. options: of them
     skip_bad and absolute_paths; for class folders and tars all. templates, classnames: as of labels.classes_of. fields:
-    the captions that are asked for.
+    the captions that are asked for. wanted: those that are read where a set has them.
 
     Raises DataError and ConfigError where one of these modules does, and for a folder with several files of captions.
     """
@@ -55,7 +56,7 @@ def open_benchmark(
         return _open_file(file, images, options)
     if images is not None or fields:
         return None
-    return open_retrieval_tars(path, options) or open_class_set(path, options, templates, classnames)
+    return open_retrieval_tars(path, options) or open_class_set(path, options, templates, classnames, wanted)
 
 
 def _open_file(path: Path, images: Path | None, options: DataOptions) -> HeldOutSet | None:

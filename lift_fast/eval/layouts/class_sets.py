@@ -16,7 +16,7 @@ from pathlib import Path
 from ...data.loose import LooseFiles
 from ...data.open import open_data
 from ...data.options import DataOptions
-from ...data.samples import BadText, Samples
+from ...data.samples import BadText, Samples, SeveralCaptions
 from ...data.scan import IMAGE_SUFFIXES
 from ...data.shards import Shards
 from ..held_out_set import HeldOutSet
@@ -31,9 +31,13 @@ _CAPTIONS = {"txt", "json", "text", "caption"}
 
 
 def open_class_set(
-    path: Path, options: DataOptions, templates: Sequence[str] | None, classnames: ClassNames | None
+    path: Path,
+    options: DataOptions,
+    templates: Sequence[str] | None,
+    classnames: ClassNames | None,
+    wanted: str = "txt",
 ) -> HeldOutSet | None:
-    """Opens a set of which every sample has a class and none a caption, as far as its first files tell; None for any
+    """Opens a set of which every sample has a class and none a caption `wanted`, as far as its first tell; None for any
     other. Raises as open_data, classes_of and check_classes do."""
     if options.text_suffix:
         return None
@@ -44,6 +48,8 @@ def open_class_set(
         if "cls" not in suffixes or "txt" in suffixes:
             return None
         data = Shards(tars[0].parent, options=of_cls)
+        if wanted != "txt" and _has(data, wanted):
+            return None
     else:
         suffixes, in_folders = _first_suffixes(path)
         if suffixes & _CAPTIONS:
@@ -75,6 +81,16 @@ def open_retrieval_tars(path: Path, options: DataOptions) -> HeldOutSet | None:
     texts, left_out = _captions(data, options.skip_bad)
     captions = {sample: [line.strip() for line in text.split("\n") if line.strip()] for sample, text in texts.items()}
     return HeldOutSet(data, Questions(captions=captions, left_out=left_out))
+
+
+def _has(data: Samples, field: str) -> bool:
+    """Whether the first sample has a caption."""
+    try:
+        return bool(data.caption(0, field))
+    except SeveralCaptions:
+        return True
+    except BadText:
+        return False
 
 
 def _captions(data: Samples, skip_bad: bool) -> tuple[dict[int, str], dict[int, str]]:
