@@ -171,7 +171,7 @@ def labels_of_files(data: LooseFiles, skip_bad: bool = False) -> dict[int, str]:
 
 
 def tar_suffixes(path: Path, most: int = 64) -> set[str]:
-    """The suffixes of the first files in a tar, {} where it cannot be read."""
+    """The suffixes of the first files in a tar, none where it cannot be read."""
     found = set()
     try:
         with open(path, "rb", buffering=0) as file:
