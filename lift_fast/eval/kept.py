@@ -73,7 +73,7 @@ class Kept:
 
     def texts(self) -> "KeptTexts | None":
         """Those of texts."""
-        return None if self._text is None else KeptTexts(self, self._text)
+        return None if self._text is None else KeptTexts(self, _digest(self._text))
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], identity: str) -> None:
         """Writes a file of features, unless one of them is not finite."""

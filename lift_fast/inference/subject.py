@@ -1,20 +1,15 @@
 """A Model as evaluation takes it."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from ..errors import EncoderError
 from ..eval.images import Pixels
 from ..eval.subject import Subject
 from ..nn import Clip
-from ..text.repository import locate, resolved
-from ..text.spec import EncoderSpec
+from ..text.identity import FEATURES, text_identity
 from .model import Model
 from .store import model_identity, weights_digest
 
-_FEATURES = "eval-features"
 _STARTED = "started.json"  # of a run, see train/
 
 
@@ -29,7 +24,7 @@ def subject_of(model: Model) -> Subject:
         device=model.device,
         description=model.description,
         image_identity=lambda: model_identity(model),
-        text_identity=lambda: text_identity(model),
+        text_identity=lambda: _text_identity(model),
     )
 
 
@@ -40,40 +35,13 @@ def features_folder(model: Model) -> Path | None:
     if not os.path.isdir(folder):
         return None
     above = folder.resolve().parents[:2]
-    return next((path for path in above if (path / _STARTED).is_file()), folder) / _FEATURES
+    return next((path for path in above if (path / _STARTED).is_file()), folder) / FEATURES
 
 
-def text_identity(model: Model) -> str | None:
-    """A digest of all that decides a model's text features, 32 hex digits; the same for models that share a frozen
-    encoder, its settings, conditioning and rotation. None where that is not known.
-
-    Of an encoder in a folder it has the sizes and times of the files, of one on the hub the commit.
-    """
-    run = model.description
-    about = {name: run.get(name) for name in ("text_dim", "conditioning", "rotation", "context", "text")}
-    about["device"] = model.device.type
-    if run.get("encoder") is not None:
-        spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=False)
-        try:
-            folder, file = locate(spec)
-        except EncoderError:  # it is raised again where the encoder is needed
-            return None
-        spec = resolved(spec, folder)
-        if Path(folder).parent.name == "snapshots":  # the hub's cache: a commit's files do not change
-            about["encoder"] = spec.as_dict()
-        else:
-            about["encoder"] = replace(spec, name="").as_dict()
-            about["files"] = sorted(_stamps(Path(folder), file))
-    elif not isinstance(model.module, Clip):
-        return None
-    state = model.module.state_dict() if isinstance(model.module, Clip) else {}
-    return weights_digest({name: weights for name, weights in state.items() if not name.startswith("visual")}, about)
-
-
-def _stamps(folder: Path, file: str | None) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of last change of the files in a folder and below, or of one of them."""
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != _FEATURES and not name.startswith(".")]
-        for name in [name for name in names if not file or name == file]:
-            status = os.stat(os.path.join(path, name))
-            yield os.path.relpath(os.path.join(path, name), folder), status.st_size, status.st_mtime_ns
+def _text_identity(model: Model) -> str | None:
+    """text.identity.text_identity of the model; with that of a CLIP's own text tower."""
+    run, frozen = model.description, text_identity(model.description, model.device)
+    if not isinstance(model.module, Clip) or (frozen is None and run.get("encoder") is not None):
+        return frozen
+    state = {name: weights for name, weights in model.module.state_dict().items() if not name.startswith("visual")}
+    return weights_digest(state, run.get("context"), run.get("text"), frozen, model.device.type)

@@ -23,13 +23,14 @@ from typing import Any, Literal
 from ..cache.conditioning import CONDITIONING, Conditioning
 from ..errors import ConfigError, TrainingError
 from ..files import write_whole
+from ..text.identity import FEATURES
 from .identity import differences, digest_of
 
 FORMAT = 1  # of started.json
 STARTED, METRICS, SPIKES, COMPLETE, LOCK = "started.json", "metrics.jsonl", "spikes.jsonl", "run.json", ".lock"
 _SHOWN = 3  # differences in a message
 # What a run that ended before it had begun may leave.
-_BEFORE_START = {LOCK, f"{STARTED}.part", CONDITIONING, f"{CONDITIONING}.part"}
+_BEFORE_START = {LOCK, f"{STARTED}.part", CONDITIONING, f"{CONDITIONING}.part", FEATURES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of file systems without them
 _TRIES = 100
 
@@ -90,7 +91,7 @@ def start(
     out: Path, settings: dict[str, Any], about: dict[str, Any], conditioning: Conditioning | None = None
 ) -> dict[str, Any]:
     """Writes started.json, atomically, and returns its content; no other file of the run may be written before it but
-    conditioning.safetensors, so that a run that has begun has it.
+    conditioning.safetensors, so that a run that has begun has it, and features of the held-out sets' texts.
 
     about: for people to read. conditioning: of the run's text. Raises TrainingError when a file cannot be written.
     """

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..cache import Conditioning
 from ..errors import ConfigError
 from ..eval.held_out_set import HeldOutSet
 from ..eval.images import ImageFeatures, Images, Pixels, image_features
+from ..eval.kept import Kept
 from ..eval.questions import Questions
 from ..eval.run import score_set
 from ..eval.sets import open_set, options_of
@@ -23,6 +24,7 @@ from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
 from ..ranks import Rank, together
 from ..run_folder import EncodeText
+from ..text.identity import FEATURES, text_identity
 from .best import Criterion
 from .config import TrainConfig
 
@@ -33,7 +35,8 @@ class HeldOut:
     """The held-out sets of a run, config.eval_data, opened and checked before the first step.
 
     Samples whose image does not decode, or whose caption cannot be used, are left out and counted. LIFT's frozen text
-    encoder encodes the captions once, now, and is dropped; CLIP's text tower encodes them in each evaluation.
+    encoder encodes the captions once, now, and is dropped; their vectors are kept in eval-features in the run's folder,
+    so that a run that goes on does not load it. CLIP's text tower encodes them in each evaluation.
 
     run: of run.json, what run_folder needs, and "field" and "read" where they are not the default. device: of the
     model. rank: this process; the constructor and `scores` are collectives. conditioning: of the run's text. notices:
@@ -81,6 +84,7 @@ class HeldOut:
                 for (name, path), images in zip(config.eval_data.items(), folders, strict=True)
             }
 
+        @cache
         def load() -> EncodeText:
             with torch.device("meta"):
                 model = run_folder.build(run)  # without weights: only its kind matters
@@ -105,7 +109,8 @@ class HeldOut:
         if run["model"] == "lift":
             # Loading a model may draw random numbers, which are the training's.
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                self.texts = self._encode_texts(together(load))
+                kept = together(lambda: Kept(config.out / FEATURES, None, text_identity(run, device)), only_first=True)
+                self.texts = self._encode_texts(lambda texts: load()(texts), kept if rank.is_first else None)
         if sum(images.bytes for images in self.images.values()) <= _KEPT:
             for images in self.images.values():
                 images.keep()
@@ -133,9 +138,9 @@ class HeldOut:
                 found[name] = together(score, only_first=True)
         return found
 
-    def _encode_texts(self, encode_text: EncodeText) -> dict[str, Texts]:
+    def _encode_texts(self, encode_text: EncodeText, kept: Kept | None = None) -> dict[str, Texts]:
         return {
-            name: encode_texts(questions.texts(), encode_text, self.rank, True)
+            name: encode_texts(questions.texts(), encode_text, self.rank, True, kept.texts() if kept else None)
             for name, questions in self.questions.items()
         }
 

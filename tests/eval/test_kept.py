@@ -38,9 +38,9 @@ from lift_fast.eval.kept import Kept
 from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
 from lift_fast.eval.texts import encode_texts
-from lift_fast.inference import subject as subject_module
-from lift_fast.inference.subject import features_folder, subject_of, text_identity
+from lift_fast.inference.subject import features_folder, subject_of
 from lift_fast.ranks import Rank
+from lift_fast.text import identity as identity_module
 from lift_fast.text.spec import EncoderSpec
 
 CPU = torch.device("cpu")
@@ -514,17 +514,21 @@ def test_the_identity_of_an_images_features_is_the_models():
     assert len(identities) == 2 and subject_of(tiny_model()).text_identity() is None  # its encoder is not known
 
 
+def identity_of(model):
+    return subject_of(model).text_identity()
+
+
 def of_text(model, **changes):
-    """text_identity after changes to the description."""
+    """identity_of after changes to the description."""
     model.description = model.description | changes
-    return text_identity(model)
+    return identity_of(model)
 
 
 def test_the_identity_of_a_frozen_encoders_features(tmp_path):
     """Equal for siblings, and for the same settings written out; another for each thing that changes a vector."""
     model, sibling = (small_model(tmp_path / name, "lift") for name in ("run", "sibling"))
-    own, spec = text_identity(model), model.description["encoder"]
-    assert own == text_identity(sibling) and subject_of(model).image_identity() != subject_of(sibling).image_identity()
+    own, spec = identity_of(model), model.description["encoder"]
+    assert own == identity_of(sibling) and subject_of(model).image_identity() != subject_of(sibling).image_identity()
     assert own == of_text(sibling, encoder=EncoderSpec(**spec).as_dict(), config={"lr": 1}, preset="tiny", vit={})
     assert own == of_text(sibling, encoder=spec | {"trust_remote_code": True})
     changes = [
@@ -564,7 +568,7 @@ def test_the_files_of_an_encoder_in_a_folder_are_its_identity(tmp_path):
     found = {own}
     for name in ("model.safetensors", "1_Pooling/config.json", "modeling.py"):
         written_again(tmp_path / "copy" / name, b"[]")
-        found.add(text_identity(model))
+        found.add(identity_of(model))
     assert len(found) == 4
     for name in (".git", "eval-features"):
         (folder / name).mkdir()
@@ -578,24 +582,24 @@ def test_a_hub_encoders_identity_is_its_commit(tmp_path, monkeypatch):
     for commit in ("a" * 40, "b" * 40):
         snapshot = tmp_path / "hub/snapshots" / commit
         snapshot.mkdir(parents=True)
-        monkeypatch.setattr(subject_module, "locate", lambda spec, at=snapshot: (str(at), None))
+        monkeypatch.setattr(identity_module, "locate", lambda spec, at=snapshot: (str(at), None))
         found |= {of_text(model, encoder={"name": f"owner/{name}", "revision": "main"}) for name in ("one", "two")}
     assert len(found) == 4
 
 
 def test_the_identity_of_clips_features_is_its_text_towers(tmp_path):
     model = small_model(tmp_path / "run", "clip")
-    own, weights = text_identity(model), model.module.state_dict()
+    own, weights = identity_of(model), model.module.state_dict()
     found = {own}
     for name in ("text.token_embedding.weight", "text_projection.weight"):
         weights[name].view(-1)[0] += 1e-3
-        found.add(text_identity(model))
+        found.add(identity_of(model))
     found |= {of_text(model, context=8), of_text(model, text={**model.description["text"], "heads": 1})}
-    found.add(text_identity(model.to(dtype=torch.bfloat16)))
+    found.add(identity_of(model.to(dtype=torch.bfloat16)))
     assert len(found) == 6
     model = lift_fast.load(tmp_path / "run", device="cpu")
     model.module.visual_projection.weight.view(-1)[0] += 1e-3
-    assert text_identity(model) == own
+    assert identity_of(model) == own
 
 
 def test_where_features_are_kept_by_default(tmp_path, monkeypatch):

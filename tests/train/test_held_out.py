@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
+from uuid import uuid4
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def root(tmp_path_factory):
 
 def config(root, *sets, **changes):
     changes = {"eval_data": {name: root / name for name in sets}, "eval_every": 1} | changes
-    return TrainConfig("clip", (root / "plain",), root / "out", **changes)
+    return TrainConfig("clip", (root / "plain",), root / f"out-{uuid4().hex}", **changes)
 
 
 def opened(root, name, *sets, rank=None, **changes):
@@ -128,12 +129,17 @@ def test_lift_s_encoder_encodes_once(root, monkeypatch):
     before = torch.get_rng_state()
     model, run = run_folder.load(root / "lift")
     torch.set_rng_state(before)
-    held = HeldOut(config(root, "one"), run, CPU, Rank())
-    held.scores(model)
+    settings = config(root, "one")
+    held = HeldOut(settings, run, CPU, Rank())
+    first = held.scores(model)
     held.scores(model)
     texts = [text for captions in asked for text in captions]
     assert len(asked) == 2 and len(set(texts)) == len(texts) == 10 + 7 * (20 + 5) + 3 * 4
     assert torch.equal(torch.get_rng_state(), before)
+    asked.clear()
+    monkeypatch.setattr(run_folder, "text_encoder", None)  # a run that goes on does not load it
+    again = HeldOut(settings, run, CPU, Rank())
+    assert torch.equal(again.texts["one"].vectors, held.texts["one"].vectors) and again.scores(model) == first
 
 
 def test_the_model_is_left_as_it_was(root):
