@@ -335,6 +335,15 @@ def test_the_table_is_ascii_and_marks_the_one_ahead(report):
     assert {len(row) for row in rows} == {len(lines[1])}  # aligned
 
 
+def test_the_table_holds_no_commands_to_the_terminal(report):
+    name = "a\x1b[2J\u202e\u009b\r\nb"
+    for model in MODELS:
+        report[model]["retrieval"][name] = report[model]["retrieval"].pop("openmoji")
+    report["lift"]["encoder"] = {"name": name}
+    text = table_text(report)
+    assert "a?[2J????b image -> text R@1" in text and all(c.isprintable() or c == "\n" for c in text)
+
+
 @pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 2.0), (2, 2.0)], [(0, 0.0)], [(5, -3.5), (6, 1e-9)], [(1, 1e12)]])
 @pytest.mark.parametrize("from_zero", [False, True])
 def test_a_chart_of_few_or_flat_points_stays_in_its_frame(points, from_zero):
@@ -384,7 +393,7 @@ def test_the_paper_scale_part_says_forward_and_counted(report):
     page = render_html(report)
     part = page[page.index("At the paper’s scale") :]
     assert "forward FLOPs a sample" in part and "peak memory, counted" in part and "training FLOPs" not in part
-    assert "For ViT-B/16, not trained here." in part and "the paper</th>" in part
+    assert "For ViT-B/16, which was not trained." in part and "the paper</th>" in part
 
 
 def test_another_scale_names_its_own_preset(report):
@@ -396,7 +405,7 @@ def test_another_scale_names_its_own_preset(report):
     assert "For tiny." in part and "ViT-B/16" not in part and "the paper</th>" not in part and "35.7" not in part
     report["lift"]["preset"] = report["clip"]["preset"] = "vit-s16"
     page = render_html({**report, "paper_scale": scale})
-    assert "For tiny, not trained here." in page
+    assert "For tiny, which was not trained." in page
 
 
 def test_flops_say_what_they_count(report):

@@ -191,7 +191,7 @@ def lead(report: dict) -> str:
     }
     models = [model for model, _ in models_of(report)]
     if len(models) == 2:
-        return f"{what['lift']}, where CLIP trains a text encoder along with it; here LIFT {_balance(report)}."
+        return f"{what['lift']}, where CLIP trains a text encoder along with it; in these runs LIFT {_balance(report)}."
     if not models:
         return f"{what['lift']}."
     return f"{what[models[0]]}; this run {_alone(report, models[0])}."

@@ -13,7 +13,7 @@ from .fields import finite, get, models_of
 from .page import render_html
 
 # The table is ASCII but for names in the report.
-_ASCII = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "→": "->", "µ": "u", "’": "'"})
+_ASCII = str.maketrans({THIN: " ", HARD: " ", "−": "-", DASH: "-", "µ": "u", "’": "'"})
 _WIDTH = 100  # of the sentences, in characters
 
 
@@ -49,7 +49,7 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
             ]
             values.append(measure.difference or "")
         rows.append([measure.name, *values])
-    rows = [[word.translate(_ASCII) for word in row] for row in rows]  # before widths are counted: some grow
+    rows = [[_plain(word).translate(_ASCII) for word in row] for row in rows]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
         "  ".join([f"{row[0]:<{first}}", *(f"{word:>{width}}" for word, width in zip(row[1:], widths, strict=True))])
@@ -60,6 +60,10 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
         captions, each = (get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
         paid = f"{integer(captions)} captions x {amount(each, 'ms')} = {amount(embedding, 's')} of embedding"
         lines += ["", f"Text over the whole run holds {paid}.", PAID_ONCE]
-    sentences = [sentence.replace("→", "->") for sentence in (lead(report), summary(report))]
-    text = "\n".join([*lines, "", *(textwrap.fill(sentence, _WIDTH) for sentence in sentences)])
-    print(text.translate(_ASCII), file=file or sys.stdout)
+    sentences = [textwrap.fill(_plain(sentence), _WIDTH) for sentence in (lead(report), summary(report))]
+    print("\n".join([*lines, "", *sentences]).translate(_ASCII), file=file or sys.stdout)
+
+
+def _plain(text: str) -> str:
+    """The text as long as it will be, and without control characters: a name may hold commands to the terminal."""
+    return "".join(c if c.isprintable() or c in (THIN, HARD) else "?" for c in text.replace("→", "->"))
