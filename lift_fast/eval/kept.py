@@ -148,26 +148,23 @@ class KeptTexts:
         self._kept, self._identity = kept, identity
         self._folder = kept.folder / "texts" / identity
 
-    def find(self, texts: Sequence[str]) -> tuple[list[int], Tensor]:
-        """Those of the texts, each different, that are kept: their positions, and their vectors, float32 [n, dim]."""
+    def find(self, texts: Sequence[str]) -> list[tuple[list[int], Tensor]]:
+        """Those of the texts, each different, that are kept: their positions, and their vectors, float32 [n, dim]; in
+        several parts."""
         wanted = {text: i for i, text in enumerate(texts)}
-        positions: list[int] = []
-        vectors = [torch.zeros(0, 0)]
+        parts: list[tuple[list[int], Tensor]] = []
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 rows = {wanted[text]: row for row, text in enumerate(self._texts(path)) if text in wanted}
                 if not rows:
                     continue
                 found = _read(path, self._identity, ("vectors", "texts", "ends"), _TEXTS)["vectors"]
-                if len(vectors) > 1 and found.shape[1] != vectors[-1].shape[1]:
-                    continue
-                vectors.append(found[list(rows.values())])
+                parts.append(([*rows], found[[*rows.values()]]))
             except _UNUSABLE:
                 continue
             for position in rows:
                 del wanted[texts[position]]
-            positions += rows
-        return positions, torch.cat(vectors[1:] or vectors)
+        return parts
 
     def add(self, texts: Sequence[str], vectors: Tensor) -> None:
         """Keeps the vectors of texts, float32 [n, dim]."""

@@ -50,22 +50,21 @@ def encode_texts(
     Raises DataError when no text has tokens; what encode_text raises; each also when it is raised on another rank.
     """
     texts = of_first(list(texts or ()))
-    positions, vectors = of_first(kept.find(texts) if kept else ([], torch.zeros(0, 0)))
+    parts = of_first(kept.find(texts) if kept else [])
     if not skip_bad:  # of those without tokens the encoder says what is wrong
-        usable = vectors.any(dim=1)
-        positions, vectors = list(compress(positions, usable.tolist())), vectors[usable]
-    known = {*positions}
+        parts = [_with_tokens(*part) for part in parts]
+    known = {i for positions, _ in parts for i in positions}
     missing = [i for i in range(len(texts)) if i not in known]
-    parts = [vectors]
     hidden = title is None or not rank.is_first or not missing
     with bar(desc=title or "", total=len(texts), initial=len(known), unit="text", disable=hidden) as shown:
         for piece in cut(len(missing), _PIECE):
-            several = [texts[missing[i]] for i in piece]
-            parts.append(_encoded(several, encode_text, rank, skip_bad, shown.update))
-            if kept and parts[-1].shape[1]:
-                kept.add(several, parts[-1])
+            positions = missing[piece.start : piece.stop]
+            several = [texts[i] for i in positions]
+            parts.append((positions, _encoded(several, encode_text, rank, skip_bad, shown.update)))
+            if kept and parts[-1][1].shape[1]:
+                kept.add(several, parts[-1][1])
 
-    dims = {part.shape[1] for part in parts} - {0}
+    dims = {vectors.shape[1] for _, vectors in parts} - {0}
     if len(dims) > 1:  # those that were kept are not of this model
         return encode_texts(texts, encode_text, rank, skip_bad, None, title)
 
@@ -75,8 +74,16 @@ def encode_texts(
 
     together(check, only_first=True)
     found = torch.zeros(len(texts), max(dims, default=0))
-    found[positions + missing] = torch.cat(_widened(parts))
+    while parts:  # each is freed
+        positions, vectors = parts.pop()
+        if vectors.shape[1]:
+            found[positions] = vectors
     return Texts(texts, found)
+
+
+def _with_tokens(positions: list[int], vectors: Tensor) -> tuple[list[int], Tensor]:
+    usable = vectors.any(dim=1)
+    return list(compress(positions, usable.tolist())), vectors[usable]
 
 
 def _encoded(
