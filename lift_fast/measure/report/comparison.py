@@ -57,7 +57,7 @@ class Measure:
             return CLOSE
         if self.kind == "share":
             return f"{points(self.lift, self.clip)}{HARD}points"
-        return saving(1 - self.lift / self.clip) if self.clip else None
+        return saving(1 - self.lift / self.clip) if self.clip else "more"
 
     @property
     def known(self) -> bool:
