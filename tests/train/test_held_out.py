@@ -248,7 +248,7 @@ def test_benchmarks_and_sets_of_one_s_own(root, tmp_path):
     assert scores["plain"]["i2t_r1"] == want["retrieval"]["plain"]["i2t"]["r1"]
 
 
-def test_entries_that_cannot_be_used_are_told(root, tmp_path):
+def test_entries_that_cannot_be_used_are_listed(root, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png(random.Random(i)))
     content = {"0": choice("0.png"), "1": choice("1.png", caption=7), "2": choice("2.png")}
