@@ -14,6 +14,7 @@ from torch import Tensor
 
 KS = (1, 5, 10)
 _TILE = 1024  # images, and texts, whose scores are held at once: 4 MiB, which stay in the caches of a CPU
+_RESCORED = 64  # answers whose scores are computed again at once; where features have collapsed, these suffice
 
 Ranks = tuple[Tensor, Tensor]  # of the images, of the captions: see ranks
 
@@ -216,12 +217,16 @@ def _count(
         return
     near = scores[unclear]
     near = (near >= low[unclear]) & (near < high[unclear])
-    columns = near.any(dim=0).nonzero().flatten()
-    own, rows = unclear + first, columns + start
-    exact = queries.features[own].double() @ answers.features[rows].double().T
-    exact += _error(queries, own[:, None], answers, rows)
-    tied = (exact >= queries.least[own, None]) & near[:, columns]
-    counted[unclear] += (tied.double() @ weights[columns].double()).long()
+    for columns in near.any(dim=0).nonzero().flatten().split(_RESCORED):
+        own, rows = unclear + first, columns + start
+        exact = queries.features[own].double() @ answers.features[rows].double().T
+        exact += _error(queries, own[:, None], answers, rows)
+        tied = (exact >= queries.least[own, None]) & near[:, columns]
+        counted[unclear] += (tied.double() @ weights[columns].double()).long()
+        left = (counted[unclear] < KS[-1]).nonzero().flatten()
+        unclear, near = unclear[left], near[left]
+        if not len(unclear):
+            return
 
 
 def _recalls(found: Tensor) -> dict[str, float]:
