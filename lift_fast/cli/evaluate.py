@@ -95,7 +95,7 @@ class Eval:
     """Folder to keep features in, which are used again where nothing that makes them has changed. Models that share a
     text encoder may share it. Default: eval-features in the folder of the run or of the model, if it has one."""
     keep: bool = True
-    """Whether features are kept, and those that were kept are used."""
+    """Keep no features, and use none that were kept."""
     reading: tyro.conf.OmitArgPrefixes[DataOptions] = DataOptions()
 
     def __post_init__(self) -> None:
