@@ -22,7 +22,7 @@ def run(suite: Suite) -> None:
         part = report.get(model, {})
         for name, scores in (part.get("retrieval") or {}).items():
             for way in ("i2t", "t2i"):
-                times = scores[way]["r1"] * scores["n"]
+                times = scores[way]["r1"] / scores["chance"][way]["r1"]
                 suite.add({"model": model, "what": f"{name} {way} R@1 over chance", "value": times})
         for figure in ("step_ms", "text_ms_per_step", "flops_per_sample", "peak_memory_bytes"):
             if figure in part:

@@ -45,6 +45,7 @@ COMPARE_COMMAND = "lift-fast compare --preset vit-b16 --context 77 128 --json FI
 GIB, MIB = 2**30, 2**20
 DIMS = 4096, 512
 RECALLS = "r1", "r5", "r10"
+DEMO_SETS = {"openmoji": "drawings", "scenes": "scenes", "scenes-reworded": "scenes in other words"}
 
 
 @cache
@@ -592,14 +593,15 @@ def demo() -> str:
         ],
         ["text over the whole run", f"{once + text[0]:.1f} s ({once:.1f} s once, to embed)", f"{text[1]:.1f} s"],
     ]
-    for data_set, name in (("openmoji", "drawings"), ("scenes", "scenes")):
+    for data_set, scores in lift["retrieval"].items():
         for way, words in (("i2t", "image → text"), ("t2i", "text → image")):
-            held = lift["retrieval"][data_set]["n"]
+            name, by_chance = f"{DEMO_SETS[data_set]}, {words}", 100 * scores["chance"][way]["r1"]
             cells = [_recalls(each["retrieval"][data_set][way]) for each in both]
-            rows.append([f"{name}, {words}, R@1 / 5 / 10 ({held} held out, chance {100 / held:.2f} %)", *cells])
-    foils = TASKS | {"mean": "composition, mean of seven"}
-    for key, name in foils.items():
-        rows.append([f"{name} ({chance})", *(f"{100 * each['composition']['scenes'][key]:.1f} %" for each in both)])
+            rows.append([f"{name}, R@1 / 5 / 10 ({scores['n']} held out, chance {by_chance:.2f} %)", *cells])
+    for data_set in lift["composition"]:
+        for key, task in (TASKS | {"mean": "composition, mean of seven"}).items():
+            shares = (f"{100 * each['composition'][data_set][key]:.1f} %" for each in both)
+            rows.append([f"{DEMO_SETS[data_set]}, {task} ({chance})", *shares])
     zero = lift["zero_shot"]["openmoji"]
     name = f"zero-shot, drawings into {zero['classes']} groups (commonest group alone {100 * zero['majority']:.1f} %)"
     rows.append([name, *(f"{100 * each['zero_shot']['openmoji']['top1']:.1f} %" for each in both)])

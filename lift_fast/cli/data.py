@@ -32,13 +32,14 @@ class Data:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def __call__(self) -> None:
-        made = [self.out / split for split in ("train", "heldout") if (self.out / split).exists()]
+        splits = "train", "heldout", "heldout-reworded"
+        made = [self.out / split for split in splits if (self.out / split).exists()]
         if made:
             raise DataError(f"{made[0]} exists already; remove it or name another --out")
         self.write()
 
     def write(self) -> None:
-        """Writes OUT/train and OUT/heldout."""
+        """Writes the splits into OUT."""
         raise NotImplementedError
 
 
@@ -57,13 +58,14 @@ class DataOpenMoji(Data):
 
 @dataclass(frozen=True)
 class DataScenes(Data):
-    """Generated images with captions and foils, as tars in OUT/train and OUT/heldout."""
+    """Generated images with captions and foils, as tars in OUT/train and OUT/heldout; OUT/heldout-reworded has the
+    same images with captions and foils in another grammar."""
 
     train: int = 4000
     """Samples to train on."""
 
     def write(self) -> None:
-        from ..demo import scenes
+        from ..demo import reworded, scenes
 
         captions = scenes.write(self.out / "train", self.train, self.seed, px=self.px)
         scenes.write(
@@ -74,6 +76,7 @@ class DataScenes(Data):
             px=self.px,
             exclude_captions=set(captions),
         )
+        reworded.write(self.out / "heldout", self.out / "heldout-reworded")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Demo:
         )
         numbers = Report(lift=lift.out, clip=clip.out, compare=compare, out=self.out, data=self.sets, command=command)
         step("report", numbers)
+        print(
+            "scenes-reworded are the held-out scenes with captions in a grammar that neither model was trained on.\n"
+            "What other text encoders do there, and with several seeds, is in docs/demo.md."
+        )
 
     @property
     def sets(self) -> dict[str, Path]:
@@ -62,8 +66,9 @@ class Demo:
 
     @property
     def held_out(self) -> dict[str, Path]:
-        """The held-out samples of each set."""
-        return {name: folder / "heldout" for name, folder in self.sets.items()}
+        """The held-out samples of each set, and those of the scenes with captions in another grammar."""
+        held_out = {name: folder / "heldout" for name, folder in self.sets.items()}
+        return held_out | {"scenes-reworded": self.sets["scenes"] / "heldout-reworded"}
 
     @property
     def caches(self) -> dict[str, Path]:

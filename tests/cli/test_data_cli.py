@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,10 +50,17 @@ def names(folder: Path) -> set[str]:
 
 def test_the_built_in_sets_keep_their_arguments(tmp_path, capfd):
     run(f"scenes --out {tmp_path}/s --train 3 --heldout 2 --px 16 --seed 1")
-    assert len(Shards(tmp_path / "s/train")) == 3 and len(Shards(tmp_path / "s/heldout")) == 2
+    splits = {split: Shards(tmp_path / "s" / split) for split in ("train", "heldout", "heldout-reworded")}
+    assert {split: len(shards) for split, shards in splits.items()} == {"train": 3, "heldout": 2, "heldout-reworded": 2}
+    usual, other = splits["heldout"], splits["heldout-reworded"]
+    assert usual.image_bytes(1) == other.image_bytes(1) and usual.caption(1) != other.caption(1)
     command = parse(shlex.split(f"data openmoji --out {tmp_path}/o --heldout 7 --px 9 --train 5")).command
     assert isinstance(command, DataOpenMoji) and (command.heldout, command.px, command.train) == (7, 9, 5)
     assert "exists already" in error_of(capfd, f"scenes --out {tmp_path}/s")
+    for split in ("train", "heldout"):
+        shutil.rmtree(tmp_path / "s" / split)
+    assert "heldout-reworded exists already" in error_of(capfd, f"scenes --out {tmp_path}/s")
+    assert names(tmp_path / "s") == {"heldout-reworded"}
     assert "px must be at least 8" in error_of(capfd, f"openmoji --out {tmp_path}/o --px 7")
     assert status("openmoji") == status("neither") == status("") == 2
 
