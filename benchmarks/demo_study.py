@@ -2,9 +2,9 @@
 
 Each run trains one model on the drawings and scenes of `lift-fast demo`, as the demo does. The scenes have one of
 three kinds of training captions: short as in the demo, long, or reworded in another grammar (demo/reworded.py). All
-are scored on the same held-out images with captions of each kind. They are those that benchmarks.study reports; its
-others, and its seed 0, decided which of gemma's vectors to take. runs() lists the runs, most important first. FILE and
-FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it was scored on.
+are scored on the same held-out images with captions of each kind. They are those that benchmarks.study reports; seed 0
+and its others decided which of gemma's vectors to take, and what the demo asks. runs() lists the runs, most important
+first. FILE and FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it was scored on.
 
 docs/demo.md shows the results; benchmarks/study_tables.py formats them.
 """
@@ -49,8 +49,7 @@ MODELS = (CLIP, MINILM, GEMMA)
 SCENES = {"short": "scenes", "reworded": "scenes-reworded", "long": "scenes-long"}
 CONTEXT = {"long": 128}  # CLIP's, where it is not the default
 SETS = ("openmoji", *SCENES.values())
-SEEDS = (1, 2, 3)
-PART = "report"
+CHOOSING, SEEDS = 0, (1, 2, 3)  # seeds
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,16 @@ class Run:
     seed: int
     steps: int = 150
 
+    @property
+    def part(self) -> str:
+        """The held-out samples that it is scored on, a key of study.PARTS."""
+        return "choose" if self.seed == CHOOSING else "report"
+
 
 def runs() -> list[Run]:
     """All runs, most important first."""
-    return [Run(model, captions, seed) for seed, captions, model in product(SEEDS, SCENES, MODELS)]
+    choosing = [Run(model, "short", CHOOSING) for model in (CLIP, MINILM)]
+    return choosing + [Run(model, captions, seed) for seed, captions, model in product(SEEDS, SCENES, MODELS)]
 
 
 class DemoStudy(Work):
@@ -77,7 +82,7 @@ class DemoStudy(Work):
             for data in (SETS[0], SCENES[run.captions]):
                 steps[f"{run.model} {data}"] = lambda data=data: self._embed(run.model, data)  # type: ignore[misc]
             for data in SETS:
-                steps[f"{run.model} {data} heldout"] = lambda data=data: self._encode(run.model, data)  # type: ignore[misc]
+                steps[f"{run.model} {data} {run.part}"] = lambda data=data: self._encode(run, data)  # type: ignore[misc]
             steps[f"{run.model} {run.captions}"] = lambda: self._condition(run)
         return self.make(steps)
 
@@ -96,12 +101,11 @@ class DemoStudy(Work):
         if not folder.exists():
             embed(open_data(self.train(data)), folder, Encoder(spec_of(encoder)), codec="f32")
 
-    def _encode(self, encoder: str, data: str) -> None:
-        """The vectors of the texts that a set's held-out samples ask about."""
-        file = self._text(encoder) / f"{data}.safetensors"
-        if not file.exists():
-            texts = self._questions(data).texts()
-            _save(file, {"text": encoded(Encoder(spec_of(encoder)), texts)}, texts)
+    def _encode(self, run: Run, data: str) -> None:
+        """The vectors of the texts that a set asks a run about."""
+        if not self._vectors(run, data).exists():
+            texts = self._questions(run, data).texts()
+            _save(self._vectors(run, data), {"text": encoded(Encoder(spec_of(run.model)), texts)}, texts)
 
     def _condition(self, run: Run) -> None:
         """The caches that a run trains on, conditioned as the demo does."""
@@ -120,6 +124,9 @@ class DemoStudy(Work):
 
     def _text(self, encoder: str) -> Path:
         return self.work / "text" / _slug(encoder)
+
+    def _vectors(self, run: Run, data: str) -> Path:
+        return self._text(run.model) / f"{data}-{run.part}.safetensors"
 
     def _conditioned(self, run: Run) -> Path:
         return self.work / "conditioned" / f"{_slug(run.model)}-{run.captions}"
@@ -163,23 +170,23 @@ class DemoStudy(Work):
         tensors = {data: self.image_features(data, model).features for data in (SETS[0], SCENES["short"])}
         texts: list[str] = []
         if run.model == CLIP:
-            texts = list(dict.fromkeys(text for data in SETS for text in self._questions(data).texts()))
+            texts = list(dict.fromkeys(text for data in SETS for text in self._questions(run, data).texts()))
             tensors["text"] = run_folder.text_encoder(model, described, torch.device("cpu"))(texts)
         _save(self.folder(run) / "features.safetensors", tensors, texts)
 
     def score(self, run: Run) -> dict[str, Any]:
-        """{"report": {set: scores}} of a run whose features are there."""
+        """{part: {set: scores}} of a run whose features are there."""
         features, _ = _load(self.folder(run) / "features.safetensors")
         found = {}
         for data in SETS:
             image = features[SETS[0] if data == SETS[0] else SCENES["short"]]
             samples = ImageFeatures(image, list(range(len(image))), Counter())
-            found[data] = score_half(samples, self._questions(data), self._texts(run, data), PART)
-        return {PART: found}
+            found[data] = score_half(samples, self._questions(run, data), self._texts(run, data), run.part)
+        return {run.part: found}
 
-    def _questions(self, data: str) -> Questions:
-        """What the held-out samples that are for reporting ask."""
-        return half(self.asked(data).questions, PART)
+    def _questions(self, run: Run, data: str) -> Questions:
+        """What the held-out samples of a run's part ask."""
+        return half(self.asked(data).questions, run.part)
 
     def _texts(self, run: Run, data: str) -> Texts:
         """The features of what a set asks about: CLIP's own, or the encoder's vectors as the run's conditioning has
@@ -188,7 +195,7 @@ class DemoStudy(Work):
         if run.model == CLIP:
             tensors, texts = _load(folder / "features.safetensors")
             return Texts(texts, tensors["text"])
-        tensors, texts = _load(self._text(run.model) / f"{data}.safetensors")
+        tensors, texts = _load(self._vectors(run, data))
         conditioning = run_folder.conditioning_of(folder, run_folder.read_description(folder))
         assert conditioning is not None
         return Texts(texts, conditioning.apply(tensors["text"]))

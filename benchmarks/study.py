@@ -356,7 +356,8 @@ def attempt(study: Work, run: Any, out: Path) -> bool:
             return False
         result = study.run(run)
         append(out, result)
-    print(run, {data: scores["i2t"] for data, scores in result["scores"]["report"].items()}, flush=True)
+    recalls = {part: {data: each["i2t"] for data, each in sets.items()} for part, sets in result["scores"].items()}
+    print(run, recalls, flush=True)
     return True
 
 

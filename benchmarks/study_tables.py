@@ -18,7 +18,6 @@ from .study import ENCODERS, Run, results
 RESULTS = Path(__file__).parent / "results" / "cpu"
 FILE = RESULTS / "study-conditioning.jsonl"
 DEMO_FILE = RESULTS / "study-demo.jsonl"
-CHOSEN_WITH = 0  # the seed
 WAYS = ("i2t", "t2i")
 DIMS: dict[float | str, str] = {1.0: "all", 0.5: "1/2", 0.25: "1/4", "auto": "auto"}
 TASK_NAMES = [task.replace("_", " ") for task in TASKS]
@@ -168,7 +167,8 @@ def demo_groups() -> dict[demo_study.Run, list[dict[str, Any]]]:
     """The results of each setting of the study of the demo, by a run with seed 0; CLIP first."""
     found = defaultdict(list)
     for result in results(DEMO_FILE):
-        found[demo_study.Run(**(result["run"] | {"seed": 0}))].append(result)
+        if result["run"]["seed"] != demo_study.CHOOSING:
+            found[demo_study.Run(**(result["run"] | {"seed": 0}))].append(result)
     order = [*SCENES], [CLIP, *ENCODERS]
     return dict(
         sorted(found.items(), key=lambda item: (order[0].index(item[0].captions), order[1].index(item[0].model)))
@@ -176,8 +176,10 @@ def demo_groups() -> dict[demo_study.Run, list[dict[str, Any]]]:
 
 
 def choices() -> dict[str, dict[str, Any]]:
-    """Encoder -> the result, with the power of the demo and the seed CHOSEN_WITH, that decided between them."""
-    found = {name: [r for r in groups()[Run(name, 0.5)] if r["run"]["seed"] == CHOSEN_WITH] for name in ENCODERS}
+    """Encoder -> the result, with the power of the demo and the seed for choosing, that decided between them."""
+    found = {
+        name: [r for r in groups()[Run(name, 0.5)] if r["run"]["seed"] == demo_study.CHOOSING] for name in ENCODERS
+    }
     return {name: result for name, (result,) in found.items()}
 
 
@@ -195,6 +197,16 @@ def choosing() -> list[list[str]]:
         accuracies = [100 * scores["scenes"]["composition"][task] for task in ("mean", "replace_rel", "swap_att")]
         rows.append([name, *(f"{value:.1f}" for value in (*recalls, *accuracies))])
     return rows
+
+
+def asked_reworded() -> dict[str, list[float]]:
+    """Model -> R@1 with short captions and with reworded ones, of the runs that decided what the demo asks."""
+    chosen = [result for result in results(DEMO_FILE) if result["run"]["seed"] == demo_study.CHOOSING]
+    sets = SCENES["short"], SCENES["reworded"]
+    return {
+        _model(demo_study.Run(**result["run"])): [_recall(result["scores"]["choose"][data]) for data in sets]
+        for result in chosen
+    }
 
 
 def demo_recalls() -> list[list[str]]:

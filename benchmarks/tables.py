@@ -623,7 +623,13 @@ def demo_choice() -> str:
     """What decided which of gemma's vectors the study takes."""
     head = ["LIFT's text", "drawings R@1", "scenes R@1", "composition", "replace relation", "swap attributes"]
     chosen = study_tables.chosen_encoder(study_tables.demo_study.GEMMAS)
-    return f"{table(head, study_tables.choosing())}\n\nChosen among gemma's, by composition: {chosen}."
+    asked = "; ".join(
+        f"{model} {short:.1f} with the short captions, {reworded:.1f} with the reworded ones"
+        for model, (short, reworded) in study_tables.asked_reworded().items()
+    )
+    trained = f"R@1 on the scenes of the models trained on short captions: {asked}."
+    picked = f"Chosen among gemma's, by composition: {chosen}."
+    return f"{table(head, study_tables.choosing())}\n\n{picked} {trained}"
 
 
 def demo_recalls() -> str:

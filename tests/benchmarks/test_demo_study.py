@@ -16,9 +16,9 @@ from lift_fast.data.open import open_data
 
 def test_runs():
     """Each model is trained on each kind of captions with each seed, of which none decided between the encoders."""
-    found = [(run.model, run.captions, run.seed) for run in runs()]
+    found = [(run.model, run.captions, run.seed) for run in runs() if run.part == "report"]
     assert sorted(found) == sorted((m, c, s) for m in (CLIP, MINILM, GEMMA) for c in SCENES for s in demo_study.SEEDS)
-    assert study_tables.CHOSEN_WITH not in demo_study.SEEDS
+    assert {run.seed for run in runs() if run.part == "choose"} == {demo_study.CHOOSING}
     assert study_tables.chosen_encoder(demo_study.GEMMAS) == GEMMA
 
 
@@ -61,3 +61,34 @@ def r1(small, run, data):
     image = features["openmoji" if data == "openmoji" else "scenes"][1::2].astype(np.float64)
     text = features["text"][[texts.index(caption) for caption in captions]].astype(np.float64)
     return np.mean((image @ text.T).argmax(axis=1) == np.arange(len(captions)))
+
+
+def line(run, r1):
+    """A line of results: R@1 falls by 0.1 from set to set."""
+    composition = {"mean": 0.5} | dict.fromkeys(study_tables.TASKS, r1)
+    scores = {data: {"i2t": r1 - i / 10, "t2i": r1 - i / 10, "composition": composition} for i, data in enumerate(SETS)}
+    return {"run": vars(run), "scores": {run.part: scores}, "loss": 1.0 + run.seed}
+
+
+def test_tables(tmp_path, monkeypatch):
+    """Rows by captions, then model, with means and deviations over the seeds; the seed for choosing is in none."""
+    made = [
+        line(Run(MINILM, "reworded", 1), 0.9), line(Run(MINILM, "short", 1), 0.7), line(Run(MINILM, "short", 2), 0.9),
+        line(Run(CLIP, "short", 1), 0.4), line(Run(CLIP, "short", 0), 0.6),
+    ]  # fmt: skip
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in [{"machine": {}}, *made]))
+    monkeypatch.setattr(study_tables, "DEMO_FILE", file)
+    study_tables.demo_groups.cache_clear()
+    try:
+        clip, lift, other = study_tables.demo_recalls()
+        assert clip == ["short", "CLIP", "1", "2.00", "40.0", "30.0", "20.0", "10.0"]
+        assert lift[:5] == ["short", "LIFT, MiniLM", "2", "2.50 ± 0.71", "80.0 ± 14.1"] and other[0] == "reworded"
+        tasks = study_tables.demo_tasks()
+        assert [row[:3] for row in tasks[:3]] == [
+            ["short", "short", "CLIP"], ["short", "short", "LIFT, MiniLM"], ["short", "reworded", "CLIP"],
+        ]  # fmt: skip
+        assert tasks[1][4] == "80.0 ± 14.1" and len(tasks) == 6
+        assert study_tables.asked_reworded() == {"CLIP": pytest.approx([50.0, 40.0])}
+    finally:
+        study_tables.demo_groups.cache_clear()
