@@ -36,7 +36,7 @@ def named_sets(words: list[str]) -> dict[str, Path]:
     found = {name: Path(word) for name, word in pairs}
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"two sets are called {twice}; name each: NAME PATH NAME PATH")
+        raise ValueError(f"two sets are called {twice}; name each: NAME PATH NAME PATH, with no slash in a name")
     return found
 
 
@@ -144,6 +144,9 @@ class Eval:
 
             sets = together(opened)
             features = (self.features or features_folder(model)) if self.keep else None
+            given = [f"--{name}" for name in ("templates", "classnames") if getattr(self, name)]
+            if rank.is_first and given and not any(held_out.questions.classes for held_out in sets.values()):
+                warn(f"{' and '.join(given)} not used: no set has classes")
             if rank.is_first and self.keep and features is None:
                 warn(f"features are not kept: {self.run} is no folder; name one with --features")
             result = evaluate(

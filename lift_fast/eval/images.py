@@ -101,7 +101,8 @@ class Images:
 
     def none_decodes(self, causes: Counter[str]) -> DataError:
         """The error for a set of which no image decodes."""
-        return DataError(f"{self.data.folder}: no image decodes ({in_words(causes)})")
+        where = "; name the folder of the images with --pictures" if set(causes) == {"missing"} else ""
+        return DataError(f"{self.data.folder}: no image decodes ({in_words(causes)}){where}")
 
     def keep(self) -> None:
         """Decodes the share of this rank of all chunks and keeps its pixels in the memory of the host."""

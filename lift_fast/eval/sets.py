@@ -52,6 +52,8 @@ def open_set(
         wanted=wanted,
     )
     if found is not None:
+        if fields:
+            found.questions.notes.append("--field was not used: this layout has its own captions")
         return found
     data = open_data(path, images, options)
     questions = read_questions(

@@ -34,7 +34,7 @@ def zero_shot(
     other = alone is not None or classes.shape[1] > 1
     one = _top(_ranks(image, classes[:, 0] if alone is None else alone, labels, same)) if other else None
     return _top(ranks) | {
-        "mean_per_class": (hits[seen] / counts[seen]).double().mean().item(),
+        "mean_per_class": (hits[seen].double() / counts[seen]).mean().item(),
         "classes": len(classes),
         "templates": classes.shape[1],
         "n": len(image),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import complete  # noqa: F401
 from support.hostile import encoded
+from support.tiny_benchmarks import write_images
 from support.tiny_sets import make_set, png
 
 from lift_fast.cli.evaluate import named_sets
@@ -72,6 +73,11 @@ def test_a_folder_where_the_command_runs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is val a name or a data set"):  # it would have been one set, called val
         named_sets(["val", "test"])
     assert list(named_sets(["./val", "./test"])) == ["val", "test"]
+
+
+def test_a_name_with_a_slash_makes_paths_of_all_words(trained, capfd):
+    with pytest.raises(ValueError, match="two sets are called b; name each: .*, with no slash in a name"):
+        named_sets(["b", "x/b", "with/slash", "x/c"])
 
 
 def test_names_that_occur_twice(trained, capfd):
@@ -234,3 +240,29 @@ def test_compare_takes_captions_that_have_changed_for_other_data(tmp_path, capfd
     tar.write_bytes(tar.read_bytes().replace(b"caption 1", b"caption 7"))
     message = error_of(capfd, compare)
     assert "captions 'txt'" in message and "00000.tar" in message
+
+
+def test_options_that_no_set_uses(trained, tmp_path, capfd):
+    (tmp_path / "templates.txt").write_text("a photo of {}")
+    write_images(tmp_path / "val2017", ["a.png"])
+    (tmp_path / "captions_val2017.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "a cat"}]})
+    )
+    capfd.readouterr()
+    run(
+        f"eval --run {trained}/run --data own {tmp_path}/captions_val2017.json --field nope "
+        f"--templates {tmp_path}/templates.txt --classnames imagenet"
+    )
+    out, err = capfd.readouterr()
+    assert "own: --field was not used: this layout has its own captions" in out
+    assert "warning: --templates and --classnames not used: no set has classes" in err
+
+
+def test_a_table_whose_images_lie_elsewhere(trained, tmp_path, capfd):
+    (tmp_path / "set.csv").write_text("file_name,txt\na.png,a cat\nb.png,a dog\n")
+    assert "no image decodes (2 missing); name the folder of the images with --pictures" in error_of(
+        capfd, f"eval --run {trained}/run --data {tmp_path}/set.csv"
+    )
+    (tmp_path / "b.png").write_bytes(b"no image")
+    error = error_of(capfd, f"eval --run {trained}/run --data {tmp_path}/set.csv")
+    assert "no image decodes" in error and "--pictures" not in error

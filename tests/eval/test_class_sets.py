@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from lift_fast.data.loose import LooseFiles
 from lift_fast.data.options import DataOptions
 from lift_fast.errors import DataError
 from lift_fast.eval import labels as labels_module
-from lift_fast.eval.layouts import open_benchmark
+from lift_fast.eval.layouts import class_sets, open_benchmark
 from lift_fast.eval.run import evaluate
 from lift_fast.eval.sets import open_set
 from lift_fast.eval.templates import AUTHORS, USUAL, imagenet_classes, imagenet_templates, read_classnames
@@ -41,6 +43,18 @@ def test_class_folders(tmp_path):
     assert isinstance(open_set(tmp_path).data, LooseFiles)
     classes = classes_in(tmp_path, templates=["one {}", "two {}"])
     assert classes.templates == ["one {}", "two {}"] and classes.alone == "one {}"
+
+
+def test_empty_class_folders_come_first(tmp_path, monkeypatch):
+    """As a set that was unpacked in part; the order of a folder's entries is the file system's."""
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    write_images(tmp_path, ["e/1.jpg", "f/2.jpg"])
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: nullcontext(iter(sorted(scandir(path), key=lambda e: e.name))))
+    assert class_sets._first_suffixes(tmp_path) == ({"jpg"}, True)
+    monkeypatch.undo()
+    assert classes_in(tmp_path).names == ["e", "f"]
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,13 @@ def _says_retrieval(folder: Path) -> bool:
 
 
 def _first_suffixes(path: Path) -> tuple[set[str], bool]:
-    """The suffixes of the first files in a folder, or, where no image is among them, in the first folders in it; and
-    whether it is the latter."""
+    """The suffixes of the first files in a folder, or, where no image is among them, in the first folders in it that
+    hold files; and whether it is the latter."""
     files, folders = _first_entries(path)
     if suffixes := _suffixes(files):
         return suffixes, False
-    return _suffixes([name for folder in folders[:3] for name in _first_entries(folder)[0]]), True
+    with_files = filter(None, (_first_entries(folder)[0] for folder in folders))
+    return _suffixes([name for names in islice(with_files, 3) for name in names]), True
 
 
 def _suffixes(names: Sequence[str]) -> set[str]:
