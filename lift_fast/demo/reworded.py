@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data.open import open_data
 from ..data.shards import ShardWriter
-from .scenes import _NUMBERS, _WORDS, Claim, Exists, Noun, Related, _is, _plural, generate
+from .scenes import NUMBERS, WORDS, Claim, Exists, Noun, Related, generate, is_or_are, plural
 
 _COMPARED = {"left": "further left", "right": "further right", "above": "higher up", "below": "lower down"}
 # {a} and {b}: the things; {than}: where a is as seen from b; {back}: where b is as seen from a.
@@ -52,9 +52,9 @@ def reworded(claims: Sequence[Claim], key: str) -> str:
     )
 
     def fill(text: str, where: str = "left", **things: Noun) -> str:
-        fields = {"than": _COMPARED[where], "back": _COMPARED[_WORDS[where].opposite]}
+        fields = {"than": _COMPARED[where], "back": _COMPARED[WORDS[where].opposite]}
         for name, noun in things.items():
-            fields[name], fields[f"{name}_is"] = _thing(noun, style), _is(noun)
+            fields[name], fields[f"{name}_is"] = _thing(noun, style), is_or_are(noun)
         if "b" in things:
             fields["that"] = f"the {_shape(things['b'])}"
         return re.sub(r",(?=[,;]|$)", "", text.format(**fields))
@@ -81,16 +81,16 @@ def reworded(claims: Sequence[Claim], key: str) -> str:
 def _thing(noun: Noun, style: int) -> str:
     """ "a single star, large and red", "two stars that are large and red", "two stars (red, large)"."""
     words = [word for word in (noun.size, noun.colour) if word]
-    thing = f"{'a single' if noun.count == 1 else _NUMBERS[noun.count]} {_shape(noun)}"
+    thing = f"{'a single' if noun.count == 1 else NUMBERS[noun.count]} {_shape(noun)}"
     if not words:
         return thing
     if style == 0:
-        return f"{thing} that {_is(noun)} {' and '.join(words)}"
+        return f"{thing} that {is_or_are(noun)} {' and '.join(words)}"
     return f"{thing}, {' and '.join(words)}," if style == 1 else f"{thing} ({', '.join(words[::-1])})"
 
 
 def _shape(noun: Noun) -> str:
-    return noun.shape if noun.count == 1 else _plural(noun.shape)
+    return noun.shape if noun.count == 1 else plural(noun.shape)
 
 
 def write(source: str | Path, folder: str | Path) -> None:

@@ -56,7 +56,7 @@ _SLOTS = {2: (0.27, 0.73), 3: (1 / 6, 1 / 2, 5 / 6)}
 _ALONG = {2: 0.05, 3: 0.01}  # the largest jitter along the axis …
 _ACROSS = 0.04  # … and across it
 _LEVEL = 0.1  # "left of" requires that the centres differ in height by less than this
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 LONG_TOKENS = (101, 128)  # range for a long caption, special tokens included, by BERT's and by CLIP's tokenizer
 
@@ -262,13 +262,13 @@ class _Words:
     order: str  # starting at this end
 
 
-_WORDS = {
+WORDS = {
     "left": _Words("right", ("to the left of", "left of"), "on the left", "on the left", "from left to right"),
     "right": _Words("left", ("to the right of", "right of"), "on the right", "on the right", "from right to left"),
     "above": _Words("below", ("above", "over"), "at the top", "above", "from top to bottom"),
     "below": _Words("above", ("below", "under"), "at the bottom", "below", "from bottom to top"),
 }
-RELATIONS = tuple(_WORDS)
+RELATIONS = tuple(WORDS)
 
 # (template, the pairs of things that it relates, by position)
 _CHAIN = ((0, 1), (1, 2))
@@ -312,23 +312,25 @@ _ADD_OBJECT = {
 }
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """ "stars" of "star", "crosses" of "cross"."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 def _indefinite(noun: Noun, one: str) -> str:
     """ "a large red circle", "two blue stars". one: the article, "one" or "a" (which becomes "an" as needed)."""
-    shape = noun.shape if noun.count == 1 else _plural(noun.shape)
+    shape = noun.shape if noun.count == 1 else plural(noun.shape)
     words = [word for word in (noun.size, noun.colour, shape) if word]
     article = ("an" if words[0][0] in "aeiou" else "a") if one == "a" else one
-    return " ".join([article if noun.count == 1 else _NUMBERS[noun.count], *words])
+    return " ".join([article if noun.count == 1 else NUMBERS[noun.count], *words])
 
 
 def _definite(noun: Noun) -> str:
-    return f"the {noun.colour} {noun.shape if noun.count == 1 else _plural(noun.shape)}"
+    return f"the {noun.colour} {noun.shape if noun.count == 1 else plural(noun.shape)}"
 
 
-def _is(noun: Noun) -> str:
+def is_or_are(noun: Noun) -> str:
+    """The verb that agrees with the noun's count."""
     return "is" if noun.count == 1 else "are"
 
 
@@ -363,7 +365,7 @@ class _State:
 
 def _fill(text: str, where: str, nouns: Sequence[Noun], plan: _Plan, added: Noun | None = None) -> str:
     """Fills the template `text` with the things and the words for the relation `where`."""
-    words, opposite = _WORDS[where], _WORDS[_WORDS[where].opposite]
+    words, opposite = WORDS[where], WORDS[WORDS[where].opposite]
     fields = {
         "rel": words.phrases[plan.phrase],
         "order": words.order,
@@ -373,7 +375,7 @@ def _fill(text: str, where: str, nouns: Sequence[Noun], plan: _Plan, added: Noun
         "far_next_to": opposite.next_to,
     }
     for name, noun in [*zip("abc", nouns, strict=False), *([("z", added)] if added else [])]:
-        fields[name], fields[f"{name}_is"] = _indefinite(noun, plan.one), _is(noun)
+        fields[name], fields[f"{name}_is"] = _indefinite(noun, plan.one), is_or_are(noun)
     return text.format(**fields)
 
 
@@ -569,7 +571,7 @@ def _add_object(i: int, state: _State, plan: _Plan, rng: random.Random) -> tuple
 def _long(state: _State, rng: random.Random) -> Text:
     """An overview, each thing, each pair of neighbours, then details until the length is in LONG_TOKENS."""
     where, things = state.where, state.things
-    words, opposite = _WORDS[where], _WORDS[_WORDS[where].opposite]
+    words, opposite = WORDS[where], WORDS[WORDS[where].opposite]
     row = where in ("left", "right")
     line, stack = ("row", "column") if row else ("column", "row")
     kinds, total = len(things), sum(noun.count for noun in things)
@@ -581,18 +583,18 @@ def _long(state: _State, rng: random.Random) -> Text:
             "a simple picture of {total} shapes, of {kinds} different kinds, which stand in a {line} {order} "
             "on a light background",
         )
-    ).format(kinds=_NUMBERS[kinds], total=_NUMBERS[total], line=line, order=words.order)
+    ).format(kinds=NUMBERS[kinds], total=NUMBERS[total], line=line, order=words.order)
     texts: list[Text] = [Text(overview, (Totals(kinds, total), Lined(line)))]
     places = [(words.side, where), (opposite.side, words.opposite)]
     places[1:1] = [("in the middle", "middle")] * (kinds - 2)
     for noun, (place, name) in zip(things, places, strict=True):
-        text = rng.choice((f"{place} there {_is(noun)} {{}}", f"{{}} {_is(noun)} {place}"))
+        text = rng.choice((f"{place} there {is_or_are(noun)} {{}}", f"{{}} {is_or_are(noun)} {place}"))
         texts.append(Text(text.format(_indefinite(noun, "one")), (Placed(noun, name),)))
     details: list[Text] = []
     for i, j in combinations(range(kinds), 2):
         a, b = things[i], things[j]
-        ahead = f"{_definite(a)} {_is(a)} {words.phrases[0]} {_definite(b)}"
-        behind = f"{_definite(b)} {_is(b)} {opposite.phrases[0]} {_definite(a)}"
+        ahead = f"{_definite(a)} {is_or_are(a)} {words.phrases[0]} {_definite(b)}"
+        behind = f"{_definite(b)} {is_or_are(b)} {opposite.phrases[0]} {_definite(a)}"
         ways = [Text(ahead, (Related(a, where, b),)), Text(behind, (Related(b, words.opposite, a),))]
         rng.shuffle(ways)
         if j == i + 1:
@@ -602,13 +604,13 @@ def _long(state: _State, rng: random.Random) -> Text:
         details.append(_compare_counts(a, b))
     for noun in things:
         if noun.count > 1:
-            text = f"the {_NUMBERS[noun.count]} {_plural(noun.shape)} stand close together in a {stack}"
+            text = f"the {NUMBERS[noun.count]} {plural(noun.shape)} stand close together in a {stack}"
             details.append(Text(text, (Lined(stack, Noun(noun.shape, noun.count)),)))
     colours = rng.sample([c for c in COLOURS if all(noun.colour != c for noun in things)], 2)
     shapes = rng.sample([s for s in SHAPES if all(noun.shape != s for noun in things)], 2)
     text = f"there is no {colours[0]} shape and no {shapes[0]} anywhere in the picture"
     details.append(Text(text, (Absent(colours[0], shapes[0]),)))
-    text = f"nothing is {colours[1]} and there are no {_plural(shapes[1])}"
+    text = f"nothing is {colours[1]} and there are no {plural(shapes[1])}"
     details.append(Text(text, (Absent(colours[1], shapes[1]),)))
     *head, last = (noun.colour for noun in things)
     text = f"the only colours of the shapes are {', '.join(head)} and {last}"
@@ -630,15 +632,15 @@ def _compare_sizes(a: Noun, b: Noun) -> Text:
     if a.size == b.size:
         return Text(f"{_definite(a)} and {_definite(b)} have the same size", (Compared("size", a, b, True),))
     more, less = (a, b) if a.size == "large" else (b, a)
-    return Text(f"{_definite(more)} {_is(more)} larger than {_definite(less)}", (Compared("size", more, less),))
+    return Text(f"{_definite(more)} {is_or_are(more)} larger than {_definite(less)}", (Compared("size", more, less),))
 
 
 def _compare_counts(a: Noun, b: Noun) -> Text:
     if a.count == b.count:
-        text = f"there are as many {a.colour} {_plural(a.shape)} as {b.colour} {_plural(b.shape)}"
+        text = f"there are as many {a.colour} {plural(a.shape)} as {b.colour} {plural(b.shape)}"
         return Text(text, (Compared("count", a, b, True),))
     more, less = (a, b) if a.count > b.count else (b, a)
-    text = f"there are more {more.colour} {_plural(more.shape)} than {less.colour} {_plural(less.shape)}"
+    text = f"there are more {more.colour} {plural(more.shape)} than {less.colour} {plural(less.shape)}"
     return Text(text, (Compared("count", more, less),))
 
 

@@ -36,7 +36,7 @@ def test_relations_keep_their_direction(where):
     """In every wording, "a R than b" and "b R' than a" name the relation that is claimed."""
     a, b = Noun("star", 1, "large", "red"), Noun("ring", 2, "small", "blue")
     than = reworded._COMPARED[where]
-    back = reworded._COMPARED[scenes._WORDS[where].opposite]
+    back = reworded._COMPARED[scenes.WORDS[where].opposite]
     seen = set()
     for key in range(300):
         text = reworded.reworded((Related(a, where, b),), str(key))
