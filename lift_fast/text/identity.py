@@ -26,15 +26,15 @@ def text_identity(run: Mapping[str, Any], device: torch.device) -> str | None:
     """
     if run.get("encoder") is None:
         return None
-    spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=False)  # a permission: it changes no vector
     about = {name: run.get(name) for name in ("text_dim", "conditioning", "rotation")} | {"device": device.type}
     try:
+        spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=False)  # a permission: it changes no vector
         folder, file = locate(spec)
         spec = resolved(spec, folder)
         if Path(folder).parent.name != "snapshots":  # of the hub's cache, in which a commit's files do not change
             spec = replace(spec, name="")  # a copy will do
             about["files"] = sorted(_stamps(Path(folder), file))
-    except (EncoderError, OSError):  # it is raised again where the encoder is needed
+    except (EncoderError, OSError, TypeError):  # it is raised again where the encoder is needed
         return None
     return json.dumps(about | {"encoder": spec.as_dict()}, sort_keys=True)
 

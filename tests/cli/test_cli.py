@@ -228,7 +228,7 @@ def test_missing_files(tmp_path, capfd, scenes):
     assert "no data set at" in error_of(capfd, f"train --model clip --data {nowhere} {out}")
     lift = f"train --model lift --data {scenes}/data/train"
     assert "no text cache at" in error_of(capfd, f"{lift} --cache {nowhere} {out}")
-    assert "no finished run" in error_of(capfd, f"eval --run {nowhere} --data scenes {scenes}/data/heldout")
+    assert "no model at" in error_of(capfd, f"eval --run {nowhere} --data scenes {scenes}/data/heldout")
     runs = f"--lift {nowhere} --clip {nowhere}"
     assert "no finished run" in error_of(capfd, f"report {runs} --compare {nowhere} --data scenes {nowhere} {out}")
     assert files(tmp_path) == []
@@ -345,6 +345,7 @@ def test_code_of_an_encoder_needs_permission(report, scenes, tmp_path, capfd):
     shutil.copytree(scenes / "lift", tmp_path / "lift")
     file = tmp_path / "lift/run.json"
     file.write_text(file.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
+    shutil.rmtree(tmp_path / "lift/eval-features")  # with the vectors of the texts no encoder is needed
     message = error_of(capfd, f"eval --run {tmp_path}/lift --data scenes {scenes}/data/heldout")
     assert "--trust-remote-code" in message
 

@@ -460,7 +460,7 @@ def test_what_auto_means(monkeypatch):
 
 
 def test_a_long_picture_is_not_enlarged_to_gigabytes():
-    assert max(dali._centred(jpeg(np.zeros((2, 9000, 3), np.uint8)), 100).resized) == 1600
+    assert max(dali._centred(jpeg(np.zeros((2, 9000, 3), np.uint8)), 100, None).resized) == 1600
 
 
 def long_exif(level):

@@ -514,6 +514,14 @@ def test_the_sentence_names_the_device_of_the_runs(new_report, gpu, devices, pla
     assert f"images, on {place}: LIFT is ahead" in summary(new_report)
 
 
+def test_counted_sets_that_are_not_the_trained_ones_are_not_called_so(new_report):
+    assert "of 3 500 openmoji and 8 000 scenes images" in page_text(new_report)
+    del new_report["data"]["scenes"]
+    assert "of the 11 500 in openmoji/train and scenes/train" in page_text(new_report)
+    del new_report["trained_on"]
+    assert "of 3 500 openmoji images" in page_text(new_report)
+
+
 def test_nearly_all_is_not_printed_as_all(new_report):
     new_report["clip"] |= {"text_ms_per_step": 100.0, "step_ms": 100.0}
     new_report["lift"] |= {"text_ms_per_step": 0.032, "step_ms": 200.0}
