@@ -272,10 +272,10 @@ def _samples(report: dict) -> str | None:
     else:
         samples = f"{integer(next(iter(seen.values()), None))} samples{' each' if len(models) == 2 else ''}"
     trained = {name: get(sizes, "train") for name, sizes in (report.get("data") or {}).items()}
-    sources = [f"{integer(n)} {name}" for name, n in trained.items() if n is not None]
-    if sources:
-        return f"{samples} of {joined(sources)} images"
+    counts = {name: n for name, n in trained.items() if n is not None}
     sets, n = (get(report, "trained_on", key) for key in ("sets", "samples"))
+    if counts and n in (None, sum(counts.values())):  # else other sets were counted than the run was trained on
+        return f"{samples} of {joined([f'{integer(count)} {name}' for name, count in counts.items()])} images"
     return f"{samples} of the {integer(n)} in {joined(sets)}" if sets and n is not None else samples
 
 
