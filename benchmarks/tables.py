@@ -636,7 +636,9 @@ def demo_recalls() -> str:
     """R@1 of every model of the study of the demo."""
     rows = study_tables.demo_recalls()
     asked = [f"scenes, {captions}" for captions in study_tables.SCENES]
-    made = f"Made by `{DEMO_STUDY_COMMAND}` on {study_tables.machine(study_tables.DEMO_FILE)}"
+    done, listed = len(study_tables.results(study_tables.DEMO_FILE)), len(study_tables.demo_study.runs())
+    made = f"{done} of the {listed} runs that the study lists are made, by `{DEMO_STUDY_COMMAND}`"
+    made += f" on {study_tables.machine(study_tables.DEMO_FILE)}"
     head = ["trained on", "model", "seeds", "loss", "drawings", *asked]
     return f"{table(head, rows)}\n\n{made}: {raw('study-demo', suffix='jsonl')}."
 
