@@ -2,9 +2,10 @@
 
 Each run trains one model on the drawings and scenes of `lift-fast demo`, as the demo does. The scenes have one of
 three kinds of training captions: short as in the demo, long, or reworded in another grammar (demo/reworded.py). All
-are scored on the same held-out images with captions of each kind. They are those that benchmarks.study reports; seed 0
-and its others decided which of gemma's vectors to take, and what the demo asks. runs() lists the runs, most important
-first. FILE and FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it was scored on.
+are scored on the same held-out images with captions of each kind. They are those that benchmarks.study reports; its
+others, with seed 0, decided which of gemma's vectors to take, and confirm what the demo asks. runs() lists the runs,
+most important first. FILE and FOLDER are as of benchmarks.study; FOLDER also keeps each model, and the features that it
+was scored on.
 
 docs/demo.md shows the results; benchmarks/study_tables.py formats them.
 """

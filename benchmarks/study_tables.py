@@ -200,7 +200,7 @@ def choosing() -> list[list[str]]:
 
 
 def asked_reworded() -> dict[str, list[float]]:
-    """Model -> R@1 with short captions and with reworded ones, of the runs that decided what the demo asks."""
+    """Model -> R@1 with short captions and with reworded ones, with the seed for choosing."""
     chosen = [result for result in results(DEMO_FILE) if result["run"]["seed"] == demo_study.CHOOSING]
     sets = SCENES["short"], SCENES["reworded"]
     return {
