@@ -14,6 +14,7 @@ from torch import Tensor
 
 KS = (1, 5, 10)
 _TILE = 1024  # images, and texts, whose scores are held at once: 4 MiB, which stay in the caches of a CPU
+_USUAL = 20  # norms from 2^-20 to 2^20 are left as they are
 _RESCORED = 64  # answers whose scores are computed again at once; where features have collapsed, these suffice
 
 Ranks = tuple[Tensor, Tensor]  # of the images, of the captions: see ranks
@@ -121,9 +122,9 @@ class _Side:
         self.norms = torch.cat([part.double().norm(dim=1) for part in self.features.split(_TILE)])
         if not self.norms.isfinite().all():
             raise ValueError("retrieval got features that are not finite")
-        # A power of 2 that brings the largest norm near 1, so that no product overflows.
+        # A power of 2 that brings an extreme norm near 1, so that no product overflows.
         _, exponent = math.frexp(self.norms.max().item())
-        self.scale = 2.0 ** -max(-126, min(exponent, 126))
+        self.scale = 1.0 if abs(exponent) < _USUAL else 2.0 ** -max(-126, min(exponent, 126))
         n, device = len(features), features.device
         self.least = torch.empty(n, dtype=torch.float64, device=device)  # of the score of the best right answer
         self.low = torch.empty(n, device=device)  # a scaled float32 score below is certainly less than that
@@ -133,7 +134,8 @@ class _Side:
 
     def block(self, start: int) -> Tensor:
         """The scaled features of a tile."""
-        return self.features[start : start + _TILE] * self.scale
+        features = self.features[start : start + _TILE]
+        return features if self.scale == 1 else features * self.scale
 
     def set_best(self, own: Tensor, scores: Tensor, errors: Tensor, other: "_Side") -> None:
         """Sets what the right answers decide. own: the query of each right pair; scores, errors: float64 [pairs]."""
@@ -208,15 +210,18 @@ def _count(
     """
     some = slice(first, first + len(scores))
     low, high, counted = queries.low[some, None], queries.high[some, None], queries.counted[some]
-    certain = torch.mv(torch.ge(scores, high, out=ahead), weights).long()
     possible = torch.mv(torch.ge(scores, low, out=ahead), weights).long()
-    counted += certain
     queries.most[some] += possible
-    unclear = ((certain < possible) & (counted < KS[-1])).nonzero().flatten()
-    if not len(unclear):
+    # Few queries: of a trained model most have no answer ahead in a tile, of another one most are at 10 soon.
+    asked = ((possible > 0) & (counted < KS[-1])).nonzero().flatten()
+    if not len(asked):
         return
-    near = scores[unclear]
-    near = (near >= low[unclear]) & (near < high[unclear])
+    found = scores[asked]
+    certain = found >= high[asked]
+    counted[asked] += torch.mv(certain.float(), weights).long()
+    near = (found >= low[asked]) & ~certain
+    left = (near.any(dim=1) & (counted[asked] < KS[-1])).nonzero().flatten()
+    unclear, near = asked[left], near[left]
     for columns in near.any(dim=0).nonzero().flatten().split(_RESCORED):
         own, rows = unclear + first, columns + start
         exact = queries.features[own].double() @ answers.features[rows].double().T
