@@ -38,6 +38,7 @@ COMMANDS = {
     "demo": "python -m benchmarks demo --json FILE",
     "host": "python -m benchmarks host --quick --json FILE",
     "inverse_effect": "python -m benchmarks inverse_effect --json FILE",
+    "retrieval": "python -m benchmarks retrieval --json FILE",
 }
 STUDY_COMMAND = "python -m benchmarks.study --work FOLDER --out FILE"
 DEMO_STUDY_COMMAND = "python -m benchmarks.demo_study --work FOLDER --out FILE"
