@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +46,25 @@ def check_threads(threads: int | None) -> None:
 def printable(text: str) -> str:
     """The text with its control characters escaped: a file name may hold commands to the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within it a warning of this package is printed as a line of its command, without Python's line of source."""
+    usual, package = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning and filename.startswith(package):
+            return f"lift-fast: warning: {printable(str(message))}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def counted(count: int, noun: str) -> str:

@@ -17,6 +17,7 @@ import tyro
 from .. import __version__, progress
 from ..errors import ConfigError, LiftFastError, Stopped
 from .cache import CacheTools
+from .common import plain_warnings
 from .data import DataTools
 from .demo import Demo
 from .embed import Embed
@@ -90,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
     wait_briefly()
     line: Line | None = None
     try:
-        with after_imports():
+        with after_imports(), plain_warnings():
             try:
                 if (sys.argv[1:] if args is None else args) == ["--version"]:
                     print(f"lift-fast {__version__}")

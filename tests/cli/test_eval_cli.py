@@ -4,6 +4,8 @@ import base64
 import json
 import random
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -266,3 +268,14 @@ def test_a_table_whose_images_lie_elsewhere(trained, tmp_path, capfd):
     (tmp_path / "b.png").write_bytes(b"no image")
     error = error_of(capfd, f"eval --run {trained}/run --data {tmp_path}/set.csv")
     assert "no image decodes" in error and "--pictures" not in error
+
+
+def test_a_folder_that_cannot_be_written_is_a_line(trained, tmp_path):
+    """Python's own form of the warning has a path and a line of source. (pytest records warnings of its process.)"""
+    (tmp_path / "file").write_text("")
+    command = f"eval --run {trained}/run --data {trained}/data --features {tmp_path}/file"
+    python = [sys.executable, "-c", "from lift_fast.cli import main; main()"]
+    done = subprocess.run([*python, *shlex.split(command)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"lift-fast: warning: features are not kept: {tmp_path}/file cannot be written" in done.stderr
+    assert "UserWarning" not in done.stderr and ".py:" not in done.stderr
