@@ -21,15 +21,12 @@ from lift_fast import progress
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_configure(config):
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
-
 def pytest_runtest_setup(item):
     # The seed depends neither on the tests that ran before nor on the file's folder.
     name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
     torch.manual_seed(zlib.crc32(name.encode()))
     progress.configure()  # a command with --quiet sets it for the process
+    torch.set_num_threads(min(2, os.cpu_count() or 1))  # so does one with --threads, and sums depend on it
     # Jobs in a shell's background ignore SIGINT, and so does this process once a test has interrupted a command in it;
     # the commands that later tests start and interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
