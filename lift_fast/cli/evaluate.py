@@ -15,7 +15,7 @@ from ..train.config import PresetName
 from .common import counted, listed, print_problems, printable, read_json, warn, write_json
 
 if TYPE_CHECKING:
-    from ..eval.held_out_set import HeldOutSet
+    pass
 
 _TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
 
@@ -107,8 +107,7 @@ class Eval:
         from ..data.reading import cpu_count
         from ..devices import device_of_rank
         from ..eval.run import evaluate
-        from ..eval.sets import open_set, options_of
-        from ..eval.templates import read_classnames, read_templates
+        from ..eval.sets import open_sets, options_of
         from ..inference import load
         from ..inference.subject import features_folder, subject_of
         from ..ranks import Rank, answering, joined, together
@@ -124,25 +123,17 @@ class Eval:
                 print_code(model, self.encoder, self.trust_remote_code)
             subject, run = together(lambda: subject_of(model)), model.description
             options = options_of(run, self.reading)
-            folders = self.pictures or len(self.data) * (None,)
-
-            def opened() -> "dict[str, HeldOutSet]":
-                templates = read_templates(self.templates) if self.templates else None
-                classnames = read_classnames(self.classnames) if self.classnames else None
-                return {
-                    name: open_set(
-                        path,
-                        images,
-                        options=options,
-                        fields=self.field,
-                        wanted=run.get("field", "txt"),
-                        templates=templates,
-                        classnames=classnames,
-                    )
-                    for (name, path), images in zip(self.data.items(), folders, strict=True)
-                }
-
-            sets = together(opened)
+            sets = together(
+                lambda: open_sets(
+                    self.data,
+                    self.pictures,
+                    options=options,
+                    fields=self.field,
+                    wanted=run.get("field", "txt"),
+                    templates=self.templates,
+                    classnames=self.classnames,
+                )
+            )
             features = (self.features or features_folder(model)) if self.keep else None
             given = [f"--{name}" for name in ("templates", "classnames") if getattr(self, name)]
             if rank.is_first and given and not any(held_out.questions.classes for held_out in sets.values()):

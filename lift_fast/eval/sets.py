@@ -16,7 +16,7 @@ from .held_out_set import HeldOutSet
 from .labels import LABELS, check_classes, classes_of
 from .layouts import open_benchmark
 from .questions import Choice, Questions
-from .templates import ClassNames
+from .templates import ClassNames, read_classnames, read_templates
 
 _TRIED = 8  # samples that are asked for a caption, to see whether a set has the field
 
@@ -60,6 +60,37 @@ def open_set(
         data, fields, wanted=wanted, skip_bad=skip_bad, templates=templates, classnames=classnames
     )
     return HeldOutSet(data, questions)
+
+
+def open_sets(
+    paths: Mapping[str, Path],
+    images: Sequence[Path] = (),
+    *,
+    options: DataOptions,
+    fields: Sequence[str] = (),
+    wanted: str = "txt",
+    skip_bad: bool | None = None,
+    templates: Path | None = None,
+    classnames: Path | None = None,
+) -> dict[str, HeldOutSet]:
+    """Opens named held-out sets, as `lift-fast eval --data` names them. images: the folder of the image files of each,
+    or none at all. templates, classnames: files. Other arguments and errors as of open_set, read_templates and
+    read_classnames."""
+    prompts = read_templates(templates) if templates else None
+    names = read_classnames(classnames) if classnames else None
+    return {
+        name: open_set(
+            path,
+            folder,
+            options=options,
+            fields=fields,
+            wanted=wanted,
+            skip_bad=skip_bad,
+            templates=prompts,
+            classnames=names,
+        )
+        for (name, path), folder in zip(paths.items(), images or len(paths) * (None,), strict=True)
+    }
 
 
 def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:

@@ -17,8 +17,7 @@ from ..eval.images import ImageFeatures, Images, Pixels, image_features
 from ..eval.kept import Kept
 from ..eval.questions import Questions
 from ..eval.run import score_set
-from ..eval.sets import open_set, options_of
-from ..eval.templates import read_classnames, read_templates
+from ..eval.sets import open_sets, options_of
 from ..eval.texts import Texts, encode_texts
 from ..nn import Clip, Lift, preset
 from ..nn.transformer import Transformer
@@ -66,23 +65,16 @@ class HeldOut:
                     f"{run['encoder']['name']} runs code from its repository, so --eval-data cannot encode captions "
                     "while training; leave it out and evaluate with: lift-fast eval --trust-remote-code"
                 )
-            wanted = run.get("field", "txt")
-            folders = config.eval_pictures or len(config.eval_data) * (None,)
-            templates = read_templates(config.eval_templates) if config.eval_templates else None
-            classnames = read_classnames(config.eval_classnames) if config.eval_classnames else None
-            return {
-                name: open_set(
-                    path,
-                    images,
-                    options=options,
-                    fields=config.eval_field,
-                    wanted=wanted,
-                    skip_bad=True,
-                    templates=templates,
-                    classnames=classnames,
-                )
-                for (name, path), images in zip(config.eval_data.items(), folders, strict=True)
-            }
+            return open_sets(
+                config.eval_data,
+                config.eval_pictures,
+                options=options,
+                fields=config.eval_field,
+                wanted=run.get("field", "txt"),
+                skip_bad=True,
+                templates=config.eval_templates,
+                classnames=config.eval_classnames,
+            )
 
         @cache
         def load() -> EncodeText:
