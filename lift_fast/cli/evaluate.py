@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,9 +13,6 @@ from ..data.options import DataOptions
 from ..errors import ConfigError, DataError
 from ..train.config import PresetName
 from .common import counted, listed, print_problems, printable, read_json, warn, write_json
-
-if TYPE_CHECKING:
-    pass
 
 _TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
 
