@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import typed
+from . import foreign
 from .cache import Conditioning, Rotation
 from .cache.conditioning import CONDITIONING
 from .errors import CacheError, CacheMismatch, ConfigError, DataError, TrainingError
@@ -90,16 +90,16 @@ def check(run: Any) -> None:
 
     Raises ConfigError.
     """
-    typed.check(run, _Run, "it")
+    foreign.check(run, _Run, "it")
     needed = ["model", "preset", *{"lift": ["text_dim"], "clip": ["context"]}.get(run.get("model"), [])]
     if missing := [name for name in needed if name not in run]:
         raise ConfigError(f"this model's description: {missing[0]} is missing")
-    typed.check_fields(run.get("vit", {}), VitConfig, "vit")
-    typed.check_fields(run.get("text", {}), TextConfig, "text")
+    foreign.check_fields(run.get("vit", {}), VitConfig, "vit")
+    foreign.check_fields(run.get("text", {}), TextConfig, "text")
     for name in ("text_dim", "embed_dim", "context"):
         check_size(name, run.get(name, 1))
     if run.get("encoder") is not None:
-        typed.check_fields(run["encoder"], EncoderSpec, "encoder")
+        foreign.check_fields(run["encoder"], EncoderSpec, "encoder")
         if "name" not in run["encoder"]:
             raise ConfigError("this model's description: encoder.name is missing")
     if run.get("conditioning") is not None:

@@ -26,7 +26,9 @@ def pytest_runtest_setup(item):
     name = f"tests/{item.path.name}::{item.nodeid.partition('::')[2]}"
     torch.manual_seed(zlib.crc32(name.encode()))
     progress.configure()  # a command with --quiet sets it for the process
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # so does one with --threads, and sums depend on it
+    # So does one with --threads, and sums depend on it.
+    marker = item.get_closest_marker("threads")
+    torch.set_num_threads(marker.args[0] if marker else min(2, os.cpu_count() or 1))
     # Jobs in a shell's background ignore SIGINT, and so does this process once a test has interrupted a command in it;
     # the commands that later tests start and interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

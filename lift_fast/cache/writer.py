@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,7 +92,6 @@ class CacheWriter:
                 raise ValueError(f"vectors of dim {dim} do not come from a conditioning that keeps {conditioning.dim}")
             self._manifest = replace(self._manifest, conditioning=conditioning.as_dict(), format=CONDITIONED_FORMAT)
         self._unverified: set[int] = set()  # shards of earlier runs whose checksum has not been compared
-        self._tag = f".{os.getpid()}-{secrets.token_hex(4)}"
         self._parts: list[Path] = []  # unfinished files of other processes, running or killed
         self._started = self._finished = False
         self._check_manifest()
@@ -168,7 +166,7 @@ class CacheWriter:
             if part.name.startswith(shard.name):
                 part.unlink(missing_ok=True)
         with self._writing(shard.name):
-            write_whole({self.folder / shard.name: header(self._manifest, number, written) + data}, self._tag)
+            write_whole({self.folder / shard.name: header(self._manifest, number, written) + data})
         self._set_entry(number, written)
         self._unverified.discard(number)
 
@@ -355,7 +353,7 @@ class CacheWriter:
         meanwhile, and so removed the temporary file."""
         with self._writing(name):
             try:
-                write_whole({self.folder / name: data}, self._tag)
+                write_whole({self.folder / name: data})
             except FileNotFoundError:
                 if not (self.folder / MANIFEST).exists():
                     raise

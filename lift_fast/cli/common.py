@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, DataError
 from ..files import write_whole
+from ..printable import printable
 
 if TYPE_CHECKING:
     from ..data.samples import Problem
@@ -41,11 +42,6 @@ def check_threads(threads: int | None) -> None:
     """Raises ConfigError for a number of threads below 1. None stands for the default."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}")
-
-
-def printable(text: str) -> str:
-    """The text with its control characters escaped: a file name may hold commands to the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

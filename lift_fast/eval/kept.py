@@ -21,7 +21,6 @@ killed goes on at the first missing one.
 
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -82,7 +81,7 @@ class Kept:
         about = _metadata(identity) | {"sha256": _sha256(tensors)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole({path: save(dict(tensors), about)}, f".{os.getpid()}")
+            write_whole({path: save(dict(tensors), about)})
             for part in path.parent.glob(f"{path.name}.*.part"):
                 part.unlink(missing_ok=True)  # of a process that was killed
         except OSError as error:

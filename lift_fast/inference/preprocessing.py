@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import typed
+from .. import foreign
 from ..data.images import decode, read_header
 from ..data.pixels import MEAN, STD, normalise
 from ..data.reading import cpu_count
@@ -68,7 +68,7 @@ class Preprocessing:
     def of_dict(values: Mapping[str, Any]) -> Preprocessing:
         """The Preprocessing of `as_dict`, from a file. Raises ConfigError for values that are not valid."""
         values = {"image_size": None, "resize_size": None} | dict(values)
-        typed.check_fields(values, Preprocessing, "preprocessing")
+        foreign.check_fields(values, Preprocessing, "preprocessing")
         numbers = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
         return Preprocessing(**values | numbers)
 

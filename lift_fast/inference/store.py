@@ -14,7 +14,6 @@ killed goes on at the first missing one.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,7 +241,7 @@ def _write(path: Path, content: bytes, remedy: str) -> None:
     """Raises ConfigError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole({path: content}, f".{os.getpid()}")
+        write_whole({path: content})
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.exists():
             return  # another process has written it, and tidied up

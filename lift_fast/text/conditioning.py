@@ -7,8 +7,6 @@ the run before, and a command that asks for something else is refused.
 
 import errno
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -186,7 +184,7 @@ def publish(folder: Path, fitted: Conditioning) -> Conditioning:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_first(folder / CONDITIONING, fitted.to_bytes(), f".{os.getpid()}-{secrets.token_hex(4)}")
+        write_first(folder / CONDITIONING, fitted.to_bytes())
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
         raise CacheError(

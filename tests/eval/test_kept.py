@@ -425,7 +425,7 @@ def test_a_read_only_folder_is_read(tmp_path, model, monkeypatch):
         assert scores(model, {"set": path}, tmp_path / "f")[1][0] in (6, 64)
 
 
-def unwritable(files, tag):
+def unwritable(files):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
@@ -434,10 +434,10 @@ def test_both_of_two_processes_that_keep_at_once_succeed(tmp_path, model, monkey
     data = open_data(asking_set(tmp_path / "set", 5))
     kept = Kept(tmp_path / "f", "image", None)
 
-    def write_whole(files, tag):
+    def write_whole(files):
         [(path, content)] = files.items()
         path.write_bytes(content)
-        raise FileNotFoundError(2, "No such file", f"{path}{tag}.part")
+        raise FileNotFoundError(2, "No such file", f"{path}.part")
 
     monkeypatch.setattr(kept_module, "write_whole", write_whole)
     with warnings.catch_warnings():

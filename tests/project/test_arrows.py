@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+GROUND = {"errors", "files", "foreign", "printable", "progress"}  # what reads and shows files of users
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "typed": {"errors"},
+    "printable": set(),
+    "foreign": {"errors", "files"},
     "former_paths": set(),
     "progress": set(),
     "devices": {"errors", "ranks"},
@@ -20,20 +22,19 @@ ARROWS: dict[str, set[str]] = {
     "sugarcrepe": set(),
     "ops": {"errors", "kernels", "_C"},
     "losses": {"errors", "ops"},
-    "nn": {"errors", "ops"},
-    "cache": {"errors", "files", "progress", "ops"},
-    "data": {"errors", "files", "progress", "ops"},
-    "demo": {"errors", "progress", "sugarcrepe", "data"},
-    "text": {"errors", "files", "progress", "ranks", "ops", "cache", "data"},
-    "run_folder": {"errors", "files", "typed", "nn", "cache", "text"},
-    "measure": {"errors", "files", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "eval": {"errors", "files", "progress", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
-    "train": {"errors", "files", "progress", "devices", "ranks", "run_folder"}
-    | {"ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
-    "inference": {"errors", "files", "typed", "progress", "devices", "run_folder"}
-    | {"ops", "nn", "cache", "data", "text", "train", "eval"},
-    "export": {"errors", "files", "run_folder", "nn", "cache", "text", "data", "inference"},
-    "gallery": {"errors", "files", "progress", "devices", "run_folder", "nn", "data", "text", "inference"},
+    "nn": GROUND | {"ops"},
+    "cache": GROUND | {"ops"},
+    "data": GROUND | {"ops"},
+    "demo": GROUND | {"sugarcrepe", "data"},
+    "text": GROUND | {"ranks", "ops", "cache", "data"},
+    "run_folder": GROUND | {"nn", "cache", "text"},
+    "measure": GROUND | {"sugarcrepe", "ops", "losses", "nn", "cache", "text"},
+    "eval": GROUND | {"devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
+    "train": GROUND
+    | {"devices", "ranks", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
+    "inference": GROUND | {"devices", "run_folder", "ops", "nn", "cache", "data", "text", "train", "eval"},
+    "export": GROUND | {"run_folder", "nn", "cache", "text", "data", "inference"},
+    "gallery": GROUND | {"devices", "run_folder", "nn", "data", "text", "inference"},
 }
 TOP = {"cli", "__init__"}  # may import anything
 FAMILIES = ("attention", "pairs", "rows", "transformer")  # of ops; they do not import each other

@@ -9,7 +9,6 @@ import random
 import shutil
 
 import pytest
-import torch
 from support import complete  # noqa: F401
 from support.faults import (
     DAMAGE,
@@ -33,7 +32,9 @@ from lift_fast.data.reading import FILES
 from lift_fast.errors import LiftFastError, RankLost, Stopped
 from lift_fast.nn import PRESETS
 
-pytestmark = [  # files that could not be flushed; TensorBoard's thread
+pytestmark = [
+    pytest.mark.threads(1),  # runs are compared bit for bit, also with those of ranks, which have one
+    # Files that could not be flushed; TensorBoard's thread.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -60,10 +61,7 @@ def numbers(kind):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield Base(tmp_path_factory.mktemp("faults"))
-    torch.set_num_threads(threads)
     PRESETS.pop("small", None)
 
 

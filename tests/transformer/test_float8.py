@@ -11,15 +11,7 @@ from lift_fast.ops.transformer import float8, linear
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CPU = torch.device("cpu")
 needs_float8 = pytest.mark.skipif(float8.why_not(CPU) is not None, reason="this torch multiplies no float8 on CPUs")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products in this file are too small for more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.threads(1)  # the products here are too small for more
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -1,14 +1,53 @@
-"""Validates what JSON files say against type hints, before it is used: files may be damaged, or not one's own.
+"""JSON that others wrote, or altered: read within bounds, and its types checked where it is used.
 
-Known hints: those of JSON values, Any, Literal, unions, list[…], dict[str, …], tuple[…] of a fixed length (a list in
-JSON), and TypedDicts, whose unknown keys are ignored. An int may stand for a float, a bool not for an int.
+A value's type is compared exactly: an int does for a float, a bool not for an int.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import ConfigError
+from .files import read_regular
+
+MOST_BYTES = 1 << 26  # of a JSON file, unless a reader says another number
+_DEEPEST = 64  # lists and objects within each other: code that walks through them may not run out of stack
+_FEW = 10_000  # lists and objects in any file; more only where the text has 32 bytes for each: they take up to 232
+
+
+def read_json(path: str | Path, most: int = MOST_BYTES, pairs: Callable[[list], Any] | None = None) -> Any:
+    """The content of a JSON file of at most `most` bytes. pairs: json.loads' object_pairs_hook.
+
+    Raises OSError as files.read_regular, ValueError as parse_json.
+    """
+    return parse_json(read_regular(path, most), pairs)
+
+
+def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None) -> Any:
+    """The value of a JSON text in UTF-8. pairs: json.loads' object_pairs_hook.
+
+    Raises ValueError for what is not JSON, for lists and objects nested deeper than 64, and for so many of them that
+    they would take far more memory than the text.
+    """
+    count = data.count(b"[") + data.count(b"{")
+    if count > max(_FEW, len(data) // 32):
+        raise ValueError(f"it is nearly all brackets: {count} in {len(data)} bytes")
+    try:
+        content = json.loads(data, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST + 1):
+        level = [each for value in level for each in _inside(value) if isinstance(each, list | tuple | dict)]
+        if not level:
+            return content
+    raise ValueError(f"its lists and objects are nested more than {_DEEPEST} deep")
+
+
+def _inside(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
 
 
 def check(value: Any, hint: Any, name: str) -> None:
