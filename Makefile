@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 gpu: PYTHON := python3
 gpu: OUT := runs/gpu
 
-.PHONY: demo test check docs bench campaign gpu clean
+.PHONY: demo test check docs bench campaign soak gpu clean
 
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
@@ -35,8 +35,12 @@ docs: .venv/.docs
 bench: .venv/.test
 	$(BIN)/python -m pytest benchmarks
 
+# Attacks, with a table of how many of each kind there were and how they ended; at most 20 minutes on two cores.
 campaign: .venv/.test
-	$(BIN)/python -m pytest -m campaign
+	OMP_WAIT_POLICY=passive timeout 1200 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'campaign or attack' --bars
+
+soak: .venv/.test
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 
 gpu:
 	@$(PYTHON) -m benchmarks.gpu --out $(OUT)

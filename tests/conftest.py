@@ -18,6 +18,8 @@ import torch
 
 from lift_fast import progress
 
+pytest_plugins = ["support.tally"]  # the fixture that counts attacks, and the table of `make campaign`
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -425,23 +425,24 @@ def test_damage_is_told(wholes, truths, tmp_path, kind):
 
 
 @pytest.mark.campaign
-def test_five_hundred_corruptions(wholes, truths, tmp_path):
-    tally, wrong = {}, Counter()
+def test_five_hundred_corruptions(wholes, truths, tmp_path, tally):
+    caught, wrong = {}, Counter()
     for kind, (_, count) in KINDS.items():
-        tally[kind] = Counter()
+        caught[kind] = Counter()
         for number in range(count):
             caches = spoilt(wholes, tmp_path, kind, number)
             try:
                 found, rows = judge(caches, truths[caches.codec])
             except BaseException as error:
                 raise AssertionError(f"{kind} {number}: {error}") from error
-            tally[kind][found] += 1
+            caught[kind][found] += 1
+            tally("cache", "error")
             wrong[kind] += rows
     print()
-    for kind, found in tally.items():
+    for kind, found in caught.items():
         counts = " ".join(f"{found[when]:5}" for when in ("open", "touch", "verify"))
         print(f"{kind:45} {counts}   rows that differ until then: {wrong[kind]}")
-    total = sum(tally.values(), Counter())
+    total = sum(caught.values(), Counter())
     print(f"{sum(total.values())} corruptions: {dict(total)}, rows that differed before verify: {sum(wrong.values())}")
     assert sum(total.values()) >= 500
 
