@@ -95,7 +95,7 @@ def go_on(base, variant, config, world=1, logs=True, tries=2):
 
 
 @pytest.mark.parametrize("number", numbers("damage"))
-def test_damage(base, tmp_path, number):
+def test_damage(base, tmp_path, number, tally):
     """Files of a stopped run are damaged: it goes on from what is intact, or says what is wrong."""
     rng = random.Random(f"damage {number}")
     kind = [*DAMAGE][number % len(DAMAGE)]
@@ -115,15 +115,17 @@ def test_damage(base, tmp_path, number):
         assert any("is damaged" in warning for warning in ended.warnings), kind
     logs = kind not in ("metrics.jsonl", "skipped.jsonl") or not ended.warnings
     if ended.error is None:
-        return check_whole(base, variant, out, logs=logs)
+        check_whole(base, variant, out, logs=logs)
+        return tally("fault", "right answer")
     clear(ended)
     assert intact(out)[-1:] >= before[-1:]
     damaged.put_back(copy)
     go_on(base, variant, config, logs=logs)
+    tally("fault", "error")
 
 
 @pytest.mark.parametrize("number", numbers("disk"))
-def test_disk(base, tmp_path, number):
+def test_disk(base, tmp_path, number, tally):
     """A file operation fails, once, or all from then on, at the beginning, on the way or at the end."""
     rng = random.Random(f"disk {number}")
     variant, step = rng.choice(ALONE), rng.choice([0, 0, 7])
@@ -151,14 +153,16 @@ def test_disk(base, tmp_path, number):
         (ended,) = run(config)
     assert disk.failed, (what, moment)
     if ended.error is None:
-        return check_whole(base, variant, out)
+        check_whole(base, variant, out)
+        return tally("fault", "right answer")
     clear(ended)
     assert intact(out)[-1:] >= before[-1:]
     go_on(base, variant, config)
+    tally("fault", "error")
 
 
 @pytest.mark.parametrize("number", numbers("data"))
-def test_data(base, tmp_path, number):
+def test_data(base, tmp_path, number, tally):
     """Data sets or caches change, go, or are damaged, while a run is stopped or while it trains."""
     rng = random.Random(f"data {number}")
     kind = [*DATA][number % len(DATA)]
@@ -181,7 +185,7 @@ def test_data(base, tmp_path, number):
         written, want = Written.by(out), base.whole(variant)
         # Other weights only where the samples that could not be read are counted.
         assert written.weights == want.weights or written.skipped > want.skipped, kind
-        return
+        return tally("fault", "right answer")
     clear(ended)
     assert intact(out)
     for path in root.iterdir():
@@ -192,10 +196,11 @@ def test_data(base, tmp_path, number):
     assert ended.error is None, ended.trace
     written, want = Written.by(out), base.whole(variant)
     assert written.weights == want.weights or written.skipped > want.skipped
+    tally("fault", "error")
 
 
 @pytest.mark.parametrize("number", numbers("stop"))
-def test_stops(base, tmp_path, number):
+def test_stops(base, tmp_path, number, tally):
     """Signals and errors, again and again, at any place of one process."""
     rng = random.Random(f"stop {number}")
     variant, out = rng.choice(ALONE), tmp_path / "run"
@@ -215,10 +220,11 @@ def test_stops(base, tmp_path, number):
             assert isinstance(ended.error, Stopped), ended.trace
         assert intact(out)[-1:] >= before[-1:]
     go_on(base, variant, config)
+    tally("fault", "error")
 
 
 @pytest.mark.parametrize("number", numbers("ranks"))
-def test_ranks(base, tmp_path, number):
+def test_ranks(base, tmp_path, number, tally):
     """One of two ranks dies, raises an error that nobody expected, or falls behind: the other ends in time."""
     rng = random.Random(f"ranks {number}")
     variant = ON_RANKS[number % len(ON_RANKS)]
@@ -240,9 +246,11 @@ def test_ranks(base, tmp_path, number):
     what = (variant, place, fault.moment, action, rank)
     if fault.fired() is None:  # on a machine that is too busy for TIMEOUT
         assert all(isinstance(one.error, RankLost) for one in ended), what
-        return go_on(base, variant, base.config(variant, out), 2)
+        go_on(base, variant, base.config(variant, out), 2)
+        return tally("fault", "error")
     if all(one.error is None for one in ended):
-        return check_whole(base, variant, out, 2)
+        check_whole(base, variant, out, 2)
+        return tally("fault", "right answer")
     for number, one in enumerate(ended):
         assert one.seconds < (2 * TIMEOUT + 4 if action == "sleep" else 2 * TIMEOUT) + SLACK, (what, one)
         if number == rank and action in ("kill", "exit"):
@@ -255,6 +263,7 @@ def test_ranks(base, tmp_path, number):
                 assert isinstance(one.error, RankLost), (what, one.trace)
     assert intact(out)[-1:] >= before[-1:]
     go_on(base, variant, base.config(variant, out), 2)
+    tally("fault", "error")
 
 
 def test_there_are_300():
