@@ -1,19 +1,25 @@
 """Files of users, opened for reading, and files written whole: each appears complete under its name or not at all.
 
-A file or folder that is being written has the name NAME.TAG.part, where TAG is 16 random hexadecimal digits: process
-numbers repeat between containers on one disk. Its writer holds a lock on it (flock), which ends with the process,
-however that ends. So `remove_abandoned` knows what killed processes have left, and takes nothing from those that run.
+A file or folder that is being written has the name NAME.TAG.part, where TAG is 16 random hexadecimal digits, since
+process numbers repeat between containers on one disk, and 8 of the running system. Its writer holds a lock on it
+(flock), which ends with the process, however that ends. So `remove_abandoned` knows what killed processes have left,
+and takes nothing from those that run.
 """
 
 import errno
+import filecmp
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +28,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_PART = re.compile(r".+\.[0-9a-f]{16}\.part", re.DOTALL)
+_PART = re.compile(r"(.+)\.[0-9a-f]{16}([0-9a-f]{8})\.part", re.DOTALL)
+_LONGEST = 255 - len(".0123456789abcdef01234567.part")  # bytes of a name that its parts have in whole
+_DAY = 86400  # seconds
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -38,16 +46,13 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises OSError when it cannot be opened, and for what is not a regular file: reading a pipe may wait for ever, and a
     device may have no end.
     """
-    # Non-blocking: opening a pipe that nobody writes to would wait. It changes nothing for regular files.
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
-    try:
-        kind = stat.S_IFMT(os.fstat(number).st_mode)
-        if kind != stat.S_IFREG:
-            raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'of another kind')}, not a file", str(path))
-        return open(number, "rb", buffering=0)
-    except BaseException:
-        os.close(number)
-        raise
+    return open(path, "rb", buffering=0, opener=_regular)
+
+
+def for_appending(path: str, flags: int) -> int:
+    """For open(path, "a", opener=for_appending): only a regular file is opened, and through no link, which somebody may
+    have put there. Raises OSError."""
+    return _regular(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
@@ -67,8 +72,10 @@ def read_regular(path: str | Path, most: int) -> bytes:
 def write_whole(files: Mapping[Path, bytes]) -> None:
     """Writes files of one folder: each to a part of its own, flushed to disk, then renamed, in order.
 
-    files: path -> content. Raises OSError after removing the parts. No file is replaced unless all were written
-    completely.
+    files: path -> content. A link that has a file's name is replaced, and what it leads to stays as it is.
+
+    Raises OSError after removing the parts, also where a device or a pipe has the name: /dev/null must stay one. No
+    file is replaced unless all were written completely.
     """
     with ExitStack() as stack:
         parts = {}
@@ -83,18 +90,26 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
     """Yields a new file that is flushed to disk and takes the name `path` at the end of the block, or is removed after
-    an error. Raises OSError."""
+    an error.
+
+    replace: whether it replaces another file; else one with the same content stays, as of write_first, and any other is
+    a FileExistsError. Raises OSError as write_whole.
+    """
     with _part(path) as part:
         yield part
         _flush(part)
-        _name(part, path)
+        if replace:
+            _name(part, path)
+        elif not _name_first(part, path) and not filecmp.cmp(part.name, path, shallow=False):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     flush_names(path.parent)
 
 
-def write_first(path: Path, data: bytes) -> None:
-    """Writes a file unless there is one: when several processes write it, the first one's stays.
+def write_first(path: Path, data: bytes) -> bool:
+    """Writes a file unless there is one: when several processes write it, the first one's stays. Returns whether it is
+    this one.
 
     A hard link makes the file appear. On a file system without them the file is looked for and then renamed to, so that
     of two processes that do so at once the second one's stays.
@@ -104,30 +119,29 @@ def write_first(path: Path, data: bytes) -> None:
     with _part(path) as part:
         part.write(data)
         _flush(part)
-        try:
-            os.link(part.name, path)
-        except FileExistsError:
-            pass
-        except OSError:
-            if not path.exists():
-                _name(part, path)
+        first = _name_first(part, path)
     flush_names(path.parent)
+    return first
 
 
 @contextmanager
 def part_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
-    """Yields a new, empty folder, NAME.TAG.part, for what shall be the folder `path`; whatever is still there under
-    that name at the end of the block is removed.
+    """Yields a new, empty folder, NAME.TAG.part, for what shall be the folder `path`, after removing those that ended
+    processes have left; whatever is still there under that name at the end of the block is removed.
 
     within: the folder in which it is made, which is made, too, where it is not there; None: that of `path`. Raises
     OSError.
     """
     within = path.parent if within is None else within
     within.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(within, path.name)
     while True:
         part = within / _tagged(path.name)
         part.mkdir()
-        number = os.open(part, os.O_RDONLY) if fcntl is not None else None
+        try:
+            number = _opened_folder(part)
+        except FileNotFoundError:  # remove_abandoned has met it before the lock
+            continue
         try:
             if number is not None and not _claimed(number, part):
                 continue
@@ -142,32 +156,49 @@ def part_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
                 os.close(number)
 
 
-def remove_abandoned(folder: Path, name: str = "*") -> None:
-    """Removes the parts that ended processes have left in a folder. name: of what they were parts of, with wildcards.
+def is_part(name: str) -> bool:
+    """Whether a file or folder of this name is a part of one that is being written, or that a killed process left."""
+    return _PART.fullmatch(name) is not None
 
-    A part stays whose writer runs, and where the file system has no locks, or Python has none (Windows).
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Removes the parts that ended processes have left in a folder. name: of what they were parts; None: of anything.
+
+    A part stays whose writer runs, and where the file system has no locks, or Python has none (Windows). One that was
+    made on another host, or before this one was last started, stays for a day: not all network file systems show one
+    host the locks of another.
     """
     if fcntl is None:
         return
-    for path in folder.glob(f"{name}.*.part"):
-        if not _PART.fullmatch(path.name):
-            continue
-        try:
-            kind = os.lstat(path).st_mode
-            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-                continue
-            access = os.O_RDONLY if stat.S_ISDIR(kind) else os.O_RDWR  # an exclusive lock of NFS needs a writer
-            number = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(number, path):
-                shutil.rmtree(path) if stat.S_ISDIR(kind) else path.unlink()
-        except OSError:  # its writer runs, there are no locks, or it may not be removed
-            continue
-        finally:
-            os.close(number)
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for entry in names:
+        found = _PART.fullmatch(entry)
+        if found and (name is None or found[1] == _stem(name)):
+            _remove_if_abandoned(folder / entry, found[2] == _system())
+
+
+def _remove_if_abandoned(path: Path, made_here: bool) -> None:
+    """Removes a part unless its writer runs, or may run on another host. made_here: whether it was made on this one."""
+    try:
+        kind = os.lstat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            return
+        access = os.O_RDONLY if stat.S_ISDIR(kind) else os.O_RDWR  # an exclusive lock of NFS needs a writer
+        number = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        old = made_here or time.time() - os.fstat(number).st_mtime > _DAY
+        if old and _is_still(number, path):
+            shutil.rmtree(path) if stat.S_ISDIR(kind) else path.unlink()
+    except OSError:  # its writer runs, there are no locks, or it may not be removed
+        pass
+    finally:
+        os.close(number)
 
 
 def free_bytes(path: Path) -> int:
@@ -188,10 +219,41 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _regular(path: str, flags: int) -> int:
+    """Opens a file as os.open does. Raises OSError, also for what is not a regular file."""
+    # Non-blocking: opening a pipe whose other end nobody has opened would wait. It changes nothing for regular files.
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0), 0o666)
+    try:
+        _check_kind(path, os.fstat(number).st_mode, stat.S_IFREG)
+    except BaseException:
+        os.close(number)
+        raise
+    return number
+
+
+def _check_kind(path: str | Path, mode: int, *wanted: int) -> None:
+    """Raises OSError for another kind of file than those wanted."""
+    kind = stat.S_IFMT(mode)
+    if kind not in wanted:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'of another kind')}, not a file", str(path))
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises OSError where a device or a pipe has this name, or a link to a stream of this process, as /dev/stdout."""
+    try:
+        mode = os.stat(path).st_mode
+        if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+            mode = stat.S_IFIFO
+    except OSError:  # there is nothing, or what says itself why it cannot be replaced
+        return
+    _check_kind(path, mode, stat.S_IFREG, stat.S_IFDIR)  # that of a folder the system refuses
+
+
 @contextmanager
 def _part(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file, locked, for what shall be the file `path`. Whatever is still there under its name at the end
     of the block is removed. Raises OSError."""
+    _check_replaceable(path)
     while True:
         name = path.with_name(_tagged(path.name))
         # A new file only, and through no link that somebody has put there.
@@ -209,7 +271,30 @@ def _part(path: Path) -> Iterator[BinaryIO]:
 
 
 def _tagged(name: str) -> str:
-    return f"{name}.{secrets.token_hex(8)}.part"
+    """The name of a new part."""
+    return f"{_stem(name)}.{secrets.token_hex(8)}{_system()}.part"
+
+
+def _stem(name: str) -> str:
+    """A name as its parts have it: cut, where they would be longer than a file system takes."""
+    data = os.fsencode(name)
+    return name if len(data) <= _LONGEST else data[:_LONGEST].decode(errors="ignore")
+
+
+@cache
+def _system() -> str:
+    """8 hexadecimal digits of the running system, which containers share: of this start of this host."""
+    try:
+        with open_regular("/proc/sys/kernel/random/boot_id") as file:
+            known = file.read(64)
+    except OSError:
+        known = socket.gethostname().encode(errors="replace")
+    return hashlib.sha256(known).hexdigest()[:8]
+
+
+def _opened_folder(path: Path) -> int | None:
+    """A folder, opened to be locked; None where there are no locks."""
+    return None if fcntl is None else os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
 
 
 def _claimed(number: int, path: Path) -> bool:
@@ -234,6 +319,19 @@ def _name(part: BinaryIO, path: Path) -> None:
     if fcntl is None:
         part.close()  # Windows renames no open file
     os.replace(part.name, path)
+
+
+def _name_first(part: BinaryIO, path: Path) -> bool:
+    """Gives a part its name unless something has it. Returns whether it did."""
+    try:
+        os.link(part.name, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            return False
+        _name(part, path)
+    return True
 
 
 def _flush(file: BinaryIO) -> None:
