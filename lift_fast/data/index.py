@@ -1,4 +1,4 @@
-"""The index of a folder of tars: where each sample lies, in about 60 bytes a sample, in memory or mapped from a file.
+"""The index of a folder of tars: where each sample lies, in about 60 bytes a sample, in memory or in a file.
 
     index.lift-fast = magic, segments, directory, tail
     segment (one for each tar) = key hashes int64 [n], records [n], the keys in UTF-8; padded to 8 bytes
@@ -6,15 +6,15 @@
     directory = JSON: which suffixes are the image and the caption; for each tar its name, samples, bytes, time of last
                 change, the place of its segment, and what of it is not read
 
-Opening the file reads the directory, and the size and time of each tar. The content of a segment is validated when it
-is used.
+Opening the file reads the directory, and the size and time of each tar. A segment is read whole and its checksum
+compared when it is first used; after that only the bytes that are needed are read, from the file as it was opened. An
+index that is written to meanwhile is an error.
 
 The format is our own because WebDataset's indexed form (wids) stores no hashes of sample keys, by which a text cache is
 matched to the data without reading a key.
 """
 
 import json
-import mmap
 import os
 import re
 import struct
@@ -33,9 +33,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import remove_abandoned, written_whole
+from ..foreign import parse_json
 from ..progress import bar
 from .options import DataOptions
-from .reading import Stamp, cpu_count, stamp_of
+from .reading import OpenFile, Stamp, cpu_count, stamp_at
 from .samples import Cause, Problem
 from .scan import IMAGE_SUFFIXES, RECORD, RECORDS, Entry, first_names, in_words, refuse, scan, suffixes_of
 
@@ -48,6 +50,8 @@ _REMEDY = "run lift-fast data index again"
 _CAUSES = get_args(Cause)
 _MAGIC = b"LIFTIDX2"
 _TAIL = struct.Struct("<QQQ8s")  # offset, length and crc32 of the directory, the magic
+# Bytes of a directory: this, and so many for each tar in the folder. Its names are short, and its problems name files.
+_LEAST_LIMIT, _MOST_ENTRY = 1 << 26, 1 << 14
 _PROCESSES_FROM = 32  # tars: fewer are scanned faster than processes start
 
 
@@ -56,17 +60,20 @@ class Index:
 
     entries: one for each tar. segments: the segments of all tars, at the offsets in the entries. suffixes: of the
     image, None for the usual ones, and of the caption.
+
+    Methods that look into a segment raise DataError when the index is damaged or was changed.
     """
 
     def __init__(
         self,
         folder: Path,
         entries: Sequence[Entry],
-        segments: bytearray | mmap.mmap,
+        segments: bytearray | OpenFile,
         suffixes: tuple[str | None, str] = (None, "txt"),
     ):
         self.folder, self.entries, self.suffixes = folder, list(entries), suffixes
         self._segments = segments
+        self._checked: set[int] = set()  # numbers of the tars whose segment has its checksum
 
     def problems(self) -> list[Problem]:
         """What the tars hold that is not read."""
@@ -77,12 +84,9 @@ class Index:
         ]
 
     def place(self, number: int, row: int, what: int) -> tuple[int, int] | None:
-        """Offset and length, in tar `number`, of its sample `row`'s IMAGE, TXT or JSON; None when it has none.
-
-        Raises DataError for a damaged index.
-        """
+        """Offset and length, in tar `number`, of its sample `row`'s IMAGE, TXT or JSON; None when it has none."""
         entry = self.entries[number]
-        record = RECORD.unpack_from(self._segments, entry.records + RECORD.size * row)
+        record = RECORD.unpack(self._part(number, entry.records + RECORD.size * row, RECORD.size))
         offset, size = record[what], record[3 + what]
         if offset == -1:
             return None
@@ -91,12 +95,9 @@ class Index:
         return offset, size
 
     def places(self, number: int, what: int) -> tuple[list[int], list[int]]:
-        """The offsets (-1: none) and lengths, in tar `number`, of its samples' IMAGE, TXT or JSON, in order.
-
-        Raises DataError for a damaged index.
-        """
+        """The offsets (-1: none) and lengths, in tar `number`, of its samples' IMAGE, TXT or JSON, in order."""
         entry = self.entries[number]
-        records = np.frombuffer(self._segments, RECORDS, entry.samples, entry.records)
+        records = np.frombuffer(self.segment(number), RECORDS, entry.samples, entry.records - entry.at)
         offsets, sizes = records["offsets"][:, what], records["sizes"][:, what].astype(np.int64)
         wrong = (offsets < -1) | (offsets > entry.bytes - sizes) & (offsets != -1)
         if wrong.any():
@@ -104,31 +105,65 @@ class Index:
         return offsets.tolist(), sizes.tolist()
 
     def key(self, number: int, row: int) -> str:
-        """The key of sample `row` of tar `number`. Raises DataError for a damaged index."""
+        """The key of sample `row` of tar `number`."""
         entry = self.entries[number]
         at = entry.records + RECORD.size * row
-        start = RECORD.unpack_from(self._segments, at - RECORD.size)[-1] if row else 0
-        end = RECORD.unpack_from(self._segments, at)[-1]
+        ends = self._part(number, at - RECORD.size, 2 * RECORD.size) if row else self._part(number, at, RECORD.size)
+        *_, end = RECORD.unpack(ends[-RECORD.size :])
+        start = RECORD.unpack(ends[: RECORD.size])[-1] if row else 0
         first = entry.records + RECORD.size * entry.samples
-        if not 0 <= start <= end <= entry.at + entry.length - first:
-            raise self._damaged(f"{entry.name}: sample {row} has no key")
-        try:
-            return self._segments[first + start : first + end].decode()
-        except UnicodeDecodeError as error:
-            raise self._damaged(f"{entry.name}: the key of sample {row} is not UTF-8") from error
+        self._check_keys(entry, [start, end], row)
+        return self._decoded(entry, self._part(number, first + start, end - start), row)
 
     def keys(self, number: int) -> list[str]:
-        """The keys of tar `number`, in order. Raises DataError for a damaged index."""
-        return [self.key(number, row) for row in range(self.entries[number].samples)]
+        """The keys of tar `number`, in order."""
+        entry = self.entries[number]
+        segment, first = self.segment(number), (8 + RECORD.size) * entry.samples
+        ends = np.frombuffer(segment, RECORDS, entry.samples, entry.records - entry.at)["key_end"].tolist()
+        starts = [0, *ends][: entry.samples]
+        found = []
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            self._check_keys(entry, [start, end], row)
+            found.append(self._decoded(entry, segment[first + start : first + end], row))
+        return found
 
     def hashes(self, number: int) -> Tensor:
         """The hashes of the keys of tar `number`, int64 [samples]."""
-        entry = self.entries[number]
-        return torch.from_numpy(np.frombuffer(self._segments, "<i8", entry.samples, entry.at).astype(np.int64))
+        found = np.frombuffer(self.segment(number), "<i8", self.entries[number].samples)
+        return torch.from_numpy(found.astype(np.int64))
 
-    def segment(self, entry: Entry) -> bytes | bytearray:
-        """The bytes of a tar's segment."""
-        return self._segments[entry.at : entry.at + entry.length]
+    def segment(self, number: int) -> bytes:
+        """The segment of tar `number`, whose checksum is compared."""
+        entry = self.entries[number]
+        data = self._read(entry.at, entry.length)
+        if zlib.crc32(data) != entry.crc32:
+            raise self._damaged(f"the checksum of its part for {entry.name} is wrong")
+        self._checked.add(number)
+        return data
+
+    def _part(self, number: int, at: int, size: int) -> bytes:
+        """A part of the segment of tar `number`."""
+        if number not in self._checked:
+            self.segment(number)
+        return self._read(at, size)
+
+    def _read(self, at: int, size: int) -> bytes:
+        if isinstance(self._segments, bytearray):
+            return bytes(self._segments[at : at + size])
+        try:
+            return self._segments.read(at, size)
+        except OSError as error:
+            raise DataError(f"{self.folder / INDEX} cannot be read ({error.strerror}); {_REMEDY}") from error
+
+    def _check_keys(self, entry: Entry, ends: Sequence[int], row: int) -> None:
+        if not 0 <= ends[0] <= ends[1] <= entry.length - (8 + RECORD.size) * entry.samples:
+            raise self._damaged(f"{entry.name}: sample {row} has no key")
+
+    def _decoded(self, entry: Entry, key: bytes, row: int) -> str:
+        try:
+            return key.decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"{entry.name}: the key of sample {row} is not UTF-8") from error
 
     def _damaged(self, why: str) -> DataError:
         return DataError(f"{self.folder / INDEX} is damaged ({why}); {_REMEDY}")
@@ -146,7 +181,7 @@ class Built:
 
 
 def open_index(folder: Path, options: DataOptions | None = None) -> Index:
-    """Opens the index of a folder of tars: maps its file, or scans the tars when there is none.
+    """Opens the index of a folder of tars: its file, or scans the tars when there is none.
 
     Raises DataError for a folder without tars, and an index that is damaged, does not match the tars, or was written
     for other suffixes; without options.skip_bad also for a tar that is damaged or holds a name that is not UTF-8.
@@ -155,7 +190,7 @@ def open_index(folder: Path, options: DataOptions | None = None) -> Index:
     suffixes = suffixes_of(options)
     paths = _tars(folder)
     if (folder / INDEX).exists():
-        index = _mapped(folder)
+        index = _opened(folder, len(paths))
         if index.suffixes != suffixes:
             raise DataError(
                 f"{folder / INDEX} was written with {_as_options(*index.suffixes)}, and this command has "
@@ -196,10 +231,11 @@ def build_index(
     folder, options = Path(folder), options or DataOptions()
     suffixes = suffixes_of(options)
     paths = _tars(folder)
-    index, known = _known(folder, suffixes)
+    index, known = _known(folder, suffixes, len(paths))
     reused = [known.get((path.name, _stamp(path))) for path in paths]
-    changed = [path for path, entry in zip(paths, reused, strict=True) if entry is None]
+    changed = [path for path, number in zip(paths, reused, strict=True) if number is None]
     entries: list[Entry] = []
+    remove_abandoned(folder, INDEX)
     with (
         _scans(changed, processes or cpu_count(), options) as scans,
         _written(folder / INDEX) as file,
@@ -207,7 +243,10 @@ def build_index(
     ):
         at = file.write(_MAGIC)
         for old in reused:
-            entry, data = next(scans) if old is None or index is None else (old, index.segment(old))
+            if old is None or index is None:
+                entry, data = next(scans)
+            else:
+                entry, data = index.entries[old], index.segment(old)
             if not options.skip_bad:
                 refuse(folder, entry)
             entries.append(replace(entry, at=at))
@@ -215,6 +254,7 @@ def build_index(
             done.update()
         tars = [[getattr(entry, field.name) for field in fields(entry)] for entry in entries]
         directory = json.dumps({"suffixes": suffixes, "tars": tars}).encode()
+        directory += b" " * max(0, 32 * (directory.count(b"[") + 1) - len(directory))  # as parse_json asks for
         file.write(directory + _TAIL.pack(at, len(directory), zlib.crc32(directory), _MAGIC))
     samples = sum(entry.samples for entry in entries)
     problems = Index(folder, entries, bytearray(), suffixes).problems() + unread_files(folder)
@@ -248,33 +288,30 @@ def _tars(folder: Path) -> list[Path]:
 
 def _stamp(path: Path) -> Stamp:
     try:
-        return stamp_of(path.stat())
+        return stamp_at(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _mapped(folder: Path) -> Index:
-    """The index file of a folder, not compared with the tars. Raises DataError when it is damaged."""
+def _opened(folder: Path, tars: int) -> Index:
+    """The index file of a folder of so many tars, not compared with them. Raises DataError when it is damaged."""
     path = folder / INDEX
     try:
-        with path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            file.seek(max(0, length - _TAIL.size))
-            tail = file.read()
-            at, size, crc32, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, 0, 0, b"")
-            if magic != _MAGIC and magic[:7] == _MAGIC[:7]:
-                raise DataError(f"{path} is of another version of lift-fast; {_REMEDY}")
-            if magic != _MAGIC or at + size + _TAIL.size != length:
-                raise DataError(f"{path} is damaged; {_REMEDY}")
-            file.seek(at)
-            directory = file.read(size)
-            if zlib.crc32(directory) != crc32:
-                raise DataError(f"{path} is damaged; {_REMEDY}")
-            found = json.loads(directory)
-            image, text = found["suffixes"]
-            entries = [Entry(*[*values, [(c, w, n) for c, w, n in told]]) for *values, told in found["tars"]]
-            segments = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        file = OpenFile(path)
+        length, _ = file.stamp
+        tail = file.read(max(0, length - _TAIL.size), min(length, _TAIL.size))
+        at, size, crc32, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, 0, 0, b"")
+        if magic != _MAGIC and magic[:7] == _MAGIC[:7]:
+            raise DataError(f"{path} is of another version of lift-fast; {_REMEDY}")
+        if magic != _MAGIC or at + size + _TAIL.size != length or size > _LEAST_LIMIT + _MOST_ENTRY * tars:
+            raise DataError(f"{path} is damaged; {_REMEDY}")
+        directory = file.read(at, size)
+        if zlib.crc32(directory) != crc32:
+            raise DataError(f"{path} is damaged; {_REMEDY}")
+        found = parse_json(directory)
+        image, text = found["suffixes"]
+        entries = [Entry(*[*values, [(c, w, n) for c, w, n in told]]) for *values, told in found["tars"]]
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise DataError(f"{path} cannot be read ({error}); {_REMEDY}") from error
     end = len(_MAGIC)
     for entry in entries:
@@ -286,7 +323,7 @@ def _mapped(folder: Path) -> Index:
         end += entry.length
     if end != at:
         raise DataError(f"{path} is damaged (its segments do not fill it); {_REMEDY}")
-    return Index(folder, entries, segments, (image, text))
+    return Index(folder, entries, file, (image, text))
 
 
 def _check_fresh(index: Index, paths: Sequence[Path]) -> None:
@@ -301,17 +338,25 @@ def _check_fresh(index: Index, paths: Sequence[Path]) -> None:
         raise DataError(f"{index.folder / INDEX} is damaged (it lists a tar twice); {_REMEDY}")
 
 
-def _known(folder: Path, suffixes: tuple[str | None, str]) -> tuple[Index | None, dict[tuple[str, Stamp], Entry]]:
-    """The folder's index, None when it has none with these suffixes or a damaged one, and its intact entries by a tar's
-    name and stamp."""
+def _known(
+    folder: Path, suffixes: tuple[str | None, str], tars: int
+) -> tuple[Index | None, dict[tuple[str, Stamp], int]]:
+    """The folder's index, None when it has none with these suffixes or a damaged one, and the numbers of its intact
+    entries by a tar's name and stamp."""
     try:
-        index = _mapped(folder) if (folder / INDEX).exists() else None
+        index = _opened(folder, tars) if (folder / INDEX).exists() else None
     except DataError:
         index = None
     if index is None or index.suffixes != suffixes:
         return None, {}
-    whole = [entry for entry in index.entries if zlib.crc32(index.segment(entry)) == entry.crc32]
-    return index, {(entry.name, entry.stamp): entry for entry in whole}
+    known = {}
+    for number, entry in enumerate(index.entries):
+        try:
+            index.segment(number)
+        except DataError:
+            continue
+        known[entry.name, entry.stamp] = number
+    return index, known
 
 
 @contextmanager
@@ -333,14 +378,8 @@ def _scans(paths: Sequence[Path], processes: int, options: DataOptions) -> Itera
 @contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that replaces `path` at the end, or is removed after an error. Raises DataError for OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with written_whole(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise DataError(f"cannot write the index {path} ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Windows can import this module, but has no os.pread to read with.
 """
 
+import errno
 import os
 import stat
 import threading
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files import open_regular, read_regular
 from .samples import BadSample
 
 try:
@@ -36,10 +38,11 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 class _File:
-    """A descriptor that is closed with its last reference, so never while a thread reads from it."""
+    """A descriptor that is closed with its last reference, so never while a thread reads from it. Raises OSError."""
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            self.number = os.dup(file.fileno())
 
     def __del__(self, close=os.close) -> None:
         if hasattr(self, "number"):
@@ -94,6 +97,33 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=FILES.forget)  # another thread may have held the lock during the fork
 
 
+class OpenFile:
+    """One file that stays open, read by any number of threads, before a fork and after it: no lock, no position.
+
+    stamp: of the file as it was opened. Raises OSError.
+    """
+
+    def __init__(self, path: Path):
+        self._file = _File(path)
+        self.stamp = stamp_of(os.fstat(self._file.number))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Reads `size` bytes from `offset`. Raises OSError when the file was written to since, or ends before."""
+        data = _pread(self._file.number, size, offset)
+        if stamp_of(os.fstat(self._file.number)) != self.stamp:
+            raise OSError(0, _CHANGED)
+        return data
+
+
+def stamp_at(path: Path) -> Stamp:
+    """The stamp of the file at `path`. Raises OSError, also for what is not a regular file: a library that opens it by
+    name next might wait for a pipe for ever."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return stamp_of(status)
+
+
 def read_parts(path: Path, stamp: Stamp, parts: Iterable[tuple[int, int]]) -> list[bytes]:
     """Reads many parts of the file at `path`, each an offset and a size: fastest when they are in the file's order.
 
@@ -137,16 +167,10 @@ def _pread(file: int, size: int, offset: int) -> bytes:
 def read_image(path: Path) -> bytes:
     """Reads an image file whole. Raises BadSample: "missing"; "unreadable", also for what is no file; "too large"."""
     try:
-        # Non-blocking: opening a pipe that nobody writes to would wait forever.
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(number, "rb", buffering=0) as file:
-            status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadSample("unreadable", f"{path} is no file")
-            if status.st_size > MOST_BYTES:
-                raise BadSample("too large", f"{path} has {status.st_size} bytes; {MOST_BYTES} are read at most")
-            return file.readall()
+        return read_regular(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadSample("missing", f"there is no {path}") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise BadSample("too large", f"{path}: {error.strerror}") from error
         raise BadSample("unreadable", f"{path}: {error}") from error

@@ -5,12 +5,17 @@ import os
 import random
 import struct
 import tarfile
+import threading
+import tracemalloc
 import zlib
 
 import pytest
+from support.damage import flip_bit
+from support.indexes import forge
 from support.tiny_sets import keys_of, make_set
 
 from lift_fast.cache import key_hash
+from lift_fast.cli.main import main
 from lift_fast.data.index import INDEX, Index, build_index, open_index, scan
 from lift_fast.data.samples import BadSample
 from lift_fast.data.shards import Shards
@@ -313,7 +318,8 @@ def test_numbers_that_lead_out_are_refused(tmp_path):
     whole, entry = path.read_bytes(), open_index(folder).entries[0]
 
     def refused(at, format, value, words, read):
-        path.write_bytes(whole[:at] + struct.pack(format, value) + whole[at + struct.calcsize(format) :])
+        path.write_bytes(whole)
+        forge(path, at, struct.pack(format, value))
         with pytest.raises(DataError, match=f"{INDEX} is damaged.*{words}.*; run lift-fast data index again"):
             read(Shards(folder))
 
@@ -325,8 +331,144 @@ def test_numbers_that_lead_out_are_refused(tmp_path):
     for end in (0, 1 << 31, 100):
         refused(record + 36, "<I", end, "sample 2 has no key", lambda shards: shards.where(2))
     refused(entry.records + 40 * 4, "B", 0xFF, "key of sample 0 is not UTF-8", lambda shards: shards.shard_keys(0))
+    path.write_bytes(whole)
+    forge(path, directory=lambda content: content["tars"][0].__setitem__(1, 1 << 40))
+    with pytest.raises(DataError, match=f"{INDEX} is damaged .*; run lift-fast data index again"):
+        Shards(folder)
     at = whole.index(b'"00000.tar", 4, ') + len(b'"00000.tar", ')
-    refused(at, "B", ord("3"), "", len)
+    path.write_bytes(whole[:at] + b"3" + whole[at + 1 :])  # without the checksum
+    with pytest.raises(DataError, match=f"{INDEX} is damaged; run lift-fast data index again"):
+        Shards(folder)
+
+
+def test_a_flipped_bit_is_an_error_on_first_use_of_its_tar(tmp_path):
+    folder = make_set(tmp_path / "set", 12, per_shard=4).folder
+    build_index(folder, 1, progress=False)
+    path, entry = folder / INDEX, open_index(folder).entries[1]
+    whole = path.read_bytes()
+    sure = everything(Shards(folder))
+    rng = random.Random(0)
+    uses = [
+        lambda shards, row: shards.image_bytes(row),
+        lambda shards, row: shards.caption(row),
+        lambda shards, row: shards.captions(row // 4),
+        lambda shards, row: shards.where(row),
+        lambda shards, row: shards.shard_keys(row // 4),
+        lambda shards, row: shards.shard_hashes(row // 4),
+    ]
+    for trial in range(60):
+        path.write_bytes(whole)
+        flip_bit(path, entry.at + rng.randrange(entry.length))
+        shards = Shards(folder)
+        assert shards.caption(3) == sure[4][3][1] and shards.caption(8) == sure[4][8][1]  # of other tars
+        use = uses[trial % len(uses)]
+        for _ in range(2):  # not only once
+            with pytest.raises(DataError, match=f"{INDEX} is damaged .*00001.tar.*; run lift-fast data index again"):
+                use(shards, 4 + rng.randrange(4))
+        assert shards.shard_keys(0) and shards.image_bytes(11)
+
+
+def test_check_ends_with_an_error_on_a_flipped_bit(tmp_path, capfd):
+    folder = make_set(tmp_path / "set", 12, per_shard=4).folder
+    build_index(folder, 1, progress=False)
+    flip_bit(folder / INDEX, open_index(folder).entries[2].at + 100)
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", str(folder)])
+    assert stop.value.code == 2 and "00002.tar is wrong); run lift-fast data index again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["cut", "over", "copied over"])
+def test_an_index_that_changes_while_it_is_open(tmp_path, how):
+    folder = make_set(tmp_path / "set", 12, per_shard=4).folder
+    build_index(folder, 1, progress=False)
+    path = folder / INDEX
+    whole, shards = path.read_bytes(), Shards(folder)
+    assert shards.caption(0) and shards.image_bytes(4)
+    if how == "cut":
+        os.truncate(path, 16)
+    else:
+        with open(path, "r+b") as file:  # in place, and of the same length
+            file.write(bytes(len(whole)) if how == "over" else whole)
+        os.utime(path, ns=(0, 0))
+    for number, use in enumerate([shards.caption, shards.image_bytes, shards.where, shards.shard_keys]):
+        with pytest.raises(DataError, match=f"{INDEX} cannot be read .*changed or was cut short.*data index again"):
+            use(number % 3)
+
+
+def test_what_a_killed_build_left_goes_and_nothing_else(tmp_path):
+    folder = make_set(tmp_path / "set", 4, per_shard=4).folder
+    old, other = folder / f"{INDEX}.0123456789abcdef.part", folder / f"{INDEX}.4711.part"
+    old.write_bytes(b"LIFT")
+    other.write_bytes(b"of an earlier version")
+    build_index(folder, 1, progress=False)
+    assert not old.exists() and other.exists()
+
+
+def test_an_index_that_is_replaced_stays_as_it_was_opened(tmp_path):
+    folder = make_set(tmp_path / "set", 12, per_shard=4).folder
+    build_index(folder, 1, progress=False)
+    shards = Shards(folder)
+    sure = everything(shards)
+    (folder / INDEX).unlink()
+    build_index(folder, 1, progress=False)
+    assert everything(shards) == sure
+
+
+def test_forked_processes_and_threads_read_one_index(tmp_path):
+    folder = make_set(tmp_path / "set", 12, per_shard=4).folder
+    build_index(folder, 1, progress=False)
+    shards = Shards(folder)
+    sure = everything(Shards(folder))
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            assert shards.caption(7) == sure[4][7][1]
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if not child:
+                os._exit(everything(shards) != sure)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_an_index_of_brackets_takes_little_memory(tmp_path):
+    folder = make_set(tmp_path / "set", 4, per_shard=4).folder
+    directory = b'{"suffixes": [null, "txt"], "tars": [' + b"[]," * (1 << 20) + b"[]]}"
+    tail = struct.pack("<QQQ8s", 8, len(directory), zlib.crc32(directory), b"LIFTIDX2")
+    (folder / INDEX).write_bytes(b"LIFTIDX2" + directory + tail)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"{INDEX} cannot be read .*brackets"):
+        Shards(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(directory)
+    with open(folder / INDEX, "r+b") as file:  # a file of 1 TB, of which nothing is on the disk
+        file.truncate(1 << 40)
+        file.seek((1 << 40) - len(tail))
+        file.write(struct.pack("<QQQ8s", 8, (1 << 40) - 8 - len(tail), 0, b"LIFTIDX2"))
+    with pytest.raises(DataError, match=f"{INDEX} is damaged"):
+        Shards(folder)
+
+
+def test_many_small_tars_have_an_index_that_opens(tmp_path, monkeypatch):
+    """Their directory is nearly all brackets, which parse_json refuses."""
+    monkeypatch.setattr("lift_fast.foreign._FEW", 0)
+    (tmp_path / "set").mkdir()
+    for number in range(10):
+        with tarfile.open(tmp_path / "set" / f"{number}.tar", "w") as tar:
+            add(tar, "a.txt", b"a")
+        os.utime(tmp_path / "set" / f"{number}.tar", ns=(0, 0))
+    build_index(tmp_path / "set", 1, progress=False)
+    assert len(Shards(tmp_path / "set")) == 10
 
 
 @pytest.mark.parametrize(
