@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.judged import judged_command
 from support.tiny_caches import Data, data_of, vectors_of, write
 from support.tiny_sets import keys_of, make_set
 
@@ -445,6 +446,40 @@ def test_five_hundred_corruptions(wholes, truths, tmp_path, tally):
     total = sum(caught.values(), Counter())
     print(f"{sum(total.values())} corruptions: {dict(total)}, rows that differed before verify: {sum(wrong.values())}")
     assert sum(total.values()) >= 500
+
+
+def commands_on(caches, whole, out):
+    """What each command on a damaged cache ended with: one that reads all of it names the damage, and writes no cache
+    that says it is complete."""
+    commands = {
+        "verify": ["verify", caches.folder],
+        "convert": ["convert", caches.folder, out / "converted", "--codec", "bf16"],
+        "merge": ["merge", whole, caches.folder, out / "merged"],
+        "condition": ["condition", caches.folder, out / "conditioned", "--power", "0.5"],
+    }
+    for name, line in commands.items():
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        ended = judged_command(["cache", *line], most=200_000_000)
+        yield name, ended
+        assert not [path for path in out.rglob("*") if path.name == "manifest.json" or path.name.endswith(".part")]
+
+
+@pytest.mark.parametrize("kind", [*KINDS][::6])
+def test_a_command_on_a_damaged_cache(wholes, tmp_path, kind):
+    caches = spoilt(wholes, tmp_path, kind, 0)
+    for name, ended in commands_on(caches, wholes[caches.codec][0], tmp_path / "out"):
+        assert ended.outcome == "error", name
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_on_damaged_caches(wholes, tmp_path, tally, kind):
+    for number in range(min(6, KINDS[kind][1])):
+        caches = spoilt(wholes, tmp_path, kind, number)
+        for name, ended in commands_on(caches, wholes[caches.codec][0], tmp_path / "out"):
+            assert ended.outcome == "error", (number, name)
+            tally("cache", "error")
 
 
 @pytest.mark.parametrize("number", range(26))
