@@ -415,7 +415,7 @@ class Disk:
             self.check("read", file)
             return self.originals["open"](file, mode, buffering, *rest, **options)
         self.check("open", file)
-        raw = _FailingFile(self, file, mode.replace("b", "").replace("t", ""))
+        raw = _FailingFile(self, file, mode.replace("b", "").replace("t", ""), options.pop("opener", None))
         if buffering == 0:
             return raw
         buffered: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
@@ -443,8 +443,8 @@ class Disk:
 
 
 class _FailingFile(io.FileIO):
-    def __init__(self, disk: Disk, path: Any, mode: str):
-        super().__init__(path, mode)
+    def __init__(self, disk: Disk, path: Any, mode: str, opener: Callable[[str, int], int] | None):
+        super().__init__(path, mode, opener=opener)
         self.disk, self.path = disk, path
 
     def write(self, data: Any) -> int:
