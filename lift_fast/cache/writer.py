@@ -6,8 +6,8 @@ Processes that write the same cache communicate only through its folder:
                     of a conditioned cache, is written first of all: both manifests have its checksum
     partial.json    is written before the first shard and removed after manifest.json exists, so that a folder with
                     shards always has one of the two; its content depends only on the settings and the shards' sizes
-    a shard         appears complete, by a rename. Until then it is a .part file whose name is unique to its process,
-                    so that two processes that write the same shard do not disturb each other
+    a shard         appears complete, by a rename. Until then it is a .part file of its process (files.py), so that two
+                    processes that write the same shard do not disturb each other: the one that is there stays
     manifest.json   is written by every process that finds no shard missing; all write the same bytes
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CacheError, CacheMismatch
-from ..files import free_bytes, write_whole
+from ..files import free_bytes, remove_abandoned, write_first, write_whole
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
 from .conditioning import CONDITIONING, Conditioning
@@ -92,7 +92,6 @@ class CacheWriter:
                 raise ValueError(f"vectors of dim {dim} do not come from a conditioning that keeps {conditioning.dim}")
             self._manifest = replace(self._manifest, conditioning=conditioning.as_dict(), format=CONDITIONED_FORMAT)
         self._unverified: set[int] = set()  # shards of earlier runs whose checksum has not been compared
-        self._parts: list[Path] = []  # unfinished files of other processes, running or killed
         self._started = self._finished = False
         self._check_manifest()
         present = self._present()
@@ -109,21 +108,19 @@ class CacheWriter:
         entry = self._manifest.shards[number]
         if len(keys) != entry.rows:
             raise ValueError(f"{entry.source} has {entry.rows} samples, not {len(keys)} keys")
-        if not (self.folder / entry.name).exists():
+        if not self.is_written(number):
             self._set_entry(number, replace(entry, captions=captions))
             return
-        found = self._examine(number)
-        with open(self.folder / entry.name, "rb") as file:
-            file.seek(len(header(self._manifest, number, found)))  # the keys are the first tensor
-            stored = np.fromfile(file, dtype="<i8", count=entry.rows)
-        differ = key_hashes(keys).numpy() != stored
-        if differ.any():
-            row = int(differ.argmax())
+        if (row := self._other_key(number, key_hashes(keys).numpy())) is not None:
             raise CacheMismatch(
                 f"{self.folder / entry.name} was made from other samples than {entry.source} (first difference at row "
                 f"{row}, key {keys[row]!r}); name another folder, or remove this one"
             )
         self._check_captions(number, captions)
+
+    def is_written(self, number: int) -> bool:
+        """Whether shard `number` is in the folder by now, whichever process wrote it."""
+        return (self.folder / self._manifest.shards[number].name).exists()
 
     def missing(self) -> list[int]:
         """Returns the numbers of the shards still to be written. The first call gives a new folder its partial.json.
@@ -136,15 +133,17 @@ class CacheWriter:
         present = self._present()
         return [number for number in range(len(self._manifest.shards)) if number not in present]
 
-    def write_shard(self, number: int, rows: QuantizedRows, keys: Sequence[int], skipped: Sequence[int] = ()) -> None:
-        """Writes shard `number`, whole or not at all.
+    def write_shard(self, number: int, rows: QuantizedRows, keys: Sequence[int], skipped: Sequence[int] = ()) -> bool:
+        """Writes shard `number`, whole or not at all; False where another process has written it meanwhile: that one
+        stays.
 
         rows: in the order of the data shard's samples. keys: the samples' key hashes (key_hashes). skipped: the numbers
         of the rows without a vector, ascending; in `rows` they are codes of zeros.
 
         Raises ValueError when rows or keys do not have the number, codec or dim that the cache was opened with;
         CacheError when the shard cannot be written, such as on a full disk: the complete shards stay, and no part of
-        this one does; and for rows without a vector in a cache of an older format, which has no place for them.
+        this one does; and for rows without a vector in a cache of an older format, which has no place for them;
+        CacheMismatch where the other process wrote it from other keys or captions.
         """
         shard = self._manifest.shards[number]
         if not len(rows) == len(keys) == shard.rows:
@@ -160,15 +159,23 @@ class CacheWriter:
                 f"{self.folder} has format version {self._manifest.format}, in which no sample can be left out "
                 f"({shard.source}, row {skipped[0]}); remove it or name another folder"
             )
-        data = content(self._manifest, rows, np.array(keys, dtype=np.int64), skipped)
+        hashes = np.array(keys, dtype=np.int64)
+        data = content(self._manifest, rows, hashes, skipped)
         written = replace(shard, sha256=hashlib.sha256(data).hexdigest(), skipped=len(skipped))
-        for part in self._parts:  # what a killed run left of this shard
-            if part.name.startswith(shard.name):
-                part.unlink(missing_ok=True)
         with self._writing(shard.name):
-            write_whole({self.folder / shard.name: header(self._manifest, number, written) + data})
-        self._set_entry(number, written)
-        self._unverified.discard(number)
+            first = write_first(self.folder / shard.name, header(self._manifest, number, written) + data)
+        if first:
+            self._set_entry(number, written)
+            self._unverified.discard(number)
+            return True
+        self._set_entry(number, replace(shard, sha256=""))  # of a file that is gone, if this run has written one
+        if (row := self._other_key(number, hashes)) is not None:
+            raise CacheMismatch(
+                f"another process has written {self.folder / shard.name} from other samples than {shard.source} (first "
+                f"difference at row {row}); name another folder"
+            )
+        self._check_captions(number, shard.captions)
+        return False
 
     def written(self, number: int) -> QuantizedRows:
         """Returns the rows of a shard that is written, memory-mapped. Raises CacheError when it is missing or damaged.
@@ -204,7 +211,7 @@ class CacheWriter:
         self._manifest = replace(self._manifest, shards=shards)
         self._write(MANIFEST, self._manifest.to_json())
         self._finished = True
-        self._clean_up()
+        self._remove(PARTIAL)
 
     def check_space(self) -> None:
         """Raises CacheError unless the disk has space for the shards that are missing, the manifest, and the
@@ -274,6 +281,16 @@ class CacheWriter:
             )
         return found
 
+    def _other_key(self, number: int, hashes: np.ndarray) -> int | None:
+        """The first row of a shard that is written whose key hash is not the one of `hashes`, None without one. Raises
+        CacheError, CacheMismatch."""
+        found = self._examine(number)
+        with open(self.folder / found.name, "rb") as file:
+            file.seek(len(header(self._manifest, number, found)))  # the keys are the first tensor
+            stored = np.fromfile(file, dtype="<i8", count=found.rows)
+        differ = hashes != stored
+        return int(differ.argmax()) if differ.any() else None
+
     def _check_captions(self, number: int, captions: str) -> None:
         """Raises CacheMismatch when a written shard was made from captions with another digest, if both are known."""
         found = self._examine(number)
@@ -325,16 +342,17 @@ class CacheWriter:
         shards_lost = name == MANIFEST and len(self._present()) < len(self._manifest.shards)
         with self._writing(PARTIAL):
             self.folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.folder)
         self._write_conditioning()
         if not name or shards_lost:
             # Without the captions' digests and stamps: a caption may be corrected until its shard is written.
             bare = tuple(replace(shard, sha256="", captions="", stamp="") for shard in self._manifest.shards)
-            if self._write(PARTIAL, replace(self._manifest, shards=bare).to_json()) and shards_lost:
-                (self.folder / MANIFEST).unlink(missing_ok=True)
+            self._write(PARTIAL, replace(self._manifest, shards=bare).to_json())
+            if shards_lost and len(self._present()) < len(self._manifest.shards):  # no other process has replaced them
+                self._remove(MANIFEST)
         elif name == MANIFEST:
             self._finished = True
-            self._clean_up()  # a run may have been killed after it wrote the manifest and before its own clean-up
-        self._parts = list(self.folder.glob("*.part"))
+            self._remove(PARTIAL)  # a run may have been killed after it wrote the manifest
         self._started = True
 
     def _write_conditioning(self) -> None:
@@ -348,23 +366,16 @@ class CacheWriter:
         if not there:
             self._write(CONDITIONING, data)
 
-    def _write(self, name: str, data: bytes) -> bool:
-        """Writes a file that all processes write alike. Returns False if another process has finished the cache
-        meanwhile, and so removed the temporary file."""
+    def _write(self, name: str, data: bytes) -> None:
+        """Writes a file that all processes write alike."""
         with self._writing(name):
-            try:
-                write_whole({self.folder / name: data})
-            except FileNotFoundError:
-                if not (self.folder / MANIFEST).exists():
-                    raise
-                return False
-        return True
+            write_whole({self.folder / name: data})
 
-    def _clean_up(self) -> None:
-        """Removes partial.json, and the .part files of killed runs."""
-        for path in [self.folder / PARTIAL, *self.folder.glob("*.part")]:
-            if path.exists():  # a disk that cannot be written refuses to remove what is not there
-                path.unlink(missing_ok=True)
+    def _remove(self, name: str) -> None:
+        """Removes a file that need not be there."""
+        if (self.folder / name).exists():  # a disk that cannot be written refuses to remove what is not there
+            with self._writing(name):
+                (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:

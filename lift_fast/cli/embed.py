@@ -192,14 +192,16 @@ class Embed:
             warn=warn if rank.is_first else lambda warning: None,  # the vectors of all ranks are alike in this
             fitted=(lambda known: print_conditioning(known.report())) if rank.is_first else lambda known: None,
         )
-        if not (done.written or done.missing or rank.is_first):
+        if not (done.written or done.by_others or done.missing or rank.is_first):
             return  # the ranks that wrote something say that the cache is complete, or else the first
         if done.written:
             error = "" if done.cosine is None else f"; mean cosine of vectors to their codes {done.cosine:.5f}"
             copied = f", {counted(done.copied, 'repeated caption')} copied" if done.copied else ""
             print(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
-        elif not done.missing:
+        elif not (done.missing or done.by_others):
             print(f"{prefix}the cache was complete; nothing was to do")
+        if done.by_others:
+            print(f"{prefix}another process has written {counted(done.by_others, 'shard')} meanwhile")
         if rank.is_first and conditioning is None and done.spread is not None:
             print(f"mean cosine between captions {done.spread:.4f}, of the first ones; near 1 they differ little")
         if rank.is_first and self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:

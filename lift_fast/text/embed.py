@@ -73,7 +73,8 @@ class Outcome:
     that other ranks have not written yet, 0 when the cache is finished. cosine: mean cosine between the first vectors
     that were stored (at most 1 024) and their codes, None if none was computed. spread: mean cosine between two of the
     encoder's first vectors, None for fewer than 8. skipped: samples left out by cause: of the whole cache when it is
-    finished, else of this rank's share. written: shards that this rank wrote.
+    finished, else of this rank's share. written: shards that this rank wrote. by_others: shards of its share that
+    another process wrote meanwhile.
     """
 
     computed: int
@@ -83,6 +84,7 @@ class Outcome:
     spread: float | None = None
     skipped: dict[str, int] = default(default_factory=dict)
     written: int = 0
+    by_others: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,11 @@ def embed_share(
     rank's shard is missing.
 
     Cache shard k holds the captions of the source's shard k in the same order. A killed run continues at its first
-    missing shard. codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. conditioning: of
-    the vectors; a Request is fitted to a sample of all captions before the first shard is written, unless the folder
-    has the fit of an earlier run or another rank. rank: None for a single process. progress: whether to show progress
+    missing shard. A shard that another process with the same share writes meanwhile is not written again.
+
+    codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. conditioning: of the vectors; a
+    Request is fitted to a sample of all captions before the first shard is written, unless the folder has the fit of an
+    earlier run or another rank. rank: None for a single process. progress: whether to show progress
     bars. warn: called with a warning for the user. fitted: called with the conditioning before the first shard is
     written.
 
@@ -177,7 +181,7 @@ def embed_share(
     missing = set(writer.missing())
     todo = [number for group in mine for number in group if number in missing]
     left = writer.size_on_disk(todo)
-    computed = copied = 0
+    computed = copied = written = by_others = 0
     left_out = SkippedList(source, encoder.spec.name)
     zero = encode(torch.zeros(1, dim), codec, rotation)
     with bar(
@@ -217,11 +221,17 @@ def embed_share(
                 if number not in missing:
                     continue
                 shown.set_postfix_str(f"{in_bytes(left)} to write")
+                left -= writer.size_on_disk([number])
+                if writer.is_written(number):  # by another process, since this one began
+                    writer.expect(number, keys, plan[number].captions)
+                    shown.update(plan[number].new)
+                    by_others += 1
+                    continue
                 found = _rows(number, captions, firsts, encode_captions, zero, writer)
                 if found.empty and not source.options.skip_bad:
                     raise left_out.reasons(number, found.empty[:1])[found.empty[0]]
-                writer.write_shard(number, found.rows, key_hashes(keys).tolist(), found.skipped)
-                left -= writer.size_on_disk([number])
+                is_mine = writer.write_shard(number, found.rows, key_hashes(keys).tolist(), found.skipped)
+                written, by_others = written + is_mine, by_others + (not is_mine)
                 computed += found.computed
                 copied += len(captions) - found.computed - len(found.skipped)
         shown.set_postfix_str(f"{in_bytes(left)} to write")
@@ -232,7 +242,8 @@ def embed_share(
         left_out.add(number, writer.skipped(number))
     if not unwritten:
         left_out.write_to(Path(out))
-    return Outcome(computed, copied, len(unwritten), first.cosine, first.spread, dict(left_out.causes), len(todo))
+    skipped = dict(left_out.causes)
+    return Outcome(computed, copied, len(unwritten), first.cosine, first.spread, skipped, written, by_others)
 
 
 def estimate(

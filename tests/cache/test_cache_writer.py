@@ -1,5 +1,6 @@
 """Writing a cache: refused, killed, on a full disk or by several writers, it is complete or names what is missing."""
 
+import errno
 import json
 import os
 import resource
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_caches import ENCODER, contents, data_of, vectors_of, write, writer_for
 
 from lift_fast.cache import Cache, CacheWriter, encode, key_hash
 from lift_fast.errors import CacheError, CacheMismatch
+from lift_fast.files import _tagged, written_whole
 from lift_fast.ops.rows.codecs import CODECS
+from lift_fast.ops.rows.table import key_hashes
 
 
 def write_shard(writer, number, sizes, dim):
@@ -20,7 +24,7 @@ def write_shard(writer, number, sizes, dim):
     starts = np.cumsum([0, *sizes])
     part = slice(starts[number], starts[number + 1])
     keys = [key_hash(key) for key in data_of(sizes).keys[part]]
-    writer.write_shard(number, encode(vectors_of(sum(sizes), dim)[part], "int8"), keys)
+    return writer.write_shard(number, encode(vectors_of(sum(sizes), dim)[part], "int8"), keys)
 
 
 def test_nothing_is_written_before_it_is_asked_what_is_missing(tmp_path):
@@ -224,26 +228,63 @@ def test_a_writer_that_looks_while_another_begins_or_finishes(tmp_path, monkeypa
 
 
 def test_a_forgotten_process_at_the_same_shard_does_no_harm(tmp_path, monkeypatch):
-    """A killed torchrun may leave a process running. This one is about to rename its shard when another writes it."""
+    """A killed torchrun may leave a process running. This one is about to name its shard when another has written it
+    and finishes the cache: it is not disturbed either, and says that the shard is the other's."""
     sizes = [3, 2]
     write(tmp_path / "whole", sizes, 4)
     forgotten, now = (writer_for(tmp_path / "c", sizes, 4) for _ in range(2))
     forgotten.missing()
-    replace, done = os.replace, []
+    link, done, made = os.link, [], []
 
     def late(source, target):
         done.append(source)
         if len(done) == 1:
-            for number in now.missing():
-                write_shard(now, number, sizes, 4)
-        replace(source, target)
+            made.extend(write_shard(now, number, sizes, 4) for number in now.missing())
+            now.finish()
+        link(source, target)
 
-    monkeypatch.setattr(os, "replace", late)
-    with pytest.raises(CacheError, match="cannot write .*text-00000.safetensors"):
-        write_shard(forgotten, 0, sizes, 4)
-    assert len(set(done)) == 3  # three renames of three different temporary files
-    now.finish()
+    monkeypatch.setattr(os, "link", late)
+    assert write_shard(forgotten, 0, sizes, 4) is False and made == [True, True]
+    assert len(set(done)) == 3  # three different parts
+    assert forgotten.missing() == []
+    forgotten.finish()
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_shard_that_another_process_has_written_stays(tmp_path, monkeypatch, links):
+    """Its bytes may differ where an encoder rounds differently. The manifest has the checksum of the one that is there,
+    whichever process finishes last."""
+    slow, quick = (writer_for(tmp_path / "c", [3, 2], 4) for _ in range(2))
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    for writer in (slow, quick):
+        writer.missing()
+        writer.expect(0, ["key-0000", "key-0001", "key-0002"], "c" * 32)
+    assert write_shard(quick, 0, [3, 2], 4) and write_shard(slow, 1, [3, 2], 4)
+    rows = encode(vectors_of(3, 4, seed=1), "int8")
+    assert slow.write_shard(0, rows, key_hashes(["key-0000", "key-0001", "key-0002"]).tolist()) is False
+    assert not torch.equal(slow.written(0).codes, rows.codes)
+    for writer in (quick, slow):
+        writer.finish()
+        Cache(tmp_path / "c").verify()
+
+
+def refused(*_):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_shard_of_other_samples_that_another_process_has_written(tmp_path):
+    slow, quick, other = (writer_for(tmp_path / "c", [3, 2], 4) for _ in range(3))
+    for writer, captions in ((slow, "a"), (quick, "a"), (other, "b")):
+        writer.missing()
+        writer.expect(0, ["key-0000", "key-0001", "key-0002"], captions * 32)
+    write_shard(quick, 0, [3, 2], 4)
+    rows = encode(vectors_of(3, 4), "int8")
+    with pytest.raises(CacheMismatch, match="another process has written .* from other samples than 00000.tar .*row 1"):
+        slow.write_shard(0, rows, key_hashes(["key-0000", "other", "key-0002"]).tolist())
+    with pytest.raises(CacheMismatch, match="the captions of 00000.tar are different"):
+        write_shard(other, 0, [3, 2], 4)
 
 
 @pytest.mark.parametrize("name", ["partial.json", "manifest.json"])
@@ -278,7 +319,7 @@ def test_a_kill_between_the_manifest_and_the_tidying(tmp_path):
     write(tmp_path / "c", [3, 2], 4)
     before = contents(tmp_path / "c")
     (tmp_path / "c" / "partial.json").write_bytes(b"{}")
-    (tmp_path / "c" / "text-00001.safetensors.part").write_bytes(b"half a sh")
+    (tmp_path / "c" / _tagged("text-00001.safetensors")).write_bytes(b"half a sh")
     Cache(tmp_path / "c").verify()
     assert writer_for(tmp_path / "c", [3, 2], 4).missing() == []
     assert contents(tmp_path / "c") == before
@@ -286,16 +327,30 @@ def test_a_kill_between_the_manifest_and_the_tidying(tmp_path):
 
 def test_a_part_file_left_by_a_kill_is_cleaned(tmp_path):
     write(tmp_path / "c", [3, 2], 4, shards=[0], finish=False)
-    for name in ("text-00001.safetensors.7-ab.part", "text-00000.safetensors.8-ab.part", "manifest.json.7-ab.part"):
-        (tmp_path / "c" / name).write_bytes(b"half a ")
+    for name in ("text-00001.safetensors", "text-00000.safetensors", "manifest.json"):
+        (tmp_path / "c" / _tagged(name)).write_bytes(b"half a ")
     writer = writer_for(tmp_path / "c", [3, 2], 4)
-    assert writer.missing() == [1]
-    write_shard(writer, 1, [3, 2], 4)  # removes what is left of this shard first, so that kills do not fill the disk
-    parts = [name for name in contents(tmp_path / "c") if name.endswith(".part")]
-    assert parts == ["manifest.json.7-ab.part", "text-00000.safetensors.8-ab.part"]
+    assert len(list((tmp_path / "c").glob("*.part"))) == 3
+    assert writer.missing() == [1]  # removes them before it writes, so that kills do not fill the disk
+    assert not list((tmp_path / "c").glob("*.part"))
+    write_shard(writer, 1, [3, 2], 4)
     writer.finish()
     write(tmp_path / "whole", [3, 2], 4)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_parts_of_running_writers_and_other_files_stay(tmp_path):
+    """The old name of a part, by which none knows whether its process runs, too."""
+    write(tmp_path / "whole", [3, 2], 4)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(FileExistsError), written_whole(tmp_path / "c" / "text-00001.safetensors", False) as part:
+        part.write(b"half a ")
+        (tmp_path / "c" / "text-00000.safetensors.7-ab.part").write_bytes(b"old")
+        write(tmp_path / "c", [3, 2], 4)
+        found = contents(tmp_path / "c")
+        assert found.pop(Path(part.name).name) is not None
+        assert found.pop("text-00000.safetensors.7-ab.part") == b"old"
+        assert found == contents(tmp_path / "whole")
 
 
 # a full disk

@@ -89,21 +89,27 @@ def work(path, out, shard_rows, rank=0, world=1, codec="int8", skip_bad=False, c
 
 
 def work_until(step, *arguments):
-    """Runs work(*arguments) and kills its process with SIGKILL at a rename, which are numbered from 0.
+    """Runs work(*arguments) and kills its process with SIGKILL at a rename, or at the hard link by which a shard gets its
+    name; both are numbered from 0.
 
-    An even step kills it before rename step / 2, an odd one after rename (step - 1) / 2.
+    An even step kills it before number step / 2, an odd one after number (step - 1) / 2.
     """
-    rename, done = os.replace, [0]
+    done = [0]
 
-    def renamed(source, target):
-        if done[0] == step / 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(source, target)
-        if done[0] == (step - 1) / 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done[0] += 1
+    def counted(give_name):
+        def named(source, target):
+            if Path(target).name == "conditioning.safetensors":
+                return give_name(source, target)
+            if done[0] == step / 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            give_name(source, target)
+            if done[0] == (step - 1) / 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done[0] += 1
 
-    os.replace = renamed
+        return named
+
+    os.replace, os.link = counted(os.replace), counted(os.link)
     work(*arguments)
 
 
