@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +30,9 @@ from .cache import Conditioning, Rotation
 from .cache.conditioning import CONDITIONING
 from .errors import CacheError, CacheMismatch, ConfigError, DataError, TrainingError
 from .files import write_whole
+from .foreign import Count, Number
 from .nn import Clip, Lift, TextConfig, VitConfig, check_size, fill, preset
+from .nn.tensors import read_tensors
 from .text.encoder import Encoder
 from .text.repository import code_notice, code_of, first_line, locate
 from .text.spec import EncoderSpec
@@ -43,33 +43,110 @@ _CAPTIONS_AT_ONCE = 256  # in CLIP's text tower
 
 
 class _Config(TypedDict, total=False):
+    """The settings of a run that are used: compared, listed in reports and cards, or named in messages."""
+
     data: list[str]
+    cache: list[str]
+    pictures: list[str]
+    options: dict[str, Any]
     init_from: str | None
+    steps: Count
+    batch_size: Count
+    seed: Count
+    checkpointing: Literal["none", "mlp", "branches", "block"]
+    loss: str
+    lock: str
+    schedule: str
+    unlocked_blocks: Count
+    warmup: Count
+    cooldown: Count
+    patch_dropout: float
+    lr: float
+    layer_decay: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_grad: float
+    ema: float
+    min_crop_area: float
+    flip: float
+    colour: float
+    fp8: bool
 
 
-class _Run(TypedDict, total=False):
-    """The types of what is used of run.json."""
+class _Machine(TypedDict, total=False):
+    cpu: str | None
+    cores: Count | None
+    memory_gib: float | None
+    gpu: str | None
+    os: str | None
 
+
+class _Best(TypedDict, total=False):
+    step: Count
+    score: float
+    of: str
+
+
+class _Skipped(TypedDict):
+    sample: str
+    reason: str
+
+
+class _Finished(TypedDict):
+    """What `lift-fast train` says of a run that is complete."""
+
+    loss: list[Number | None]
+    images_per_s: float
+    seconds: float
+    skipped_pictures: Count
+    skipped_causes: dict[str, Count]
+    skipped_met: Count
+    skipped: list[_Skipped]
+
+
+class _Needed(TypedDict):
     model: Literal["lift", "clip"]
     preset: str
-    vit: dict[str, Any]
-    text: dict[str, Any]
+
+
+class _Run(_Needed, total=False):
+    """The types of what is used of run.json."""
+
+    vit: VitConfig
+    text: TextConfig
     preprocessing: dict[str, Any]
     text_dim: int
     embed_dim: int
     context: int
-    encoder: dict[str, Any] | None
+    encoder: EncoderSpec | None
     rotation: dict[str, Any] | None
     conditioning: dict[str, Any] | None
+    codec: str
     config: _Config
     field: str
-    machine: dict[str, Any] | None
+    read: dict[str, Any]
+    captions: Count
+    samples_seen: Count
+    params: Count
+    ranks: Count
+    device: str
+    precision: Literal["bf16", "fp32"]
+    machine: _Machine | None
     versions: dict[str, str]
     step_ms: float
     step_ms_spread: float
     images_per_s: float
     seconds: float
-    skipped_causes: dict[str, int]
+    peak_memory_bytes: Count | None
+    loss: list[Number | None]
+    best: _Best | None
+    skipped_steps: Count
+    skipped_pictures: Count
+    skipped_met: Count
+    skipped_causes: dict[str, Count]
+    skipped: list[_Skipped]
 
 
 def build(run: dict[str, Any]) -> Lift | Clip:
@@ -90,23 +167,24 @@ def check(run: Any) -> None:
 
     Raises ConfigError.
     """
-    foreign.check(run, _Run, "it")
-    needed = ["model", "preset", *{"lift": ["text_dim"], "clip": ["context"]}.get(run.get("model"), [])]
-    if missing := [name for name in needed if name not in run]:
-        raise ConfigError(f"this model's description: {missing[0]} is missing")
-    foreign.check_fields(run.get("vit", {}), VitConfig, "vit")
-    foreign.check_fields(run.get("text", {}), TextConfig, "text")
-    for name in ("text_dim", "embed_dim", "context"):
-        check_size(name, run.get(name, 1))
-    if run.get("encoder") is not None:
-        foreign.check_fields(run["encoder"], EncoderSpec, "encoder")
-        if "name" not in run["encoder"]:
-            raise ConfigError("this model's description: encoder.name is missing")
-    if run.get("conditioning") is not None:
-        try:
+    try:
+        foreign.check(run, _Run)
+        for name in {"lift": ("text_dim",), "clip": ("context",)}[run["model"]]:
+            if name not in run:
+                raise ValueError(f"it has no {name}")
+        for name in ("text_dim", "embed_dim", "context"):
+            check_size(name, run.get(name, 1))
+        if run.get("encoder") is not None:
+            spec = EncoderSpec(**run["encoder"])
+            "".join((spec.name, spec.prompt, spec.end_token)).encode()  # ValueError: with half a character
+            if not run["encoder"].get("name") or "\0" in spec.name:
+                raise ValueError("its encoder has no name")
+        if run.get("conditioning") is not None:
             Conditioning.check(run["conditioning"])
-        except CacheError as error:
-            raise ConfigError(f"this model's description: {error}") from error
+        if run.get("rotation") is not None:
+            Rotation.check(run["rotation"])
+    except (ValueError, CacheError, ConfigError) as error:
+        raise ConfigError(f"this model's description: {error}") from error
 
 
 def empty(run: Any) -> Lift | Clip:
@@ -118,7 +196,7 @@ def empty(run: Any) -> Lift | Clip:
     try:
         with _NoInitialisation():
             return build(run)
-    except (RuntimeError, OverflowError) as error:  # torch's, for memory that is not there
+    except (RuntimeError, MemoryError, OverflowError) as error:  # torch's, for memory that is not there
         raise ConfigError(f"this model's description: no memory holds such sizes ({first_line(error)})") from error
 
 
@@ -154,14 +232,29 @@ def save(folder: Path, model: Lift | Clip, run: dict[str, Any], conditioning: Co
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The content of run.json. Raises DataError when the file is missing or is not JSON."""
+    """The content of run.json. Raises DataError when the file is missing or is not JSON, ConfigError as `check`."""
     file = Path(folder) / "run.json"
     if not file.is_file():
         raise DataError(f"no finished run in {folder}: it has no run.json; train one with: lift-fast train")
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        run = foreign.read_json(file)
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} is damaged ({error}); train again with: lift-fast train") from error
+    try:
+        check(run)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return run
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The same of a run that training has ended, with the figures that it ends with. Raises as read_description."""
+    run = read_description(folder)
+    try:
+        foreign.check(run, _Finished)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: this model's description: {error}") from error
+    return run
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip, dict[str, Any]]:
@@ -176,8 +269,8 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[Lift | Clip,
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
     try:
-        fill(model, load_file(Path(folder) / "model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        fill(model, read_tensors(Path(folder) / "model.safetensors"))
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: model.safetensors does not fit its run.json ({error})") from error
     return model.to(device).eval(), run
 
@@ -229,13 +322,15 @@ def frozen_encoder(
             f"the conditioning of this run gives vectors of dim {conditioning.dim}, its head {run['text_dim']}"
         )
     # That run.json allows remote code does not permit running it here: the run may come from somebody else.
-    spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=trust_remote_code)
-    if run["encoder"].get("trust_remote_code") and not trust_remote_code:
+    recorded = EncoderSpec.of_dict(run["encoder"])
+    spec = replace(recorded, trust_remote_code=trust_remote_code)
+    if recorded.trust_remote_code and not trust_remote_code:
+        code = "; ".join(code_of(spec, locate(spec, download=False)[0])) or "now none"
         raise ConfigError(
-            f"{spec.name} runs code from its repository ({'; '.join(code_of(spec, locate(spec)[0])) or 'now none'}); "
-            "read it, then allow it with --trust-remote-code"
+            f"{spec.name} runs code from its repository ({code}); read it, then allow it with --trust-remote-code"
         )
-    encoder = Encoder(spec, device=device)
+    # Nor does that it names a model on the hub have it downloaded; `load` does that for a name that the user gives it.
+    encoder = Encoder(spec, device=device, download=False)
     wanted = run["text_dim"] if conditioning is None else conditioning.source_dim
     if encoder.dim != wanted:
         needs = "the head of this run" if conditioning is None else "the conditioning of this run is for"
@@ -258,7 +353,9 @@ def encoder_code(folder: Path) -> list[str]:
     Raises DataError as read_description does, EncoderError when the encoder is not found.
     """
     encoder = read_description(folder).get("encoder")
-    return code_notice(replace(EncoderSpec(**encoder), trust_remote_code=True)) if encoder else []
+    if not encoder:
+        return []
+    return code_notice(replace(EncoderSpec.of_dict(encoder), trust_remote_code=True), download=False)
 
 
 def _check_named(conditioning: Conditioning | None, run: dict[str, Any]) -> None:

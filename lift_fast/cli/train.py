@@ -72,7 +72,7 @@ class Train:
             print(printable(f"best: step {best['step']}, {best['of']} {best['score']:.1%}, in {where}"))
         if run.get("skipped_steps"):
             print(f"{counted(run['skipped_steps'], 'step')} changed no weights; see {self.config.out / 'spikes.jsonl'}")
-        if run["skipped_pictures"]:
+        if run["skipped"]:
             first = run["skipped"][0]
             met = run["skipped_met"]
             times = f", which came up {met} times" if met > run["skipped_pictures"] else ""

@@ -67,8 +67,10 @@ class Preprocessing:
     @staticmethod
     def of_dict(values: Mapping[str, Any]) -> Preprocessing:
         """The Preprocessing of `as_dict`, from a file. Raises ConfigError for values that are not valid."""
-        values = {"image_size": None, "resize_size": None} | dict(values)
-        foreign.check_fields(values, Preprocessing, "preprocessing")
+        try:
+            foreign.check(values, Preprocessing, "preprocessing")
+        except ValueError as error:
+            raise ConfigError(f"this model's description: {error}") from error
         numbers = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
         return Preprocessing(**values | numbers)
 

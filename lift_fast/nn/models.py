@@ -11,6 +11,7 @@ from ..ops.block import Checkpointing
 from ..ops.transformer import float8
 from .config import Preset
 from .head import Head
+from .tensors import FLOATS, unusable
 from .text import TextTransformer
 from .transformer import Transformer
 from .vit import Vit
@@ -86,7 +87,8 @@ class Clip(_Scaled):
 def fill(model: Lift | Clip, state: Mapping[str, Tensor]) -> None:
     """Gives a model the weights of a state dict, as float32 copies, whatever it had before.
 
-    Raises RuntimeError for keys or shapes other than the model's.
+    Raises RuntimeError for keys or shapes other than the model's, and for weights that are not finite, in float32, or
+    not plain floating-point numbers.
     """
     needed, given = ({name: list(t.shape) for name, t in each.items()} for each in (model.state_dict(), state))
     wrong = [name for name in needed | given if needed.get(name) != given.get(name)]
@@ -96,6 +98,10 @@ def fill(model: Lift | Clip, state: Mapping[str, Tensor]) -> None:
         raise RuntimeError(f"{wrong[0]} is {sizes[0]}, in the model {sizes[1]}{more}")
     copies = {
         name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if tensor.dtype in FLOATS
+        else tensor
         for name, tensor in state.items()
     }
+    if problem := unusable(copies):
+        raise RuntimeError(problem)
     model.load_state_dict(copies, assign=True)

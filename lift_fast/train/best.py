@@ -121,7 +121,7 @@ class Best:
             if not (type(step) is int and type(score) is float and isinstance(of, str) and isinstance(asked, str)):
                 raise TypeError("its step or score is no number")
             return {"step": step, "score": score, "of": of}, asked
-        except (OSError, DataError, LookupError, TypeError) as error:
+        except (OSError, DataError, ConfigError, LookupError, TypeError) as error:
             self.warn(f"cannot read which weights {self.folder} holds ({error}); the next evaluation replaces them")
             return None
 

@@ -67,7 +67,7 @@ def train(
     with joined(rank, device, config.timeout), answering(rank), ExitStack() as stack:
         training = setup(config, rank, device, stack, warn)
         if training is None:
-            return run_folder.read_description(config.out)
+            return run_folder.read_finished(config.out)
         if opened is not None:
             opened(training)
         with folder.writing(config.out):

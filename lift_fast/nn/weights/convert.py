@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ...ops.transformer.contract import Activation
 from ..config import VitConfig
 from ..head import Head
+from ..tensors import FLOATS, unusable
 from ..vit import Vit
 from .files import config_fields, read
 from .layouts import HEADS, NOT_COMPUTED, OPENAI, TABLES, Layout, LayoutTable
@@ -62,7 +63,7 @@ def load(
 
     Warns where the activation was not given in any of these ways and the layout's weights are published with two.
     Raises ConfigError for a key that is missing, unknown or of another shape, for a model that this tower does not
-    compute, and for a layout, file or setting that is not valid.
+    compute, for a layout, file or setting that is not valid, and for weights of a file that are not finite.
     """
     state = source if isinstance(source, Mapping) else read(source)
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
@@ -105,6 +106,9 @@ def load(
     left_out = tuple(key for key in state if key not in take.keys and table.is_other_part(prefix, key))
     unknown = [key for key in state if key not in take.keys and key not in set(left_out)]
     take.check(unknown, table, prefix)
+    # A state dict that the caller made may hold anything that its numbers can be.
+    if not isinstance(source, Mapping) and (problem := unusable({key: state[key] for key in take.keys})):
+        raise ConfigError(f"{source}: {problem}; these weights have diverged or are damaged, take others")
 
     visual.load_state_dict(tensors, assign=True)
     if image_size and image_size != found.image_size:
@@ -202,7 +206,7 @@ class _Taker:
             tensor = self.state[key]
             if tensor.shape != theirs:
                 wrong.append(f"{key} {list(tensor.shape)}, not {list(theirs)}")
-            elif not tensor.is_floating_point() or tensor.layout != torch.strided:
+            elif tensor.dtype not in FLOATS or tensor.layout != torch.strided:
                 wrong.append(f"{key} {tensor.dtype}, {tensor.layout}, not plain floating-point numbers")
         self.missing += missing
         self.wrong += wrong

@@ -1,19 +1,19 @@
 """Reads state dicts from files, and fields of VitConfig from the configuration file in the same folder."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ... import foreign
 from ...errors import ConfigError
+from ...files import open_regular
 from ..config import preset
+from ..tensors import read_tensors
 from .torchscript import check_stored, is_archive, read_archive
 
 # The weights that are looked for in a folder, in this order, and the configuration file of each. Each may also be cut
@@ -29,6 +29,9 @@ _INDEX = ".index.json"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _RUN = "run.json"  # of a run of lift-fast, see run_folder.py
 
+# A file of `size` bytes may have tensors of so many times `size + _SMALL` bytes: some layers may share theirs.
+_MOST_SHARED, _SMALL = 4, 1 << 20
+
 _HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -40,6 +43,12 @@ _OPEN_CLIP_POOLS = {"tok": "cls", "avg": "avg"}
 _TIMM_POOLS = {"token": "cls", "avg": "avg"}
 
 
+class _ShardIndex(TypedDict):
+    """An index of shards, as transformers writes it."""
+
+    weight_map: dict[str, str]
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """Reads the state dict of a file, or of a folder with one, onto the CPU. Never runs code from the file.
 
@@ -48,7 +57,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     shards that it lists. A dict under "state_dict" or "model" is unwrapped, and the prefixes "module." of
     DistributedDataParallel and "_orig_mod." of torch.compile are removed from the keys, the latter at every place.
 
-    Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict.
+    Raises ConfigError when there is no such file, or it is damaged, refused or has no state dict of plain tensors.
     """
     path = files_of(path)[0]
     state = _whole(path) if path.name.endswith(_INDEX) else _file(path)
@@ -82,7 +91,7 @@ def config_fields(path: str | Path) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     try:
-        settings = json.loads(file.read_text())
+        settings = foreign.read_json(file)
         if file.name == _RUN:
             found = _own(settings)
         elif "model_cfg" in settings:
@@ -146,11 +155,13 @@ def _index(path: Path) -> dict[str, str]:
     """Key -> name of its shard. Raises ConfigError for a damaged index, and for a shard that is missing or lies outside
     of the folder."""
     try:
-        entries = json.loads(path.read_bytes())["weight_map"]
-        if not entries or not all(isinstance(name, str) for name in entries.values()):
+        content = foreign.read_json(path)
+        foreign.check(content, _ShardIndex)
+        entries: dict[str, str] = content["weight_map"]
+        if not entries:
             raise ValueError("its weight_map names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a complete index of shards ({error!r}); copy it again") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a complete index of shards ({error}); copy it again") from error
     for name in set(entries.values()):
         if name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
             raise ConfigError(f"{path}: it lists {name!r}, which is not the name of a file in this folder; correct it")
@@ -164,11 +175,12 @@ def _file(path: Path) -> dict[str, Tensor]:
     state: Any
     if path.suffix == ".safetensors":
         try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
+            state = read_tensors(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
     elif path.suffix in _PICKLES:
         try:
+            open_regular(path).close()
             check_stored(path)
             state = read_archive(path) if is_archive(path) else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile pickle may raise anything
@@ -184,7 +196,23 @@ def _file(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ConfigError(f"{path}: neither a state dict nor a dict with one under 'state_dict' or 'model'")
-    return {str(key): tensor for key, tensor in state.items()}
+    if problem := _not_plain(state, path.stat().st_size):
+        raise ConfigError(f"{path}: not tensors as a model has them ({problem}); save its state_dict as .safetensors")
+    return dict(state)
+
+
+def _not_plain(state: Mapping[Any, Tensor], size: int) -> str:
+    """What of a state dict's tensors is not in the file, of `size` bytes, as plain numbers, in words; "" for none."""
+    total = 0
+    for key, tensor in state.items():
+        if not isinstance(key, str):
+            return f"a key is no text but a {type(key).__name__}"
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+            return f"{key} is on {tensor.device.type}, {tensor.layout}{', quantized' * tensor.is_quantized}"
+        total += tensor.numel() * tensor.element_size()
+        if total > _MOST_SHARED * (size + _SMALL):  # they share storages, or repeat one by a stride of 0
+            return f"{key} and those before it have {total} bytes, and the file {size}"
+    return ""
 
 
 def _unwrapped(key: str) -> str:

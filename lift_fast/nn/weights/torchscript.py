@@ -41,14 +41,16 @@ def is_archive(path: Path) -> bool:
 
 
 def check_stored(path: Path) -> None:
-    """Raises pickle.UnpicklingError for a zip whose pickles or storages are compressed: torch writes none, and a small
-    file of zeros could take all memory, or hours."""
+    """Raises pickle.UnpicklingError for a zip whose pickles or storages are compressed, or share their bytes: torch
+    writes none, and a small file could take all memory, or hours."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED and re.search(r"\.pkl$|/data/", entry.filename):
                 raise pickle.UnpicklingError(f"{entry.filename} is compressed, as torch writes none")
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise pickle.UnpicklingError("its parts have more bytes than the file")
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import VitConfig
 from ..models import Clip, Lift, fill
+from ..tensors import read_tensors
 from .layouts import TABLES, Layout, LayoutTable
 
 
@@ -75,12 +75,12 @@ def save(model: Lift | Clip, files: Files = TRANSFORMERS) -> dict[str, dict[str,
 def load(model: Lift | Clip, folder: Path) -> None:
     """Fills `model` with the weights of an export for transformers or sentence-transformers.
 
-    Raises OSError, SafetensorError or KeyError for a file or key that is missing or damaged; RuntimeError for unknown
+    Raises OSError, ValueError or KeyError for a file or key that is missing or damaged; RuntimeError for unknown
     keys and for other shapes than the model's; ConfigError as `layout_of` does.
     """
     files = SENTENCE_TRANSFORMERS if (folder / SENTENCE_TRANSFORMERS.image).is_file() else TRANSFORMERS
     places = list(_places(model, files))
-    read = {file: load_file(folder / file) for file in {file for _, file, _, _ in places}}
+    read = {file: read_tensors(folder / file) for file in {file for _, file, _, _ in places}}
     state = {}
     for name, file, keys, ones in places:
         pieces = [read[file].pop(key) for key in keys]

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ConfigError
 from ..config import CLIP_VOCAB_SIZE
 from ..models import Clip, Lift
+from ..tensors import read_tensors
 from .convert import save as save_tower
 from .layouts import open_clip_text_key
 from .whole_timm import load_parts
@@ -70,10 +70,10 @@ def load(model: Lift | Clip, folder: Path) -> None:
     """Fills a model with the weights of a folder with the file of `save`, also where open_clip wrote it again.
 
     Raises ConfigError for weights that are not those of the model's tower, and for a head that LIFT's cannot be;
-    OSError, SafetensorError, KeyError or RuntimeError for a file or tensor that is missing, damaged, of another shape,
+    OSError, ValueError, KeyError or RuntimeError for a file or tensor that is missing, damaged, of another shape,
     or too many.
     """
-    state, native = load_file(folder / WEIGHTS), is_native(model)
+    state, native = read_tensors(folder / WEIGHTS), is_native(model)
     rest = {"logit_scale": state.pop("logit_scale").reshape(())}
     if isinstance(model, Clip):
         rest |= {f"text.{name}": state.pop(open_clip_text_key(name)) for name in model.text.state_dict()}

@@ -7,11 +7,11 @@ LIFT's head and CLIP's text tower are in a second file, which timm does not read
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import ConfigError
 from ..models import Clip, Lift, fill
+from ..tensors import read_tensors
 from .convert import load as load_tower
 from .convert import save as save_tower
 
@@ -40,10 +40,10 @@ def load(model: Lift | Clip, folder: Path) -> None:
     """Fills a model with the weights of a folder with the files of `save`, also where timm wrote the first one again.
 
     Raises ConfigError for weights that are not those of the model's tower, and for a bias that CLIP's projection does
-    not have; OSError, SafetensorError, KeyError or RuntimeError for a file or tensor that is missing, damaged, of
+    not have; OSError, ValueError, KeyError or RuntimeError for a file or tensor that is missing, damaged, of
     another shape, or too many.
     """
-    state, rest = load_file(folder / WEIGHTS), load_file(folder / rest_file(model))
+    state, rest = read_tensors(folder / WEIGHTS), read_tensors(folder / rest_file(model))
     if isinstance(model, Clip):
         rest["visual_projection.weight"] = state.pop("head.weight")
         check_no_bias(state.pop("head.bias"))
