@@ -77,7 +77,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 model = CLIPModel.from_pretrained("FOLDER").eval()
-processor, tokenizer = CLIPImageProcessor.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+processor = CLIPImageProcessor.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=False)
 {opened}
 pixels = processor(images=image, return_tensors="pt")["pixel_values"]
 tokens = tokenizer(["a photo of a dog"], padding=True, truncation=True, return_tensors="pt")
@@ -105,7 +106,7 @@ features, text_features = out.image_embeds, out.text_embeds
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
 text = CLIPTextModelWithProjection.from_pretrained("FOLDER", subfolder="text").eval()
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", subfolder="text")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", subfolder="text", trust_remote_code=False)
 tokens = tokenizer(["a photo of a dog"], padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
     text_features = F.normalize(text(**tokens).text_embeds, dim=-1)

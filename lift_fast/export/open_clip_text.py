@@ -41,11 +41,11 @@ def encoder_of(model: Model) -> EncoderSpec | None:
     entry = model.description.get("encoder")
     if isinstance(model.module, Clip) or not entry or model.conditioning is not None:
         return None
-    spec = EncoderSpec(**entry)
-    if spec.prompt or spec.end_token or spec.trust_remote_code or not _is_on_disk(spec):
+    spec = EncoderSpec.of_dict(entry)
+    if spec.prompt or spec.end_token or spec.trust_remote_code:
         return None
     try:
-        path = locate(spec)[0]
+        path = locate(spec, download=False)[0]
         pooling: str = declared_pooling(spec, path) if spec.pooling == "own" else spec.pooling
     except EncoderError:
         return None
@@ -62,7 +62,7 @@ def text_of(model: Model, out: Path) -> Text | None:
     spec = encoder_of(model)
     if spec is None:
         return None
-    encoder = Encoder(spec, dtype=torch.float32)
+    encoder = Encoder(spec, dtype=torch.float32, download=False)
     encoder.tokenizer.save_pretrained(str(out))
     encoder.model.config.save_pretrained(str(out))
     state = {
@@ -80,12 +80,3 @@ def text_of(model: Model, out: Path) -> Text | None:
         "hf_proj_type": None if rotation is None else "linear",
     }
     return Text(cfg, json.loads((out / "config.json").read_text(encoding="utf-8")), state)
-
-
-def _is_on_disk(spec: EncoderSpec) -> bool:
-    """Whether an encoder is built in, a folder, or in the local hub cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if "/" not in spec.name or Path(spec.name).expanduser().is_dir():
-        return True
-    return isinstance(try_to_load_from_cache(spec.name, "config.json", revision=spec.revision), str)

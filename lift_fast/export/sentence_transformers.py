@@ -99,7 +99,7 @@ def use(model: Model) -> str:
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("FOLDER")
+model = SentenceTransformer("FOLDER", trust_remote_code=False)
 images = model.encode([Image.open("image.jpg")])
 if model.supports("text"):
     texts = model.encode(["a photo of a dog", "a photo of a cat"])
@@ -155,11 +155,11 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     entry = model.description.get("encoder")
     if not entry:
         return [], "", ["only images can be encoded: the run names no text encoder"]
-    spec = EncoderSpec(**entry)
+    spec = EncoderSpec.of_dict(entry)
     only = f"only images can be encoded: the vectors of {without_path(spec.name)}"
     if spec.trust_remote_code:
         return [], "", [f"{only} come from code of its repository, which it may not run"]
-    encoder = Encoder(spec)
+    encoder = Encoder(spec, download=False)
     if encoder.pooling not in _POOLINGS:
         return [], "", [f"{only} are no pooling of its hidden states"]
     assert isinstance(model.module, Lift)
@@ -177,7 +177,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     del encoder
     options = {"model_max_length": spec.max_length, "padding_side": spec.padding}
     try:
-        tower = _transformer(library, folder, "text", "last_hidden_state", "token_embeddings", processor_kwargs=options)
+        tower = _transformer(library, folder, "text", "last_hidden_state", "token_embeddings", **options)
         tried = library.SentenceTransformer(modules=[tower, pooling, library.Normalize()], device="cpu")
         found = tried.encode([spec.prompt + text for text in _TRIAL], convert_to_tensor=True).float()
     except Exception as error:  # of many types: a class or configuration that AutoModel does not load
@@ -206,9 +206,18 @@ def _clip_text(library: Any, module: Clip, folder: Path) -> list[Any]:
 
 
 def _transformer(library: Any, folder: Path, kind: str, given: str, output: str, **options: Any) -> Any:
-    """The module of a model of transformers. given: the field of its output that becomes the feature `output`."""
+    """The module of a model of transformers. given: the field of its output that becomes the feature `output`.
+    options: of its tokenizer."""
     modality = {kind: {"method": "forward", "method_output_name": given}}
-    return library.Transformer(str(folder), modality_config=modality, module_output_name=output, **options)
+    local = {"trust_remote_code": False, "local_files_only": True}
+    return library.Transformer(
+        str(folder),
+        modality_config=modality,
+        module_output_name=output,
+        model_kwargs=dict(local),
+        config_kwargs=dict(local),
+        processor_kwargs=local | options,
+    )
 
 
 def _dense(

@@ -15,7 +15,8 @@ from ..nn import Clip, Lift, fill
 from ..nn.weights.files import may_hold_weights, run_of
 from ..run_folder import EncodeText
 from ..text.presets import spec_for
-from ..text.repository import HUB_NAME, hub_snapshot
+from ..text.repository import HUB_NAME, hub_snapshot, locate
+from ..text.spec import EncoderSpec
 from . import exports, others
 from .model import Parts
 from .preprocessing import Preprocessing
@@ -72,6 +73,8 @@ def _parts(
     "" if it is."""
     if encoder is not None:
         run = run | {"encoder": _named(encoder, run.get("encoder"))}
+        if HUB_NAME.fullmatch(encoder):
+            locate(EncoderSpec.of_dict(run["encoder"]))  # downloads it: what the user names, unlike what a run names
     size = model.visual.config.image_size
     given = run.get("preprocessing") or {"image_size": size, "resize_size": size}
     preprocessing = Preprocessing.of_dict(given)
@@ -102,7 +105,9 @@ def _parts(
 def _named(encoder: str, known: dict[str, Any] | None) -> dict[str, Any]:
     """The settings of the text encoder `encoder`. known: those of the encoder that the model was trained against, which
     it is a copy of in another place."""
-    return spec_for(encoder).as_dict() if known is None else known | {"name": encoder, "revision": None}
+    if known is None:
+        return spec_for(encoder).as_dict()
+    return known if known.get("name") == encoder else known | {"name": encoder, "revision": None}
 
 
 def _from_hub(name: str) -> Path:

@@ -123,7 +123,7 @@ def _embed_ms(encoder: dict[str, Any], captions: Sequence[str], device: torch.de
     """Milliseconds to embed one caption with LIFT's encoder; None for trust_remote_code, which is not run here."""
     if encoder["trust_remote_code"]:
         return None
-    encode = Encoder(EncoderSpec(**encoder), device=device).encode
+    encode = Encoder(EncoderSpec.of_dict(encoder), device=device, download=False).encode
     return median_ms(lambda: encode(captions), repeats=3, warmup=1, device=device) / len(captions)
 
 

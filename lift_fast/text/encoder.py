@@ -14,6 +14,7 @@ presets.py has the pooling, prompt, end token and padding side of known models.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, cast
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import EncoderError
-from .repository import code_of, declared_pooling, first_line, locate, model_type, resolved
+from ..data.captions import halved
+from ..errors import DataError, EncoderError, LiftFastError
+from .repository import check_names, code_of, confined, declared_pooling, first_line, locate, model_type, resolved
 from .spec import Dtype, EncoderSpec, check_batch_size
 
 # Trained on rows of full length whose padding is attended to, so that a caption is encoded as such a row, padded on the
@@ -50,9 +52,9 @@ class NoTokens(EncoderError):
 class Encoder:
     """A frozen text encoder. `encode` returns float32 [captions, dim], each row of norm 1.
 
-    dtype: of the weights, instead of the spec's. `encoder.spec` is the spec that is used: for a hub model its revision
-    is the commit. `encoder.pooling` is the pooling that is used, "encode" for the model's own `encode`, "own" for the
-    text features of CLIP and its kin. `encoder.dim` is the length of a vector.
+    dtype: of the weights, instead of the spec's. download: as of `locate`. `encoder.spec` is the spec that is used: for
+    a hub model its revision is the commit. `encoder.pooling` is the pooling that is used, "encode" for the model's own
+    `encode`, "own" for the text features of CLIP and its kin. `encoder.dim` is the length of a vector.
 
     The model is run once on two captions. One that attends to padding gets batches without any.
 
@@ -61,15 +63,28 @@ class Encoder:
     max_length or the tokenizer does not fit it.
     """
 
-    def __init__(self, spec: EncoderSpec, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        download: bool = True,
+    ):
         if dtype is not None:
             spec = replace(spec, dtype=cast(Dtype, str(dtype).removeprefix("torch.")))
         # Before the slow imports and the weights, so that a wrong name or pooling is reported at once.
-        path, gguf = locate(spec)
+        path, gguf = locate(spec, download=download)
+        check_names(path)
         pooling: str = spec.pooling
         if pooling == "own" and not spec.trust_remote_code:
             pooling = declared_pooling(spec, path)
         self.spec, self.device = resolved(spec, path), torch.device(device)
+        with _typed(spec, path):
+            self._read(spec, path, gguf, pooling)
+
+    def _read(self, spec: EncoderSpec, path: str, gguf: str | None, pooling: str) -> None:
+        """Loads the model and finds out how it is to be run. Raises EncoderError, and what transformers raises."""
         self.tokenizer, model = _load(spec, path, gguf)
         if pooling == "own" and spec.trust_remote_code:
             pooling = "encode" if callable(getattr(model, "encode", None)) else declared_pooling(spec, path)
@@ -111,10 +126,13 @@ class Encoder:
         batch_size: captions per call of the model; captions of similar length share a batch, which saves padding.
         done: called with the number of captions after each batch.
 
-        Raises ConfigError for a batch_size below 1, NoTokens before anything is computed, EncoderError when the model
-        fails, for a vector that is zero or not finite, and when different captions all get the same vector.
+        Raises, before anything is computed, ConfigError for a batch_size below 1, DataError for a caption that is not
+        valid Unicode, and NoTokens; EncoderError when the model fails, for a vector that is zero or not finite, and
+        when different captions all get the same vector.
         """
         check_batch_size(batch_size)
+        if (half := next(filter(halved, captions), None)) is not None:
+            raise DataError(f"the caption {half!r} holds half a Unicode character; correct it")
         ids = self._tokens([self.spec.prompt + caption for caption in captions])
         if without := [i for i, row in enumerate(ids) if row == self._no_caption]:
             raise NoTokens(
@@ -363,24 +381,41 @@ def _load(spec: EncoderSpec, path: str, gguf: str | None) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # False, not None: transformers asks at the terminal for None.
+    # trust_remote_code is False and not None, for which transformers asks at the terminal. The code that the user
+    # allows may be that of another repository; all else is in the folder.
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if not spec.trust_remote_code:
+        options["local_files_only"] = True
     if gguf:
         options["gguf_file"] = gguf
-    try:
+    with nullcontext() if spec.trust_remote_code else confined():
         if native:
-            from .nv_embed import NvEmbed
+            from .nv_embed import NvEmbed, NvEmbedConfig
 
-            return (
-                PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False),
-                NvEmbed.from_pretrained(path, dtype=getattr(torch, spec.dtype), trust_remote_code=False),
-            )
-        model_class = _model_class(spec, path, options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        return tokenizer, model_class.from_pretrained(path, dtype=getattr(torch, spec.dtype), **options)
-    except EncoderError:
+            model_class, config = NvEmbed, NvEmbedConfig.from_pretrained(path, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        else:
+            model_class, config = _model_class(spec, path, options)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        # The attention that a configuration names may be a kernel on the hub, which is code.
+        config._attn_implementation = config._experts_implementation = None
+        dtype = getattr(torch, spec.dtype)
+        model = model_class.from_pretrained(path, config=config, dtype=dtype, attn_implementation=None, **options)
+    if not spec.trust_remote_code:  # what an export saves shall name no code either
+        vars(model.config).pop("auto_map", None)
+        tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer, model
+
+
+@contextmanager
+def _typed(spec: EncoderSpec, path: str) -> Iterator[None]:
+    """Raises EncoderError for whatever is raised within it: transformers, safetensors and a model's own code raise many
+    types."""
+    try:
+        yield
+    except LiftFastError:
         raise
-    except Exception as error:  # transformers, safetensors and a model's own code raise many types
+    except Exception as error:
         code = code_of(spec, path)
         if code and not spec.trust_remote_code and "trust_remote_code" in str(error):
             raise EncoderError(
@@ -393,8 +428,9 @@ def _load(spec: EncoderSpec, path: str, gguf: str | None) -> tuple[Any, Any]:
         ) from error
 
 
-def _model_class(spec: EncoderSpec, path: str, options: dict[str, Any]) -> Any:
-    """The class that loads the model: transformers' choice, or where that is no text encoder, the one that is.
+def _model_class(spec: EncoderSpec, path: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The class that loads the model, transformers' choice, or where that is no text encoder, the one that is; and the
+    model's configuration.
 
     Raises EncoderError for an encoder-decoder whose encoder has no class.
     """
@@ -412,7 +448,7 @@ def _model_class(spec: EncoderSpec, path: str, options: dict[str, Any]) -> Any:
                 f"{spec.name} is an encoder-decoder whose encoder cannot be loaded alone; name an encoder, a "
                 "decoder-only language model or a T5"
             )
-        return named
+        return named, config
     if named is not None and (name.endswith("TextModelWithProjection") or type(config) not in AutoModel._model_mapping):
-        return named
-    return AutoModel
+        return named, config
+    return AutoModel, config

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EncoderError
+from ..errors import ConfigError, EncoderError
 from .repository import locate, resolved
 from .spec import EncoderSpec
 
@@ -28,13 +28,14 @@ def text_identity(run: Mapping[str, Any], device: torch.device) -> str | None:
         return None
     about = {name: run.get(name) for name in ("text_dim", "conditioning", "rotation")} | {"device": device.type}
     try:
-        spec = replace(EncoderSpec(**run["encoder"]), trust_remote_code=False)  # a permission: it changes no vector
-        folder, file = locate(spec)
+        spec = EncoderSpec.of_dict(run["encoder"])
+        spec = replace(spec, trust_remote_code=False)  # a permission: it changes no vector
+        folder, file = locate(spec, download=False)
         spec = resolved(spec, folder)
         if Path(folder).parent.name != "snapshots":  # of the hub's cache, in which a commit's files do not change
             spec = replace(spec, name="")  # a copy will do
             about["files"] = sorted(_stamps(Path(folder), file))
-    except (EncoderError, OSError, TypeError):  # it is raised again where the encoder is needed
+    except (ConfigError, EncoderError, OSError):  # it is raised again where the encoder is needed
         return None
     return json.dumps(about | {"encoder": spec.as_dict()}, sort_keys=True)
 

