@@ -18,8 +18,9 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 _PART = re.compile(r"(.+)\.[0-9a-f]{16}([0-9a-f]{8})\.part", re.DOTALL)
 _LONGEST = 255 - len(".0123456789abcdef01234567.part")  # bytes of a name that its parts have in whole
 _DAY = 86400  # seconds
+_LOCKED = (errno.EAGAIN, errno.EACCES)  # by another process
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -40,7 +42,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> FileIO:
     """Opens a file for reading, unbuffered.
 
     Raises OSError when it cannot be opened, and for what is not a regular file: reading a pipe may wait for ever, and a
@@ -74,7 +76,7 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
 
     files: path -> content. A link that has a file's name is replaced, and what it leads to stays as it is.
 
-    Raises OSError after removing the parts, also where a device or a pipe has the name: /dev/null must stay one. No
+    Raises OSError after removing the parts, also where a device has the name: /dev/null must stay one. No
     file is replaced unless all were written completely.
     """
     with ExitStack() as stack:
@@ -156,6 +158,36 @@ def part_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
                 os.close(number)
 
 
+@contextmanager
+def shared_folder(path: Path) -> Iterator[None]:
+    """Makes a folder for files that several processes may write at once, such as intermediate results. After an error
+    it stays; else the last process that leaves the block removes it.
+
+    Each holds a shared lock of the file .lock within it. Without locks the first one removes it. Raises OSError.
+    """
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(path / ".lock", "ab", opener=for_appending)
+        except FileNotFoundError:  # the last one has just removed the folder
+            continue
+        with lock:
+            if fcntl is not None:
+                with suppress(OSError):  # without locks
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+                if not _is_still(lock.fileno(), path / ".lock"):
+                    continue
+            yield
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in _LOCKED:
+                        return
+            shutil.rmtree(path, ignore_errors=True)
+            return
+
+
 def is_part(name: str) -> bool:
     """Whether a file or folder of this name is a part of one that is being written, or that a killed process left."""
     return _PART.fullmatch(name) is not None
@@ -224,29 +256,24 @@ def _regular(path: str, flags: int) -> int:
     # Non-blocking: opening a pipe whose other end nobody has opened would wait. It changes nothing for regular files.
     number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0), 0o666)
     try:
-        _check_kind(path, os.fstat(number).st_mode, stat.S_IFREG)
+        kind = stat.S_IFMT(os.fstat(number).st_mode)
+        if kind != stat.S_IFREG:
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'of another kind')}, not a file", str(path))
     except BaseException:
         os.close(number)
         raise
     return number
 
 
-def _check_kind(path: str | Path, mode: int, *wanted: int) -> None:
-    """Raises OSError for another kind of file than those wanted."""
-    kind = stat.S_IFMT(mode)
-    if kind not in wanted:
-        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'of another kind')}, not a file", str(path))
-
-
 def _check_replaceable(path: Path) -> None:
-    """Raises OSError where a device or a pipe has this name, or a link to a stream of this process, as /dev/stdout."""
+    """Raises OSError where a device has this name, or a link to one or to a stream of this process (/dev/stdout)."""
     try:
         mode = os.stat(path).st_mode
-        if path.is_symlink() and os.readlink(path).startswith("/proc/"):
-            mode = stat.S_IFIFO
-    except OSError:  # there is nothing, or what says itself why it cannot be replaced
+        stream = path.is_symlink() and os.readlink(path).startswith("/proc/")
+    except OSError:  # there is nothing, or what the system refuses to replace
         return
-    _check_kind(path, mode, stat.S_IFREG, stat.S_IFDIR)  # that of a folder the system refuses
+    if stream or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, f"it is {'a stream' if stream else 'a device'}, not a file", str(path))
 
 
 @contextmanager
@@ -302,7 +329,7 @@ def _claimed(number: int, path: Path) -> bool:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)  # else this file system has no locks
+        return error.errno not in _LOCKED  # else this file system has no locks
     return _is_still(number, path)
 
 

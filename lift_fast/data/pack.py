@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import ConfigError, DataError
+from ..files import part_folder
 from ..progress import bar
 from .images import decode, read_header
 from .index import build_index
 from .passes import Findings, in_order, whole_meta
 from .samples import BadSample, BadText, Samples
-from .shards import ShardWriter
+from .shards import ShardWriter, exists, give_name
 
 _SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # images in other formats are written as PNG
 _KEY = re.compile(r"[^./\x00-\x1f\x7f\ud800-\udfff]+")
@@ -57,7 +57,8 @@ def pack(
     samples: opened with DataOptions.skip_bad, so that all that can be read is packed.
 
     Returns {"samples", "shards", "resized", "bad", "causes", "first"}, the last three as in the report of check().
-    Raises ConfigError for a setting out of range, DataError when `out` exists or no sample is good.
+    Raises ConfigError for a setting out of range; DataError when `out` exists, at the beginning or at the end, and when
+    no sample is good.
     """
     for name, value in ("samples per shard", samples_per_shard), ("size", size), ("quality", quality):
         if value is not None and value < 1:
@@ -67,8 +68,8 @@ def pack(
     if not fields:
         raise ConfigError("pack needs the name of the captions: txt, an entry of the .json, or a column")
     out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists already; remove it or name another folder")
+    if os.path.lexists(out):
+        raise exists(out)
 
     def make(row: int) -> _Packed | BadSample:
         try:
@@ -84,12 +85,11 @@ def pack(
     taken: dict[str, int] = {}
     keys = _keys(samples)
     # Everything is written under another name first, so that `out` appears whole or not at all.
-    partial = out.with_name(f"{out.name}.packing-{os.getpid()}")
-    listed = partial.with_name(f"{partial.name}.jsonl")
-    try:
+    with part_folder(out) as part:
+        packed, listed = part / "out", part / "bad.jsonl"
         with (
-            ShardWriter(partial, samples_per_shard) as writer,
-            open(listed, "w") as file,
+            ShardWriter(packed, samples_per_shard) as writer,
+            open(listed, "x") as file,
             bar(total=len(samples), unit="sample", desc="pack", disable=not progress, leave=False) as shown,
         ):
             found = Findings(file)
@@ -115,12 +115,9 @@ def pack(
                     f"{worst['cause']} ({worst['reason']})"
                 )
         if found.causes:
-            os.replace(listed, partial / "bad.jsonl")
-        build_index(partial, processes=1, progress=False)
-        os.replace(partial, out)
-    finally:
-        listed.unlink(missing_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+            os.replace(listed, packed / listed.name)
+        build_index(packed, processes=1, progress=False)
+        give_name(packed, out)
     return {"samples": good, "shards": -(-good // samples_per_shard), "resized": resized, **found.report()}
 
 

@@ -9,8 +9,8 @@ order costs the same.
 import io
 import json
 import os
-import shutil
 import tarfile
+from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import part_folder
 from .captions import checked_caption, checked_captions, kept, parsed_meta
 from .index import Index, open_index, unread_files
 from .options import DataOptions
@@ -33,23 +34,24 @@ _MOST_TEXT = 1 << 24  # bytes of one .txt or .json
 class ShardWriter:
     """Writes samples into `folder`, all or nothing.
 
-    The shards are written in a sibling folder, which takes the name of `folder` on a clean exit; after an error nothing
-    is left.
+    The shards are written in a sibling folder (files.part_folder), which takes the name of `folder` on a clean exit;
+    after an error nothing is left.
 
-    Raises DataError when `folder` exists already.
+    Raises DataError when `folder` exists already, at the beginning or, since another process has written it, at the
+    end.
     """
 
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000):
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
-        if self.folder.exists():
-            raise DataError(f"{self.folder} exists already; remove it or name another folder")
-        self._partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
+        if os.path.lexists(self.folder):
+            raise exists(self.folder)
+        self._made = ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._written = 0
 
     def __enter__(self) -> "ShardWriter":
-        self._partial.mkdir(parents=True)
+        self._partial = self._made.enter_context(part_folder(self.folder))
         return self
 
     def write(self, key: str, image: bytes, caption: str, meta: dict, suffix: str = "png") -> None:
@@ -82,12 +84,25 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._made:
             self._close_tar()
             if kind is None:
-                os.replace(self._partial, self.folder)
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+                give_name(self._partial, self.folder)
+
+
+def give_name(part: Path, folder: Path) -> None:
+    """Renames a folder. Raises DataError when there is something of that name, such as another process has written."""
+    try:
+        os.rename(part, folder)
+    except OSError as error:
+        if os.path.lexists(folder):
+            raise exists(folder) from error
+        raise
+
+
+def exists(folder: Path) -> DataError:
+    """The error for a folder that is to be written and is there."""
+    return DataError(f"{folder} exists already; remove it or name another folder")
 
 
 class Shards:

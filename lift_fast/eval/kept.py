@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..data.samples import BadSample, Samples, located
 from ..data.stamps import data_stamp
-from ..files import write_whole
+from ..files import remove_abandoned, write_whole
 
 _FORMAT = "lift-fast evaluation features 1"
 _TEXTS = 1 << 13  # in a file at most
@@ -65,6 +65,7 @@ class Kept:
     def __init__(self, folder: Path, image_identity: str | None, text_identity: str | None):
         self.folder, self._image, self._text = folder, image_identity, text_identity
         self._refused = False
+        self._tidied: set[Path] = set()  # folders without parts of killed processes
 
     def images(self, data: Samples, made_by: Sequence[object]) -> "KeptImages | None":
         """Those of the images of a data set. made_by: of eval.images.Images. Raises DataError as shard_hashes of it."""
@@ -81,12 +82,11 @@ class Kept:
         about = _metadata(identity) | {"sha256": _sha256(tensors)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent not in self._tidied:
+                remove_abandoned(path.parent)
+                self._tidied.add(path.parent)
             write_whole({path: save(dict(tensors), about)})
-            for part in path.parent.glob(f"{path.name}.*.part"):
-                part.unlink(missing_ok=True)  # of a process that was killed
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and path.exists():
-                return  # another process has written it, and tidied up
             self._refused = True
             reason = error.strerror or error
             warnings.warn(f"features are not kept: {self.folder} cannot be written ({reason})", stacklevel=2)

@@ -1,10 +1,8 @@
 """The image features of a data set, written to one file: safetensors, npy or parquet."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +12,7 @@ import torch
 
 from ..data.samples import Samples
 from ..errors import BackendError, ConfigError, DataError
+from ..files import remove_abandoned, shared_folder, written_whole
 from .features import how_read
 from .model import Model
 from .store import Store, build, model_identity
@@ -42,11 +41,13 @@ def embed_images(
     .npy          an array [n, dim], for numpy.load; the keys are in NAME.keys.txt, one a line
     .parquet      columns key (string) and feature (fixed-size list of dim numbers); needs pyarrow
 
-    While features are computed they are kept in the folder OUT.partial, from which a run that was killed goes on. The
-    file appears whole or not at all. Memory is needed for the keys, and 10 000 features at a time.
+    While features are computed they are kept in the folder OUT.partial, from which a run that was killed goes on, and
+    which processes that write the same features at once share. The file appears whole or not at all. Memory is needed
+    for the keys, and 10 000 features at a time.
 
     Raises ConfigError for another suffix or dtype, for a key that holds a line break where the format is npy, and when
-    files cannot be written; DataError when `out` exists and when no image decodes; BackendError without pyarrow.
+    files cannot be written; DataError when `out` exists, unless another process has written the same features to it
+    meanwhile, and when no image decodes; BackendError without pyarrow.
     """
     out = Path(out)
     writers: dict[str, Callable[[Store, Path, torch.dtype], None]] = {
@@ -62,23 +63,26 @@ def embed_images(
         _pyarrow()
     for path in (out, _keys_file(out)) if out.suffix == ".npy" else (out,):
         if path.exists():
-            raise DataError(f"{path} exists already; remove it or name another --out")
+            raise _exists(path)
+        remove_abandoned(path.parent, path.name)
     partial = out.with_name(f"{out.name}.partial")
-    store = build(
-        model,
-        data,
-        partial,
-        model_identity(model, read or how_read()),
-        codec="f32",
-        remedy="name another --out",
-        batch_size=batch_size,
-        progress=progress,
-    )
-    if not len(store):
-        raise store.nothing(data)
-    writers[out.suffix](store, out, DTYPES[dtype])
-    shutil.rmtree(partial)
-    return store
+    with ExitStack() as stack:
+        with _writing(partial):
+            stack.enter_context(shared_folder(partial))
+        store = build(
+            model,
+            data,
+            partial,
+            model_identity(model, read or how_read()),
+            codec="f32",
+            remedy="name another --out",
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if not len(store):
+            raise store.nothing(data)
+        writers[out.suffix](store, out, DTYPES[dtype])
+        return store
 
 
 def _safetensors(store: Store, out: Path, dtype: torch.dtype) -> None:
@@ -142,18 +146,26 @@ def _features(store: Store, dtype: torch.dtype) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name when it is complete. Raises ConfigError."""
-    part = path.with_name(f"{path.name}.part")
+    """A file to write, which takes its name when it is complete. Raises ConfigError; DataError when there is one now
+    with another content."""
+    with _writing(path), written_whole(path, replace=False) as file:
+        yield file
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError while `path` is written into the typed error."""
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        yield
+    except FileExistsError as error:
+        raise _exists(path) from error
     except OSError as error:
-        part.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise ConfigError(f"{path}: the features cannot be written ({reason}); name another --out") from error
+
+
+def _exists(path: Path) -> DataError:
+    return DataError(f"{path} exists already; remove it or name another --out")
 
 
 def _pyarrow() -> Any:

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +33,7 @@ from ..data.samples import BadSample, Samples, located
 from ..data.skipped import in_words
 from ..data.stamps import data_stamp
 from ..errors import ConfigError, DataError
-from ..files import write_whole
+from ..files import open_regular, remove_abandoned, write_whole
 from ..ops.rows.codecs import CODECS
 from ..ops.rows.quantized import QuantizedRows
 from ..progress import bar
@@ -156,12 +157,15 @@ def build(
     parts = [_read(piece, codec) for piece in pieces]
     missing = [piece for piece, part in zip(pieces, parts, strict=True) if part is None]
     done = len(data) - sum(piece.size for piece in missing)
+    if missing:
+        remove_abandoned(folder)
     with bar(desc="images", total=len(data), initial=done, unit="image", disable=not progress or not missing) as shown:
         for piece in missing:
             _write(piece.path, _content(model, data, piece, codec, batch_size, shown.update), remedy)
     if missing:
-        for path in {*folder.glob("*.safetensors"), *folder.glob("*.part")} - {piece.path for piece in pieces}:
-            path.unlink(missing_ok=True)  # of samples that are gone, and of runs that were killed
+        for path in {*folder.glob("*.safetensors")} - {piece.path for piece in pieces}:
+            with suppress(OSError):
+                path.unlink()  # of samples that are gone
         parts = [_read(piece, codec) for piece in pieces]
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts) or len({part.features.dim for part in whole}) > 1:
@@ -243,8 +247,6 @@ def _write(path: Path, content: bytes, remedy: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole({path: content})
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and path.exists():
-            return  # another process has written it, and tidied up
         reason = error.strerror or str(error)
         raise ConfigError(f"{path.parent}: the features cannot be written ({reason}); {remedy}") from error
 
@@ -252,6 +254,7 @@ def _write(path: Path, content: bytes, remedy: str) -> None:
 def _read(piece: _Piece, codec: str) -> Part | None:
     """The part in a file, mapped; None where there is none, it is damaged, or made from something else."""
     try:
+        open_regular(piece.path).close()
         with safe_open(piece.path, "pt") as file:
             if file.metadata() != _metadata(piece, codec):
                 return None

@@ -147,9 +147,8 @@ def embed_share(
 
     codec: a key of ops.rows.codecs.CODECS. batch_size: captions per call of the model. conditioning: of the vectors; a
     Request is fitted to a sample of all captions before the first shard is written, unless the folder has the fit of an
-    earlier run or another rank. rank: None for a single process. progress: whether to show progress
-    bars. warn: called with a warning for the user. fitted: called with the conditioning before the first shard is
-    written.
+    earlier run or another rank. rank: None for a single process. progress: whether to show progress bars. warn: called
+    with a warning for the user. fitted: called with the conditioning before the first shard is written.
 
     Samples that were left out are listed in OUT/skipped.jsonl when the cache is finished (skipped.py).
 

@@ -25,7 +25,7 @@ from support.tiny_models import tiny_model
 from support.tiny_sets import png
 
 import lift_fast
-from lift_fast import progress
+from lift_fast import files, progress
 from lift_fast.cli.main import main
 from lift_fast.data.open import open_data
 from lift_fast.data.options import DataOptions
@@ -138,11 +138,12 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path, model, kind):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert len(list((tmp_path / "f").glob(pattern))) == count
-    left = next((tmp_path / "f").glob(pattern)).with_suffix(".safetensors.1.part")
+    whole = next((tmp_path / "f").glob(pattern))
+    left = whole.with_name(files._tagged(whole.name))
     found = scores(model, {"set": path}, tmp_path / "f", batch_size=16)
     assert found == (want, (150 - 64, 0) if kind is Slow else (150, texts - 512))
-    left.write_bytes(b"of a kill")  # a part of a file that is there is removed when that file is made again
-    left.with_name(left.name.removesuffix(".1.part")).unlink()
+    left.write_bytes(b"of a kill")  # it is removed when a file of its folder is made
+    whole.unlink()
     assert scores(model, {"set": path}, tmp_path / "f", batch_size=16)[0] == want and not left.exists()
 
 
@@ -430,19 +431,23 @@ def unwritable(files):
 
 
 def test_both_of_two_processes_that_keep_at_once_succeed(tmp_path, model, monkeypatch):
-    """The other one writes the same file, and removes this one's part."""
+    """The other one writes the same file, and tidies up, while this one's part is there."""
     data = open_data(asking_set(tmp_path / "set", 5))
-    kept = Kept(tmp_path / "f", "image", None)
+    kept, other, parts = Kept(tmp_path / "f", "image", None), Kept(tmp_path / "f", "image", None), []
+    flush = files._flush
 
-    def write_whole(files):
-        [(path, content)] = files.items()
-        path.write_bytes(content)
-        raise FileNotFoundError(2, "No such file", f"{path}.part")
+    def meanwhile(file):
+        parts.append(Path(file.name))
+        if len(parts) == 1:
+            image_features(model.encode_image, Images(data, SIZE, CPU), other)
+            assert parts[0].exists() and not parts[1].exists()
+        flush(file)
 
-    monkeypatch.setattr(kept_module, "write_whole", write_whole)
+    monkeypatch.setattr(files, "_flush", meanwhile)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image_features(model.encode_image, Images(data, SIZE, CPU), kept)
+    assert len(parts) == 2
     model.again()
     image_features(model.encode_image, Images(data, SIZE, CPU), kept)
     assert model.seen == []

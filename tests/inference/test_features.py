@@ -2,7 +2,6 @@
 
 import builtins
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from safetensors.torch import load_file
 from support.tiny_models import tiny_model
 from support.tiny_sets import keys_of, make_set
 
+from lift_fast import files as whole
 from lift_fast.errors import BackendError, ConfigError, DataError
-from lift_fast.inference import feature_files as files
 from lift_fast.inference import store as storing
 from lift_fast.inference.feature_files import embed_images
 from lift_fast.inference.features import open_images
@@ -82,11 +81,15 @@ def test_a_killed_run_goes_on(tmp_path, model, monkeypatch):
 def test_a_disk_that_is_full_leaves_no_file(tmp_path, model, monkeypatch, suffix):
     data, out = make_set(tmp_path / "data", 6), tmp_path / f"x{suffix}"
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    flush = whole._flush
+
+    def full(part):
+        if ".partial" not in part.name:
+            raise OSError(28, "No space left on device")
+        flush(part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", SimpleNamespace(fsync=full, replace=None))
+        patch.setattr(whole, "_flush", full)
         with pytest.raises(ConfigError, match="No space left.*name another --out"):
             embed_images(model, data, out)
     assert not [path for path in tmp_path.iterdir() if path.suffix in (suffix, ".part", ".txt")]

@@ -16,6 +16,7 @@ from support.tiny_sets import keys_of, make_set, png
 from lift_fast.data.options import DataOptions
 from lift_fast.data.stamps import data_stamp
 from lift_fast.errors import CacheError, ConfigError, DataError
+from lift_fast.files import _tagged
 from lift_fast.inference import store as storing
 from lift_fast.inference.features import encode_images, how_read, image_files, open_images
 from lift_fast.inference.search import open_index
@@ -90,18 +91,18 @@ def test_large_shards_are_cut(tmp_path, model, monkeypatch):
 
 def test_a_killed_run_goes_on_at_the_first_missing_file(tmp_path, model, monkeypatch):
     data, folder = make_set(tmp_path / "data", 12), tmp_path / "store"
-    write = storing._write
+    write, part = storing._write, _tagged("00001.safetensors")
 
     def killed(path, content, remedy):
         if path.name == "00001.safetensors":
-            (folder / "00001.safetensors.77.part").write_bytes(content[:100])
+            (folder / part).write_bytes(content[:100])
             raise KeyboardInterrupt
         write(path, content, remedy)
 
     monkeypatch.setattr(storing, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         build(model, data, folder, "id")
-    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", "00001.safetensors.77.part"]
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", part]
     kept = (folder / "00000.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(storing, "_write", write)
     model.module.seen = 0

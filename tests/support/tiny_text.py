@@ -89,8 +89,8 @@ def work(path, out, shard_rows, rank=0, world=1, codec="int8", skip_bad=False, c
 
 
 def work_until(step, *arguments):
-    """Runs work(*arguments) and kills its process with SIGKILL at a rename, or at the hard link by which a shard gets its
-    name; both are numbered from 0.
+    """Runs work(*arguments) and kills its process with SIGKILL at a rename, or at the hard link by which a shard gets
+    its name; both are numbered from 0.
 
     An even step kills it before number step / 2, an odd one after number (step - 1) / 2.
     """
