@@ -11,8 +11,8 @@ a wrong checksum or too few rows. It also does not say which JPEGs every decoder
 
 import io
 import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,8 @@ import simplejpeg
 from PIL import Image
 
 from .jpeg import MAX_SIDE, SEQUENTIAL, harmless, repaired, segments
+from .memory import DECODING
+from .png import SIGNATURE, check_all_rows, chunks, only_pixels
 from .samples import BadSample
 
 MAX_PIXELS = 1 << 26
@@ -27,20 +29,15 @@ _MAX_SCANS = 500  # of a JPEG, as in libjpeg-turbo's own tools: each scan is a p
 _MAX_SCANNED = 1 << 30  # pixels of all passes, about a second's work
 _ANY_SCANS = 20  # scans that are allowed for an image of any size
 _UPRIGHT = 1
-_PNG = b"\x89PNG\r\n\x1a\n"
+_STRIP = 1 << 20  # pixels of which Pillow makes copies at a time
+# Bytes of memory for each pixel: of the result; of what Pillow holds besides; of the frames that WebP's decoder holds
+# besides that.
+_RESULT, _PILLOW, _FRAMES = 3, 4, 11
 # Sampling factors (of the first component, of the second and third) that TurboJPEG supports.
 _SAMPLINGS = {
     *((0x11, 0x11), (0x12, 0x11), (0x12, 0x12), (0x14, 0x11), (0x21, 0x11)),
     *((0x21, 0x21), (0x22, 0x11), (0x22, 0x12), (0x22, 0x21), (0x41, 0x11)),
 }
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_ADAM7 = (  # of each pass: first row, row step, first column, column step
-    *((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4)),
-    *((2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)),
-)
-_MOST_DEFLATED = 1032  # the largest ratio of unpacked to packed bytes in a zlib stream
-_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # written anew, since the checksum of no data says nothing about the pixels
 _OTHER_KINDS = (  # (offset, signature, name)
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
@@ -70,7 +67,8 @@ class Header:
 
     format: "jpeg", "png", "webp", "gif" or "bmp". width, height: of the upright image. plain: it is an upright JPEG in
     YCbCr or grey without deviations, which every decoder reads alike. orientation: EXIF's, 1 to 8. deviates: the header
-    of the JPEG deviates from the standard, perhaps without harm (jpeg.py).
+    of the JPEG deviates from the standard, perhaps without harm (jpeg.py). made, kept: bytes of memory that decoding
+    takes for each pixel, of the image that is made, and of the whole image even when a smaller one is made.
     """
 
     format: str
@@ -79,13 +77,20 @@ class Header:
     plain: bool
     orientation: int = _UPRIGHT
     deviates: bool = False
+    made: int = _PILLOW + _RESULT
+    kept: int = 0
+
+    def memory(self, factor: int = 1) -> int:
+        """The bytes of memory that decoding at 1/factor of the size takes."""
+        return self.width * self.height * self.kept + self.made * -(-self.width // factor) * -(-self.height // factor)
 
 
 def read_header(data: bytes) -> Header:
     """Parses the header of an image, whose format its bytes determine. Decodes nothing.
 
     Raises BadSample: "empty"; "not a picture"; "unsupported" for a format that is not read; "truncated" when the end is
-    missing; "corrupt" for a contradiction; "too large" for more than MAX_PIXELS pixels, or a side above MAX_SIDE.
+    missing; "corrupt" for a contradiction; "too large" for more than MAX_PIXELS pixels, a side above MAX_SIDE, or more
+    memory than DECODING has.
     """
     if not data:
         raise BadSample("empty", "0 bytes")
@@ -99,6 +104,9 @@ def read_header(data: bytes) -> Header:
     if header.width * header.height > MAX_PIXELS or max(header.width, header.height) > MAX_SIDE:
         most = f"{MAX_PIXELS} at most, {MAX_SIDE} a side"
         raise BadSample("too large", f"{header.width} x {header.height} pixels, of {most}")
+    if header.memory() > DECODING.most:
+        most = f"more than {DECODING.most} bytes of memory to decode"
+        raise BadSample("too large", f"{header.width} x {header.height} pixels, which take {most}")
     if header.orientation > 4:
         return replace(header, width=header.height, height=header.width)
     return header
@@ -138,7 +146,7 @@ def decode_box(data: bytes, header: Header, box: Box, size: int) -> tuple[np.nda
     Returns the pixels, uint8 [h, w, 3], and the box in them, which is not empty and lies within. Raises BadSample as
     decode does.
     """
-    factor = scale_of(box, size) if header.format == "jpeg" else 1
+    factor = _factor(header, box, size)
     pixels, _ = _decode(data, header, factor)
     if factor == 1:
         return pixels, box
@@ -146,6 +154,16 @@ def decode_box(data: bytes, header: Header, box: Box, size: int) -> tuple[np.nda
     left, width = _scaled(box[0], box[2], factor, header.width, mirrored)
     top, height = _scaled(box[1], box[3], factor, header.height, upside_down)
     return pixels, (left, top, width, height)
+
+
+def memory_for(header: Header, box: Box | None = None, size: int = 1) -> AbstractContextManager[None]:
+    """A block in which an image is decoded and used, for a crop where there is a box. It begins when there is memory
+    for that. Outside of such a block the decoding functions wait for memory themselves."""
+    return DECODING.taken(header.memory(1 if box is None else _factor(header, box, size)))
+
+
+def _factor(header: Header, box: Box, size: int) -> int:
+    return scale_of(box, size) if header.format == "jpeg" else 1
 
 
 def _scaled(start: int, extent: int, factor: int, whole: int, flipped: bool) -> tuple[int, int]:
@@ -174,10 +192,11 @@ def _decode(data: bytes, header: Header, factor: int) -> tuple[np.ndarray, bool]
     sides = (header.width, header.height) if turned else (header.height, header.width)
     height, width = (-(-side // factor) for side in sides)
     try:
-        if header.format == "jpeg":
-            pixels, regular = _by_libjpeg(data, header.deviates, height, width, factor)
-        else:
-            pixels = _by_pillow(data, header.format)
+        with DECODING.taken(header.memory(factor)):
+            if header.format == "jpeg":
+                pixels, regular = _by_libjpeg(data, header.deviates, height, width, factor)
+            else:
+                pixels = _by_pillow(data, header.format)
     except BadSample:
         raise
     except MemoryError as error:
@@ -216,24 +235,35 @@ def _by_libjpeg(data: bytes, deviates: bool, height: int, width: int, factor: in
 
 def _by_pillow(data: bytes, kind: str) -> np.ndarray:
     """Decodes a PNG, WebP, GIF or BMP, as it is stored: uint8 [height, width, 3]."""
-    with Image.open(io.BytesIO(_only_pixels(data) if kind == "png" else data), formats=(kind,)) as opened:
+    with Image.open(io.BytesIO(only_pixels(data) if kind == "png" else data), formats=(kind,)) as opened:
         opened.load()
-        plain = opened.mode == "RGB" and not opened.has_transparency_data
-        # A copy: a view of Pillow's pixels is read-only, and torch warns.
-        pixels = np.array(opened) if plain else None
         if kind == "png":
             # Pillow leaves missing rows at 0. Unpacking the file again to count them is slow, so it is done only for
             # an image that is interlaced or ends in a row of zeros.
-            last = np.asarray(opened.crop((0, opened.height - 1, *opened.size))) if pixels is None else pixels[-1]
+            last = np.asarray(opened.crop((0, opened.height - 1, *opened.size)))
             if data[28] or not last.any():
-                _check_all_rows(data)
-        if pixels is not None:
-            return pixels
-        image = _eight_bits(opened, data[24], data[25]) if kind == "png" else opened
-        if image.has_transparency_data:
-            over = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        return np.array(image.convert("RGB"))
+                check_all_rows(data)
+        width, height = opened.size
+        rows = max(1, _STRIP // width)
+        if height <= rows:
+            return _on_white(opened, data, kind)
+        pixels = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = opened.crop((0, top, width, min(top + rows, height)))
+            pixels[top : top + rows] = _on_white(strip, data, kind)
+        return pixels
+
+
+def _on_white(image: Image.Image, data: bytes, kind: str) -> np.ndarray:
+    """The pixels of an image or of rows of it, with transparency on white: uint8 [height, width, 3]. data: the file."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        # A copy: a view of Pillow's pixels is read-only, and torch warns.
+        return np.array(image)
+    image = _eight_bits(image, data[24], data[25]) if kind == "png" else image
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return np.array(image.convert("RGB"))
 
 
 def _eight_bits(image: Image.Image, depth: int, colour_type: int) -> Image.Image:
@@ -257,7 +287,7 @@ def _parser_for(data: bytes) -> Callable[[bytes], Header]:
     """The header parser of the format that the first bytes indicate. Raises BadSample."""
     if data.startswith(b"\xff\xd8\xff"):
         return _parse_jpeg
-    if data.startswith(_PNG):
+    if data.startswith(SIGNATURE):
         return _parse_png
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _parse_webp
@@ -270,7 +300,7 @@ def _parser_for(data: bytes) -> Callable[[bytes], Header]:
             raise BadSample("unsupported", f"a {name} image; JPEG, PNG, WebP, GIF and BMP are read")
     if b"<svg" in data[:1024]:
         raise BadSample("unsupported", "an SVG drawing; JPEG, PNG, WebP, GIF and BMP are read")
-    for signature in (b"\xff\xd8\xff", _PNG, b"GIF89a"):
+    for signature in (b"\xff\xd8\xff", SIGNATURE, b"GIF89a"):
         if signature.startswith(data):
             raise BadSample("truncated", f"ends after {len(data)} bytes")
     raise BadSample("not a picture", f"begins with {data[:16]!r}")
@@ -319,22 +349,11 @@ def _parse_jpeg(data: bytes) -> Header:
     orientation = _orientation(exif)
     deviates = deviates or not (progressive or data[end - 3 : end] == SEQUENTIAL)
     plain = orientation == _UPRIGHT and count < 4 and not rgb and not deviates
-    return Header("jpeg", width, height, plain, orientation, deviates)
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (type, offset of the data, length) of each chunk of a PNG up to IEND. Raises BadSample without IEND."""
-    at = len(_PNG)
-    while True:
-        if at + 12 > len(data):
-            raise BadSample("truncated", f"no end of the PNG within {len(data)} bytes")
-        length, kind = struct.unpack_from(">I4s", data, at)
-        if at + 12 + length > len(data):
-            raise BadSample("truncated", f"ends after {len(data)} bytes, within a PNG chunk {kind!r}")
-        yield kind, at + 8, length
-        if kind == b"IEND":
-            return
-        at += 12 + length
+    made, kept = _RESULT if count < 4 else 4 + _RESULT, 0  # CMYK is converted
+    if progressive or data[at + 4] < count:  # all coefficients, of 2 bytes
+        areas = [(part[1] >> 4) * (part[1] & 15) for part in parts]
+        kept = -(-2 * sum(areas) // max(1, *areas)) if count > 1 else 2
+    return Header("jpeg", width, height, plain, orientation, deviates, made, kept)
 
 
 def _parse_png(data: bytes) -> Header:
@@ -342,52 +361,10 @@ def _parse_png(data: bytes) -> Header:
     if data[12:16] != b"IHDR":
         raise BadSample("corrupt", "a PNG without a header")
     orientation = _UPRIGHT
-    for kind, start, length in _chunks(data):
+    for kind, start, length in chunks(data):
         if kind == b"eXIf":
             orientation = _orientation(data[start : start + length])
     return Header("png", width, height, False, orientation)
-
-
-def _only_pixels(data: bytes) -> bytes:
-    """Copies the chunks of a PNG that make its pixels, and validates their checksums, which Pillow does not.
-
-    Without the rest no text or colour profile can unpack to gigabytes, and there is one frame. Raises BadSample.
-    """
-    parts = [_PNG]
-    for kind, start, length in _chunks(data):
-        if kind in _PIXEL_CHUNKS:
-            end = start + length
-            if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-                raise BadSample("corrupt", f"wrong checksum of the PNG chunk {kind!r} at byte {start - 8}")
-            parts.append(data[start - 8 : end + 4])
-    parts.append(_PNG_END)
-    packed = sum(len(part) for part in parts)
-    if _unpacked(data) > _MOST_DEFLATED * packed:
-        raise BadSample("corrupt", f"a PNG with too little data: {packed} bytes for {_unpacked(data)} of pixels")
-    return b"".join(parts)
-
-
-def _unpacked(data: bytes) -> int:
-    """Size in bytes of the unpacked rows of a PNG, computed from its header."""
-    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">II5B", data, 16)
-    bits, total = depth * _PNG_CHANNELS.get(colour_type, 0), 0
-    for top, down, left, across in _ADAM7 if interlaced else ((0, 1, 0, 1),):
-        rows, columns = -(-(height - top) // down), -(-(width - left) // across)
-        if rows > 0 and columns > 0:
-            total += rows * (1 + -(-columns * bits // 8))
-    return total
-
-
-def _check_all_rows(data: bytes) -> None:
-    """Raises BadSample for a PNG whose stream of pixels ends properly but before the last row: Pillow accepts it."""
-    missing, stream = _unpacked(data), zlib.decompressobj()
-    for kind, start, length in _chunks(data):
-        packed = data[start : start + length] if kind == b"IDAT" else b""
-        while packed and missing > 0:
-            missing -= len(stream.decompress(packed, 1 << 20))
-            packed = stream.unconsumed_tail
-    if missing > 0:
-        raise BadSample("corrupt", f"the pixels of the PNG end {missing} bytes too early")
 
 
 def _parse_webp(data: bytes) -> Header:
@@ -399,12 +376,12 @@ def _parse_webp(data: bytes) -> Header:
         if data[23:26] != b"\x9d\x01\x2a":
             raise BadSample("corrupt", "a WebP without a key frame")
         width, height = struct.unpack_from("<HH", data, 26)
-        return Header("webp", width & 0x3FFF, height & 0x3FFF, False)
+        return _webp(width & 0x3FFF, height & 0x3FFF)
     if kind == b"VP8L":
         if data[20] != 0x2F:
             raise BadSample("corrupt", "a lossless WebP without its signature")
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, False)
+        return _webp((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind != b"VP8X":
         raise BadSample("corrupt", f"a WebP that begins with the chunk {kind!r}")
     if whole < 30:
@@ -417,7 +394,11 @@ def _parse_webp(data: bytes) -> Header:
             orientation = _orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
             break
         at += 8 + length + (length & 1)
-    return Header("webp", width, height, False, orientation)
+    return _webp(width, height, orientation)
+
+
+def _webp(width: int, height: int, orientation: int = _UPRIGHT) -> Header:
+    return Header("webp", width, height, False, orientation, made=_FRAMES + _PILLOW + _RESULT)
 
 
 def _parse_gif(data: bytes) -> Header:

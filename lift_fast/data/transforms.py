@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .images import Box, Header, decode, decode_box, scale_of
+from .images import Box, Header, decode, decode_box, memory_for, scale_of
 from .loading import DRAWS, Loading
 
 _TRIES = 10
@@ -68,8 +68,10 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def render(data: bytes, header: Header, view: View, size: int) -> np.ndarray:
     """Decodes a view of an image for training: uint8 [size, size, 3]. Raises BadSample."""
-    decoded, (left, top, width, height) = decode_box(data, header, view.box, size)
-    pixels = resize(decoded[top : top + height, left : left + width], size, size)
+    with memory_for(header, view.box, size):
+        decoded, (left, top, width, height) = decode_box(data, header, view.box, size)
+        pixels = resize(decoded[top : top + height, left : left + width], size, size)
+        del decoded
     if view.flip:
         pixels = pixels[:, ::-1]
     if view.colour:
@@ -85,7 +87,8 @@ def render_centre(data: bytes, header: Header, size: int, resize_size: int | Non
     Raises BadSample.
     """
     (left, top, width, height), resized, (up, across) = centre_of(header.width, header.height, size, resize_size)
-    pixels = resize(decode(data, header)[top : top + height, left : left + width], *resized)
+    with memory_for(header):
+        pixels = resize(decode(data, header)[top : top + height, left : left + width], *resized)
     return np.ascontiguousarray(pixels[up : up + size, across : across + size])
 
 

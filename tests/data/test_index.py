@@ -14,6 +14,7 @@ from support.damage import flip_bit
 from support.indexes import forge
 from support.tiny_sets import keys_of, make_set
 
+from lift_fast import files
 from lift_fast.cache import key_hash
 from lift_fast.cli.main import main
 from lift_fast.data.index import INDEX, Index, build_index, open_index, scan
@@ -397,7 +398,7 @@ def test_an_index_that_changes_while_it_is_open(tmp_path, how):
 
 def test_what_a_killed_build_left_goes_and_nothing_else(tmp_path):
     folder = make_set(tmp_path / "set", 4, per_shard=4).folder
-    old, other = folder / f"{INDEX}.0123456789abcdef.part", folder / f"{INDEX}.4711.part"
+    old, other = folder / files._tagged(INDEX), folder / f"{INDEX}.4711.part"
     old.write_bytes(b"LIFT")
     other.write_bytes(b"of an earlier version")
     build_index(folder, 1, progress=False)
