@@ -26,8 +26,8 @@ MOST_BYTES = 1 << 25  # of a JSON file, unless a reader says another number
 _DEEPEST = 64  # lists and objects within each other: code that walks through them may not run out of stack
 # Lists and objects take up to 232 bytes each, other values about 100. So many in any file, and more only where the text
 # has so many bytes for each.
-_FEW, _BYTES_EACH = 10_000, 32
-_FEW_VALUES, _BYTES_EACH_VALUE = 1_000_000, 8
+_FEW, _BYTES_EACH = 20_000, 32
+MOST_VALUES, _BYTES_EACH_VALUE = 1_000_000, 8
 _LARGEST_INT, _LARGEST = 1 << 63, 1e100  # sums and products of a few such numbers are no infinity
 _SHOWN = 60  # characters of a value in a message
 
@@ -43,8 +43,9 @@ def read_json(path: str | Path, most: int = MOST_BYTES, pairs: Callable[[list], 
     return parse_json(read_regular(path, most), pairs)
 
 
-def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None) -> Any:
+def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None, values: int = MOST_VALUES) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte order mark. pairs: json.loads' object_pairs_hook.
+    values: how many it may have however short it is.
 
     Raises ValueError for what is not JSON, for lists and objects nested deeper than 64, and for so many values that
     they would take far more memory than the text.
@@ -53,7 +54,7 @@ def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None) -> Any:
     if count > max(_FEW, len(data) // _BYTES_EACH):
         raise ValueError(f"it is nearly all brackets: {count} in {len(data)} bytes")
     count = data.count(b",") + data.count(b":")
-    if count > max(_FEW_VALUES, len(data) // _BYTES_EACH_VALUE):
+    if count > max(values, len(data) // _BYTES_EACH_VALUE):
         raise ValueError(f"it is nearly all separators: {count} in {len(data)} bytes")
     try:
         content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)

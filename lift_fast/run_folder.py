@@ -176,7 +176,6 @@ def check(run: Any) -> None:
             check_size(name, run.get(name, 1))
         if run.get("encoder") is not None:
             spec = EncoderSpec(**run["encoder"])
-            "".join((spec.name, spec.prompt, spec.end_token)).encode()  # ValueError: with half a character
             if not run["encoder"].get("name") or "\0" in spec.name:
                 raise ValueError("its encoder has no name")
         if run.get("conditioning") is not None:

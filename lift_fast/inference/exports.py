@@ -1,16 +1,13 @@
 """Reads what `lift-fast export` wrote back into a Lift or a Clip."""
 
-import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from .. import run_folder
+from .. import foreign, run_folder
 from ..errors import ConfigError
 from ..nn import Clip, Lift, fill
+from ..nn.tensors import read_tensors
 
 ABOUT = "lift_fast.json"
 # Format -> the module of nn/weights that reads it; None: the state dict of the model itself.
@@ -22,6 +19,13 @@ _FORMATS = {
     "sentence-transformers": "whole_hf",
 }
 ONE_WAY = ("onnx", "torch-export")  # formats that hold a graph, and no weights of ours
+
+
+class _About(TypedDict):
+    """The types of what is used of lift_fast.json."""
+
+    format: str
+    run: dict[str, Any]
 
 
 def is_export(folder: Path) -> bool:
@@ -36,11 +40,13 @@ def read(folder: Path) -> tuple[Lift | Clip, dict[str, Any]]:
     weights that are missing, damaged or not those of the model that it describes.
     """
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
+        about = foreign.read_json(folder / ABOUT)
+        foreign.check(about, _About)
         kind, run = about["format"], about["run"]
-        name = None if kind in ONE_WAY else _FORMATS[kind]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{folder}: {ABOUT} is damaged ({error!r}); export the run again") from error
+        if kind not in _FORMATS and kind not in ONE_WAY:
+            raise ValueError(f"its format {foreign.shown(kind)} is none that this lift-fast knows")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: {ABOUT} is damaged ({error}); export the run again") from error
     if kind in ONE_WAY:
         raise ConfigError(f"{folder} is an export to {kind}, which lift-fast does not read back; load the run")
     try:
@@ -48,10 +54,10 @@ def read(folder: Path) -> tuple[Lift | Clip, dict[str, Any]]:
     except ConfigError as error:
         raise ConfigError(f"{folder}: {ABOUT} is damaged ({error}); export the run again") from error
     try:
-        if name is None:
-            fill(model, load_file(folder / "model.safetensors"))
+        if (name := _FORMATS[kind]) is None:
+            fill(model, read_tensors(folder / "model.safetensors"))
         else:
             import_module(f"..nn.weights.{name}", __package__).load(model, folder)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"{folder}: its weights do not fit its {ABOUT} ({error}); export the run again") from error
     return model.eval(), run

@@ -1,6 +1,5 @@
 """The models of other projects: LIFT's authors', CLIPs of open_clip and Hugging Face, and image towers alone."""
 
-import json
 import re
 import warnings
 from dataclasses import asdict
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import run_folder
+from .. import foreign, run_folder
 from ..errors import ConfigError
 from ..nn import Clip, Lift, Vit, preset
 from ..nn.config import CLIP_VOCAB_SIZE, TextConfig
@@ -240,9 +239,8 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+        content = foreign.read_json(file)
+        foreign.check(content, dict[str, Any])
         return content
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is damaged ({error}); copy it again") from error

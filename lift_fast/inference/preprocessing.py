@@ -72,7 +72,7 @@ class Preprocessing:
         except ValueError as error:
             raise ConfigError(f"this model's description: {error}") from error
         numbers = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
-        return Preprocessing(**values | numbers)
+        return Preprocessing(**dict(values) | numbers)
 
     def __call__(self, image: ImageLike) -> Tensor:
         return self.normalise(torch.from_numpy(self.cropped(image))[None])[0]

@@ -1,6 +1,6 @@
 """What `load` takes, and how the parts of a model are found in it."""
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .. import run_folder
+from .. import foreign, run_folder
 from ..cache import Conditioning
 from ..errors import ConfigError, DataError
 from ..nn import Clip, Lift, fill
@@ -98,7 +98,12 @@ def _parts(
     def read_conditioning() -> Conditioning | None:
         return run_folder.conditioning_of(folder, run)
 
-    parts = Parts(model, preprocessing, model.logit_scale.exp().item(), run, make_text, read_conditioning)
+    scale = model.logit_scale.exp().item()
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"{folder}: its logit_scale is e^{model.logit_scale.item():g}, which no model has; copy it again"
+        )
+    parts = Parts(model, preprocessing, scale, run, make_text, read_conditioning)
     return parts
 
 
@@ -148,7 +153,7 @@ def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any], Path]:
             if (path / _CHECKPOINTS).is_dir():
                 found, damaged = newest_whole(path / _CHECKPOINTS)
                 reason = next(iter(damaged.values()), reason)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"the checkpoint {path} is damaged ({error}); name another one") from error
     if found is None:
         raise DataError(f"no checkpoint of the run {folder} is whole: {reason}")
@@ -157,7 +162,7 @@ def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any], Path]:
     try:
         state = whole_tensors(found.folder, found.index, "model.") | whole_tensors(found.folder, found.index, "ema.")
         fill(model, state)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(f"{found.folder}: the checkpoint does not fit its run's {_STARTED} ({error})") from error
     return model.eval(), run, folder
 
@@ -167,9 +172,12 @@ def _started(folder: Path, identity: str | None) -> dict[str, Any]:
 
     identity: of the run that a checkpoint is of. Raises DataError.
     """
+    from ..train.folder import Started
+
     file = folder / _STARTED
     try:
-        started = json.loads(file.read_bytes())
+        started = foreign.read_json(file)
+        foreign.check(started, Started)
         if started["checksum"] != identity:
             raise DataError(f"the checkpoint is of another run than {folder}; put it back into the folder of its own")
         settings, about = started["mathematics"], started["about"]
@@ -184,7 +192,7 @@ def _started(folder: Path, identity: str | None) -> dict[str, Any]:
         run |= {"text_dim": settings["text_dim"], "encoder": encoder}
         run["conditioning"] = cache.get("conditioning")
         return run | {name: cache[name] for name in ("rotation", "field", "codec")}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise DataError(
             f"{file} is missing, damaged or of another version ({error!r}); finish the run first"
         ) from error

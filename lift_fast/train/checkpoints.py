@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from .. import foreign
 from ..errors import RankLost, TrainingError
-from ..files import flush_names
+from ..files import flush_names, open_regular, read_regular
 from ..ranks import Rank, answering, together
 from .storage import Index, Reader, Writer, sizes_and_dtype
 
@@ -45,6 +46,15 @@ _NAME = re.compile(r"step-(\d{8,})")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\.(part|old)")
 _THREADS = 8  # that read files to verify them
 _READ = 1 << 20  # bytes
+_LARGEST = 1 << 30  # bytes of a checkpoint.json, which lists the samples that were skipped
+
+
+class _Manifest(Index):
+    """The content of checkpoint.json."""
+
+    format: int
+    step: int
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -297,7 +307,7 @@ def newest_whole(folder: Path) -> tuple[Found | None, dict[int, str]]:
     for step in reversed(_steps(folder)):
         try:
             return verified(folder / f"step-{step:08d}", step), damaged
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             damaged[step] = str(error)
     return None, damaged
 
@@ -438,14 +448,16 @@ def _steps(folder: Path) -> list[int]:
 
 
 def verified(folder: Path, step: int) -> Found:
-    """The checkpoint in a folder. Raises OSError and ValueError, or what json raises, for anything but a whole one."""
-    raw = (folder / MANIFEST).read_bytes()
+    """The checkpoint in a folder. Raises OSError and ValueError for anything but a whole one."""
+    raw = read_regular(folder / MANIFEST, _LARGEST)
     content = raw[_BEFORE:-_AFTER]
     if _sealed(content) != raw:
         raise ValueError(f"{MANIFEST} is cut short or altered")
-    entries = json.loads(content)
-    if entries["format"] != FORMAT:
-        raise ValueError(f"it has format version {entries['format']}, and this lift-fast reads {FORMAT}")
+    entries = foreign.parse_json(content, values=_LARGEST)
+    foreign.check(entries, dict[str, Any])
+    if entries.get("format") != FORMAT:
+        raise ValueError(f"it has format version {entries.get('format')!r}, and this lift-fast reads {FORMAT}")
+    foreign.check(entries, _Manifest)
     if entries["step"] != step:
         raise ValueError(f"it is that of step {entries['step']}")
     files = entries["files"]
@@ -456,7 +468,7 @@ def verified(folder: Path, step: int) -> Found:
         for name, digest in zip(files, threads.map(_sha256, [folder / name for name in files]), strict=True):
             if digest != files[name]:
                 raise ValueError(f"{name} is cut short or altered")
-    return Found(step, folder, entries["state"], {name: entries[name] for name in ("files", "tensors")})
+    return Found(step, folder, entries["state"], {"files": files, "tensors": entries["tensors"]})
 
 
 def _sealed(content: bytes) -> bytes:
@@ -471,7 +483,7 @@ _BEFORE = len(_sealed(b"")) - _AFTER
 
 def _sha256(path: Path) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_READ))
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

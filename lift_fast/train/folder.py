@@ -13,18 +13,20 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
+from .. import foreign
 from ..cache.conditioning import CONDITIONING, Conditioning
 from ..errors import ConfigError, TrainingError
-from ..files import write_whole
+from ..files import open_regular, write_whole
+from ..foreign import Number
 from ..text.identity import FEATURES
-from .identity import differences, digest_of
+from .identity import Fingerprints, Mathematics, differences, digest_of
 
 FORMAT = 1  # of started.json
 STARTED, METRICS, SPIKES, COMPLETE, LOCK = "started.json", "metrics.jsonl", "spikes.jsonl", "run.json", ".lock"
@@ -35,6 +37,36 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 _TRIES = 100
 
 State = Literal["new", "begun", "complete"]
+
+
+class About(TypedDict, total=False):
+    """What started.json says for people, and of how the weights are used."""
+
+    config: dict[str, Any]
+    vit: dict[str, Any]
+
+
+class Started(TypedDict):
+    """The types of what is used of started.json."""
+
+    format: int
+    checksum: str
+    mathematics: Mathematics
+    fingerprints: Fingerprints
+    about: About
+
+
+class _Line(TypedDict):
+    """A line of a log."""
+
+    step: int
+
+
+class _Metrics(_Line, total=False):
+    """A line of metrics.jsonl. Of a step that was skipped the loss may be null."""
+
+    loss: Number | None
+    step_ms: Number
 
 
 @dataclass
@@ -64,7 +96,7 @@ def read_started(out: Path, resume: bool) -> dict[str, Any] | None:
         if not begun and resume:
             raise ConfigError(f"there is no run in {out} to go on with; leave out --resume")
         return _read(file) if begun else None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{file} is damaged or cannot be read ({error}); name another --out, or remove {out}"
         ) from error
@@ -157,8 +189,8 @@ def rewind(out: Path, step: int) -> History:
             history.step_ms.append(float(record["step_ms"]))
 
     with writing(out):
-        _cut(out / METRICS, step, note, ("loss", "step_ms"))
-        _cut(out / SPIKES, step, lambda record: None)  # where a loss is text, since it may be infinite
+        _cut(out / METRICS, step, note, _Metrics)
+        _cut(out / SPIKES, step, lambda record: None, _Line)  # where a loss is text, since it may be infinite
     if missing := max(0, step - len(history.losses)):
         history.warnings.append(
             f"{out / METRICS} lacks {missing} of the {step} steps before the checkpoint, and so will run.json; the "
@@ -169,14 +201,16 @@ def rewind(out: Path, step: int) -> History:
 
 def _read(file: Path) -> dict[str, Any]:
     """The content of started.json. Raises OSError, ValueError for a damaged one, ConfigError for another version."""
-    entries = json.loads(file.read_bytes())
-    if not isinstance(entries, dict) or entries.get("checksum") != digest_of(_but(entries, "checksum")):
+    entries = foreign.read_json(file)
+    foreign.check(entries, dict[str, Any])
+    if entries.get("checksum") != digest_of(_but(entries, "checksum")):
         raise ValueError("its checksum is wrong")
-    if entries["format"] != FORMAT:
+    if entries.get("format") != FORMAT:
         raise ConfigError(
-            f"{file} has format version {entries['format']} and this lift-fast goes on with {FORMAT}; use the version "
-            "that wrote it, or name another --out"
+            f"{file} has format version {foreign.shown(entries.get('format'))} and this lift-fast goes on with "
+            f"{FORMAT}; use the version that wrote it, or name another --out"
         )
+    foreign.check(entries, Started)
     return entries
 
 
@@ -227,7 +261,7 @@ def _holder(file: FileIO) -> str:
     """What a lock file says of its holder: " (pid 7 on host a)", "" where it says nothing."""
     try:
         file.seek(0)
-        entries = json.loads(file.read(1000))
+        entries = foreign.parse_json(file.read(1000))
         return f" (pid {entries['pid']} on host {entries['host']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -239,14 +273,14 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None], numbers: Sequence[str] = ()) -> None:
-    """Leaves the lines of a file of JSON lines whose "step" is below `step`, and calls note(record) for each. numbers:
-    names of values that a line without damage has as numbers, or null, if it has them."""
+def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None], of: type) -> None:
+    """Leaves the lines of a file of JSON lines whose "step" is below `step`, and calls note(record) for each. of: the
+    TypedDict that a line without damage is."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with open(path, "rb") as lines, open(part, "wb") as kept:
+        with BufferedReader(open_regular(path)) as lines, open(part, "wb") as kept:
             for line in lines:
-                record = _record(line, numbers)
+                record = _record(line, of)
                 if record is not None and record["step"] < step:
                     note(record)
                     kept.write(line)
@@ -260,12 +294,11 @@ def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None], numbers:
         raise
 
 
-def _record(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
+def _record(line: bytes, of: type) -> dict[str, Any] | None:
     """The object of a line, None for one that is unfinished or damaged."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = foreign.parse_json(line)
+        foreign.check(record, of)
+    except ValueError:
         return None
-    whole = line.endswith(b"\n") and isinstance(record, dict) and type(record.get("step")) is int
-    # The loss of a step that was skipped may be null.
-    return record if whole and all(isinstance(record.get(name), int | float | None) for name in numbers) else None
+    return record if line.endswith(b"\n") else None

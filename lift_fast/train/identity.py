@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from ..cache import Cache
 from ..data.samples import BadSample, Collection, Samples
+from ..foreign import Count
 from .config import TrainConfig
 
 # Every setting of TrainConfig is in exactly one of these two lists. Those of the first decide the weights of each step.
@@ -31,6 +32,48 @@ FREE = frozenset(
 _RESOLVED = {"precision", "text_dim", "init_from", "options"}
 _WITHOUT_MEANING = {"lift": {"field", "context"}, "clip": {"text_dim"}}  # for LIFT the cache decides the field
 _PROBES = 16  # images of a data set that are compared
+
+
+class _OfEveryRun(TypedDict):
+    model: Literal["lift", "clip"]
+    init_from: str | None
+    read: dict[str, Any]
+
+
+class Mathematics(_OfEveryRun, total=False):
+    """The types of what is used of `mathematics`, in a file."""
+
+    preset: str
+    text_dim: int
+    context: int
+    field: str
+
+
+class _Data(TypedDict):
+    samples: Count
+    sizes: str
+    captions: str | None
+    images: list[str]
+
+
+class _Conditioning(TypedDict):
+    power: float
+
+
+class _OfCache(TypedDict, total=False):
+    conditioning: _Conditioning | None
+
+
+class _LeftOut(TypedDict):
+    samples: Count
+
+
+class Fingerprints(TypedDict):
+    """The same of `fingerprints`."""
+
+    data: list[_Data]
+    caches: list[_OfCache]
+    left_out: _LeftOut
 
 
 def mathematics(
@@ -135,6 +178,8 @@ def _other_data(were: dict[str, Any], are: dict[str, Any]) -> list[str]:
     for number, (then, now) in enumerate(zip(old, new, strict=True), 1):
         if reason := _other_samples(then, now):
             found.append(f"another data set{_place(number, old)}: {reason}")
+    if len(were["caches"]) != len(are["caches"]):
+        return [f"{len(were['caches'])} of --cache, now {len(are['caches'])}"]
     for number, (then, now) in enumerate(zip(were["caches"], are["caches"], strict=True), 1):
         if then != now:
             found.append(f"another cache{_place(number, old)}: {_other_cache(then, now)}")
@@ -168,8 +213,9 @@ def _other_samples(then: dict[str, Any], now: dict[str, Any]) -> str:
         return "cut into other shards"
     if then["captions"] != now["captions"]:
         return "other captions"
-    pairs = [pair for pair in zip(then["images"], now["images"], strict=True) if all(pair)]
-    return "other images" if any(a != b for a, b in pairs) else ""
+    pairs = [pair for pair in zip(then["images"], now["images"], strict=False) if all(pair)]
+    same = len(then["images"]) == len(now["images"]) and all(a == b for a, b in pairs)
+    return "" if same else "other images"
 
 
 def _changed(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -37,7 +37,23 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-Index = dict[str, Any]
+from ..foreign import Count
+
+# Those of _SAFETENSORS.
+Dtype = Literal[
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+]
 _SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -52,6 +68,26 @@ _SAFETENSORS = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class _Chunk(TypedDict):
+    offsets: list[Count]
+    sizes: list[Count]
+    file: str
+    name: str
+
+
+class _Tensor(TypedDict):
+    dtype: Dtype
+    size: list[Count]
+    chunks: list[_Chunk]
+
+
+class Index(TypedDict):
+    """What the files of a checkpoint hold, see above."""
+
+    files: dict[str, str]
+    tensors: dict[str, _Tensor]
 
 
 class Writer(StorageWriter):
@@ -114,7 +150,7 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Hands the index to its owner."""
         written = {_name(result.index): result.storage_data for each in results for result in each}
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for fqn, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)  # prepare_local_plan has checked it
             chunks = []

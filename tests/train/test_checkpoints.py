@@ -383,8 +383,8 @@ def test_missing_foreign_and_exchanged_files_are_noticed(two):
         "it is that of step 1": lambda: exchange("checkpoint.json", "rank-00000.safetensors"),
         "Not a directory": is_a_file,
         "format version 2": lambda: altered(format=2),
-        "indices must be": no_checkpoint,
-        "s a directory": a_folder,
+        "it must be an object, not a list": no_checkpoint,
+        "it is a folder, not a file": a_folder,
     }
     for reason, damage in cases.items():
         damage()
