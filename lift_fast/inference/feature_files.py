@@ -61,11 +61,12 @@ def embed_images(
         raise ConfigError(f"dtype must be float32 or float16, not {dtype}")
     if out.suffix == ".parquet":
         _pyarrow()
+    partial = out.with_name(f"{out.name}.partial")
     for path in (out, _keys_file(out)) if out.suffix == ".npy" else (out,):
-        if path.exists():
+        # A run that was killed may have written the keys and not the features.
+        if path.exists() and (path == out or not partial.exists()):
             raise _exists(path)
         remove_abandoned(path.parent, path.name)
-    partial = out.with_name(f"{out.name}.partial")
     with ExitStack() as stack:
         with _writing(partial):
             stack.enter_context(shared_folder(partial))
