@@ -7,6 +7,7 @@ operations import. The child has one thread of torch.
 
 import os
 import pickle
+import resource
 import signal
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from lift_fast.cli.main import main
 from lift_fast.errors import LiftFastError
 
 SECONDS, BYTES = 60.0, 1 << 30
+LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 
 
 class Judged(NamedTuple):
@@ -109,11 +111,13 @@ def _resident(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) << 10
 
 
-def judged_command(arguments: Sequence[Any], stdin: str = "", **limits: Any) -> Judged:
+def judged_command(
+    arguments: Sequence[Any], stdin: str = "", before: Callable[[], None] | None = None, **limits: Any
+) -> Judged:
     """Runs `lift-fast ARGUMENTS` in a child. value: an Output, for the right answers 0 and 1.
 
     Status 2 must come with one message on stderr. Neither output may hold a traceback or a command to the terminal.
-    limits: as of `judged`.
+    before: what to do in the child first, such as lowering a limit of the system. limits: as of `judged`.
     """
 
     def run() -> Output:
@@ -129,11 +133,16 @@ def judged_command(arguments: Sequence[Any], stdin: str = "", **limits: Any) -> 
             sys.stdin, sys.stdout, sys.stderr = (
                 open(number, mode, closefd=False, errors="backslashreplace") for number, mode in enumerate("rww")
             )
-            status = 0
+            status, allowed = 0, {kind: resource.getrlimit(kind) for kind in LIMITS}
             try:
+                if before:
+                    before()
                 main([str(argument) for argument in arguments])
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+            finally:
+                for kind, values in allowed.items():
+                    resource.setrlimit(kind, values)
             sys.stdout.flush()
             sys.stderr.flush()
             texts = []
