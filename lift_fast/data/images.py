@@ -29,10 +29,10 @@ _MAX_SCANS = 500  # of a JPEG, as in libjpeg-turbo's own tools: each scan is a p
 _MAX_SCANNED = 1 << 30  # pixels of all passes, about a second's work
 _ANY_SCANS = 20  # scans that are allowed for an image of any size
 _UPRIGHT = 1
-_STRIP = 1 << 20  # pixels of which Pillow makes copies at a time
+_STRIP = 1 << 18  # pixels of which Pillow makes copies at a time
 # Bytes of memory for each pixel: of the result; of what Pillow holds besides; of the frames that WebP's decoder holds
-# besides that.
-_RESULT, _PILLOW, _FRAMES = 3, 4, 11
+# besides that; of the copies of a strip.
+_RESULT, _PILLOW, _FRAMES, _COPIES = 3, 4, 11, 24
 # Sampling factors (of the first component, of the second and third) that TurboJPEG supports.
 _SAMPLINGS = {
     *((0x11, 0x11), (0x12, 0x11), (0x12, 0x12), (0x14, 0x11), (0x21, 0x11)),
@@ -58,6 +58,10 @@ _OTHER_KINDS = (  # (offset, signature, name)
     (0, b"<svg", "SVG"),
 )
 
+# Pillow allocates images in blocks. malloc keeps freed blocks of its usual 16 MB for each thread, and gives those above
+# 32 MB back.
+Image.core.set_block_size(1 << 26)
+
 Box = tuple[int, int, int, int]  # left, top, width, height
 
 
@@ -82,7 +86,9 @@ class Header:
 
     def memory(self, factor: int = 1) -> int:
         """The bytes of memory that decoding at 1/factor of the size takes."""
-        return self.width * self.height * self.kept + self.made * -(-self.width // factor) * -(-self.height // factor)
+        whole, made = self.width * self.height, -(-self.width // factor) * -(-self.height // factor)
+        copies = 0 if self.format == "jpeg" else _COPIES * min(whole, _STRIP)
+        return self.kept * whole + self.made * made + copies
 
 
 def read_header(data: bytes) -> Header:
