@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .printable import printable
+
 _LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
 _EVERY = 30.0
 _settings = {"quiet": False, "every": _EVERY}
@@ -33,7 +35,8 @@ def bar(
     disable: bool | None = False,
 ) -> Any:
     """A tqdm with these arguments on a terminal; elsewhere an object with the methods used here, which prints plain
-    lines: every so many seconds and, with `leave`, when it closes."""
+    lines: every so many seconds and, with `leave`, when it closes. desc may hold foreign names."""
+    desc = printable(desc)
     hidden = bool(disable or _settings["quiet"])
     if hidden or _on_terminal():
         return tqdm(

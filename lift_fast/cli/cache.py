@@ -16,7 +16,7 @@ from .common import (
     print_conditioning,
     print_problems,
     print_size,
-    printable,
+    say,
     write_json,
 )
 
@@ -53,7 +53,7 @@ class CacheInfo:
             "format": f"version {found['format']}, identity {found['identity']}",
         }
         for name, line in lines.items():
-            print(f"{name:9} {line}")
+            say(f"{name:9} {line}")
         if cache.conditioning is not None:
             found["conditioning"] |= {"report": cache.conditioning.report()}
             print_conditioning(found["conditioning"]["report"])
@@ -83,16 +83,16 @@ class CacheVerify:
 
         cache = Cache(self.cache)
         cache.verify(self.threads, progress=True)
-        print(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written")
+        say(f"{self.cache}: {len(cache)} rows in {len(cache.manifest.shards)} shards are as written")
         if self.data:
             found = cache.check_data(open_as_embedded(self.data, self.reading, cache), self.threads, progress=True)
-            print(f"every row belongs to its sample of {self.data} by its key")
+            say(f"every row belongs to its sample of {self.data} by its key")
             if found.unchanged:
-                print(f"captions of {counted(found.unchanged, 'shard')}: the files were not written to since")
+                say(f"captions of {counted(found.unchanged, 'shard')}: the files were not written to since")
             if found.read:
-                print(f"captions of {counted(found.read, 'shard')}: read, and the same")
+                say(f"captions of {counted(found.read, 'shard')}: read, and the same")
             if found.unknown:
-                print(f"captions of {counted(found.unknown, 'shard')}: not compared, the cache has no digest of them")
+                say(f"captions of {counted(found.unknown, 'shard')}: not compared, the cache has no digest of them")
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,9 @@ class CacheSample:
             name = f"{entry['key']} {entry['caption']!r}" if self.data else f"key hash {entry['key_hash']}"
             first = " ".join(f"{number:+.4f}" for number in entry["first"])
             vector = "left out" if entry["skipped"] else f"length {entry['length']:.4f}; {first} …"
-            print(printable(f"row {entry['row']} ({entry['source']}): {name}; {vector}"))
+            say(f"row {entry['row']} ({entry['source']}): {name}; {vector}")
         if found["mean_cosine"] is not None:
-            print(f"mean cosine among them: {found['mean_cosine']:.4f} (1: all captions have one vector)")
+            say(f"mean cosine among them: {found['mean_cosine']:.4f} (1: all captions have one vector)")
         if self.json:
             write_json(self.json, found)
 
@@ -297,7 +297,7 @@ def print_errors(source: "Cache", codec: str) -> None:
     """Prints that the errors of two codecs add up, where a cache was made from the codes of another."""
     former = source.manifest.codec
     if former != "f32":
-        print(
+        say(
             f"{source.folder} holds {former}, so the errors of {former} and of {codec} add up; for those of {codec} "
             "alone embed the captions with it"
         )

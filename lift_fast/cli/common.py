@@ -1,6 +1,7 @@
 """What the commands share: JSON files, the check of --threads, counts in words, warnings about data sets."""
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .. import foreign
 from ..errors import ConfigError, DataError
-from ..files import write_whole
+from ..files import remove_abandoned, write_whole
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -23,18 +25,19 @@ CodecName = Literal["f32", "bf16", "int8", "int8r", "fp8", "int4r", "int2r"]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the whole file or nothing; makes its folder where there is none."""
+    """Writes the whole file or nothing, as files.write_whole; makes its folder where there is none. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, path.name)
     write_whole({path: json.dumps(content, indent=1, default=str).encode()})
 
 
 def read_json(path: Path, made_by: str) -> Any:
     """Reads a JSON file that another command wrote; `made_by` is that command. Raises DataError."""
     try:
-        return json.loads(path.read_text())
+        return foreign.read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"no {path}; make it with: {made_by}") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not JSON ({error}); make it again with: {made_by}") from error
 
 
@@ -44,23 +47,34 @@ def check_threads(threads: int | None) -> None:
         raise ConfigError(f"threads must be at least 1, not {threads}")
 
 
+class _Record(logging.LogRecord):
+    """What a library logs, such as transformers of a configuration: as printable text."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        return printable(super().getMessage(), lines=True)
+
+
 @contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Within it a warning of this package is printed as a line of its command, without Python's line of source."""
+def plain_messages() -> Iterator[None]:
+    """Within it a warning of this package is printed as a line of its command, without Python's line of source; and
+    what is not printable in warnings, and in what libraries log, is escaped."""
     usual, package = warnings.formatwarning, str(Path(__file__).parents[1])
+    records = logging.getLogRecordFactory()
 
     def formatted(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if category is UserWarning and filename.startswith(package):
             return f"lift-fast: warning: {printable(str(message))}\n"
-        return usual(message, category, filename, lineno, line)
+        return printable(usual(message, category, filename, lineno, line), lines=True)
 
     warnings.formatwarning = formatted
+    logging.setLogRecordFactory(_Record)
     try:
         yield
     finally:
         warnings.formatwarning = usual
+        logging.setLogRecordFactory(records)
 
 
 def counted(count: int, noun: str) -> str:
@@ -78,14 +92,14 @@ def print_problems(problems: "Sequence[Problem]") -> None:
     """Prints, on stderr, what opening data sets found that belongs to no sample: damaged shards, unused files."""
     for problem in problems[:_MOST_PROBLEMS]:
         what = problem.cause if problem.count == 1 else counted(problem.count, problem.cause)
-        print(printable(f"lift-fast: warning: {problem.where}: {what} ({problem.reason})"), file=sys.stderr)
+        warn(f"{problem.where}: {what} ({problem.reason})")
     if len(problems) > _MOST_PROBLEMS:
-        print(f"lift-fast: warning: {len(problems) - _MOST_PROBLEMS} more; data check lists all", file=sys.stderr)
+        warn(f"{len(problems) - _MOST_PROBLEMS} more; data check lists all")
 
 
 def print_size(folder: Path, info: dict[str, Any]) -> None:
     """Prints the size of a cache that a command wrote; info: of cache.tools.info."""
-    print(f"{info['rows']} rows of {info['dim']}, {info['codec']}, {info['bytes'] / 1e6:.1f} MB, in {folder}")
+    say(f"{info['rows']} rows of {info['dim']}, {info['codec']}, {info['bytes'] / 1e6:.1f} MB, in {folder}")
 
 
 def print_conditioning(report: dict[str, Any]) -> None:
@@ -93,15 +107,22 @@ def print_conditioning(report: dict[str, Any]) -> None:
     cosine, rank, dim = report["mean_cosine"], report["effective_rank"], report["dim"]
     rows = report["rows"] or []
     fitted = f", fitted to {' + '.join(map(str, rows))} captions" if rows else ""
-    print(f"conditioned with power {report['power']:g}{fitted}, before -> after:")
+    say(f"conditioned with power {report['power']:g}{fitted}, before -> after:")
     if cosine:
-        print(f"  mean cosine between captions  {cosine['before']:.4f} -> {cosine['after']:.4f}")
-    print(f"  effective rank  {rank['before']:.1f} -> {rank['after']:.1f}")
-    print(
-        f"  dim  {dim['before']} -> {dim['after']}, which keeps {100 * report['variance_kept']:.2f} % of the variance"
-    )
+        say(f"  mean cosine between captions  {cosine['before']:.4f} -> {cosine['after']:.4f}")
+    say(f"  effective rank  {rank['before']:.1f} -> {rank['after']:.1f}")
+    say(f"  dim  {dim['before']} -> {dim['after']}, which keeps {100 * report['variance_kept']:.2f} % of the variance")
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Prints lines: all that a command prints goes through here. What is not printable in them is escaped, and so is
+    what the terminal's encoding does not have. error: to stderr."""
+    stream = sys.stderr if error else sys.stdout
+    text = "\n".join(map(printable, lines))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def warn(text: str) -> None:
     """Prints a warning on stderr."""
-    print(printable(f"lift-fast: warning: {text}"), file=sys.stderr, flush=True)
+    say(f"lift-fast: warning: {text}", error=True)

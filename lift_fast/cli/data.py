@@ -11,7 +11,7 @@ import tyro
 
 from ..data.options import DataOptions
 from ..errors import ConfigError, DataError
-from .common import check_threads, counted, listed, print_problems, printable, write_json
+from .common import check_threads, counted, listed, print_problems, say, write_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class DataIndex:
         options = DataOptions(skip_bad=self.skip_bad, image_suffix=self.image_suffix, text_suffix=self.text_suffix)
         built = build_index(self.data, self.threads, options=options)
         print_problems(built.problems)
-        print(
+        say(
             f"{self.data}: {counted(built.samples, 'sample')} in {counted(built.shards, 'shard')}, {built.read} read "
             f"anew, in {time.perf_counter() - began:.1f} s; the index has {built.bytes} bytes"
         )
@@ -163,9 +163,9 @@ class DataStats:
         lines["bad captions"] = listed(figures["bad_captions"])
         width = max(map(len, lines))
         for name, line in lines.items():
-            print(printable(f"{name:{width}}  {line}"))
+            say(f"{name:{width}}  {line}")
         for remark in figures["remarks"]:
-            print(printable(remark))
+            say(remark)
         if self.json:
             write_json(self.json, figures)
 
@@ -198,14 +198,14 @@ class DataCheck:
 
         with open(self.bad, "w") if self.bad else nullcontext() as file:
             figures = check(self.data, self.field, self.pictures, file, self.threads, options=self.reading)
-        print(
+        say(
             f"{self.data}: {counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, "
             f"{figures['bad']} bad ({listed(figures['causes'])}); {figures['images_per_s']:.0f} images/s"
         )
         for remark in figures["remarks"]:
-            print(printable(remark))
+            say(remark)
         for line in figures["first"]:
-            print(printable(f"  {line['sample']}: {line['cause']} ({line['reason']})"))
+            say(f"  {line['sample']}: {line['cause']} ({line['reason']})")
         if self.json:
             write_json(self.json, figures)
         if figures["causes"]:
@@ -253,12 +253,12 @@ class DataPack:
             self.quality,
             self.threads,
         )
-        print(
+        say(
             f"{counted(figures['samples'], 'sample')} in {counted(figures['shards'], 'shard')}, {figures['resized']} "
             f"resized, in {self.out}"
         )
         if figures["causes"]:
-            print(f"{figures['bad']} left out ({listed(figures['causes'])}); {self.out / 'bad.jsonl'} lists them")
+            say(f"{figures['bad']} left out ({listed(figures['causes'])}); {self.out / 'bad.jsonl'} lists them")
         if self.json:
             write_json(self.json, figures)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..train.config import TrainConfig
 from .cache import CacheCondition
+from .common import say
 from .data import DataOpenMoji, DataScenes
 from .embed import Conditioned, Embed
 from .evaluate import Compare, Eval, Report
@@ -54,9 +55,9 @@ class Demo:
         )
         numbers = Report(lift=lift.out, clip=clip.out, compare=compare, out=self.out, data=self.sets, command=command)
         step("report", numbers)
-        print(
-            "scenes-reworded are the held-out scenes with captions in a grammar that neither model was trained on.\n"
-            "What other text encoders do there, and with several seeds, is in docs/demo.md."
+        say(
+            "scenes-reworded are the held-out scenes with captions in a grammar that neither model was trained on.",
+            "What other text encoders do there, and with several seeds, is in docs/demo.md.",
         )
 
     @property
@@ -126,5 +127,5 @@ class Demo:
 
 def step(title: str, command: Callable[[], None]) -> None:
     """Runs one command of the demo under its title."""
-    print(f"\n== {title}", flush=True)
+    say("", f"== {title}")
     command()

@@ -9,7 +9,7 @@ import tyro
 from ..data.options import DataOptions
 from ..errors import ConfigError
 from ..text.spec import Dtype, EncoderSpec, Padding, Pooling
-from .common import CodecName, counted, listed, print_conditioning, print_problems, printable, warn
+from .common import CodecName, counted, listed, print_conditioning, print_problems, say, warn
 
 if TYPE_CHECKING:
     import torch
@@ -164,14 +164,14 @@ class Embed:
         device = device_of_rank(self.encoding.device, rank, rank.share_of(cpu_count()))
         source = open_source(self.data, self.field, self.reading)
         if rank.is_first:
-            print(printable(str(source)), flush=True)
+            say(str(source))
             print_problems(source.samples.problems)
             for remark in remarks_of(source.samples):
                 warn(remark)
         spec = self.encoding.spec(self.encoder, device)
         if rank.is_first:
             for line in code_notice(spec):
-                print(printable(line), flush=True)
+                say(line)
         encoder = Encoder(spec, device=device)
         conditioning: Conditioning | Request | None
         if isinstance(wanted, Cache):
@@ -197,28 +197,28 @@ class Embed:
         if done.written:
             error = "" if done.cosine is None else f"; mean cosine of vectors to their codes {done.cosine:.5f}"
             copied = f", {counted(done.copied, 'repeated caption')} copied" if done.copied else ""
-            print(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
+            say(f"{prefix}{counted(done.computed, 'caption')} encoded{copied}{error}")
         elif not (done.missing or done.by_others):
-            print(f"{prefix}the cache was complete; nothing was to do")
+            say(f"{prefix}the cache was complete; nothing was to do")
         if done.by_others:
-            print(f"{prefix}another process has written {counted(done.by_others, 'shard')} meanwhile")
+            say(f"{prefix}another process has written {counted(done.by_others, 'shard')} meanwhile")
         if rank.is_first and conditioning is None and done.spread is not None:
-            print(f"mean cosine between captions {done.spread:.4f}, of the first ones; near 1 they differ little")
+            say(f"mean cosine between captions {done.spread:.4f}, of the first ones; near 1 they differ little")
         if rank.is_first and self.codec == "int8" and done.cosine is not None and done.cosine < 0.9999:
-            print("a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
+            say("a few large coordinates set the step of int8; --codec int8r spreads them and loses less")
         left_out = sum(done.skipped.values())
         if done.missing:
             if left_out:
-                print(f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)})")
-            print(
+                say(f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)})")
+            say(
                 f"{prefix}{done.missing} of the shards are other ranks' still to write; if none of them is running, "
                 "run the same command again"
             )
             return
         cache = Cache(self.out)
-        print(f"{prefix}{counted(len(cache) - left_out, 'caption')}, dim {cache.dim}, in {self.out}")
+        say(f"{prefix}{counted(len(cache) - left_out, 'caption')}, dim {cache.dim}, in {self.out}")
         if left_out:
-            print(
+            say(
                 f"{prefix}{counted(left_out, 'sample')} left out ({listed(done.skipped)}), which keep their rows; "
                 f"{self.out / SKIPPED} lists them"
             )
@@ -244,19 +244,17 @@ class Embed:
             worlds=worlds,
         )
         most = "" if found.exact else "at most "
-        print(
+        say(
             f"{found.rows} captions of dim {found.dim} in {self.codec}: {most}{in_bytes(found.bytes)} on disk "
             f"({most}{found.bytes} bytes)"
         )
         if self.conditioned.condition_dim == "auto" and not found.exact:
-            print("--condition-dim auto keeps fewer axes where fewer hold 99 % of the variance")
+            say("--condition-dim auto keeps fewer axes where fewer hold 99 % of the variance")
         times = ", ".join(
             f"{duration(seconds)} with {'this one' if world == 1 else f'{world} ranks like it'}"
             for world, seconds in found.seconds.items()
         )
-        print(
-            f"{found.captions_per_s:.0f} captions/s ({found.sampled} sampled): {times}; captions that repeat are free"
-        )
+        say(f"{found.captions_per_s:.0f} captions/s ({found.sampled} sampled): {times}; captions that repeat are free")
 
 
 def duration(seconds: float) -> str:

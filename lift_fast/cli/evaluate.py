@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .. import foreign
 from ..data.options import DataOptions
 from ..errors import ConfigError, DataError
 from ..train.config import PresetName
-from .common import counted, listed, print_problems, printable, read_json, warn, write_json
+from .common import counted, listed, print_problems, read_json, say, warn, write_json
 
 _TIMEOUT = 1800.0  # seconds that ranks wait for one that reads, encodes or scores
 
@@ -117,7 +118,7 @@ class Eval:
                 lambda: load(self.run, device=device, encoder=self.encoder, trust_remote_code=self.trust_remote_code)
             )
             if rank.is_first:
-                print_code(model, self.encoder, self.trust_remote_code)
+                print_code(model, self.trust_remote_code)
             subject, run = together(lambda: subject_of(model)), model.description
             options = options_of(run, self.reading)
             sets = together(
@@ -159,35 +160,34 @@ def print_scores(result: dict[str, Any], run: Mapping[str, Any]) -> None:
     from ..measure.paper import rows_for
 
     print_problems([Problem(**problem) for found in result["problems"].values() for problem in found])
-    for key, benchmark in result["benchmarks"].items():
-        name = printable(key)
+    for name, benchmark in result["benchmarks"].items():
         for task, words in (("retrieval", ""), ("first_caption", ", first caption alone")):
-            if scores := result[task].get(key):
-                print(f"{name}{words}: {_recalls(scores)}")
-        if scores := result["composition"].get(key):
-            tasks = ", ".join(f"{printable(task)} {scores[task]:.1%}" for task in scores["counts"])
-            print(
+            if scores := result[task].get(name):
+                say(f"{name}{words}: {_recalls(scores)}")
+        if scores := result["composition"].get(name):
+            tasks = ", ".join(f"{task} {scores[task]:.1%}" for task in scores["counts"])
+            say(
                 f"{name}: composition {scores['mean']:.1%} ({tasks}; n = {scores['n']}, "
                 f"{counted(sum(scores['ties'].values()), 'tie')}; chance {scores['chance']['mean']:.1%}, by the text "
                 f"alone {scores['blind']['mean']:.1%})"
             )
-        if scores := result["zero_shot"].get(key):
+        if scores := result["zero_shot"].get(name):
             one = scores["one_template"]
-            alone = f"; with {printable(scores['alone'])!r} alone {one['top1']:.1%}" if one else ""
-            print(
+            alone = f"; with {scores['alone']!r} alone {one['top1']:.1%}" if one else ""
+            say(
                 f"{name}: zero-shot {scores['top1']:.1%} of {scores['n']} among {scores['classes']} classes, "
                 f"top-5 {scores['top5']:.1%} (always naming the commonest class: {scores['majority']:.1%}{alone})"
             )
         for task in ("first_caption", "composition", "zero_shot"):
-            if scores := result[task].get(key):
+            if scores := result[task].get(name):
                 for row in rows_for(benchmark, task, run, scores["n"], scores.get("prompts")):
                     figures = ", ".join(f"{measure} {value:.1%}" for measure, value in row.scores.items())
-                    print(f"{name}: the paper's {row.model}, trained on {row.data}: {figures}")
-        if result["skipped"][key]:
-            causes = listed(result["skipped_causes"][key])
-            print(f"{name}: {counted(result['skipped'][key], 'sample')} left out ({causes})")
-        for note in result["notes"][key]:
-            print(f"{name}: {printable(note)}")
+                    say(f"{name}: the paper's {row.model}, trained on {row.data}: {figures}")
+        if result["skipped"][name]:
+            causes = listed(result["skipped_causes"][name])
+            say(f"{name}: {counted(result['skipped'][name], 'sample')} left out ({causes})")
+        for note in result["notes"][name]:
+            say(f"{name}: {note}")
 
 
 def _recalls(scores: dict[str, Any]) -> str:
@@ -233,7 +233,7 @@ class Compare:
         elif self.lift or self.clip or self.data or self.cache:
             raise ConfigError("measuring runs takes --lift, --clip, --data, and one --cache for each --context")
         scale = compare.paper_scale(self.preset, self.context, self.batch_size)
-        print(compare.format_table(scale))
+        say(*compare.format_table(scale).split("\n"))
         if self.json:
             write_json(self.json, {"paper_scale": scale, **measured, "machine": machine(), "versions": versions()})
 
@@ -259,9 +259,15 @@ class Compare:
                 if isinstance(caption, str)
             ]
         runs = {"lift": run_folder.read_description(lift), "clip": run_folder.read_description(clip)}
-        check_pair(runs)
+        check_pair(runs, measured=True)
         config = runs["lift"]["config"]
         trained = [Cache(folder) for folder in config["cache"]]
+        try:
+            foreign.check(config.get("options", {}), DataOptions, "config.options")
+        except ValueError as error:
+            raise DataError(
+                f"{lift / 'run.json'} is not as training writes it ({error}); train again with: lift-fast train"
+            ) from error
         options = DataOptions(**config.get("options", {}))
         sets, _ = open_training_sets(config["data"], config.get("pictures", ()), options, trained)
         return compare_runs(runs, CachedText(trained, sets), caches, captions, pick_device(self.device))
@@ -313,7 +319,7 @@ class Report:
         )
         report.write(numbers, self.out)
         report.print_table(numbers)
-        print(f"report: {self.out / 'report.html'}")
+        say(f"report: {self.out / 'report.html'}")
 
 
 def _sizes(data: dict[str, Path]) -> dict[str, dict[str, int]]:

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from ..errors import ConfigError
-from .common import printable
+from .common import say
 from .use import print_code
 
 # The keys of export.TARGETS, repeated because that package imports torch.
@@ -56,10 +56,10 @@ class Export:
             check_name(self.push)
         model = lift_fast.load(self.run, device="cpu", encoder=self.encoder, trust_remote_code=self.trust_remote_code)
         if self.names:
-            print_code(model, self.encoder, self.trust_remote_code)
+            print_code(model, self.trust_remote_code)
         remarks = export(model, self.to, self.out, names=self.names, templates=self.templates, licence=self.licence)
         for remark in remarks:
-            print(printable(remark))
-        print(printable(f"written to {self.out}"))
+            say(remark)
+        say(f"written to {self.out}")
         if self.push is not None:
-            print(printable(f"uploaded to {push(self.out, self.push, private=self.private)}"))
+            say(f"uploaded to {push(self.out, self.push, private=self.private)}")

@@ -9,7 +9,7 @@ import tyro
 
 from ..data.options import DataOptions
 from ..errors import ConfigError
-from .common import counted, listed, print_problems, printable
+from .common import counted, listed, print_problems, say
 from .evaluate import NamedSets
 from .use import print_code
 
@@ -54,7 +54,7 @@ class Gallery:
                 for name, source in sources.items()
             }
             for model in models.values():
-                print_code(model, None, self.trust_remote_code)
+                print_code(model, self.trust_remote_code)
             run = next(iter(models.values())).description
             reading = options_of(run, self.reading)
             sets = {name: open_images(folder, options=reading) for name, folder in folders.items()}
@@ -65,9 +65,9 @@ class Gallery:
             for name, causes in library.left_out.items():
                 if causes:
                     left_out = f"{counted(causes.total(), 'image')} left out ({listed(causes)})"
-                    print(printable(f"{name}: {left_out}"))
+                    say(f"{name}: {left_out}")
             what = f"{counted(len(library), 'image')}, {counted(len(models), 'model')}"
-            print(f"{what}: {server.url} (Ctrl-C ends it)", flush=True)
+            say(f"{what}: {server.url} (Ctrl-C ends it)")
             if self.open:
                 webbrowser.open(server.url)
             server.serve(library)

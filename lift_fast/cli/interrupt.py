@@ -69,4 +69,6 @@ def say_interrupted(left: str = "") -> None:
     """Prints the line that an interrupted command ends with. left: what it leaves. Further SIGINTs are ignored."""
     # A launcher of ranks passes on what the terminal has sent already.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print("lift-fast: interrupted" + (f"; {left}" if left else ""), file=sys.stderr)
+    from .common import say  # not at the top: what this module is for begins before other imports
+
+    say("lift-fast: interrupted" + (f"; {left}" if left else ""), error=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from ..errors import ConfigError, DataError
-from .common import counted, printable, write_json
+from .common import counted, say, write_json
 from .embed import Encoding
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Inverse:
             raise ConfigError(
                 f"{self.source} does not say which text encoder it was trained against; name that encoder instead"
             )
-        print_code(model, None, trusted)
+        print_code(model, trusted)
         return lambda texts: model.encode_text(texts, progress=True), {"kind": "model", "encoder": encoder}
 
     def of_encoder(self) -> "tuple[EncodeText, dict[str, Any]]":
@@ -86,7 +86,7 @@ class Inverse:
         device = pick_device(self.encoding.device)
         spec = self.encoding.spec(self.source, device)
         for line in code_notice(spec):
-            print(printable(line), flush=True)
+            say(line)
         encoder = Encoder(spec, device=device)
 
         def encode(texts: Sequence[str]) -> "Tensor":
@@ -136,14 +136,14 @@ def is_model(source: str, revision: str | None = None) -> bool:
 def print_rates(source: str, found: dict[str, Any]) -> None:
     """Prints what inverse_effect returns: a line for all triples, and one for each kind."""
     ties = f", {counted(found['ties'], 'tie')} among them" if found["ties"] else ""
-    print(
-        printable(f"{source}: the caption of like syntax is nearer than the paraphrase, or as near, in ")
-        + f"{found['rate']:.1%} of {counted(found['n'], 'triple')}{ties}"
+    say(
+        f"{source}: the caption of like syntax is nearer than the paraphrase, or as near, in "
+        f"{found['rate']:.1%} of {counted(found['n'], 'triple')}{ties}"
     )
     for name, scores in {"all": found, **found["kinds"]}.items():
         rates = ", ".join(f"{length} {part['rate']:.1%}" for length, part in scores["lengths"].items())
         cosine = scores["cosine"]
-        print(
+        say(
             f"{name:>10}  {scores['rate']:6.1%} ({rates}); mean cosine {cosine['paraphrase']:.3f} paraphrase, "
             f"{cosine['foil']:.3f} like syntax"
         )

@@ -17,7 +17,7 @@ import tyro
 from .. import __version__, progress
 from ..errors import ConfigError, LiftFastError, Stopped
 from .cache import CacheTools
-from .common import plain_warnings
+from .common import plain_messages, say
 from .data import DataTools
 from .demo import Demo
 from .embed import Embed
@@ -91,10 +91,10 @@ def main(args: list[str] | None = None) -> None:
     wait_briefly()
     line: Line | None = None
     try:
-        with after_imports(), plain_warnings():
+        with after_imports(), plain_messages():
             try:
                 if (sys.argv[1:] if args is None else args) == ["--version"]:
-                    print(f"lift-fast {__version__}")
+                    say(f"lift-fast {__version__}")
                     return
                 line = parse_line(args)
                 progress.configure(quiet=line.quiet, every=line.log_every)
@@ -110,7 +110,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(141)
     except Stopped as stopped:
         if not stopped.reported:
-            print(f"lift-fast: {stopped}", file=sys.stderr)
+            say(*f"lift-fast: {stopped}".split("\n"), error=True)
         sys.exit(STOPPED)
     except LiftFastError as error:
         if error.reported:
@@ -118,12 +118,12 @@ def main(args: list[str] | None = None) -> None:
         message = str(error)
     except OSError as error:
         message = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    print(f"lift-fast: error: {message}", file=sys.stderr)
+    say(*f"lift-fast: error: {message}".split("\n"), error=True)
     sys.exit(2)
 
 
 def left_by(command: Command) -> str:
     """What an interrupted command leaves, and how to go on: its method `interrupted` says it; "" where it has none."""
     command = getattr(command, "command", command)  # that of a group, such as data stats
-    say = getattr(command, "interrupted", None)
-    return say() if say else ""
+    left = getattr(command, "interrupted", None)
+    return left() if left else ""

@@ -15,7 +15,7 @@ from ..train.config import (
     RunSettings,
     TrainConfig,
 )
-from .common import counted, listed, print_problems, printable, warn
+from .common import counted, listed, print_problems, say, warn
 
 if TYPE_CHECKING:
     from ..train.setup import Training
@@ -43,9 +43,9 @@ def print_notices(training: "Training") -> None:
     for line in training.notices:
         warn(line)
     if training.loaded:
-        print(printable(training.loaded), flush=True)
+        say(training.loaded)
     if training.step:
-        print(f"going on from the checkpoint of step {training.step} in {training.config.out}", flush=True)
+        say(f"going on from the checkpoint of step {training.step} in {training.config.out}")
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class Train:
         if not Rank.from_environment().is_first:
             return
         if was_complete:
-            print(f"the run in {self.config.out} is complete: nothing was left to train")
+            say(f"the run in {self.config.out} is complete: nothing was left to train")
         losses = [loss for loss in run["loss"] if loss is not None]
         fall = f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, " if losses else ""
-        print(f"{run['model']}: {fall}{run['images_per_s']:.0f} images/s, {run['seconds']:.0f} s, in {self.config.out}")
+        say(f"{run['model']}: {fall}{run['images_per_s']:.0f} images/s, {run['seconds']:.0f} s, in {self.config.out}")
         if best := run.get("best"):
             where = self.config.out / "weights" / "best"
-            print(printable(f"best: step {best['step']}, {best['of']} {best['score']:.1%}, in {where}"))
+            say(f"best: step {best['step']}, {best['of']} {best['score']:.1%}, in {where}")
         if run.get("skipped_steps"):
-            print(f"{counted(run['skipped_steps'], 'step')} changed no weights; see {self.config.out / 'spikes.jsonl'}")
+            say(f"{counted(run['skipped_steps'], 'step')} changed no weights; see {self.config.out / 'spikes.jsonl'}")
         if run["skipped"]:
             first = run["skipped"][0]
             met = run["skipped_met"]
@@ -80,7 +80,7 @@ class Train:
                 f"skipped {counted(run['skipped_pictures'], 'sample')} ({listed(run['skipped_causes'])}){times}; "
                 f"listed in {self.config.out / 'skipped.jsonl'}; first: {first['sample']} ({first['reason']})"
             )
-            print(printable(line))
+            say(line)
 
     def interrupted(self) -> str:
         """What a run that was interrupted before or after its steps, or twice, leaves."""

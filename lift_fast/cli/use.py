@@ -10,7 +10,7 @@ import tyro
 
 from ..data.options import DataOptions
 from ..errors import ConfigError
-from .common import counted, listed, print_problems, printable, warn, write_json
+from .common import counted, listed, print_problems, say, warn, write_json
 
 if TYPE_CHECKING:
     from ..data.samples import BadSample, Samples
@@ -69,7 +69,7 @@ class Search:
             assert self.image is not None
             query = model.encode_image(self.image)
         else:
-            print_code(model, self.encoder, self.trust_remote_code)
+            print_code(model, self.trust_remote_code)
             query = model.encode_text(self.text)
         index = open_index(
             model,
@@ -86,7 +86,7 @@ class Search:
             raise index.store.nothing(index.data)
         matches = index.matches(query, self.top)
         for rank, match in enumerate(matches, 1):
-            print(printable(f"{rank:3}  {match.score:6.3f}  {match.key}  {match.place}"))
+            say(f"{rank:3}  {match.score:6.3f}  {match.key}  {match.place}")
         if self.json:
             found = {
                 "query": self.text if self.image is None else str(self.image),
@@ -139,7 +139,7 @@ class Classify:
         model = lift_fast.load(
             self.run, device=self.device, encoder=self.encoder, trust_remote_code=self.trust_remote_code
         )
-        print_code(model, self.encoder, self.trust_remote_code)
+        print_code(model, self.trust_remote_code)
         classifier = model.zero_shot(self.names, self.templates)
         rows: list[dict[str, Any]] = []
         bad: dict[int, BadSample] = {}
@@ -151,7 +151,7 @@ class Classify:
                     classes = dict(zip(classifier.classnames, row, strict=True))
                     rows.append({"image": str(files[i]), "classes": classes})
                     ranked = sorted(classes.items(), key=lambda item: -item[1])
-                    print(printable(f"{files[i]}: " + ", ".join(f"{name} {share:.1%}" for name, share in ranked)))
+                    say(f"{files[i]}: " + ", ".join(f"{name} {share:.1%}" for name, share in ranked))
                 shown.update(len(batch.numbers) + len(batch.bad))
         for i, error in sorted(bad.items()):
             warn(f"{files[i]}: {error}")
@@ -162,7 +162,7 @@ class Classify:
             write_json(self.json, {"images": rows, "left_out": problems})
         if bad:
             causes = listed(dict(Counter(error.cause for error in bad.values()).most_common()))
-            print(f"{counted(len(bad), 'image')} of {len(files)} left out ({causes})")
+            say(f"{counted(len(bad), 'image')} of {len(files)} left out ({causes})")
             sys.exit(1)
 
 
@@ -206,7 +206,7 @@ class EmbedImages:
             progress=True,
         )
         print_left_out(data, store)
-        print(f"{counted(len(store), 'image')}, dim {store.dim}, {self.dtype}, in {self.out}")
+        say(f"{counted(len(store), 'image')}, dim {store.dim}, {self.dtype}, in {self.out}")
 
     def interrupted(self) -> str:
         """What a run that was interrupted leaves."""
@@ -228,16 +228,14 @@ def print_left_out(data: "Samples", store: "Store") -> None:
         warn(f"{counted(len(store.bad), 'image')} of {len(data)} left out ({listed(store.causes)})")
 
 
-def print_code(model: "Model", encoder: str | None, trust_remote_code: bool) -> None:
+def print_code(model: "Model", trust_remote_code: bool) -> None:
     """Says which Python code the text encoder brings, before it may run."""
     from dataclasses import replace
 
-    from ..text.presets import spec_for
     from ..text.repository import code_notice
     from ..text.spec import EncoderSpec
 
-    recorded = model.description.get("encoder")
-    if trust_remote_code and (encoder or recorded):
-        spec = spec_for(encoder) if encoder else EncoderSpec(**(recorded or {}))
-        for line in code_notice(replace(spec, trust_remote_code=True)):
-            print(printable(line), flush=True)
+    encoder = model.description.get("encoder")
+    if trust_remote_code and encoder:
+        for line in code_notice(replace(EncoderSpec.of_dict(encoder), trust_remote_code=True), download=False):
+            say(line)

@@ -39,6 +39,7 @@ from ..data.captions import halved
 from ..data.images import read_header
 from ..data.samples import BadSample
 from ..errors import ConfigError, LiftFastError
+from ..printable import printable
 from .library import Library
 
 HOST = "127.0.0.1"
@@ -159,7 +160,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone or stalls is none of the user's business; anything else is a bug to be seen."""
         if not isinstance(sys.exc_info()[1], OSError):
-            traceback.print_exc()
+            print_traceback()
 
 
 class _Timed(io.RawIOBase):
@@ -220,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         except CancelledError as error:
             raise Refused(503, "the gallery has ended") from error
         except Exception as error:
-            traceback.print_exc()
+            print_traceback()
             raise Refused(500, "the gallery failed; its terminal has the reason") from error
 
     def route(self) -> Callable[[], tuple[bytes, str]]:
@@ -324,6 +325,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs nothing: the terminal is for what the user has to know."""
+
+
+def print_traceback() -> None:
+    """Prints what was raised, as a bug to be seen. What it says may come from a data set, or from a client."""
+    print(printable(traceback.format_exc(), lines=True), file=sys.stderr)
 
 
 def as_json(content: Any) -> tuple[bytes, str]:

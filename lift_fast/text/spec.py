@@ -5,7 +5,6 @@ from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from .. import foreign
-from ..data.captions import halved
 from ..errors import ConfigError
 
 Pooling = Literal["last", "mean", "cls", "own"]
@@ -40,8 +39,10 @@ class EncoderSpec:
             if value not in get_args(kind):
                 raise ConfigError(f"no {field} {value!r}; choose one of {', '.join(get_args(kind))}")
         for field in ("prompt", "end_token"):
-            if halved(value := getattr(self, field)):  # a command's argument in another encoding
-                raise ConfigError(f"{field} {value!r} holds half a Unicode character; correct it")
+            try:
+                (value := getattr(self, field)).encode()
+            except UnicodeEncodeError as error:  # a command's argument in another encoding
+                raise ConfigError(f"{field} {value!r} holds half a Unicode character; correct it") from error
 
     @staticmethod
     def of_dict(values: Any) -> "EncoderSpec":

@@ -13,9 +13,10 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "printable": set(),
-    "foreign": {"errors", "files"},
+    "foreign": {"files"},
+    "scores": {"foreign"},
     "former_paths": set(),
-    "progress": set(),
+    "progress": {"printable"},
     "devices": {"errors", "ranks"},
     "ranks": {"errors"},
     "kernels": set(),
@@ -28,12 +29,12 @@ ARROWS: dict[str, set[str]] = {
     "demo": GROUND | {"sugarcrepe", "data"},
     "text": GROUND | {"ranks", "ops", "cache", "data"},
     "run_folder": GROUND | {"nn", "cache", "text"},
-    "measure": GROUND | {"sugarcrepe", "ops", "losses", "nn", "cache", "text"},
-    "eval": GROUND | {"devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
+    "measure": GROUND | {"scores", "sugarcrepe", "ops", "losses", "nn", "cache", "text"},
+    "eval": GROUND | {"scores", "devices", "ranks", "run_folder", "sugarcrepe", "nn", "data"},
     "train": GROUND
     | {"devices", "ranks", "run_folder", "ops", "losses", "nn", "cache", "data", "text", "measure", "eval"},
     "inference": GROUND | {"devices", "run_folder", "ops", "nn", "cache", "data", "text", "train", "eval"},
-    "export": GROUND | {"run_folder", "nn", "cache", "text", "data", "inference"},
+    "export": GROUND | {"scores", "run_folder", "nn", "cache", "text", "data", "inference"},
     "gallery": GROUND | {"devices", "run_folder", "nn", "data", "text", "inference"},
 }
 TOP = {"cli", "__init__"}  # may import anything

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import TextIO
 
-from ...files import write_whole
+from ...files import remove_abandoned, write_whole
+from ...printable import printable
 from ..formatting import DASH, HARD, THIN, amount, integer
 from .comparison import PAID_ONCE, costs, embedding_s, lead, qualities, summary, verdict
 from .fields import finite, get, models_of
@@ -31,6 +32,8 @@ def write(report: dict, folder: Path) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in texts:
+        remove_abandoned(folder, name)
     write_whole({folder / name: text.encode(errors="replace") for name, text in texts.items()})
 
 
@@ -49,7 +52,7 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
             ]
             values.append(measure.difference or "")
         rows.append([measure.name, *values])
-    rows = [[_plain(word).translate(_ASCII) for word in row] for row in rows]
+    rows = [[_plain(word) for word in row] for row in rows]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
         "  ".join([f"{row[0]:<{first}}", *(f"{word:>{width}}" for word, width in zip(row[1:], widths, strict=True))])
@@ -59,11 +62,11 @@ def print_table(report: dict, file: TextIO | None = None) -> None:
     if (embedding := embedding_s(report)) is not None:
         captions, each = (get(report, "lift", key) for key in ("captions", "embed_ms_per_caption"))
         paid = f"{integer(captions)} captions x {amount(each, 'ms')} = {amount(embedding, 's')} of embedding"
-        lines += ["", f"Text over the whole run holds {paid}.", PAID_ONCE]
+        lines += ["", _plain(f"Text over the whole run holds {paid}."), _plain(PAID_ONCE)]
     sentences = [textwrap.fill(_plain(sentence), _WIDTH) for sentence in (lead(report), summary(report))]
-    print("\n".join([*lines, "", *sentences]).translate(_ASCII), file=file or sys.stdout)
+    print("\n".join([*lines, "", *sentences]), file=file or sys.stdout)
 
 
 def _plain(text: str) -> str:
-    """The text as long as it will be, and without control characters: a name may hold commands to the terminal."""
-    return "".join(c if c.isprintable() or c in (THIN, HARD) else "?" for c in text.replace("→", "->"))
+    """The text as it is printed: in ASCII but for names, which are as long as they will be."""
+    return printable(text.replace("→", "->").translate(_ASCII))
