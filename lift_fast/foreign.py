@@ -29,6 +29,7 @@ _DEEPEST = 64  # lists and objects within each other: code that walks through th
 _FEW, _BYTES_EACH = 20_000, 32
 MOST_VALUES, _BYTES_EACH_VALUE = 1_000_000, 8
 _LARGEST_INT, _LARGEST = 1 << 63, 1e100  # sums and products of a few such numbers are no infinity
+_ROUNDING = 1e-6  # by which a mean of shares may be off
 _SHOWN = 60  # characters of a value in a message
 
 _Problem = tuple[str, str] | None  # where in the value, and what is wrong there
@@ -229,6 +230,6 @@ _SIMPLE: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("a text", lambda value: type(value) is str),
     NoneType: ("null", lambda value: value is None),
     Count: ("an integer from 0", lambda value: _is_int(value) and value >= 0),
-    Share: ("a number from 0 to 1", lambda value: _is_float(value) and 0 <= value <= 1),
+    Share: ("a number from 0 to 1", lambda value: _is_float(value) and -_ROUNDING <= value <= 1 + _ROUNDING),
     Number: ("a number", lambda value: _is_float(value) or (type(value) is float and not math.isfinite(value))),
 }

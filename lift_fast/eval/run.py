@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.skipped import in_words
 from ..errors import DataError, TrainingError
 from ..ranks import Rank, together
+from ..scores import FORMAT, TASKS
 from .composition import Rows, composition
 from .examples import examples as examples_of
 from .held_out_set import HeldOutSet
@@ -22,9 +23,6 @@ from .retrieval import ranks, retrieval
 from .subject import Subject
 from .texts import Texts, encode_texts
 from .zero_shot import zero_shot
-
-FORMAT = 2  # of what evaluate returns
-TASKS = ("retrieval", "first_caption", "composition", "zero_shot")  # each of them of the sets that ask for it
 
 
 def evaluate(

@@ -245,7 +245,7 @@ def _evaluation(model: Model, run: Mapping[str, Any]) -> str:
         return "Not recorded: `lift-fast eval --json RUN/eval.json`, before the export of a run, adds scores."
     try:
         return _scores(run["evaluation"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except LookupError as error:
         raise bad_scores(model, error) from error
 
 

@@ -1,10 +1,10 @@
 """What an export says of its run, in lift_fast.json and the card: all that is needed to use it, and no local path."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from .. import foreign, scores
 from ..errors import DataError
 from ..inference import Model
 from ..nn import Clip, Lift
@@ -20,7 +20,6 @@ _SETTINGS = (
     "weight_decay beta1 beta2 eps clip_grad ema min_crop_area flip colour fp8"
 ).split()
 _SCORES = ("format", "retrieval", "first_caption", "composition", "zero_shot", "skipped")  # of eval.json
-_EVAL_FORMAT = 2  # the version of eval.json that the card is written from
 _PARTS = ("train", "training", "heldout", "held-out", "val", "valid", "validation", "test")
 
 
@@ -54,24 +53,30 @@ def _scores(model: Model) -> Any:
     """Those in the folder of the run, eval.json; of an export, those that it was made with."""
     file = Path(model.source).expanduser() / "eval.json"
     try:
-        content = json.loads(file.read_bytes()) if file.is_file() else model.description.get("evaluation")
+        content = foreign.read_json(file) if file.is_file() else model.description.get("evaluation")
         if content is None:
             return None
-        if content.get("format") == _EVAL_FORMAT:
-            return {name: content[name] for name in _SCORES}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        foreign.check(content, dict[str, Any])
+        if scores.is_of_another_version(content):
+            raise DataError(
+                f"{model.source}: its eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json"
+            )
+        scores.check(content)
+        return {name: content[name] for name in _SCORES}
+    except (OSError, ValueError, LookupError) as error:
         raise bad_scores(model, error) from error
-    raise DataError(
-        f"{model.source}: its eval.json is of an earlier lift-fast; make it again with: lift-fast eval --json"
-    )
 
 
 def bad_scores(model: Model, error: Exception) -> DataError:
     """For scores that are damaged."""
     return DataError(
-        f"{model.source}: its eval.json is not JSON as eval writes it ({error!r}); make it again with: "
+        f"{model.source}: its eval.json is not JSON as eval writes it ({_said(error)}); make it again with: "
         "lift-fast eval --json"
     )
+
+
+def _said(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, LookupError) else str(error)
 
 
 def set_name(path: str) -> str:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 
+from .. import foreign
 from ..cache import Cache
-from ..errors import CacheMismatch, ConfigError
+from ..errors import CacheMismatch, ConfigError, DataError
+from ..foreign import Count
 from ..nn import PRESETS, Clip, preset
 from ..text.cached import CachedText
 from ..text.encoder import Encoder
@@ -18,12 +20,69 @@ from .memory import peak_training_memory
 from .time import clip_text_ms, lift_text_ms, median_ms
 
 # Settings in which two runs must agree for their figures to be comparable.
+_LARGEST_BATCH = 1 << 20
 _SHARED = ("steps", "batch_size", "seed", "data")
 
 
-def check_pair(runs: Mapping[str, dict[str, Any]]) -> None:
-    """Raises ConfigError unless `runs` are a LIFT and a CLIP run that differ only on the text side."""
+class _PairConfig(TypedDict):
+    steps: Count
+    batch_size: Count
+    seed: Count
+    data: list[str]
+
+
+class _OfPair(TypedDict):
+    """What must be in a run.json to be compared with another one."""
+
+    model: str
+    preset: str
+    precision: str
+    device: str
+    machine: dict[str, Any] | None
+    config: _PairConfig
+
+
+class _MeasuredConfig(_PairConfig):
+    checkpointing: Literal["none", "mlp", "branches", "block"]
+    cache: list[str]
+
+
+class _Measured(TypedDict):
+    """What must be in a run.json to be measured."""
+
+    config: _MeasuredConfig
+    step_ms: float
+    peak_memory_bytes: Count | None
+
+
+class _MeasuredLift(_Measured):
+    text_dim: Count
+    encoder: EncoderSpec
+
+
+class _MeasuredClip(_Measured):
+    context: Count
+
+
+def check_run(run: dict[str, Any], of: type, name: str) -> None:
+    """Raises DataError unless a run.json has what the TypedDict `of` needs. name: "lift" or "clip"."""
+    try:
+        foreign.check(run, of)
+    except ValueError as error:
+        raise DataError(
+            f"the run.json of --{name} is not as training writes it ({error}); train again with: lift-fast train"
+        ) from error
+
+
+def check_pair(runs: Mapping[str, dict[str, Any]], measured: bool = False) -> None:
+    """Raises ConfigError unless `runs` are a LIFT and a CLIP run that differ only on the text side, DataError where a
+    run.json lacks what tells that. measured: also what `compare_runs` measures by."""
     for name, run in runs.items():
+        check_run(run, _OfPair, name)
+        if measured:
+            check_run(run, _MeasuredLift if name == "lift" else _MeasuredClip, name)
+            if not 1 <= run["config"]["batch_size"] <= _LARGEST_BATCH:
+                raise ConfigError(f"--{name}: a batch of {run['config']['batch_size']} cannot be measured; train again")
         if run["model"] != name:
             raise ConfigError(f"--{name} names a run of {run['model']}")
     lift, clip = runs["lift"], runs["clip"]
@@ -51,10 +110,11 @@ def compare_runs(
     FLOPs, and peak memory of runs without a GPU, are counted for the runs' settings; step times are the medians that
     the runs recorded; the time spent on text and the cost of embedding a caption once are measured here.
 
-    Raises ConfigError when the runs cannot be compared, or when `caches` lacks the context that CLIP was trained at;
-    CacheMismatch when a cache's vectors are not as long as those that LIFT was trained on, and so take another time.
+    Raises DataError as check_pair; ConfigError when the runs cannot be compared, or when `caches` lacks the context
+    that CLIP was trained at; CacheMismatch when a cache's vectors are not as long as those that LIFT was trained on,
+    and so take another time.
     """
-    check_pair(runs)
+    check_pair(runs, measured=True)
     lift, clip = runs["lift"], runs["clip"]
     own, batch = clip["context"], clip["config"]["batch_size"]
     if own not in caches:
@@ -121,7 +181,7 @@ def _clip_text_ms(
 
 def _embed_ms(encoder: dict[str, Any], captions: Sequence[str], device: torch.device) -> float | None:
     """Milliseconds to embed one caption with LIFT's encoder; None for trust_remote_code, which is not run here."""
-    if encoder["trust_remote_code"]:
+    if encoder.get("trust_remote_code"):
         return None
     encode = Encoder(EncoderSpec.of_dict(encoder), device=device, download=False).encode
     return median_ms(lambda: encode(captions), repeats=3, warmup=1, device=device) / len(captions)

@@ -1,17 +1,21 @@
 """Merges the numbers of one or two runs, from run.json, eval.json, metrics.jsonl and compare.json, into the report's
 dict."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypedDict
 
+from .. import foreign
+from .. import scores as score_files
 from ..errors import ConfigError, DataError
-from .compare_runs import check_pair
+from ..files import open_regular
+from ..foreign import Count
+from ..scores import TASKS
+from .compare_runs import check_pair, check_run
+from .compared import check_compared
 from .paper import rows_for
 
-EVAL_FORMAT = 2  # of eval.json
-SCORES = ("retrieval", "first_caption", "composition", "zero_shot")  # keys of eval.json, each {set: scores}
 CURVES = ("t2i_r1", "i2t_r1", "composition", "zero_shot_top1")  # the scores of a set while a run trains
 
 _FROM_RUN = (
@@ -35,6 +39,33 @@ _FROM_RUN = (
     "best",
 )
 _SPLITS = ("train", "training")
+_LONGEST = 1 << 24  # bytes of a line of metrics.jsonl
+
+
+class _ReportedConfig(TypedDict):
+    data: list[str]
+    seed: Count
+
+
+class _Reported(TypedDict):
+    """What a report needs of a run.json, besides the types that run_folder has checked."""
+
+    model: str
+    config: _ReportedConfig
+
+
+class _Point(TypedDict, total=False):
+    t2i_r1: float | None
+    i2t_r1: float | None
+    composition: float | None
+    zero_shot_top1: float | None
+
+
+class _Evaluation(TypedDict):
+    """A line of metrics.jsonl with the scores of an evaluation on the way."""
+
+    step: Count
+    evaluation: dict[str, _Point]
 
 
 def gather(
@@ -53,19 +84,20 @@ def gather(
     data: set -> split -> number of samples. curves: what read_curves returns, by run.
 
     Raises ConfigError when the runs cannot be compared, when one is not of the model that it is given as, or when they
-    were evaluated on different sets; DataError when compare.json does not compare two runs, or an eval.json is of an
-    earlier version.
+    were evaluated on different sets; DataError when compare.json does not compare two runs, an eval.json is of an
+    earlier version, or one of the three is not as its command writes it.
     """
     for name, run in runs.items():
+        check_run(run, _Reported, name)
         if run["model"] != name:
             raise ConfigError(f"--{name} names a run of {run['model']}")
     if len(runs) == 2:
         check_pair(runs)
-    if compared is not None and "runs" not in compared:
-        raise DataError("this compare.json measured no runs; make it with: lift-fast compare --lift … --clip … --json")
+    if compared is not None:
+        check_compared(compared)
     for model, scores in evals.items():
         check_scores(scores, f"the eval.json of --{model}")
-    sets = {model: list(scores["benchmarks"]) for model, scores in evals.items()}
+    sets = {model: list(scores.get("benchmarks", {})) for model, scores in evals.items()}
     if len(sets) == 2 and sets["lift"] != sets["clip"]:
         raise ConfigError(f"the runs were evaluated on different sets: {sets['lift']} and {sets['clip']}")
     report: dict[str, Any] = {}
@@ -74,7 +106,7 @@ def gather(
         if found["peak_memory_bytes"] is not None:
             found["peak_memory_from"] = "measured"
         if model in evals:
-            found |= {key: evals[model].get(key) for key in (*SCORES, "skipped", "skipped_causes", "notes")}
+            found |= {key: evals[model].get(key) for key in (*TASKS, "skipped", "skipped_causes", "notes")}
         if curves and curves.get(model):
             found["curves"] = curves[model]
         if compared is not None:
@@ -98,8 +130,14 @@ def gather(
 
 def check_scores(scores: Any, what: str) -> None:
     """Raises DataError unless `scores` are the content of an eval.json of this version; what: the file, in words."""
-    if not isinstance(scores, dict) or scores.get("format") != EVAL_FORMAT:
+    if score_files.is_of_another_version(scores):
         raise DataError(f"{what} is of an earlier lift-fast; make it again with: lift-fast eval --json")
+    try:
+        score_files.check(scores)
+    except ValueError as error:
+        raise DataError(
+            f"{what} is not as eval writes it ({error}); make it again with: lift-fast eval --json"
+        ) from error
 
 
 def read_curves(file: Path) -> dict[str, list[dict[str, Any]]]:
@@ -107,29 +145,35 @@ def read_curves(file: Path) -> dict[str, list[dict[str, Any]]]:
     CURVES that it has}, …].
 
     step: how many were done. The file is read a line at a time; a line that is cut, as a killed run leaves its last, is
-    passed over, and of a step that occurs twice the later line counts. Empty where there is no such file.
+    passed over, and of a step that occurs twice the later line counts. Empty where there is no such file. Raises
+    DataError when it cannot be read.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     try:
-        with open(file, "rb") as lines:
-            for step, evaluation in _evaluations(lines):
+        with BufferedReader(open_regular(file)) as lines:
+            for step, evaluation in _evaluations(iter(lambda: lines.readline(_LONGEST), b"")):
                 for name, scores in evaluation.items():
                     point = {key: scores[key] for key in CURVES if key in scores}
                     found.setdefault(name, {})[step] = {"step": step + 1} | point
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error}); copy it again, or remove it to leave out its curves"
+        ) from error
     return {name: [points[step] for step in sorted(points)] for name, points in found.items()}
 
 
-def _evaluations(lines: Iterable[bytes]) -> Iterable[tuple[int, dict[str, Any]]]:
+def _evaluations(lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     for line in lines:
         if b'"evaluation"' not in line:  # most of them, which need no parsing
             continue
         try:
-            record = json.loads(line)
-            yield int(record["step"]), dict(record["evaluation"])
-        except (ValueError, KeyError, TypeError):
+            record = foreign.parse_json(line)
+            foreign.check(record, _Evaluation)
+        except ValueError:
             continue
+        yield record["step"], record["evaluation"]
 
 
 def _set_name(path: str) -> str:
@@ -142,9 +186,10 @@ def _published(runs: Mapping[str, dict[str, Any]], evals: Mapping[str, dict[str,
     """The paper's rows for each set that is the paper's, and which of our scores they may stand next to."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for model, scores in evals.items():
-        for part in SCORES:
+        for part in TASKS:
             for name, ours in scores.get(part, {}).items():
-                rows = rows_for(scores["benchmarks"][name], part, runs[model], ours["n"], ours.get("prompts"))
+                benchmark = scores.get("benchmarks", {}).get(name)
+                rows = rows_for(benchmark, part, runs[model], ours.get("n", 0), ours.get("prompts"))
                 if not rows:
                     continue
                 entry = found.setdefault((name, part), {"set": name, "rows": [row._asdict() for row in rows]})
@@ -158,7 +203,7 @@ def _like(names: Iterable[str], part: str, scores: dict[str, Any]) -> dict[str, 
         return {name: scores[name[:3]][name[4:]] for name in names}
     if part == "zero_shot":
         scores = scores.get("one_template") or scores
-    return {name: scores[name] for name in names}
+    return {name: scores[name] for name in names if name in scores}
 
 
 def _examples(evals: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -166,7 +211,7 @@ def _examples(evals: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, list[d
     the worst mistakes of each model."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model, scores in evals.items():
-        for name, shown in scores["examples"].items():
+        for name, shown in scores.get("examples", {}).items():
             entry = found.setdefault(name, {"images": [], "texts": [], "worst": []})
             for kind, same, own in (
                 ("images", ("image", "caption"), ("first", "right")),
