@@ -159,6 +159,23 @@ def part_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Within it no other process is within it for the same folder; it waits for that. Without locks it changes nothing.
+
+    Raises OSError when the folder cannot be opened.
+    """
+    number = _opened_folder(path)
+    try:
+        if number is not None:
+            with suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
+
+
+@contextmanager
 def shared_folder(path: Path) -> Iterator[None]:
     """Makes a folder for files that several processes may write at once, such as intermediate results. After an error
     it stays; else the last process that leaves the block removes it.

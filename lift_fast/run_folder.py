@@ -29,7 +29,7 @@ from . import foreign
 from .cache import Conditioning, Rotation
 from .cache.conditioning import CONDITIONING
 from .errors import CacheError, CacheMismatch, ConfigError, DataError, TrainingError
-from .files import write_whole
+from .files import remove_abandoned, write_whole
 from .foreign import Count, Number
 from .nn import Clip, Lift, TextConfig, VitConfig, check_size, fill, preset
 from .nn.tensors import read_tensors
@@ -219,6 +219,7 @@ def save(folder: Path, model: Lift | Clip, run: dict[str, Any], conditioning: Co
     _check_named(conditioning, run)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     try:
+        remove_abandoned(folder)
         write_whole(
             ({} if conditioning is None else {folder / CONDITIONING: conditioning.to_bytes()})
             | {

@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import ConfigError, DataError
 from ..files import part_folder
 from ..progress import bar
-from .images import decode, read_header
+from .images import decode, memory_for, read_header
 from .index import build_index
 from .passes import Findings, in_order, whole_meta
 from .samples import BadSample, BadText, Samples
@@ -148,18 +148,19 @@ def _unique(key: str, taken: dict[str, int]) -> str:
 def _image(data: bytes, size: int | None, quality: int) -> tuple[bytes, str, bool]:
     """The image as it is written, its suffix, and whether it was resized. Raises BadSample when it does not decode."""
     header = read_header(data)
-    pixels = decode(data, header)
-    height, width, _ = pixels.shape
-    encoded = io.BytesIO()
-    if size is not None and min(width, height) > size:
-        scale = size / min(width, height)
-        to = round(width * scale), round(height * scale)
-        Image.fromarray(pixels).resize(to, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=quality)
-        return encoded.getvalue(), "jpg", True
-    if header.format in _SUFFIXES:
-        return data, _SUFFIXES[header.format], False
-    Image.fromarray(pixels).save(encoded, "PNG")
-    return encoded.getvalue(), "png", False
+    with memory_for(header):
+        pixels = decode(data, header)
+        height, width, _ = pixels.shape
+        encoded = io.BytesIO()
+        if size is not None and min(width, height) > size:
+            scale = size / min(width, height)
+            to = round(width * scale), round(height * scale)
+            Image.fromarray(pixels).resize(to, Image.Resampling.LANCZOS).save(encoded, "JPEG", quality=quality)
+            return encoded.getvalue(), "jpg", True
+        if header.format in _SUFFIXES:
+            return data, _SUFFIXES[header.format], False
+        Image.fromarray(pixels).save(encoded, "PNG")
+        return encoded.getvalue(), "png", False
 
 
 def _caption(samples: Samples, row: int, fields: Sequence[str], texts: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The bad samples of a run: counted by cause and listed in a file; too many of them end the run."""
 
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..files import for_appending, open_regular
 from .samples import BadSample, Collection
 
 Bad = tuple[int, BadSample]  # a row number, and what is wrong with its sample
 _JUDGED_FROM = 1000  # samples: the share of bad ones among fewer means little
 _LISTED = 20
+_LONGEST_LINE = 1 << 20  # bytes
 
 
 class RowSet:
@@ -108,12 +111,15 @@ class Skipped:
         again, and a last line that was cut short is removed. For rank 0 alone.
         """
         self._path = path
-        there = [line for line in _lines_of(path) if 0 <= line["row"] < self._listed.rows]
-        rows = {line["row"] for line in there}
-        for row in rows:
-            self._listed.add(row)
+        there: list[dict[str, Any]] = []
+        rows: set[int] = set()
+        for line in _lines_of(path):
+            if 0 <= line["row"] < self._listed.rows:
+                rows.add(line["row"])
+                self._listed.add(line["row"])
+                there += [line] * (len(there) < _LISTED)
         lines = [line for line in self._unwritten if line["row"] not in rows]
-        self._unwritten, self._first = [], there[:_LISTED]
+        self._unwritten, self._first = [], there
         self._write(lines)
 
     def take_lines(self) -> list[dict[str, Any]]:
@@ -136,7 +142,7 @@ class Skipped:
         if self._path is None:
             self._unwritten += lines
         elif lines:
-            with self._path.open("a") as file:
+            with open(self._path, "a", opener=for_appending) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,16 +197,21 @@ def _cause_of(state: dict[str, Any]) -> dict[int, str]:
     return {row: cause for cause, rows in state["rows"].items() for row in rows}
 
 
-def _lines_of(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a file that Skipped wrote, and removes a last one that was cut short."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    lines = []
-    for line in content[:whole].split(b"\n"):
-        with suppress(ValueError):  # damage costs no more than its samples being listed once more
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("row"), int)]
+def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a file that Skipped wrote, and removes a last one that was cut short. Raises OSError."""
+    if not os.path.lexists(path):
+        return
+    whole = 0
+    with open_regular(path) as opened, io.BufferedReader(opened) as file:
+        while text := file.readline(_LONGEST_LINE):
+            if not text.endswith(b"\n"):
+                break
+            whole += len(text)
+            with suppress(ValueError, RecursionError):  # damage costs no more than samples that are listed once more
+                line = json.loads(text)
+                if isinstance(line, dict) and type(line.get("row")) is int:
+                    yield line
+        cut = text != b""
+    if cut:
+        with open(path, "ab", opener=for_appending) as log:
+            log.truncate(whole)

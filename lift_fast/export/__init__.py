@@ -15,7 +15,6 @@ The model that they get has float32 weights on the CPU.
 import copy
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from .. import __version__
 from ..cache.conditioning import CONDITIONING
 from ..errors import ConfigError
+from ..files import is_part, locked_folder, part_folder
 from ..inference import Model
 from ..nn import Clip, Lift
 from . import conditioned
@@ -68,7 +68,7 @@ def export(
     if to not in TARGETS:
         raise ConfigError(f"no target {to!r}; choose one of {', '.join(TARGETS)}")
     out = Path(os.path.realpath(Path(out).expanduser()))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and _is_free(out)):
         raise _exists(out)
     if not isinstance(model.module, Lift | Clip):
         raise ConfigError(
@@ -76,51 +76,54 @@ def export(
         )
     target = import_module(f".{TARGETS[to]}", __name__)
     run, conditioning = described(model), model.conditioning
-    # In an empty folder that exists, which stays where it is: it may be mounted, or a shell's working folder.
-    part = (out if out.exists() else out.parent) / f"{out.name}.{os.getpid()}.part"
     try:
-        part.mkdir(parents=True)
+        # In an empty folder that exists, which stays where it is: it may be mounted, or a shell's working folder.
+        with part_folder(out, within=out if out.exists() else None) as part:
+            if names:
+                write_classes(model, names, templates, part / "classes.npz")
+            model = copy.copy(model)
+            model.module = copy.deepcopy(model.module)
+            model.to("cpu", torch.float32)
+            remarks = target.write(model, part)
+            if conditioning is not None:
+                (part / CONDITIONING).write_bytes(conditioning.to_bytes())
+                remarks.append(conditioned.REMARK)
+            if run.get("encoder") and not is_found(model, run):
+                name = run["encoder"]["name"]
+                remarks.append(f"the text encoder is recorded as {name}, without its path: load takes it with encoder=")
+            (part / "README.md").write_text(
+                model_card(model, run, to, target.use(model), remarks, licence), encoding="utf-8"
+            )
+            about = {"format": to, "version": __version__, "run": run}
+            (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            if hasattr(target, "place"):
+                target.place(part, f"local-dir:{out}")
+            _move(part, out)
     except OSError as error:
         raise _not_written(out, error) from error
-    try:
-        if names:
-            write_classes(model, names, templates, part / "classes.npz")
-        model = copy.copy(model)
-        model.module = copy.deepcopy(model.module)
-        model.to("cpu", torch.float32)
-        remarks = target.write(model, part)
-        if conditioning is not None:
-            (part / CONDITIONING).write_bytes(conditioning.to_bytes())
-            remarks.append(conditioned.REMARK)
-        if run.get("encoder") and not is_found(model, run):
-            name = run["encoder"]["name"]
-            remarks.append(f"the text encoder is recorded as {name}, without its path: load takes it with encoder=")
-        (part / "README.md").write_text(
-            model_card(model, run, to, target.use(model), remarks, licence), encoding="utf-8"
-        )
-        about = {"format": to, "version": __version__, "run": run}
-        (part / "lift_fast.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if hasattr(target, "place"):
-            target.place(part, f"local-dir:{out}")
-        _move(part, out)
-    except OSError as error:
-        raise _not_written(out, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return remarks
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty but for the parts of exports."""
+    return all(is_part(name) for name in os.listdir(folder))
 
 
 def _move(part: Path, out: Path) -> None:
     """Moves a whole folder to its place. Raises ConfigError when another export was there first."""
     if part.parent == out:
-        if any(path != part for path in out.iterdir()):
-            raise _exists(out)
-        for path in sorted(part.iterdir(), key=lambda path: path.name == "lift_fast.json"):  # by it `load` knows it
-            path.rename(out / path.name)
-    elif out.exists():
-        raise _exists(out)
-    else:
+        with locked_folder(out):
+            if not _is_free(out):
+                raise _exists(out)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == "lift_fast.json"):  # by it `load` knows it
+                path.rename(out / path.name)
+        return
+    try:
         part.rename(out)
+    except OSError as error:
+        if out.exists():
+            raise _exists(out) from error
+        raise
 
 
 def _exists(out: Path) -> ConfigError:

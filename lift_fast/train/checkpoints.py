@@ -218,7 +218,7 @@ class Checkpoints:
         """On rank 0, when the files of all ranks are on disk: makes the checkpoint whole, and removes old ones."""
         part, whole = self._part(step), self._whole(step)
         content = {"format": FORMAT, "step": step, "state": state, **index}
-        with open(part / MANIFEST, "wb") as file:
+        with open(part / MANIFEST, "xb") as file:
             file.write(_sealed(json.dumps(content).encode()))
             file.flush()
             os.fsync(file.fileno())

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypedDict
 from .. import foreign
 from ..cache.conditioning import CONDITIONING, Conditioning
 from ..errors import ConfigError, TrainingError
-from ..files import open_regular, write_whole
+from ..files import for_appending, is_part, open_regular, remove_abandoned, write_whole, written_whole
 from ..foreign import Number
 from ..text.identity import FEATURES
 from .identity import Fingerprints, Mathematics, differences, digest_of
@@ -31,10 +31,11 @@ from .identity import Fingerprints, Mathematics, differences, digest_of
 FORMAT = 1  # of started.json
 STARTED, METRICS, SPIKES, COMPLETE, LOCK = "started.json", "metrics.jsonl", "spikes.jsonl", "run.json", ".lock"
 _SHOWN = 3  # differences in a message
-# What a run that ended before it had begun may leave.
+# What a run that ended before it had begun may leave, and parts; those of an older version have no tag.
 _BEFORE_START = {LOCK, f"{STARTED}.part", CONDITIONING, f"{CONDITIONING}.part", FEATURES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # of file systems without them
 _TRIES = 100
+_LONGEST_LINE = 1 << 24  # bytes
 
 State = Literal["new", "begun", "complete"]
 
@@ -91,7 +92,7 @@ def read_started(out: Path, resume: bool) -> dict[str, Any] | None:
     try:
         begun = file.exists()
         if not begun and (out.is_symlink() or out.exists()):
-            if not out.is_dir() or any(path.name not in _BEFORE_START for path in out.iterdir()):
+            if not out.is_dir() or any(name not in _BEFORE_START and not is_part(name) for name in os.listdir(out)):
                 raise ConfigError(f"{out} exists already; remove it or name another --out")
         if not begun and resume:
             raise ConfigError(f"there is no run in {out} to go on with; leave out --resume")
@@ -152,7 +153,7 @@ def locked(out: Path) -> Iterator[None]:
     A folder that is still empty at the end is removed, with the parents that were made. The lock is POSIX's
     (fcntl.lockf): the system drops it when the process dies, however it dies, and processes forked by it do not hold it
     (with flock they would, and a restart would find the folder locked). Where there are no such locks, on Windows and
-    on some file systems, two processes are not kept apart.
+    on some file systems, two processes are not kept apart. The parts that killed processes left in it are removed.
 
     Raises ConfigError when another process has the lock, TrainingError when the folder cannot be written to.
     """
@@ -165,6 +166,7 @@ def locked(out: Path) -> Iterator[None]:
             raise TrainingError(f"cannot write the run to {out}: {error}") from error
         raise
     try:
+        remove_abandoned(out)
         yield
     finally:
         with suppress(OSError):
@@ -236,7 +238,7 @@ def _lock(path: Path) -> FileIO | None:
         import fcntl
     except ImportError:
         return None
-    file = open(path, "a+b", buffering=0)
+    file = open(path, "a+b", buffering=0, opener=for_appending)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -276,22 +278,14 @@ def _remove_empty(folders: list[Path]) -> None:
 def _cut(path: Path, step: int, note: Callable[[dict[str, Any]], None], of: type) -> None:
     """Leaves the lines of a file of JSON lines whose "step" is below `step`, and calls note(record) for each. of: the
     TypedDict that a line without damage is."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with BufferedReader(open_regular(path)) as lines, open(part, "wb") as kept:
-            for line in lines:
-                record = _record(line, of)
-                if record is not None and record["step"] < step:
-                    note(record)
-                    kept.write(line)
-            kept.flush()
-            os.fsync(kept.fileno())
-        os.replace(part, path)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with BufferedReader(open_regular(path)) as lines, written_whole(path) as kept:
+        while line := lines.readline(_LONGEST_LINE):
+            record = _record(line, of)
+            if record is not None and record["step"] < step:
+                note(record)
+                kept.write(line)
 
 
 def _record(line: bytes, of: type) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import TrainingError
+from ..files import for_appending
 from ..progress import bar
 from ..ranks import every
 from .config import TrainConfig
@@ -83,7 +84,7 @@ class JsonLines:
     """A JSON object a step, each on a line of its own, written at once."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "a")
+        self.file = open(path, "a", opener=for_appending)
 
     def log(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -245,7 +246,7 @@ class Recorder:
         file = self.config.out / "spikes.jsonl"
         if self.loggers:
             line = {"step": pending.step, "loss": repr(loss), "grad_norm": repr(grad_norm), "samples": samples}
-            with file.open("a") as lines:
+            with open(file, "a", opener=for_appending) as lines:
                 lines.write(json.dumps(line) + "\n")
         if self.config.on_spike == "skip":
             self.spikes += 1

@@ -133,7 +133,7 @@ class Writer(StorageWriter):
         items = sorted(plan.items, key=lambda item: -sizes_and_dtype(item)[1].itemsize)
         digest = hashlib.sha256()
         if items:
-            with open(self.folder / self.file, "wb") as file:
+            with open(self.folder / self.file, "xb") as file:  # through no link
                 parts: Iterable[bytes | memoryview] = chain([_header(items)], (_bytes(planner, item) for item in items))
                 for part in parts:
                     digest.update(part)

@@ -18,9 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lift_fast import files
+from lift_fast.data.samples import BadSample
+from lift_fast.data.skipped import Skipped
 from lift_fast.errors import ConfigError, TrainingError
 from lift_fast.train import folder
 from lift_fast.train.folder import locked, open_folder, read_started, rewind, start
+from lift_fast.train.recorder import JsonLines
 
 DATA = {"samples": 7, "shards": 1, "sizes": "aa", "captions": None, "images": ["bb"]}
 CACHE = {"codec": "int8", "shards": "cc"}
@@ -62,13 +65,16 @@ def test_a_new_folder(out):
 
 
 def test_what_a_process_killed_before_the_start_leaves_is_new(out):
+    """A part; and that of an older version, which stays."""
     out.mkdir(parents=True)
+    (out / files._tagged("started.json")).write_text("{")
     (out / "started.json.part").write_text("{")
     (out / ".lock").write_text("")
     assert open_folder(out, settings(), resume=False) == "new"
-    start(out, settings(), {})
+    with locked(out):
+        start(out, settings(), {})
     assert open_folder(out, settings(), resume=False) == "begun"
-    assert not (out / "started.json.part").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["started.json", "started.json.part"]
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -235,6 +241,46 @@ def test_a_killed_process_frees_the_lock_though_its_children_live(out):
         os.killpg(process.pid, 0)  # the child lives
         with locked(out):
             pass
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "spikes.jsonl", "skipped.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_planted_at_a_name_is_not_written_to(begun, tmp_path, name, kind):
+    """A link would lead the lock, which is emptied first, or the lines of a log to another file; opening a pipe would
+    wait for ever."""
+    (tmp_path / "other").write_text("precious")
+    (begun / name).symlink_to(tmp_path / "other") if kind == "link" else os.mkfifo(begun / name)
+    reason = "symbolic links" if kind == "link" else "No such device|it is a pipe"
+    with pytest.raises((TrainingError, OSError), match=reason):
+        if name == ".lock":
+            with locked(begun):
+                pass
+        elif name == "skipped.jsonl":
+            skipped = Skipped(Three(), 1.0)
+            skipped.note(1, BadSample("empty", "it is empty"))
+            skipped.write_to(begun / name)
+        else:
+            JsonLines(begun / name).log({})
+    assert (tmp_path / "other").read_text() == "precious"
+
+
+class Three:
+    """A data set, as far as Skipped knows one."""
+
+    shard_sizes = (3,)
+
+    def where(self, row):
+        return f"sample {row}"
+
+
+def test_logs_with_a_pipe_or_a_long_line_in_their_place(begun, tmp_path):
+    os.mkfifo(begun / "metrics.jsonl")
+    with pytest.raises(TrainingError, match="cannot write the run to .*it is a pipe, not a file"):
+        rewind(begun, 3)
+    (begun / "metrics.jsonl").unlink()
+    (begun / "metrics.jsonl").write_text(line(0) + "[" * (1 << 25) + "\n" + line(1) + line(7))
+    assert len(rewind(begun, 3).losses) == 2
+    assert (begun / "metrics.jsonl").read_text() == line(0) + line(1)
 
 
 def test_a_lock_file_that_says_nothing(out):
@@ -455,8 +501,10 @@ def test_a_process_killed_while_it_cuts_leaves_the_old_log_or_the_new_one(begun)
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert (begun / "metrics.jsonl.part").exists()
+        assert len(list(begun.glob("metrics.jsonl.*.part"))) == 1
         assert (begun / "metrics.jsonl").read_text() == content
+        with locked(begun):  # as the next run does
+            assert not list(begun.glob("*.part"))
     assert len(rewind(begun, 3).losses) == 3
     assert sorted(path.name for path in begun.iterdir()) == ["metrics.jsonl", "started.json"]
 
