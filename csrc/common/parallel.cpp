@@ -4,10 +4,11 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
-#include <pthread.h>
 
 #include <cstring>
 #include <string>
+
+#include "fork.h"
 #endif
 
 namespace lift_fast {
@@ -24,10 +25,6 @@ struct Gomp {
   int (*members)() = nullptr;
   int (*level)() = nullptr;
 };
-
-// A forked process has none of the team's threads.
-std::atomic<bool> forked{false};
-const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Gomp find() {
   std::string path;
@@ -59,8 +56,10 @@ const Gomp& gomp() {
 }  // namespace
 
 bool on_team(void (*fn)(void*, int, int), void* data, int threads) {
+  // A forked process has none of the team's threads; another one may have been in find() at the time.
+  if (forks() != 0) return false;
   const Gomp& team = gomp();
-  if (watching || !team.parallel || forked || team.level() > 0) return false;
+  if (!team.parallel || team.level() > 0) return false;
   struct Call {
     void (*fn)(void*, int, int);
     void* data;

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 #include <vector>
 
+#include "fork.h"
 #include "integers.h"
 
 namespace lift_fast {
@@ -27,7 +27,7 @@ class Pool {
   Pool() { held_.reserve(kMostHeld); }  // so that give() never allocates under the lock
 
   Allocation take(int64_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(fork_mutex());
     auto best = held_.end();
     for (auto i = held_.begin(); i != held_.end(); ++i)
       if (i->bytes >= bytes && i->bytes <= 2 * bytes && (best == held_.end() || i->bytes < best->bytes)) best = i;
@@ -42,7 +42,7 @@ class Pool {
     std::vector<Allocation> dropped;
     dropped.reserve(kMostHeld + 1);
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(fork_mutex());
       if (held_.size() == kMostHeld) drop_oldest(dropped);
       held_.push_back(allocation);
       bytes_ += allocation.bytes;
@@ -55,7 +55,7 @@ class Pool {
     std::vector<Allocation> dropped;
     dropped.reserve(kMostHeld);
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(fork_mutex());
       while (!held_.empty()) drop_oldest(dropped);
     }
     for (const Allocation& old : dropped) std::free(old.data);
@@ -68,20 +68,16 @@ class Pool {
     held_.erase(held_.begin());
   }
 
-  std::mutex mutex_;
-  std::vector<Allocation> held_;
+  std::vector<Allocation> held_;  // guarded by fork_mutex()
   int64_t bytes_ = 0;
 };
 
-Pool& pool() {
-  static auto* const only = new Pool;  // never destroyed: threads may outlive static objects
-  return *only;
-}
+auto* const pool = new Pool;  // never destroyed: threads may outlive static objects
 
 }  // namespace
 
 Scratch::Scratch(int64_t bytes) : bytes_(rounded_up(std::max<int64_t>(bytes, 1), kPage)) {
-  const Allocation allocation = pool().take(bytes_);
+  const Allocation allocation = pool->take(bytes_);
   if (allocation.data) {
     data_ = allocation.data;
     bytes_ = allocation.bytes;
@@ -92,9 +88,9 @@ Scratch::Scratch(int64_t bytes) : bytes_(rounded_up(std::max<int64_t>(bytes, 1),
 }
 
 Scratch::~Scratch() {
-  if (data_) pool().give({data_, bytes_});
+  if (data_) pool->give({data_, bytes_});
 }
 
-void release_scratch() { pool().release(); }
+void release_scratch() { pool->release(); }
 
 }  // namespace lift_fast

@@ -2,15 +2,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "common/bind.h"
 #include "dequant.h"
+#include "mapping.h"
 #include "table.h"
 
 namespace py = pybind11;
@@ -57,15 +61,8 @@ void dequant_on_cpu(Address codes, Address scales, Address rows, Address out, in
   check_address("out", out, dim > 0 ? m : 0);
   if (n < 0 || m < 0 || (!rows && m > n))
     throw std::invalid_argument(std::to_string(m) + " rows of a table of " + std::to_string(n));
-  int64_t bad = -1;
-  {
-    py::gil_scoped_release release;
-    bad = first_row_outside(job);
-    if (bad < 0) dequant_cpu(job, threads, chosen);
-  }
-  if (bad >= 0)
-    throw py::index_error("rows[" + std::to_string(bad) + "] is " + std::to_string(load<int64_t>(job.rows + bad)) +
-                          ", outside a table of " + std::to_string(n) + " rows");
+  py::gil_scoped_release release;
+  dequant_cpu(job, threads, chosen);
 }
 
 Starts starts_of(const py::buffer& buffer) {
@@ -142,7 +139,31 @@ void bind_table(py::module_& module) {
              check_address("rows", 1, m);
              read(table, [&] { table.advise(at<const int64_t>(rows), m); });
            },
-           "rows"_a, "m"_a);
+           "rows"_a, "m"_a)
+      .def("touched", [](Table& table) { return read(table, [&] { return table.touched(); }); });
+}
+
+std::unique_ptr<Mapping> mapped(int file, int64_t bytes) {
+  if (bytes < 1) throw std::invalid_argument("a mapping has at least 1 byte, not " + std::to_string(bytes));
+  try {
+    return std::make_unique<Mapping>(file, bytes);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
+
+void bind_mapping(py::module_& module) {
+  using namespace py::literals;
+  py::class_<Mapping>(module, "Mapping", py::buffer_protocol())
+      .def(py::init(&mapped), "file"_a, "bytes"_a)
+      .def_property_readonly("lost", &Mapping::lost)
+      .def_buffer([](Mapping& mapping) {
+        return py::buffer_info(mapping.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {mapping.bytes()}, {1});
+      });
+  module.def("lost_mappings", &lost_mappings);
+  module.def("handle_bus_errors", &handle_bus_errors);
 }
 
 void hash_keys(const py::list& keys, Address out) {
@@ -201,5 +222,6 @@ void bind_rows(py::module_& module) {
   module.def("dequant_cpu", &dequant_on_cpu, "codes"_a, "scales"_a, "rows"_a, "out"_a, "n"_a, "m"_a, "dim"_a,
              "codes_stride"_a, "scales_stride"_a, "codec"_a, "type"_a, "normalize"_a, "threads"_a, "isa"_a = "");
   bind_table(module);
+  bind_mapping(module);
   bind_keys(module);
 }

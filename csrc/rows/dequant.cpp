@@ -625,19 +625,11 @@ Plan plan(Codec codec, Element type, bool normalize, int64_t dim, const void* ou
           out_bytes};
 }
 
-int64_t first_row_outside(const Dequant& job) {
-  if (job.rows)
-    for (int64_t i = 0; i < job.m; ++i) {
-      const int64_t row = load<int64_t>(job.rows + i);
-      if (row < 0 || row >= job.n) return i;
-    }
-  return -1;
-}
-
 void dequant_cpu(const Dequant& job, int threads, Isa isa) {
   const auto* codes = static_cast<const uint8_t*>(job.codes);
+  const RowNumbers rows(job.rows, job.m, job.n);
   const auto locate = [&](int64_t i) -> Place {
-    const int64_t row = job.rows ? load<int64_t>(job.rows + i) : i;
+    const int64_t row = rows[i];
     return {codes + row * job.codes_stride, job.scales ? job.scales + row * job.scales_stride : nullptr};
   };
   gather({job.m, job.out, nullptr, nullptr, plan(job.codec, job.type, job.normalize, job.dim, job.out, job.m, isa)},

@@ -20,9 +20,7 @@ struct Dequant {
   bool normalize;  // divide each row by its length, so that its scale cancels; rows of zeros stay zeros
 };
 
-// The first i whose rows[i] is outside [0, n), or -1.
-int64_t first_row_outside(const Dequant& job);
-// Every rows[i] must be inside [0, n).
+// Throws std::out_of_range naming the first rows[i] outside [0, n).
 void dequant_cpu(const Dequant& job, int threads, Isa isa);
 
 #if LIFT_FAST_CUDA

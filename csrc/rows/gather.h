@@ -4,6 +4,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
 
 #include "codec.h"
 #include "common/element.h"
@@ -24,6 +27,29 @@ inline T load(const void* from) {
   std::memcpy(&value, from, sizeof value);
   return value;
 }
+
+// A caller's row numbers, copied and then checked: another thread may write to the caller's at any time.
+class RowNumbers {
+ public:
+  // numbers: [m], may be unaligned; null: 0 .. m - 1. Throws std::out_of_range naming the first one outside [0, rows).
+  RowNumbers(const int64_t* numbers, int64_t m, int64_t rows) : m_(m) {
+    if (!numbers || m == 0) return;
+    numbers_.reset(new int64_t[m]);
+    std::memcpy(numbers_.get(), numbers, m * sizeof *numbers);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // the compiler may not read the caller's again
+    for (int64_t i = 0; i < m; ++i)
+      if (numbers_[i] < 0 || numbers_[i] >= rows)
+        throw std::out_of_range("rows[" + std::to_string(i) + "] is " + std::to_string(numbers_[i]) +
+                                ", outside a table of " + std::to_string(rows) + " rows");
+  }
+  int64_t size() const { return m_; }
+  bool all() const { return !numbers_; }
+  int64_t operator[](int64_t i) const { return numbers_ ? numbers_[i] : i; }
+
+ private:
+  int64_t m_;
+  std::unique_ptr<int64_t[]> numbers_;
+};
 
 // Decodes one row into `out`, and meanwhile prefetches the lines of `ahead`, the row of a later call. size: dim, or the
 // bytes of a row that is only copied.

@@ -5,8 +5,10 @@
 //          number, one for the key, which stays in its mapped file; the misses of 16 look-ups overlap.
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <random>
 
+#include "mapping.h"
 #include "table.h"
 
 namespace lift_fast {
@@ -93,6 +95,7 @@ KeyTable::KeyTable(Starts starts) : starts_(std::move(starts)), shards_(starts_.
 }
 
 void KeyTable::map(int64_t shard, const void* keys) {
+  const std::lock_guard<std::mutex> lock(fork_mutex());
   shards_[shard] = static_cast<const uint8_t*>(keys);
   slots_ = {};
   built_ = false;
@@ -129,6 +132,7 @@ void KeyTable::build() {
   for (int64_t k = 0; k < starts_.shards(); ++k)
     if (starts_.rows(k) > 0 && !shards_[k])
       throw std::runtime_error("the keys of shard " + std::to_string(k) + " are not mapped");
+  handle_bus_errors();
   if (starts_.rows() >> 40) throw std::invalid_argument("a table of keys holds 2^40 rows at most");
   Slots slots;
   capacity_ = static_cast<int64_t>(starts_.rows() / kRowsPerSlot) + 2;  // never full
@@ -159,11 +163,13 @@ void KeyTable::build() {
       }
     }
   }
+  const std::lock_guard<std::mutex> lock(fork_mutex());
   slots_ = std::move(slots);
   built_ = true;
 }
 
 void KeyTable::find(const int64_t* hashes, int64_t m, int64_t* out) const {
+  handle_bus_errors();
   for (int64_t first = 0; first < m; first += kBatch) {
     const int64_t count = std::min(kBatch, m - first);
     int64_t keys[kBatch], slots[kBatch];

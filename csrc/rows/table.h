@@ -1,17 +1,13 @@
 // A table of encoded rows in many mapped files, and the table that finds the row of a key.
 #pragma once
-#include <unistd.h>
-
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/fork.h"
 #include "gather.h"
 
 namespace lift_fast {
@@ -39,29 +35,13 @@ class Starts {
     }
     return low;
   }
-  // Throws std::out_of_range naming the first row that is in no shard.
-  void check(const int64_t* rows, int64_t m) const;
+  // The caller's row numbers; null: all rows. Throws std::out_of_range naming the first one that is in no shard.
+  RowNumbers numbers(const int64_t* rows, int64_t m) const;
 
  private:
   std::vector<int64_t> starts_;
   std::vector<int64_t> first_;  // the shard of the first row of each 2^shift_ rows, and the last shard
   int shift_ = 0;
-};
-
-// A reader-writer lock, recreated after a fork: in the child no thread is left to release what another one held.
-class ForkLock {
- public:
-  std::shared_mutex& get() {  // called with Python's lock held, so by one thread at a time
-    if (owner_ != getpid()) {
-      new (&mutex_) std::shared_mutex;
-      owner_ = getpid();
-    }
-    return mutex_;
-  }
-
- private:
-  std::shared_mutex mutex_;
-  pid_t owner_ = getpid();
 };
 
 class Table {
@@ -77,6 +57,8 @@ class Table {
               Isa isa) const;
   // Asks the kernel to read those pages of these rows that are not in memory.
   void advise(const int64_t* rows, int64_t m) const;
+  // The shards, ascending, that rows were gathered from since the last call.
+  std::vector<int64_t> touched();
 
   const Starts& starts() const { return starts_; }
   Codec codec() const { return codec_; }
@@ -87,17 +69,19 @@ class Table {
     const uint8_t* codes = nullptr;
     const uint8_t* scales = nullptr;
   };
+  std::vector<int64_t> unmapped(const RowNumbers& rows) const;
   Place locate(int64_t row) const;
   // Whether one of `probes` rows, spread over all, is not in memory.
-  bool cold(const int64_t* rows, int64_t m, int64_t probes) const;
-  std::vector<int64_t> by_address(const int64_t* rows, int64_t m) const;
-  void will_need(const int64_t* rows, const std::vector<int64_t>& order) const;
+  bool cold(const RowNumbers& rows, int64_t probes) const;
+  std::vector<int64_t> by_address(const RowNumbers& rows) const;
+  void will_need(const RowNumbers& rows, const std::vector<int64_t>& order) const;
 
   Codec codec_;
   int64_t dim_, row_bytes_;
   Starts starts_;
   std::vector<Shard> shards_;
   int64_t missing_;  // shards with rows that are not mapped
+  std::unique_ptr<std::atomic<bool>[]> touched_;  // by shard
   ForkLock lock_;
 };
 
