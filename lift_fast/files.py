@@ -321,8 +321,9 @@ def _tagged(name: str) -> str:
 
 def _stem(name: str) -> str:
     """A name as its parts have it: cut, where they would be longer than a file system takes."""
-    data = os.fsencode(name)
-    return name if len(data) <= _LONGEST else data[:_LONGEST].decode(errors="ignore")
+    while len(os.fsencode(name)) > _LONGEST:
+        name = name[:-1]
+    return name
 
 
 @cache
