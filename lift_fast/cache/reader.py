@@ -3,7 +3,9 @@
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CacheError, CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
-from ..ops.rows.table import KeyTable, Table, key_hashes
+from ..ops.rows.table import KeyTable, Table, key_hashes, lost_files, row_numbers
 from ..progress import bar
 from .conditioning import Conditioning
 from .manifest import MANIFEST, PARTIAL, Manifest, digest_of
@@ -24,6 +26,7 @@ from .shard import AGAIN, MappedShard, check_content, content_bytes, map_shard
 
 # Linux allows a process 65 530 memory maps (vm.max_map_count); above this number the oldest shards are unmapped.
 _MAX_MAPS = 30_000
+_LOOK_SECONDS = 0.05  # between two looks at the files; longer where a look would take more than 1 % of the time
 
 
 class Keyed(Protocol):
@@ -63,6 +66,10 @@ class Cache:
 
     len(cache): number of rows. dim: length of a vector. manifest: how it was made, and its shards.
 
+    Any number of threads and forked processes may read from it. A shard that is written to or cut short meanwhile is
+    found with the next rows or, as looking takes time, with rows 0.05 s later, 0.3 s where there are 1 000 shards; see
+    `check_unchanged`. A file that takes a shard's place changes nothing until the cache is opened again.
+
     Raises CacheError when the folder does not exist, is not a cache, is unfinished or damaged, or has another format
     version.
     """
@@ -80,12 +87,21 @@ class Cache:
         self._starts = np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
         self._table = Table(self.manifest.codec, self.dim, self._starts)
         self._mapped: dict[int, MappedShard] = {}  # by number, in the order in which they were mapped
+        self._changed: set[int] = set()  # shards whose checksum is compared before they are used again
         self._pin = torch.cuda.is_available()
-        self._lock = threading.RLock()  # held while shards are mapped, unmapped or read
-        self._prefetcher: ThreadPoolExecutor | None = None
-        self._keys: KeyTable | None = None
+        self._keys: tuple[KeyTable, list[MappedShard]] | None = None
+        self._searched: list[MappedShard] = []  # whose keys were searched since the last look
+        self._lost = lost_files()
+        self._look_at = 0.0  # on time.monotonic()
         self._rotation: Rotation | None = None
         self._conditioning: Conditioning | None = None
+        self._renew()
+        _open_caches.add(self)
+
+    def _renew(self) -> None:
+        """Starts with a lock that is free and without threads, as a forked process must."""
+        self._lock = threading.RLock()  # held while shards are mapped, unmapped or read
+        self._prefetcher: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -97,29 +113,52 @@ class Cache:
     def shard(self, number: int) -> MappedShard:
         """Returns shard `number`, mapped on first use. Raises CacheError when it is missing or damaged."""
         with self._lock:
-            if number not in self._mapped:
+            shard = self._mapped.get(number)
+            if shard is not None and shard.lost:
+                self._changed.add(number)
+                self._forget(number)
+                shard = None
+            if shard is None:
                 path = self.folder / self.manifest.shards[number].name
-                mapped = self._mapped[number] = map_shard(self.manifest, number, path)
-                self._table.map(number, mapped.codes, mapped.scales)
-            return self._mapped[number]
+                shard = map_shard(self.manifest, number, path)
+                if number in self._changed:
+                    check_content(self.manifest, number, path)
+                    shard.check()
+                    self._changed.discard(number)
+                self._mapped[number] = shard
+            return shard
 
     def rows(self, rows: Tensor | np.ndarray) -> QuantizedRows:
         """Gathers rows as codes and scales, for training.
 
-        rows: row numbers, int64 [m], in any order, repeats allowed. The result is a copy on the CPU, in pinned memory
-        if a GPU is available. Raises IndexError for a row number outside the cache, ValueError unless rows is [m],
-        CacheError for a shard that is missing or damaged.
+        rows: row numbers, int64 [m] or other integers, in any order, repeats allowed. The result is a copy on the CPU,
+        in pinned memory if a GPU is available. Raises IndexError for a row number outside the cache, TypeError for a
+        mask or floating point numbers, ValueError unless rows is [m], CacheError for a shard that is missing, damaged,
+        or written to while it is read.
         """
-        index = self._index(rows)
+        return self._rows(row_numbers(rows))
+
+    def _rows(self, index: Tensor) -> QuantizedRows:
         with self._mapping(index):
             codes, scales = self._table.codes(index, self._pin)
         return QuantizedRows(codes, scales, self.manifest.codec, self.dim)
 
     def prefetch(self, rows: Tensor | np.ndarray) -> "Future[QuantizedRows]":
-        """Starts `self.rows(rows)` in a background thread, to read the next batch while this one is trained on."""
+        """Starts `self.rows(rows)` in a background thread, to read the next batch while this one is trained on.
+
+        The row numbers are copied before it returns; the caller's tensor may change then. Only the process that called
+        this has the result. Raises TypeError and ValueError as `rows`, CacheError when no thread can be started; all
+        else is raised by the future.
+        """
+        index = row_numbers(rows)
         if self._prefetcher is None:
             self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="lift-fast-cache")
-        return self._prefetcher.submit(self.rows, rows)
+        try:
+            with self._starting_threads():
+                return self._prefetcher.submit(self._rows, index)
+        except CacheError:
+            self._prefetcher = None
+            raise
 
     def widen(self, rows: Tensor | np.ndarray, dtype: torch.dtype = torch.float32, normalize: bool = False) -> Tensor:
         """Gathers rows and converts them to floating point in one pass; they stay conditioned and rotated.
@@ -127,7 +166,7 @@ class Cache:
         rows: row numbers, int64 [m]. dtype: float32, bfloat16 or float16. normalize: whether each row is divided by
         its norm. Returns [m, dim] on the CPU. Raises as `rows`.
         """
-        index = self._index(rows)
+        index = row_numbers(rows)
         with self._mapping(index):  # validates the manifest's dim against the shards before anything is allocated
             out = self._table.allocate(len(index), self.dim, dtype, self._pin)
             self._table.widen(index, out, normalize)
@@ -173,8 +212,31 @@ class Cache:
         with self._lock:
             if self._keys is None:
                 shards = [self.shard(number) for number in range(len(self.manifest.shards))]
-                self._keys = KeyTable([shard.keys for shard in shards])
-        return self._keys.find(key_hashes(keys))
+                self._keys = KeyTable([shard.keys for shard in shards]), shards
+            table, shards = self._keys
+        found = table.find(key_hashes(keys))
+        with self._lock:
+            self._searched = shards
+            if self._must_look():
+                self.check_unchanged()
+        return found
+
+    def check_unchanged(self) -> None:
+        """Looks at the file of each shard that rows or keys were read from since the last look.
+
+        Raises CacheError when one was written to or cut short since it was mapped: what was read meanwhile may be
+        wrong. The shard is mapped anew on the next use, after its checksum was compared. `rows` and the other
+        methods look by themselves, but not each time; this is for the end of an epoch, or before results are written.
+        """
+        with self._lock:
+            begun = time.monotonic()
+            lost = [number for number, shard in self._mapped.items() if self._lost != lost_files() and shard.lost]
+            self._lost = lost_files()
+            touched = sorted({*self._table.touched(), *lost} & self._mapped.keys())
+            self._check([*((number, self._mapped[number]) for number in touched), *enumerate(self._searched)])
+            self._searched = []
+            now = time.monotonic()
+            self._look_at = now + max(_LOOK_SECONDS, 100 * (now - begun))
 
     def check_dim(self, dim: int, what: str) -> None:
         """Raises CacheMismatch unless the vectors have length dim. what: names what needs them, for the message."""
@@ -198,7 +260,9 @@ class Cache:
         for number, (size, entry) in enumerate(zip(data.shard_sizes, self.manifest.shards, strict=True)):
             hashes = data.shard_hashes(number).numpy()
             common = min(size, entry.rows)
-            differ = hashes[:common] != self.shard(number).keys.numpy()[:common]
+            shard = self.shard(number)
+            differ = hashes[:common] != shard.keys.numpy()[:common]
+            self._check([(number, shard)])
             if size != entry.rows or differ.any():
                 first = int(differ.argmax()) if differ.any() else common
                 key = f"key {data.shard_keys(number)[first]!r}" if first < size else "where the data ends"
@@ -214,7 +278,8 @@ class Cache:
         The captions of a shard are read only if its files have been written to, or copied, since the cache was made.
         threads: shards read at a time; None: one for each processor, at most 8. progress: whether to show a bar.
 
-        Raises CacheMismatch, naming the first shard that differs; CacheError for a shard that is missing or damaged.
+        Raises CacheMismatch, naming the first shard that differs; CacheError for a shard that is missing or damaged,
+        and when no thread can be started.
         """
         self.check_keys(data)
         known = [number for number, shard in enumerate(self.manifest.shards) if shard.captions]
@@ -222,7 +287,8 @@ class Cache:
         field = self.manifest.field
         pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1))
         try:
-            digests = pool.map(lambda number: digest_of(data.captions(number, field)), changed)
+            with self._starting_threads():
+                digests = pool.map(lambda number: digest_of(data.captions(number, field)), changed)
             shown = bar(digests, f"compare {field}", len(changed), unit="shard", delay=1, disable=not progress)
             for number, digest in zip(changed, shown, strict=True):
                 shard = self.manifest.shards[number]
@@ -244,12 +310,14 @@ class Cache:
         return self.shard(number).skipped
 
     def verify(self, threads: int | None = None, progress: bool = False) -> None:
-        """Reads every shard, several at a time, and compares its checksum with the manifest's.
+        """Reads every shard, several at a time, and compares its checksum with the manifest's; a row that is not finite
+        is damage, too.
 
         threads: shards read at a time; None: one for each processor, at most 8. progress: whether to show a bar.
 
         Raises CacheError listing every shard that is missing or damaged, and every shard file in the folder that the
-        manifest does not list; and when the file of the conditioning is missing or damaged.
+        manifest does not list; when the file of the conditioning is missing or damaged; and when no thread can be
+        started.
         """
         if self.manifest.conditioning is not None:
             Conditioning.load(self.folder, self.manifest.conditioning, self.dim)
@@ -266,10 +334,11 @@ class Cache:
             ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
             bar(desc="verify", total=sum(sizes), unit="B", unit_scale=True, disable=not progress) as shown,
         ):
-            numbers = {
-                pool.submit(check_content, self.manifest, number, self.folder / shard.name): number
-                for number, shard in enumerate(shards)
-            }
+            with self._starting_threads():
+                numbers = {
+                    pool.submit(check_content, self.manifest, number, self.folder / shard.name): number
+                    for number, shard in enumerate(shards)
+                }
             for done in as_completed(numbers):
                 number = numbers[done]
                 shown.update(sizes[number])
@@ -298,23 +367,67 @@ class Cache:
             f"--data {shlex.quote(str(data.folder))} --out ANOTHER-FOLDER{options}"
         )
 
-    def _index(self, rows: Tensor | np.ndarray) -> Tensor:
-        index = torch.as_tensor(rows, dtype=torch.int64, device="cpu").contiguous()
-        if index.dim() != 1:
-            raise ValueError(f"rows must be [m], not {list(index.shape)}")
-        return index
-
     @contextmanager
     def _mapping(self, rows: Tensor) -> Iterator[None]:
         """Keeps the shards of these rows mapped inside a `with` block. Raises IndexError, CacheError."""
         with self._lock:
             for number in self._table.unmapped(rows):
-                self.shard(number)
+                shard = self.shard(number)
+                self._table.map(number, shard.codes, shard.scales)
             yield
+            if self._must_look():
+                self.check_unchanged()
             while len(self._mapped) > _MAX_MAPS:
                 oldest = next(iter(self._mapped))
-                self._table.forget(oldest)
-                del self._mapped[oldest]
+                self._check([(oldest, self._mapped[oldest])])
+                self._forget(oldest)
+
+    def _must_look(self) -> bool:
+        """Whether it is time to look at the files, or a file of the process was lost."""
+        return self._lost != lost_files() or time.monotonic() >= self._look_at
+
+    def _check(self, shards: Iterable[tuple[int, MappedShard]]) -> None:
+        """Raises CacheError when one of these shards has changed, after it has forgotten all that have."""
+        errors = []
+        for number, shard in shards:
+            try:
+                shard.check()
+            except CacheError as error:
+                errors.append(error)
+                self._changed.add(number)
+                self._forget(number)
+        if errors:
+            raise errors[0]
+
+    def _forget(self, number: int) -> None:
+        """Unmaps a shard, as soon as nobody reads from it."""
+        self._table.forget(number)
+        self._mapped.pop(number, None)
+        if number in self._changed:
+            self._keys = None
+
+    @contextmanager
+    def _starting_threads(self) -> Iterator[None]:
+        """Turns the error of a thread that cannot be started into a CacheError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise CacheError(
+                f"reading {self.folder} needs a thread, and none was started ({error}); raise the limit on processes "
+                "(ulimit -u), or close other programs"
+            ) from error
+
+
+_open_caches: "weakref.WeakSet[Cache]" = weakref.WeakSet()
+
+
+def _renew_caches() -> None:
+    for cache in _open_caches:
+        cache._renew()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_renew_caches)  # another thread may have held a lock during the fork
 
 
 def _why_no_manifest(folder: Path) -> str:

@@ -17,17 +17,21 @@ with any other header without parsing it, so that a damaged or hostile shape or 
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import CacheError
+from ..files import open_regular
 from ..ops.rows.codecs import CODECS
 from ..ops.rows.quantized import QuantizedRows
+from ..ops.rows.table import MappedFile
 from .manifest import Manifest, Shard
 
 PAGE = 4096
@@ -95,7 +99,7 @@ def describe(manifest: Manifest, number: int, path: Path) -> Shard:
     """
     entry = manifest.shards[number]
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _LONGEST_HEADER:
                 raise ValueError("the length of its header is wrong")
@@ -110,72 +114,177 @@ def describe(manifest: Manifest, number: int, path: Path) -> Shard:
         found = replace(entry, rows=rows, skipped=skipped, stamp=str(metadata.get("stamp", "")), **texts)
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CacheError(f"{path} is damaged: {error}; remove it and {AGAIN}") from error
-    _check(path, header(manifest, number, found), manifest, found)
-    return found
+    with _opened(manifest, number, found, path):
+        return found
 
 
-@dataclass(frozen=True)
 class MappedShard:
-    """Views of one memory-mapped file: codes [rows, columns], scales float32 [rows] or None, keys int64 [rows], and
-    skipped, int64: the numbers of the rows without a vector."""
+    """Views of one memory-mapped file: codes [rows, columns], scales float32 [rows] or None, keys int64 [rows]; and
+    skipped, int64, a copy: the numbers of the rows without a vector.
 
-    codes: Tensor
-    scales: Tensor | None
-    keys: Tensor
-    skipped: Tensor
+    A file that takes the place of this one changes nothing: what is mapped is the one that was opened. Whoever reads
+    from the views calls `check` afterwards.
+    """
+
+    def __init__(self, manifest: Manifest, number: int, path: Path, file: BinaryIO, begin: int):
+        """begin: where the content of `file` begins. Raises OSError."""
+        self._manifest, self._number, self._path = manifest, number, path
+        status = os.fstat(file.fileno())
+        self._file = status.st_dev, status.st_ino
+        self._stamp = status.st_size, status.st_mtime_ns
+        self._changed = status.st_ctime_ns
+        self._mapped = MappedFile(file.fileno(), begin + content_bytes(manifest, manifest.shards[number]))
+        views = _views(manifest, manifest.shards[number], self._mapped.bytes[begin:])
+        self.codes, self.scales, self.keys = views["codes"], views.get("scales"), views["keys"]
+        self.skipped = views["skipped"].clone()
+
+    @property
+    def lost(self) -> bool:
+        """Whether a part of the file could not be read: all views are zeros from then on."""
+        return self._mapped.lost
+
+    def check(self) -> None:
+        """Raises CacheError when the file was cut short or written to since it was mapped: what was read may be wrong.
+
+        A file that only got a new name, owner or time has its checksum compared.
+        """
+        if self.lost:
+            raise CacheError(
+                f"{self._path} was cut short while it was mapped, or its disk cannot be read; remove it and {AGAIN}"
+            )
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return  # removed; the file stays while it is mapped
+        if (status.st_dev, status.st_ino) != self._file:
+            return
+        if (status.st_size, status.st_mtime_ns) != self._stamp:
+            raise CacheError(
+                f"{self._path} was written to while it was mapped, and rows that were read meanwhile may be wrong; "
+                f"restore it, or remove it and {AGAIN}"
+            )
+        if status.st_ctime_ns != self._changed:
+            check_content(self._manifest, self._number, self._path)
+            self._changed = status.st_ctime_ns
 
 
 def map_shard(manifest: Manifest, number: int, path: Path) -> MappedShard:
     """Maps shard `number`; reads only its header.
 
-    Raises CacheError when it is missing, cut short, too long, or not the shard that the manifest describes.
+    Raises CacheError when it is missing, cut short, too long, or not the shard that the manifest describes, and when
+    the operating system does not map it.
     """
     shard = manifest.shards[number]
-    expected = header(manifest, number, shard)
-    size = _check(path, expected, manifest, shard)
-    # A private map through torch: no file descriptor stays open, and a write to the tensors does not reach the file.
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    views, begin = {}, len(expected)
-    for name, (dtype, shape) in tensors(manifest, shard.rows, shard.skipped).items():
-        end = begin + int(np.prod(shape)) * dtype.itemsize
-        views[name] = whole[begin:end].view(dtype).view(shape)
-        begin = end
-    skipped = views.get("skipped", torch.empty(0, dtype=torch.int64))
-    if len(skipped) and not (0 <= skipped[0] and skipped[-1] < shard.rows and (skipped.diff() > 0).all()):
+    with _opened(manifest, number, shard, path) as file:
+        try:
+            mapped = MappedShard(manifest, number, path, file, file.tell())
+        except OSError as error:
+            raise CacheError(
+                f"{path} cannot be mapped into memory: {error.strerror}; raise the limit on memory (ulimit -v) or on "
+                "maps (vm.max_map_count), or close other programs"
+            ) from error
+    skipped = mapped.skipped.numpy()
+    if mapped.lost:
+        mapped.check()
+    if len(skipped) and not (0 <= skipped[0] and skipped[-1] < shard.rows and (np.diff(skipped) > 0).all()):
         raise CacheError(f"{path} is damaged: the numbers of the rows left out are wrong; remove it and {AGAIN}")
-    return MappedShard(views["codes"], views.get("scales"), views["keys"], skipped)
+    return mapped
 
 
 def check_content(manifest: Manifest, number: int, path: Path) -> None:
-    """Reads a whole shard and compares its checksum. Raises CacheError when it is missing or any bit has changed."""
-    shard = manifest.shards[number]
-    expected = header(manifest, number, shard)
-    _check(path, expected, manifest, shard)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(len(expected))
-        while block := file.read(1 << 22):
-            digest.update(block)
+    """Reads a whole shard and compares its checksum.
+
+    Raises CacheError when it is missing or any bit has changed, and for a row that is not finite.
+    """
+    for _ in _checked_blocks(manifest, number, path):
+        pass
+
+
+def read_shard(manifest: Manifest, number: int, path: Path) -> tuple[QuantizedRows, Tensor]:
+    """The rows and the key hashes of a shard, in memory of their own: those whose checksum was compared, whatever
+    happens to the file. Raises CacheError as check_content."""
+    shard, content = manifest.shards[number], bytearray()
+    for block in _checked_blocks(manifest, number, path):
+        content += block
+    whole = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    views = _views(manifest, shard, whole)
+    return QuantizedRows(views["codes"], views.get("scales"), manifest.codec, manifest.dim), views["keys"]
+
+
+def _views(manifest: Manifest, shard: Shard, content: Tensor) -> dict[str, Tensor]:
+    """The tensors of a shard as views of its content, uint8."""
+    views, begin = {"skipped": torch.empty(0, dtype=torch.int64)}, 0
+    for name, (dtype, shape) in tensors(manifest, shard.rows, shard.skipped).items():
+        end = begin + int(np.prod(shape)) * dtype.itemsize
+        views[name] = content[begin:end].view(dtype).view(shape)
+        begin = end
+    return views
+
+
+def _checked_blocks(manifest: Manifest, number: int, path: Path) -> Iterator[bytes]:
+    """The content of a shard in blocks, of which the last one comes after its checksum was compared."""
+    shard, digest, bad = manifest.shards[number], hashlib.sha256(), None
+    with _opened(manifest, number, shard, path) as file:
+        for name, (dtype, shape) in tensors(manifest, shard.rows, shard.skipped).items():
+            row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            at_once = max(1, (1 << 22) // row_bytes)
+            for first in range(0, shape[0], at_once):
+                size = min(at_once, shape[0] - first) * row_bytes
+                block = _read(file, size, path)
+                digest.update(block)
+                if bad is None and name in ("scales", "codes") and len(block) == size:
+                    bad = _first_not_finite(block, dtype, row_bytes, first)
+                yield block
     if digest.hexdigest() != shard.sha256:
         raise CacheError(f"{path} is damaged: its checksum is not the manifest's; remove it and {AGAIN}")
+    if bad is not None:
+        raise CacheError(f"{path}: row {bad} is not finite, which no vector of an encoder is; remove it and {AGAIN}")
 
 
-def _check(path: Path, expected: bytes, manifest: Manifest, shard: Shard) -> int:
-    """Validates a file's header and length, and returns the length in bytes. Raises CacheError."""
+def _first_not_finite(block: bytes, dtype: torch.dtype, row_bytes: int, first: int) -> int | None:
+    """The number of the first row with an element that is infinite or NaN; first: the number of the first row."""
+    if dtype == torch.float32:
+        bad = ~np.isfinite(np.frombuffer(block, "<f4"))
+    elif dtype == torch.bfloat16:
+        bad = (np.frombuffer(block, "<u2") & 0x7F80) == 0x7F80
+    elif dtype == torch.float8_e4m3fn:
+        bad = (np.frombuffer(block, np.uint8) & 0x7F) == 0x7F
+    else:
+        return None
+    return first + int(bad.argmax()) // (row_bytes // dtype.itemsize) if bad.any() else None
+
+
+def _opened(manifest: Manifest, number: int, shard: Shard, path: Path) -> BinaryIO:
+    """Opens a shard after its header, which it validates, as it does the length. Raises CacheError."""
+    expected = header(manifest, number, shard)
     wanted = len(expected) + content_bytes(manifest, shard)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            found = file.read(len(expected))
+        file = open_regular(path)
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing; {AGAIN}") from error
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}") from error
-    if found != expected:
-        raise CacheError(
-            f"{path} is not the shard that the manifest describes: its header is damaged, or the file belongs to "
-            f"another shard or another cache; remove it and {AGAIN}"
-        )
-    if size != wanted:
-        raise CacheError(f"{path} is damaged: it has {size} bytes instead of {wanted}; remove it and {AGAIN}")
-    return size
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if _read(file, len(expected), path) != expected:
+            raise CacheError(
+                f"{path} is not the shard that the manifest describes: its header is damaged, or the file belongs to "
+                f"another shard or another cache; remove it and {AGAIN}"
+            )
+        if size != wanted:
+            raise CacheError(f"{path} is damaged: it has {size} bytes instead of {wanted}; remove it and {AGAIN}")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _read(file: BinaryIO, size: int, path: Path) -> bytes:
+    """The next bytes of a file, fewer where it ends. Raises CacheError."""
+    try:
+        data = file.read(size)
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    return data

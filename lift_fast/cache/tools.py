@@ -18,7 +18,7 @@ from .conditioning import CONDITIONING, Conditioning, Statistics, mean_cosine
 from .manifest import FORMATS, MANIFEST, Manifest
 from .reader import Cache
 from .rotation import Rotation
-from .shard import check_content
+from .shard import read_shard
 from .writer import CacheWriter
 
 BLOCK = 1 << 20  # float32 numbers converted at a time: 4 MB, to stay in the caches of the CPU
@@ -176,12 +176,14 @@ def _rewrite(
         out, dim, codec, manifest.encoder, _sources(manifest), manifest.field, rotation, manifest.read, conditioning
     )
     writer.check_space()
-    starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)])
     step = max(1, block // source.dim)
     for number in _with_progress(writer.missing(), [shard.rows for shard in manifest.shards], title, progress):
-        _, keys = _checked(source, number)
-        rows = torch.arange(starts[number], starts[number + 1])
-        parts = [encode(change(source.vectors(part)), codec, rotation) for part in rows.split(step)]
+        rows, keys = _checked(source, number)
+        parts = []
+        for first in range(0, max(len(rows), 1), step):
+            wide = rows[first : first + step].widen()
+            vectors = wide if source.rotation is None else source.rotation.undo(wide)
+            parts.append(encode(change(vectors), codec, rotation))
         writer.write_shard(number, QuantizedRows.cat(parts), keys, source.skipped(number).tolist())
     writer.finish()
 
@@ -227,11 +229,10 @@ def _sources(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _checked(cache: Cache, number: int) -> tuple[QuantizedRows, list[int]]:
-    """The rows of a shard and its key hashes, after comparing its checksum: damaged codes must not be copied under a
+    """The rows of a shard and its key hashes, whose checksum was compared: damaged codes must not be copied under a
     new, valid checksum."""
-    check_content(cache.manifest, number, cache.folder / cache.manifest.shards[number].name)
-    shard = cache.shard(number)
-    return QuantizedRows(shard.codes, shard.scales, cache.manifest.codec, cache.dim), shard.keys.tolist()
+    rows, keys = read_shard(cache.manifest, number, cache.folder / cache.manifest.shards[number].name)
+    return rows, keys.tolist()
 
 
 def _with_progress(numbers: Sequence[int], rows: Sequence[int], what: str, progress: bool) -> Iterator[int]:

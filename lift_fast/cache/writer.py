@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import CacheError, CacheMismatch
 from ..files import free_bytes, remove_abandoned, write_first, write_whole
@@ -177,18 +178,21 @@ class CacheWriter:
         self._check_captions(number, shard.captions)
         return False
 
-    def written(self, number: int) -> QuantizedRows:
-        """Returns the rows of a shard that is written, memory-mapped. Raises CacheError when it is missing or damaged.
+    def written(self, number: int, rows: Tensor) -> QuantizedRows:
+        """Returns a copy of rows of a shard that is written. rows: their numbers in the shard, int64 [m].
 
-        The checksum of a shard from an earlier run is compared the first time.
+        The checksum of a shard from an earlier run is compared the first time. Raises CacheError when the shard is
+        missing or damaged, and when it is written to meanwhile.
         """
         self._examine(number)
         path = self.folder / self._manifest.shards[number].name
+        mapped = map_shard(self._manifest, number, path)
         if number in self._unverified:
             check_content(self._manifest, number, path)
             self._unverified.discard(number)
-        mapped = map_shard(self._manifest, number, path)
-        return QuantizedRows(mapped.codes, mapped.scales, self._manifest.codec, self._manifest.dim)
+        taken = QuantizedRows(mapped.codes, mapped.scales, self._manifest.codec, self._manifest.dim)[rows]
+        mapped.check()
+        return taken
 
     def skipped(self, number: int) -> list[int]:
         """The numbers of the rows without a vector of a shard that is written, ascending. Raises as `written`, but does
@@ -285,10 +289,9 @@ class CacheWriter:
         """The first row of a shard that is written whose key hash is not the one of `hashes`, None without one. Raises
         CacheError, CacheMismatch."""
         found = self._examine(number)
-        with open(self.folder / found.name, "rb") as file:
-            file.seek(len(header(self._manifest, number, found)))  # the keys are the first tensor
-            stored = np.fromfile(file, dtype="<i8", count=found.rows)
-        differ = hashes != stored
+        mapped = map_shard(self._manifest, number, self.folder / found.name)
+        differ = hashes != mapped.keys.numpy()
+        mapped.check()
         return int(differ.argmax()) if differ.any() else None
 
     def _check_captions(self, number: int, captions: str) -> None:

@@ -11,6 +11,7 @@ from ..cache import Cache
 from ..data.samples import BadText, Collection
 from ..errors import CacheMismatch
 from ..ops.rows.quantized import QuantizedRows
+from ..ops.rows.table import row_numbers
 from .skipped import reasons
 
 
@@ -58,7 +59,7 @@ class CachedText:
         """
         if len(self.caches) == 1:
             return self.caches[0].rows(rows)
-        numbers = rows.numpy()
+        numbers = row_numbers(rows).numpy()
         cache_of = np.searchsorted(self.starts, numbers, side="right") - 1
         order = np.argsort(cache_of, kind="stable")  # positions in `rows`, sorted by cache
         used, firsts = np.unique(cache_of[order], return_index=True)
@@ -69,6 +70,11 @@ class CachedText:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         return QuantizedRows.cat(parts)[torch.from_numpy(inverse)]
+
+    def check_unchanged(self) -> None:
+        """Raises CacheError when rows may have been wrong, as `Cache.check_unchanged`."""
+        for cache in self.caches:
+            cache.check_unchanged()
 
 
 def _other_conditioning(first: Cache, other: Cache) -> str:

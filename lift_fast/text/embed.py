@@ -405,7 +405,7 @@ def _rows(
     no_vector = {(number, new[i]) for i in without}
     for shard in sorted({first[0] for first in firsts if first} - {number}):
         copied = {row: first[1] for row, first in enumerate(firsts) if first and first[0] == shard}
-        parts.append(writer.written(shard)[torch.tensor(list(copied.values()))])
+        parts.append(writer.written(shard, torch.tensor(list(copied.values()))))
         position.update(zip(copied, range(count, count + len(copied)), strict=True))
         count += len(copied)
         no_vector |= {(shard, row) for row in writer.skipped(shard)}

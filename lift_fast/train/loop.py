@@ -70,8 +70,9 @@ def train(
             return run_folder.read_finished(config.out)
         if opened is not None:
             opened(training)
-        with folder.writing(config.out):
-            return Run(training, stack, progress and rank.is_first, warn).to_the_end()
+        # Within `writing`, since closing a log writes again what a full disk has not taken.
+        with folder.writing(config.out), ExitStack() as files:
+            return Run(training, files, progress and rank.is_first, warn).to_the_end()
 
 
 class Run:
@@ -189,6 +190,7 @@ class Run:
     def _save(self, step: int) -> None:
         """Starts to write the checkpoint after `step` steps, and writes the weights alone where they are asked for."""
         training, config = self.training, self.config
+        training.check_text()
         self.saved_at = time.monotonic()
         state = {
             "seconds": self.seconds,
@@ -221,6 +223,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Writes the weights and run.json."""
         training = self.training
+        training.check_text()
         run = summarise(training, self.recorder, self.seconds, gathered(training))
         if self.best.kept is not None:
             run["best"] = self.best.kept

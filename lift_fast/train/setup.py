@@ -89,6 +89,11 @@ class Training:
         pixels = batch.pixels.to(self.device, non_blocking=True)
         return pixels, self.text.rows(batch.rows).to(self.device, non_blocking=True), batch.rows
 
+    def check_text(self) -> None:
+        """Raises CacheError when the text of earlier batches may have been wrong: before anything is written of it."""
+        if isinstance(self.text, CachedText):
+            self.text.check_unchanged()
+
     def kept(self, step: int) -> Tensor | None:
         """The patches that each image of this rank keeps in `step`, on the device; None: all."""
         rate = patch_dropout(step, self.config)

@@ -149,16 +149,16 @@ def test_a_shard_of_other_rows_does_not_pass(tmp_path):
 def test_rows_of_an_earlier_run_are_checked_before_they_are_copied(tmp_path):
     write(tmp_path / "c", [3, 2], 4, shards=[0], finish=False)
     rows = encode(vectors_of(5, 4), "int8")[:3]
-    there = writer_for(tmp_path / "c", [3, 2], 4).written(0)
+    there = writer_for(tmp_path / "c", [3, 2], 4).written(0, torch.arange(3))
     assert there.codes.equal(rows.codes) and there.scales.equal(rows.scales)
     path = tmp_path / "c" / "text-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CacheError, match="text-00000.safetensors is damaged: its checksum"):
-        writer_for(tmp_path / "c", [3, 2], 4).written(0)
+        writer_for(tmp_path / "c", [3, 2], 4).written(0, torch.arange(3))
     with pytest.raises(CacheError, match="text-00001.safetensors"):
-        writer_for(tmp_path / "c", [3, 2], 4).written(1)
+        writer_for(tmp_path / "c", [3, 2], 4).written(1, torch.arange(2))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -264,7 +264,7 @@ def test_a_shard_that_another_process_has_written_stays(tmp_path, monkeypatch, l
     assert write_shard(quick, 0, [3, 2], 4) and write_shard(slow, 1, [3, 2], 4)
     rows = encode(vectors_of(3, 4, seed=1), "int8")
     assert slow.write_shard(0, rows, key_hashes(["key-0000", "key-0001", "key-0002"]).tolist()) is False
-    assert not torch.equal(slow.written(0).codes, rows.codes)
+    assert not torch.equal(slow.written(0, torch.arange(3)).codes, rows.codes)
     for writer in (quick, slow):
         writer.finish()
         Cache(tmp_path / "c").verify()

@@ -189,10 +189,10 @@ def _check(
 
 def taken(codes: Tensor, scales: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """codes[rows] and scales[rows], gathered on their own devices and copied to the rows' device."""
-    index = rows.to(codes.device)
+    index = rows.to(codes.device, copy=True)  # the caller's may change after they were checked
     _check_inside(index, len(codes))
     part = _take(codes, index).to(rows.device)
-    return part, None if scales is None else scales.index_select(0, rows.to(scales.device)).to(rows.device)
+    return part, None if scales is None else scales.index_select(0, index.to(scales.device)).to(rows.device)
 
 
 def _check_inside(rows: Tensor, n: int) -> None:

@@ -13,6 +13,7 @@ from ...errors import BackendError
 from ..backends import _C, DTYPES, NOT_BUILT, address
 from .codecs import CODECS
 
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _CODES = 4  # Element::codes of csrc/common/element.h
 
 
@@ -66,6 +67,10 @@ class Table:
         """Fills out [m, dim] (contiguous; float32, bfloat16 or float16) with what `dequant` returns."""
         self._gather(rows, out, None, DTYPES[out.dtype], normalize)
 
+    def touched(self) -> list[int]:
+        """The pieces that rows were read from since the last call, ascending."""
+        return self._table.touched()
+
     def advise(self, rows: Tensor) -> None:
         """Asks the operating system to read these rows' pages ahead; returns at once."""
         self._table.advise(rows.data_ptr(), len(rows))
@@ -73,6 +78,33 @@ class Table:
     def _gather(self, rows: Tensor, out: Tensor, scales: Tensor | None, kind: int, normalize: bool) -> None:
         threads = torch.get_num_threads()
         self._table.gather(rows.data_ptr(), len(rows), out.data_ptr(), address(scales), kind, normalize, threads)
+
+
+class MappedFile:
+    """The first `size` bytes of a file in memory, as uint8 [size]; writes to them do not reach the file.
+
+    file: its descriptor, which may be closed afterwards. lost: whether a part of the file could not be read, as it was
+    cut short meanwhile or its disk failed. All bytes are 0 from then on; without this class such a read would end the
+    process (SIGBUS).
+
+    Raises OSError when the operating system refuses, BackendError where lift_fast._C is not built.
+    """
+
+    def __init__(self, file: int, size: int):
+        if _C is None:
+            raise BackendError(NOT_BUILT)
+        self._mapping = _C.Mapping(file, size)
+        self.bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    @property
+    def lost(self) -> bool:
+        _C.handle_bus_errors()  # another library may have taken the signal over: who asks is about to read
+        return self._mapping.lost
+
+
+def lost_files() -> int:
+    """How many files of this process were lost (MappedFile) so far."""
+    return _C.lost_mappings()
 
 
 class KeyTable:
@@ -90,6 +122,22 @@ class KeyTable:
         out = torch.empty_like(hashes)
         self._table.find(hashes.data_ptr(), len(hashes), out.data_ptr())
         return out
+
+
+def row_numbers(rows: Tensor | np.ndarray) -> Tensor:
+    """A copy of row numbers, int64 [m] on the CPU: the caller's may change afterwards.
+
+    Raises TypeError unless they are integers, ValueError unless they are [m].
+    """
+    array = rows if isinstance(rows, Tensor) else np.asarray(rows)
+    if not (array.dtype in _INTEGERS if isinstance(array, Tensor) else array.dtype.kind in "iu"):
+        raise TypeError(
+            f"rows are row numbers, integers such as int64, not {array.dtype}; for a mask pass mask.nonzero()[:, 0]"
+        )
+    if array.ndim != 1:
+        raise ValueError(f"rows must be [m], not {list(array.shape)}")
+    # By NumPy, on this thread alone: torch's threads are not there in a forked process.
+    return torch.from_numpy(np.array(array.cpu().numpy() if isinstance(array, Tensor) else array, dtype=np.int64))
 
 
 def key_hashes(keys: Sequence[str]) -> Tensor:
