@@ -21,6 +21,8 @@ from lift_fast import progress
 pytest_plugins = ["support.tally"]  # the fixture that counts attacks, and the table of `make campaign`
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
+    pytest_plugins.append("support.interpreter")  # makes it faster
 
 
 def pytest_runtest_setup(item):

@@ -502,6 +502,22 @@ def test_nothing_to_do(shape):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("keep_dims", [False, True])
+def test_the_faster_interpreter_reduces_as_triton_s_own(axis, keep_dims, monkeypatch):
+    from support import interpreter
+
+    found = []
+    x = torch.randn(4, 8)
+    for reduce in (interpreter.by_elements, interpreter.by_slices):
+        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce)
+        out = torch.full((2, 4, 8), torch.nan)
+        interpreter.reduced[(1,)](x, out[0], out[1], axis, keep_dims)
+        found.append(out)
+    assert torch.equal(*found) and not found[0].isnan().any()
+
+
+@pytest.mark.interpret
 def test_nan_is_never_a_finite_number(form):
     check_nan("cpu")
 
