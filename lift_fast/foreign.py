@@ -22,11 +22,11 @@ Share = NewType("Share", float)
 Number = NewType("Number", float)
 """A number that may also be infinite or NaN, as the loss of a run that diverged."""
 
-MOST_BYTES = 1 << 25  # of a JSON file, unless a reader says another number
+MOST_BYTES = 1 << 26  # of a JSON file, unless a reader says another number
 _DEEPEST = 64  # lists and objects within each other: code that walks through them may not run out of stack
 # Lists and objects take up to 232 bytes each, other values about 100. So many in any file, and more only where the text
 # has so many bytes for each.
-_FEW, _BYTES_EACH = 20_000, 32
+_FEW, _BYTES_EACH = 100_000, 32
 MOST_VALUES, _BYTES_EACH_VALUE = 1_000_000, 8
 _LARGEST_INT, _LARGEST = 1 << 63, 1e100  # sums and products of a few such numbers are no infinity
 _ROUNDING = 1e-6  # by which a mean of shares may be off

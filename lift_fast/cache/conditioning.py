@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +29,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import foreign
 from ..errors import CacheError, ConfigError
+from ..files import read_regular
 
 CONDITIONING = "conditioning.safetensors"
 _BLOCK = 1 << 22  # numbers conditioned at a time: 16 MB of float32, enough rows for a fast matrix product
@@ -40,8 +42,34 @@ _AUTO_VARIANCE = 0.99  # of the vectors' variance that `auto` dims keep
 _AUTO_MULTIPLE = 32  # of which `auto` dims are a multiple: rows stay aligned
 _AUTO_POWER = (0.0, 0.75)  # limits of the power that `auto` chooses
 
+_LARGEST_DIM = 1 << 24
+_MOST_BYTES = 1 << 32  # of a file: axes of 32 768 numbers
+
 Power = float | Literal["auto"]
 Dim = int | Literal["auto"] | None
+
+
+class _Entry(TypedDict):
+    """An entry of a manifest and of run.json, as `as_dict` makes it."""
+
+    power: float
+    source_dim: int
+    sha256: str
+
+
+class _Metadata(TypedDict):
+    conditioning: str
+
+
+class _Header(TypedDict):
+    """The header of conditioning.safetensors."""
+
+    __metadata__: _Metadata
+
+
+class _Settings(TypedDict):
+    power: float
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,18 +182,14 @@ class Conditioning:
     @staticmethod
     def check(entry: Any) -> None:
         """Validates an entry as `as_dict` makes it. Raises CacheError."""
-        valid = (
-            isinstance(entry, dict)
-            and entry.keys() == {"power", "source_dim", "sha256"}
-            and type(entry["power"]) in (int, float)
-            and 0 <= entry["power"] <= 1
-            and type(entry["source_dim"]) is int
-            and 0 < entry["source_dim"] <= 1 << 24
-            and isinstance(entry["sha256"], str)
-            and len(entry["sha256"]) == 64
-        )
+        try:
+            foreign.check(entry, _Entry)
+            known = entry.keys() == _Entry.__annotations__.keys() and len(entry["sha256"]) == 64
+            valid = known and 0 < entry["source_dim"] <= _LARGEST_DIM and 0 <= entry["power"] <= 1
+        except ValueError:
+            valid = False
         if not valid:
-            raise CacheError(f"this version of lift-fast does not know the conditioning {entry!r}")
+            raise CacheError(f"this version of lift-fast does not know the conditioning {str(entry)[:200]}")
 
     @staticmethod
     def load(folder: Path, entry: dict[str, Any] | None = None, dim: int | None = None) -> "Conditioning":
@@ -177,7 +201,7 @@ class Conditioning:
         path = folder / CONDITIONING
         again = "copy it from a cache or run with the same conditioning"
         try:
-            data = path.read_bytes()
+            data = read_regular(path, _MOST_BYTES)
         except OSError as error:
             raise CacheError(
                 f"{path} cannot be read ({error.strerror or error}), without which no text can be compared with the "
@@ -189,7 +213,7 @@ class Conditioning:
                 raise CacheError(f"{path} is damaged or another cache's: its checksum is wrong; {again}")
         try:
             found = _parsed(data)
-        except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
             raise CacheError(f"{path} is damaged ({error}); {again}") from error
         if entry is not None and (found.power, found.source_dim) != (entry["power"], entry["source_dim"]):
             raise CacheError(f"{path} is damaged or another cache's: its settings are not those of {entry}; {again}")
@@ -202,7 +226,10 @@ def _parsed(data: bytes) -> Conditioning:
     """The conditioning of a file's content. Raises ValueError and others for one that is not valid."""
     tensors = load(data)
     length = int.from_bytes(data[:8], "little")
-    settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["conditioning"])
+    header = foreign.parse_json(data[8 : 8 + length])
+    foreign.check(header, _Header)
+    settings = foreign.parse_json(header["__metadata__"]["conditioning"].encode())
+    foreign.check(settings, _Settings)
     mean, axes, deviations = tensors["mean"], tensors["axes"], tensors["deviations"]
     power, about = settings["power"], settings["about"]
     if [t.dtype for t in (mean, axes, deviations)] != [torch.float64, torch.float32, torch.float64]:
@@ -217,8 +244,8 @@ def _parsed(data: bytes) -> Conditioning:
         raise ValueError("its deviations are not in descending order, or are negative")
     if ((axes.norm(dim=1) - 1).abs() > 1e-3).any() or (deviations[deviations > 0] < 0.1 * _LOST * deviations[0]).any():
         raise ValueError("its axes are not of unit length, or a deviation is too small")
-    if type(power) not in (int, float) or not 0 <= power <= 1 or not isinstance(about, dict):
-        raise ValueError("its power is out of range, or it does not say how it was fitted")
+    if not 0 <= power <= 1:
+        raise ValueError("its power is out of range")
     found = Conditioning(mean, axes, deviations, float(power), about)
     vars(found)["_content"] = data
     return found

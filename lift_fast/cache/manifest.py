@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from .. import foreign
 from ..errors import CacheError
 from ..ops.rows.codecs import codec_named
 from .conditioning import Conditioning
@@ -18,6 +19,7 @@ CONDITIONED_FORMAT = 4  # of those with a conditioning, which an older lift-fast
 FORMATS = (2, 3, 4)  # that are read: 2 has no `read`, no stamps and no rows that are left out
 ENDIAN = "little"
 MANIFEST = "manifest.json"
+_LARGEST_DIM, _MOST_ROWS = 1 << 24, 1 << 36  # together at most 2^62 bytes of codes
 PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
 
 
@@ -103,30 +105,26 @@ class Manifest:
         """
         again = f"remove the folder {path.parent} and embed the captions again"
         try:
-            data = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            data = foreign.read_json(path)
+        except (OSError, ValueError) as error:
             raise CacheError(f"{path} cannot be read ({error}); {again}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise CacheError(f"{path} is not the manifest of a text cache; name the folder of a text cache")
         if type(data["format"]) is not int or data["format"] not in FORMATS:
             raise CacheError(
-                f"{path} has format version {data['format']!r} and this lift-fast reads {FORMATS[0]} to {FORMATS[-1]}; "
-                f"{again}, or read it with the version that wrote it"
+                f"{path} has format version {foreign.shown(data['format'])} and this lift-fast reads {FORMATS[0]} to "
+                f"{FORMATS[-1]}; {again}, or read it with the version that wrote it"
             )
         if data.pop("checksum", None) != _checksum(data):
             raise CacheError(f"{path} is damaged: its checksum is wrong; {again}")
         try:
-            shards = tuple(Shard(**shard) for shard in data.pop("shards"))
-            manifest = Manifest(shards=shards, **data)
-            counts = [manifest.dim - 1, manifest.rows, *(n for s in shards for n in (s.rows, s.skipped))]
-            texts = [manifest.codec, manifest.field]
-            texts += [text for s in shards for text in (s.name, s.source, s.sha256, s.captions, s.stamp)]
-            valid = all(type(n) is int and 0 <= n < 1 << 48 for n in counts)
-            valid = valid and isinstance(manifest.encoder, dict) and isinstance(manifest.read, dict)
-            valid = valid and all(s.skipped <= s.rows for s in shards)
-            valid = valid and manifest.dim <= 1 << 24 and all(isinstance(text, str) for text in texts)
-        except (TypeError, KeyError) as error:
+            foreign.check(data, Manifest)
+        except ValueError as error:
             raise CacheError(f"{path} is not a complete manifest ({error}); {again}") from error
+        shards = tuple(Shard(**shard) for shard in data.pop("shards"))
+        manifest = Manifest(shards=shards, **data)
+        valid = 1 <= manifest.dim <= _LARGEST_DIM and all(0 <= s.skipped <= s.rows <= _MOST_ROWS for s in shards)
+        valid = valid and manifest.rows <= _MOST_ROWS
         # Shard names are joined to the folder, so one such as "../x" must be refused.
         if not valid or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
             raise CacheError(f"{path} is damaged: it has an invalid count or name; {again}")

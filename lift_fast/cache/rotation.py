@@ -62,7 +62,7 @@ class Rotation:
         """Validates a manifest's entry. Raises CacheError."""
         seed = entry.get("seed") if isinstance(entry, dict) and entry.keys() == {"kind", "seed"} else None
         if type(seed) is not int or not 0 <= seed < 1 << 64 or entry["kind"] != KIND:
-            raise CacheError(f"this version of lift-fast does not know the rotation {entry!r}")
+            raise CacheError(f"this version of lift-fast does not know the rotation {str(entry)[:200]}")
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest's entry."""

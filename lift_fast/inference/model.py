@@ -107,7 +107,7 @@ class Model:
         bar on stderr.
 
         Raises DataError, with its name, for an image that cannot be read or decoded; ConfigError for a tensor of
-        another shape and for a batch_size below 1.
+        another shape, for a batch_size below 1, and for features that are not finite.
         """
         _check_batch_size(batch_size)
         if isinstance(images, Tensor):
@@ -130,7 +130,7 @@ class Model:
             for pixels in batches:
                 features.append(self._encode(pixels))
                 bar.update(len(pixels))
-        return torch.cat(features) if features else self._encode(self._no_pixels())[:0]
+        return self._finite(torch.cat(features), "images") if features else self._encode(self._no_pixels())[:0]
 
     def encode_text(self, texts: str | Iterable[str], *, progress: bool = False) -> Tensor:
         """The features of texts: float32 [texts, dim] of unit length. The text encoder is loaded by the first call.
@@ -138,8 +138,8 @@ class Model:
         progress: whether to show a bar on stderr.
 
         Raises EncoderError when the text encoder cannot be loaded or makes no tokens of a text; DataError for a text
-        that is not valid Unicode; ConfigError when no text encoder is known, or it needs trust_remote_code;
-        CacheMismatch when its dim is not the image features'; CacheError as `conditioning`.
+        that is not valid Unicode; ConfigError when no text encoder is known, or it needs trust_remote_code, and for
+        features that are not finite; CacheMismatch when its dim is not the image features'; CacheError as `conditioning`.
         """
         if self._text is None:
             self._text = self._parts.make_text(self.device)
@@ -152,7 +152,7 @@ class Model:
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 features.append(self._text(texts[start : start + _TEXTS_AT_ONCE]).to(self.device))
                 bar.update(len(features[-1]))
-        return torch.cat(features) if features else self._text(["a"])[:0].to(self.device)
+        return self._finite(torch.cat(features), "texts") if features else self._text(["a"])[:0].to(self.device)
 
     @staticmethod
     def similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -176,6 +176,15 @@ class Model:
         prompts = [template.replace("{}", name) for name in names for template in templates]
         weights = self.encode_text(prompts).view(len(names), len(templates), -1).mean(dim=1)
         return Classifier(self, names, F.normalize(weights, dim=-1))
+
+    def _finite(self, features: Tensor, what: str) -> Tensor:
+        """The features [n, dim]. Raises ConfigError unless all are finite: of NaN any order would be one of ranks."""
+        if not features.isfinite().all():
+            raise ConfigError(
+                f"the features of some {what} are not finite: the weights of {self.source}, in {self.dtype}, overflow, "
+                "or the pixels that were given do; load it in float32, or take other weights"
+            )
+        return features
 
     def _encode(self, pixels: Tensor) -> Tensor:
         encode: Callable[[Tensor], Tensor] = self.module.encode_image  # type: ignore[assignment]

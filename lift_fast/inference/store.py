@@ -150,7 +150,7 @@ def build(
     Needs memory for 10 000 features, and for three batches of decoded images. Bad images get no feature; `Store.bad`
     has them.
 
-    Raises ConfigError when files cannot be written; CacheError for features that are not finite; DataError when a shard
+    Raises ConfigError when files cannot be written, and for features that are not finite; DataError when a shard
     of the data set cannot be read at all.
     """
     pieces = _pieces(data, folder, identity)

@@ -40,11 +40,14 @@ def _pixels(value: float) -> str:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that cover [low, high], in steps of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / about or 1.0
+    """Round numbers that cover [low, high], at least two, in steps of 1, 2 or 5 times a power of ten."""
+    raw, size = (high - low) / about, max(abs(low), abs(high))
+    if raw < max(1e-9 * size, 1e-300):  # as good as one number
+        raw = max(1.0, 1e-3 * size)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
-    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
@@ -118,8 +121,6 @@ def line_chart(
         return None
     xs, ys = ([point[i] for line in lines for point in line.points] for i in (0, 1))
     y_ticks = ticks(*((min(0.0, *ys), max(0.0, *ys)) if from_zero else (min(ys), max(ys))))
-    if len(y_ticks) == 1:  # a flat line on a round number
-        y_ticks.append(y_ticks[0] + 1)
     x_range = min(0.0, *xs), max(xs)
     frame = Frame(56, width - 14, 12, height - 44, x_range, (y_ticks[0], y_ticks[-1]))
     middle, centre = (frame.top + frame.bottom) / 2, (frame.left + frame.right) / 2

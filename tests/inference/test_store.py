@@ -15,7 +15,7 @@ from support.tiny_sets import keys_of, make_set, png
 
 from lift_fast.data.options import DataOptions
 from lift_fast.data.stamps import data_stamp
-from lift_fast.errors import CacheError, ConfigError, DataError
+from lift_fast.errors import ConfigError, DataError
 from lift_fast.files import _tagged
 from lift_fast.inference import store as storing
 from lift_fast.inference.features import encode_images, how_read, image_files, open_images
@@ -314,7 +314,7 @@ def test_nothing_is_written_where_nothing_is_missing(tmp_path, model, monkeypatc
 
 def test_features_that_are_not_finite_are_refused(tmp_path, model):
     model.module.weight.fill_(torch.nan)
-    with pytest.raises(CacheError, match="not finite"):
+    with pytest.raises(ConfigError, match="not finite"):
         build(model, make_set(tmp_path / "data", 3), tmp_path / "store", "id")
     assert not list((tmp_path / "store").glob("*"))
 
