@@ -1,10 +1,10 @@
 """What a caption and a sample key may be: one check for all layouts."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..foreign import parse_json
 from .samples import BadText, SeveralCaptions
 
 
@@ -98,7 +98,7 @@ def parsed_meta(data: bytes | None, where: Callable[[], str]) -> dict:
     if data is None:
         return {}
     try:
-        meta = json.loads(data)
+        meta = parse_json(data)
     except UnicodeDecodeError as error:
         raise BadText("not UTF-8", f"{where()}: its .json is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:

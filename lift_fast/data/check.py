@@ -1,23 +1,25 @@
-"""Decodes every image and reads every caption of a data set, and lists what is wrong."""
+"""Decodes every image and reads every caption and .json of a data set, and lists what is wrong."""
 
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
+from ..files import open_regular
 from ..progress import bar
 from .images import decode, read_header
 from .index import INDEX, scanned
 from .open import open_data
 from .options import DataOptions
 from .passes import Findings, in_order, remarks_of
-from .samples import BadSample, BadText, Problem, Samples
+from .samples import BadSample, Problem, Samples
 from .scan import key_and_suffix
 from .shards import Shards
+from .tables import TableSamples
 from .tars import NotWhole, members
 
 
@@ -30,8 +32,9 @@ def check(
     progress: bool = True,
     options: DataOptions | None = None,
 ) -> dict[str, Any]:
-    """Decodes every image and reads every caption of the data set at `path`, and looks for duplicate keys in a shard,
-    in a tar for duplicate file names. Bad samples and damaged shards do not end it, whatever options.skip_bad is.
+    """Decodes every image and reads every caption and .json of the data set at `path`, and looks for duplicate keys in
+    a shard, in a tar for duplicate file names. Bad samples and damaged shards do not end it, whatever options.skip_bad
+    is.
 
     path, images, options: the arguments of open_data. field: the caption to read. bad: file to write a JSON line to for
     each finding. threads: None for the number of processors, 32 at most.
@@ -85,18 +88,24 @@ def _opened(path: Path, images: str | Path | None, options: DataOptions) -> Samp
 
 
 def _looked_at(samples: Samples, field: str, row: int) -> list[BadSample]:
-    """What is wrong with the image and the caption of a sample."""
+    """What is wrong with the image, the caption and the metadata of a sample, as training and evaluation read them."""
     wrong: list[BadSample] = []
-    try:
+
+    def look(read: Callable[[], object]) -> None:
+        try:
+            read()
+        except BadSample as error:
+            if all(error.reason != other.reason for other in wrong):
+                wrong.append(error)
+
+    def image() -> None:
         data = samples.image_bytes(row)
         decode(data, read_header(data))
-    except BadSample as error:
-        wrong.append(error)
-    try:
-        samples.caption(row, field)
-    except BadText as error:
-        if all(error.reason != other.reason for other in wrong):
-            wrong.append(error)
+
+    look(image)
+    look(lambda: samples.caption(row, field))
+    if not isinstance(samples, TableSamples):  # of a table, the metadata are the row
+        look(lambda: samples.meta(row))
     return wrong
 
 
@@ -119,7 +128,7 @@ def _duplicate_names(tar: Path) -> tuple[dict[str, BadSample], str]:
     seen: set[bytes] = set()
     found: dict[str, BadSample] = {}
     try:
-        with open(tar, "rb") as file:
+        with open_regular(tar) as file:
             for name, _, _ in members(file.fileno(), os.fstat(file.fileno()).st_size):
                 if name in seen and (named := key_and_suffix(name)):
                     base = name.rpartition(b"/")[2].decode(errors="replace")

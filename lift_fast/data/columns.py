@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .reading import Stamp, cpu_count, stamp_of
+from .reading import Stamp, cpu_count, stamp_at, stamp_of
 from .samples import BadText, Problem, located
 
 KEPT_BYTES = 1 << 30
+_FEW_ROWS, _ROWS_A_BYTE = 1 << 20, 64  # what a file may have at most: this, and so many for each byte
 _ARROW_FILE, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"  # begin of an IPC file, end of an IPC stream
 
 
@@ -183,6 +184,8 @@ class Columns:
         """A column of a file, or of one of its row groups. Raises DataError."""
         at = file.path, name, group
         if column := self._held(at):
+            if file.table is not None:  # reading a mapped file behind its end would end the process
+                _check_unchanged(file)
             return column
         with self._lock:
             lock = self._locks.setdefault(file.path, threading.Lock())
@@ -298,7 +301,7 @@ def _is_plain(kind: Any) -> bool:
 def _opened(path: Path, skip_bad: bool) -> _File:
     """Reads the footer of a parquet file, or maps an Arrow file. Raises DataError."""
     try:
-        stamp = stamp_of(os.stat(path))
+        stamp = stamp_at(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     if path.suffix.lower() == ".arrow":
@@ -306,10 +309,17 @@ def _opened(path: Path, skip_bad: bool) -> _File:
 
     def footer(parquet: Any) -> tuple[Any, list[int]]:
         metadata = parquet.metadata
-        groups = (metadata.row_group(k).num_rows for k in range(metadata.num_row_groups))
+        groups = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+        _check_rows(groups, stamp)
         return _readable(parquet.schema_arrow), list(accumulate(groups))
 
     return _File(path, stamp, *read_parquet(path, footer))
+
+
+def _check_rows(counts: Sequence[int], stamp: Stamp) -> None:
+    """Raises ValueError for numbers of rows that a file of this size does not have, even if all are alike."""
+    if min(counts, default=0) < 0 or sum(counts) > _FEW_ROWS + _ROWS_A_BYTE * stamp[0]:
+        raise ValueError(f"it says that it has {sum(counts)} rows in {stamp[0]} bytes")
 
 
 def _readable(schema: Any) -> Any:
@@ -346,7 +356,12 @@ def _opened_arrow(path: Path, stamp: Stamp, skip_bad: bool) -> _File:
         if schema is None or not skip_bad:
             raise DataError(cut) from error
         cut += f"; its first {sum(batch.num_rows for batch in batches)} rows are read"
-    ends = list(accumulate(batch.num_rows for batch in batches))
+    counts = [batch.num_rows for batch in batches]
+    try:
+        _check_rows(counts, stamp)
+    except ValueError as error:
+        raise DataError(f"{path} is not a whole Arrow file ({error})") from error
+    ends = list(accumulate(counts))
     return _File(path, stamp, schema, ends, pa.Table.from_batches(batches, schema), cut)
 
 

@@ -10,16 +10,18 @@ The layout of LIFT's authors (github.com/Jingfeng0705/LIFT, DATASET.md) and of i
 import os
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from .columns import Columns, is_text
+from .links import Folder
 from .options import DataOptions
 from .reading import read_image
 from .samples import BadSample, located
 from .scan import IMAGE_SUFFIXES
-from .tables import TableSamples, inside
+from .tables import TableSamples
 
 
 class ParquetImages(TableSamples):
@@ -44,8 +46,9 @@ class ParquetImages(TableSamples):
         if not groups:
             raise DataError(f"{folder} holds no parquet file, nor a folder with one")
         stems = [name.partition(".")[0] for name in groups]
-        self._roots = [Path(os.path.abspath(self.images / stem)) for stem in stems]
-        if not any(root.is_dir() for root in self._roots):
+        within = replace(options, absolute_paths=False)
+        self._folders = [Folder(self.images / stem, within, self.images) for stem in stems]
+        if not any(folder.path.is_dir() for folder in self._folders):
             raise DataError(no_images(folder, self.images, next(iter(groups))))
         self._columns = Columns(folder, groups, options.skip_bad)
         if (lacking := self._columns.lacking("key")) and not (options.skip_bad and "key" in self._columns.columns):
@@ -82,8 +85,10 @@ class ParquetImages(TableSamples):
             names = [key]
         else:
             names = [f"{key}.{suffix}" for suffix in IMAGE_SUFFIXES]
-        paths = [inside(self._roots[number], name) for name in names]
-        return next((path for path in paths[:-1] if os.path.exists(path)), paths[-1])
+        paths = [self._folders[number].named(name) for name in names]
+        path = next((path for path in paths[:-1] if os.path.exists(path)), paths[-1])
+        self._folders[number].check(path)
+        return path
 
     def text_fields(self) -> list[str]:
         """The columns of text: meta has none."""

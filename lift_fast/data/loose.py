@@ -7,6 +7,7 @@ A sample's key is its path below DATA, without the suffix. The suffix is what fo
 where it follows the first: 22.jpg and 22.05.jpg are two images with the keys 22 and 22.05.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -21,10 +22,12 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import read_regular
 from ..ops.rows.table import key_hashes
 from .captions import checked_caption, parsed_meta, sorted_out
+from .links import Folder
 from .options import DataOptions
-from .reading import read_image
+from .reading import check_limit, read_image
 from .samples import BadSample, BadText, Problem, located
 from .scan import IMAGE_SUFFIXES, OTHER_IMAGES, suffixes_of
 
@@ -128,7 +131,7 @@ _TOO_DEEP = "images in a folder within a class folder"
 
 def holds_images(folder: str | Path, options: DataOptions | None = None) -> bool:
     """Whether image files lie in a folder or below it, judged from the first 10 000 entries that are met."""
-    suffixes = _Suffixes(options or DataOptions())
+    suffixes, root = _Suffixes(options or DataOptions()), Folder(folder, options)
     folders, left = deque([str(folder)]), _LOOKED_AT
     while folders and left > 0:
         try:
@@ -137,7 +140,8 @@ def holds_images(folder: str | Path, options: DataOptions | None = None) -> bool
                     left -= 1
                     if not entry.name.startswith("."):
                         if entry.is_dir():
-                            folders.append(entry.path)
+                            if not (entry.is_symlink() and root.leads_out(entry.path)):
+                                folders.append(entry.path)
                         elif (found := suffixes.split(entry.name)) and found[2] == _IMAGE:
                             return True
                     if left <= 0:
@@ -158,6 +162,8 @@ class LooseFiles:
     images_only: captions may be missing. Where no image has a caption or a .json, every image is a sample without
     either, wherever it lies.
 
+    An image, text or folder that is a link out of this folder is not read, unless options.follow_links.
+
     A folder's own samples come before those of the folders in it, both in the order of their names. The key and 14
     bytes stay in memory for each sample.
 
@@ -168,6 +174,7 @@ class LooseFiles:
     def __init__(self, folder: str | Path, options: DataOptions | None = None, images_only: bool = False):
         self.folder = Path(folder)
         self._options = options or DataOptions()
+        self._root = Folder(folder, options)
         self.problems: list[Problem] = []
         unused = _Unused()
         found, other = self._list(unused)
@@ -202,6 +209,7 @@ class LooseFiles:
         path = self._path(i, _IMAGE)
         if path is None:
             raise BadSample("missing", f"{self.where(i)} has no image ({self._image_names()})")
+        self._root.check(path)
         return path
 
     def caption_field(self, field: str = "txt") -> str:
@@ -223,8 +231,7 @@ class LooseFiles:
             return checked_caption(self._found.key(i).partition("/")[0], field, lambda: self.where(i))
         if field != "txt":
             return checked_caption(self.meta(i).get(field), field, lambda: self.where(i))
-        path = self._path(i, _TEXT)
-        return checked_caption(None if path is None else _read_text(path), field, lambda: self.where(i))
+        return checked_caption(self._text(i, _TEXT), field, lambda: self.where(i))
 
     def captions(self, number: int, field: str = "txt") -> list[str | BadText]:
         """All captions of shard `number`, in order, with the errors that caption() raises."""
@@ -249,8 +256,13 @@ class LooseFiles:
         located(i, self._shard_ends, self.folder)
         if self.classes:
             return {"label": self._found.key(i).partition("/")[0]}
-        path = self._path(i, _JSON)
-        return parsed_meta(None if path is None else _read_text(path), lambda: self.where(i))
+        return parsed_meta(self._text(i, _JSON), lambda: self.where(i))
+
+    def file_next_to(self, i: int, suffix: str) -> Path:
+        """The file of another suffix next to the image of sample i, which need not exist. Raises BadSample."""
+        path = self._root.path / f"{self._found.key(i)}.{suffix}"
+        self._root.check(path)
+        return path
 
     def where(self, i: int) -> str:
         """Folder and key of sample i, for messages."""
@@ -302,6 +314,24 @@ class LooseFiles:
         number = self._found.files[part][i]
         return None if number == _NO_FILE else self.folder / f"{self._found.key(i)}.{self._suffixes[number]}"
 
+    def _text(self, i: int, part: int) -> bytes | None:
+        """The caption or .json of sample i; None where it has none. Raises BadText."""
+        path = self._path(i, part)
+        try:
+            if path is not None:
+                self._root.check(path)
+            return None if path is None else read_regular(path, _MOST_TEXT)
+        except BadSample as error:
+            raise BadText(error.cause, error.reason) from error
+        except FileNotFoundError as error:
+            raise BadText("unreadable", f"there is no {path}") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                check_limit(error)
+                if error.errno == errno.EFBIG:
+                    raise BadText("too large", f"{path}: {error.strerror}") from error
+            raise BadText("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
     def _image_names(self) -> str:
         return self._options.image_suffix or ", ".join(IMAGE_SUFFIXES)
 
@@ -317,6 +347,8 @@ class LooseFiles:
         while waiting:
             folder, above = waiting.pop()
             try:
+                if folder and self._root.leads_out(self._root.path / folder):
+                    raise OSError(0, f"it is a link that leads out of {self.folder}; --follow-links follows it")
                 status = os.stat(self.folder / folder)
                 if (identity := (status.st_dev, status.st_ino)) in above:
                     continue
@@ -405,14 +437,3 @@ def _add_samples(found: _Listing, folder: str, names: list[str], suffixes: _Suff
         # A class label next to a caption is no second caption.
         if suffix.lower() != "cls" or stems.get(stem, [None, None])[_TEXT] is None:
             unused.add(_OTHER_SUFFIX, f"{folder}{stem}.{suffix}")
-
-
-def _read_text(path: Path) -> bytes:
-    """Raises BadText."""
-    try:
-        data = read_image(path)
-    except BadSample as error:
-        raise BadText("unreadable", error.reason) from error
-    if len(data) > _MOST_TEXT:
-        raise BadText("too large", f"{path}: a text of {len(data)} bytes; {_MOST_TEXT} are read at most")
-    return data

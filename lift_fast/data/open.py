@@ -1,11 +1,12 @@
 """Opens a data set, whatever its layout."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..foreign import read_json
 from .folders import ParquetImages, no_images
 from .loose import LooseFiles, holds_images
 from .options import DataOptions
@@ -143,15 +144,22 @@ def _files(folder: Path) -> list[Path]:
     state = folder / _STATE
     if state.is_file():
         try:
-            return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+            return [folder / _bare(entry["filename"]) for entry in read_json(state)["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{state} does not parse ({error}); name the .arrow files themselves") from error
     if (several := folder / _SEVERAL).is_file():
         try:
-            _check_one(folder, [str(name) for name in json.loads(several.read_text())["splits"]], even_one=True)
+            _check_one(folder, [str(name) for name in read_json(several)["splits"]], even_one=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{several} does not parse ({error}); name the folder of a split") from error
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.arrow"))
+
+
+def _bare(name: Any) -> str:
+    """The name of a file in the folder. Raises ValueError."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError("it names a file that is not in this folder")
+    return name
 
 
 def _split(file: Path) -> str:

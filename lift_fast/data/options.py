@@ -6,7 +6,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 
 # Settings that a cache does not record: they permit something on this machine, and change no key and no caption.
-_NOT_RECORDED = ("skip_bad", "absolute_paths")
+NOT_RECORDED = ("skip_bad", "absolute_paths", "follow_links")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class DataOptions:
     shard."""
     absolute_paths: bool = False
     """Tables: allow names of images that are absolute, or lead out of the folder of images."""
+    follow_links: bool = False
+    """Images, texts and folders that are links: follow those that lead out of the folder of images, too. Tars and
+    tables may always be links."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range."""
@@ -58,7 +61,7 @@ class DataOptions:
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in _NOT_RECORDED and value != getattr(default, name)
+            if name not in NOT_RECORDED and value != getattr(default, name)
         }
 
     def merged(self, recorded: dict[str, Any]) -> "DataOptions":
@@ -66,7 +69,7 @@ class DataOptions:
 
         Raises ConfigError for a recorded setting that this version does not know, or that has another value here.
         """
-        known = {field.name for field in fields(self)} - set(_NOT_RECORDED)
+        known = {field.name for field in fields(self)} - set(NOT_RECORDED)
         if unknown := set(recorded) - known:
             raise ConfigError(f"the cache was made with the setting {min(unknown)!r}, which this version does not have")
         mine = self.recorded()
@@ -76,4 +79,5 @@ class DataOptions:
                     f"{name} is {mine[name]!r}, and the cache was made with {value!r}; leave the option out, or embed "
                     "again with it"
                 )
-        return DataOptions(skip_bad=self.skip_bad, absolute_paths=self.absolute_paths, **mine)
+        here = {name: getattr(self, name) for name in NOT_RECORDED}
+        return DataOptions(**here, **mine)

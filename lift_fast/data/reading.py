@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import DataError
 from ..files import open_regular, read_regular
 from .samples import BadSample
 
@@ -41,8 +42,12 @@ class _File:
     """A descriptor that is closed with its last reference, so never while a thread reads from it. Raises OSError."""
 
     def __init__(self, path: Path):
-        with open_regular(path) as file:
-            self.number = os.dup(file.fileno())
+        try:
+            with open_regular(path) as file:
+                self.number = os.dup(file.fileno())
+        except OSError as error:
+            check_limit(error)
+            raise
 
     def __del__(self, close=os.close) -> None:
         if hasattr(self, "number"):
@@ -115,6 +120,12 @@ class OpenFile:
         return data
 
 
+def check_limit(error: OSError) -> None:
+    """Raises DataError where no more files can be opened: then nothing is wrong with this one."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise DataError("too many files are open; raise the limit with ulimit -n, or use fewer threads") from error
+
+
 def stamp_at(path: Path) -> Stamp:
     """The stamp of the file at `path`. Raises OSError, also for what is not a regular file: a library that opens it by
     name next might wait for a pipe for ever."""
@@ -171,6 +182,8 @@ def read_image(path: Path) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadSample("missing", f"there is no {path}") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
-            raise BadSample("too large", f"{path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            check_limit(error)
+            if error.errno == errno.EFBIG:
+                raise BadSample("too large", f"{path}: {error.strerror}") from error
         raise BadSample("unreadable", f"{path}: {error}") from error

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError
+from ..files import open_regular
+from ..foreign import parse_json
 from .options import DataOptions
 from .reading import FILES, stamp_of
 from .samples import BadText, Cause, Problem
@@ -27,6 +29,7 @@ DELIMITED = (".csv", ".tsv")
 _SEARCHED = {",": "comma", "\t": "tab", ";": "semicolon"}  # delimiters that the header of a .csv may have
 _MOST_TEXT = 1 << 24  # characters of a field
 _SKIP = "--skip-bad leaves such rows out"
+_MOST_BYTES = 1 << 25  # of a row
 _UNCLOSED = ("unexpected end of data", "field larger than field limit")  # what csv says of a quote that stays open
 
 # 131 072 by default, and a caption may be longer. The limit is the process's; it is only ever raised.
@@ -59,7 +62,7 @@ class Rows:
         self._delimited = self.path.suffix.lower() in DELIMITED
         with self._opened() as file:
             self._stamp = stamp_of(os.fstat(file.fileno()))
-            lines = _Lines(file)
+            lines = _Lines(file, self.path)
             try:
                 self.columns = self._header(lines) if self._delimited else self._names_of_first(lines)
             except (csv.Error, ValueError, RecursionError) as error:
@@ -77,7 +80,7 @@ class Rows:
         """
         shard_rows = self._options.shard_rows or SHARD_ROWS
         with self._opened() as file:
-            lines = _Lines(file, self._first)
+            lines = _Lines(file, self.path, self._first)
             for at, number in self._delimited_rows(lines, image) if self._delimited else _json_rows(lines):
                 if len(self._places) % shard_rows == 0:
                     self._lines.append(number)
@@ -163,7 +166,7 @@ class Rows:
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         try:
-            with self.path.open("rb") as file:
+            with io.BufferedReader(open_regular(self.path)) as file:
                 yield file
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror})") from error
@@ -321,6 +324,7 @@ class Rows:
     def _names_of_first(self, lines: "_Lines") -> list[str]:
         """The names in the first object."""
         while True:
+            lines.begin()
             try:
                 line = next(lines, None)
                 if line is None:
@@ -342,7 +346,8 @@ class Rows:
 
 
 def _object(line: str) -> dict[str, Any]:
-    row = json.loads(line.strip())  # strips more kinds of space than JSON allows, as does the test for blank lines
+    # strip: of more kinds of space than JSON allows, as the test for blank lines
+    row = parse_json(line.strip().encode())
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")
     return row
@@ -383,11 +388,12 @@ class _Lines:
 
     since: the bytes of the lines since the last `begin`, which was called at the place `began`.
 
-    Iterating raises UnicodeDecodeError, and goes on with the next line afterwards.
+    Iterating raises UnicodeDecodeError, and goes on with the next line afterwards; DataError for a row that is too
+    long. path: for its message.
     """
 
-    def __init__(self, file: BinaryIO, place: tuple[int, int] = (0, 0)):
-        self._file = file
+    def __init__(self, file: BinaryIO, path: Path, place: tuple[int, int] = (0, 0)):
+        self._file, self._path = file, path
         self._at, self.number = self.began = place
         self.since: list[bytes] = []
         file.seek(self._at)
@@ -419,19 +425,29 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._file.readline()
+        line = self._file.readline(_MOST_BYTES + 1)
         if not line:
             raise StopIteration
         first = not self._at
         self._at += len(line)
         self.number += 1
+        self._check_length(self.began[0])
         self.since.append(line)
         return line.decode("utf-8-sig" if first else "utf-8")
 
     def raw(self) -> Iterator[tuple[bytes, tuple[int, int]]]:
         """Yields the bytes of each line, and its place."""
-        for line in self._file:
+        while line := self._file.readline(_MOST_BYTES + 1):
             place = self._at, self.number
             self._at += len(line)
             self.number += 1
+            self._check_length(place[0])
             yield line, place
+
+    def _check_length(self, begin: int) -> None:
+        """Raises DataError for a row from `begin` to here that is too long."""
+        if self._at - begin > _MOST_BYTES:
+            raise DataError(
+                f"{self._path}: a row that reaches line {self.number} has more than {_MOST_BYTES} bytes; close its "
+                "quote, or name another file"
+            )

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..files import open_regular
 from ..ops.rows.table import key_hashes
 from .options import DataOptions
 from .reading import Stamp, stamp_of
@@ -79,10 +80,9 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
     key, sample = "", samples.get("")  # of the name before
     damage = ""
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            status = os.fstat(file)
-            for name, offset, size in members(file, status.st_size, links):
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            for name, offset, size in members(file.fileno(), status.st_size, links):
                 named = key_and_suffix(name)
                 if named is None:
                     if _looks_used(name, known):
@@ -117,10 +117,8 @@ def scan(path: Path, options: DataOptions | None = None) -> tuple[Entry, bytes]:
                     unused.append(names[sample[what]])
                 names[offset] = name
                 sample[what], sample[3 + what] = offset, size if size < _UINT32_MAX else _UINT32_MAX
-        except NotWhole as error:
-            damage = str(error)
-        finally:
-            os.close(file)
+    except NotWhole as error:
+        damage = str(error)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     # tar writes a second link to a file, and every symbolic one, without the data.

@@ -4,7 +4,6 @@ TableImages: a CSV, TSV or JSONL file, such as metadata.csv of Hugging Face's im
 them, such as data/train-00000-of-00008.parquet of a data set on the Hub; a folder that `datasets` saved (Arrow files).
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from ..errors import DataError
 from ..ops.rows.table import key_hashes
 from .captions import checked_caption, checked_captions, sorted_out
 from .columns import Columns, is_bytes, is_image_struct, is_text
+from .links import Folder
 from .options import DataOptions
 from .reading import MOST_BYTES, read_image
 from .rows import LINES, Rows
@@ -234,7 +234,8 @@ class TableImages(TableSamples):
             opened = Columns(path, groups or {path.name: [path]}, options.skip_bad)
         super().__init__(path, opened, options)
         folder = path if groups else path.parent
-        self.root = Path(os.path.abspath(folder if root is None else root))
+        self._images = Folder(folder if root is None else root, options)
+        self.root = self._images.path
         self.image_column, self._holds = self._images_in(opened)
         if not captions_only:
             self.require_images()
@@ -283,7 +284,7 @@ class TableImages(TableSamples):
             return value
         if not value or not isinstance(value, str):
             raise BadSample("missing", f"{self.where(i)} has no {self.image_column!r}")
-        return inside(self.root, value, self._options.absolute_paths)
+        return self._images.file(value)
 
     def _images_in(self, table: Rows | Columns) -> tuple[str | None, bool]:
         """The column of images, and whether it holds them. Raises DataError when the one chosen cannot be that."""
@@ -306,14 +307,3 @@ class TableImages(TableSamples):
         for name in (*(name for name in IMAGE_COLUMNS if name in holding), *(structs if len(structs) == 1 else ())):
             return name, True
         return next((name for name in IMAGE_COLUMNS if name in naming), None), False
-
-
-def inside(root: Path, name: str, anywhere: bool = False) -> Path:
-    """root / name, where root is absolute. Raises BadSample ("unreadable") for a name that leads out of root, unless it
-    may lead anywhere."""
-    path = os.path.normpath(os.path.join(root, name))
-    if "\0" in name:
-        raise BadSample("unreadable", f"{name!r} is no name of a file")
-    if not anywhere and not path.startswith(os.path.join(root, "")):
-        raise BadSample("unreadable", f"{name!r} leads out of {root}; --absolute-paths allows such names in tables")
-    return Path(path)

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.captions import halved
+from ..data.links import Folder
 from ..data.loose import LooseFiles
-from ..data.samples import Samples
+from ..data.samples import BadSample, Samples
 from ..data.scan import key_and_suffix
 from ..data.shards import Shards
 from ..data.tars import NotWhole, members
 from ..errors import DataError
+from ..files import open_regular
 from .questions import Classes
 from .templates import (
     AUTHORS,
@@ -156,12 +159,13 @@ def labels_of_files(data: LooseFiles, skip_bad: bool = False) -> dict[int, str]:
                 return {}
             path = data.folder / f"{key}.{_SUFFIX.decode()}"
             try:
-                with open(path, "rb") as file:
+                with open_regular(data.file_next_to(sample, _SUFFIX.decode())) as file:
                     label = _label(file.read(_LONGEST))
             except FileNotFoundError:
                 continue
-            except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror})") from error
+            except (OSError, BadSample) as error:
+                why = error.reason if isinstance(error, BadSample) else error.strerror
+                raise DataError(f"{path} cannot be read ({why})") from error
             if label:
                 found[sample] = label
             elif not skip_bad:
@@ -174,7 +178,7 @@ def tar_suffixes(path: Path, most: int = 64) -> set[str]:
     """The suffixes of the first files in a tar, none where it cannot be read."""
     found = set()
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             for _, member in zip(range(most), members(file.fileno(), os.fstat(file.fileno()).st_size), strict=False):
                 if (named := key_and_suffix(member.name)) is not None:
                     found.add(named[1].lower().decode(errors="replace"))
@@ -186,7 +190,7 @@ def tar_suffixes(path: Path, most: int = 64) -> set[str]:
 def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     """The key and the first bytes of each .cls in a tar, up to a damage, which opening the set has reported."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             for name, offset, size in members(file.fileno(), os.fstat(file.fileno()).st_size):
                 named = key_and_suffix(name)
                 if named is not None and named[1].lower() == _SUFFIX:
@@ -242,17 +246,22 @@ def _numbered(data: Samples, distinct: list[str], classnames: ClassNames | None)
 
 
 def _next_to(data: Samples, name: str) -> Path | None:
-    """The file of this name in the folder of tars, or in the one above it, whose folders are then the splits."""
+    """The file of this name in the folder of tars, or in the one above it, whose folders are then the splits. Raises
+    DataError for a link that leads out of these."""
     if not isinstance(data, Shards):
         return None
-    return next((path for folder in (data.folder, data.folder.parent) if (path := folder / name).is_file()), None)
+    path = next((path for folder in (data.folder, data.folder.parent) if (path := folder / name).is_file()), None)
+    if path is not None and Folder(data.folder.parent, data.options).leads_out(path):
+        raise DataError(f"{path} is a link that leads out of {data.folder.parent}; --follow-links follows it")
+    return path
 
 
 def _text(value: Any) -> str | None:
-    """A label as text, None for what is none: blank text, a fraction, a number below 0, true."""
+    """A label as text, None for what is none: text that is blank or holds half a character, a fraction, a number below
+    0 or of many digits, true."""
     if isinstance(value, str):
-        return value.strip() or None
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return None if halved(value) else value.strip() or None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**_DIGITS:
         return str(value)
     return None
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import foreign
 from ..data.captions import checked_caption
 from ..data.open import open_data
-from ..data.options import DataOptions
+from ..data.options import NOT_RECORDED, DataOptions
 from ..data.samples import BadText, Samples, SeveralCaptions
 from ..data.tables import TableSamples
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..sugarcrepe import TASKS
 from .held_out_set import HeldOutSet
 from .labels import LABELS, check_classes, classes_of
@@ -95,8 +96,13 @@ def open_sets(
 
 def options_of(run: Mapping[str, Any], given: DataOptions) -> DataOptions:
     """How the held-out sets of a run are read: as given; where that has the default, as the run's own data was."""
-    settings = {**run.get("read", {}), **given.recorded()}
-    return replace(given, **{name: value for name, value in settings.items() if hasattr(given, name)})
+    known = {*DataOptions.__dataclass_fields__}.difference(NOT_RECORDED)
+    recorded = {name: value for name, value in run.get("read", {}).items() if name in known}
+    try:
+        foreign.check(recorded, DataOptions)
+    except ValueError as error:
+        raise ConfigError(f"this model's description: read: {error}") from error
+    return replace(given, **recorded | given.recorded())
 
 
 def field_of(data: Samples, wanted: str) -> str:
@@ -181,9 +187,15 @@ def _choices(metas: Mapping[int, Mapping[str, Any]]) -> list[Choice]:
     """The choices between captions and foils, task after task, where every sample has them. Raises DataError."""
     if not all("composition" in meta for meta in metas.values()):
         return []
-    for sample, meta in metas.items():
-        for task in TASKS:
-            if not {"caption", "foil"} <= set(meta["composition"].get(task, ())):
-                raise DataError(f"sample {sample} has no caption and foil for the composition task {task!r}")
-    pairs = ((task, sample, meta["composition"][task]) for task in TASKS for sample, meta in metas.items())
-    return [Choice(task, sample, (pair["caption"],), pair["foil"]) for task, sample, pair in pairs]
+    return [_choice(task, sample, meta["composition"]) for task in TASKS for sample, meta in metas.items()]
+
+
+def _choice(task: str, sample: int, tasks: Any) -> Choice:
+    """The choice of one task. tasks: the entry "composition" of a sample's metadata. Raises DataError."""
+    pair = tasks.get(task, {}) if isinstance(tasks, dict) else {}
+    try:
+        for name in ("caption", "foil"):
+            checked_caption(pair[name], name, lambda: f"sample {sample}, composition task {task!r}")
+    except (LookupError, TypeError) as error:
+        raise DataError(f"sample {sample} has no caption and foil for the composition task {task!r}") from error
+    return Choice(task, sample, (pair["caption"],), pair["foil"])

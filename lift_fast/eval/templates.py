@@ -1,6 +1,5 @@
 """Templates and class names for zero-shot classification: those of ImageNet, and a user's own files."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -8,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.captions import halved
-from ..data.reading import read_image
-from ..data.samples import BadSample
 from ..errors import DataError
+from ..files import read_regular
+from ..foreign import parse_json
 
 ClassNames = list[str] | dict[str, str]  # names by number; or id, such as the name of a class folder -> name
 AUTHORS = "It is a photo of a {}"  # LIFT's authors' only template, for ImageNet
 USUAL = ("{}", "a drawing of {}", "an emoji of {}", "a picture that belongs to {}")  # of sets that are not ImageNet's
+_MOST_BYTES = 1 << 24  # of a file of templates or names
 _FOLDER = Path(__file__).parent / "imagenet"
 # In place of a file: what is installed.
 _TEMPLATES = {"imagenet": "templates.txt", "imagenet-authors": "authors-templates.txt"}
@@ -117,14 +117,14 @@ def _lines(path: Path, objects: bool = False) -> Iterator[_Line]:
     """The lines of a text file, the texts of a list in a .json, or, with `objects`, those of an object. Raises
     DataError."""
     try:
-        text = read_image(path).decode("utf-8-sig")
+        data = read_regular(path, _MOST_BYTES)
         # Pairs, since an object may hold a key twice.
-        content: Any = json.loads(text, object_pairs_hook=tuple) if _is_json(path) else text.splitlines()
-    except BadSample as error:
-        raise DataError(error.reason) from error
+        content: Any = parse_json(data, tuple) if _is_json(path) else data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is no whole JSON file ({error}); write or download it again") from error
     lines: list[tuple[str, Any, str | None]]
     if objects and isinstance(content, tuple):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.links import Folder
 from ..data.open import open_data
 from ..data.options import DataOptions
 from ..data.samples import BadSample, Samples
@@ -36,7 +37,7 @@ def how_read(images: str | Path | None = None, options: DataOptions | None = Non
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files among `paths`, and those with the suffix of an image in the folders among them and below, by name.
 
-    A file need not exist. Raises DataError for a folder without image files.
+    A file need not exist. Raises DataError for a folder without image files, and for a link in it that leads out.
     """
     found: list[Path] = []
     for path in paths:
@@ -45,6 +46,9 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
             continue
         below = [file for file in path.rglob("*") if file.suffix[1:].lower() in _SUFFIXES and file.is_file()]
         below = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        folder = Folder(path)
+        if outside := next(filter(folder.leads_out, below), None):
+            raise DataError(f"{outside} is a link that leads out of {path}; name that file, or the folder of the files")
         if not below:
             raise DataError(f"{path} holds no image file; name the folder that holds the images")
         found += sorted(below)

@@ -20,10 +20,11 @@ from torch import Tensor
 from .. import foreign
 from ..data.images import decode, read_header
 from ..data.pixels import MEAN, STD, normalise
-from ..data.reading import cpu_count
+from ..data.reading import MOST_BYTES, cpu_count
 from ..data.samples import BadSample
 from ..data.transforms import centre_of, render_centre, resize
 from ..errors import ConfigError, DataError
+from ..files import read_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +82,7 @@ class Preprocessing:
         """The resized and cropped image, uint8 [image_size, image_size, 3]. Raises DataError."""
         if isinstance(image, str | os.PathLike):
             try:
-                data = Path(image).read_bytes()
+                data = read_regular(Path(image), MOST_BYTES)
             except (OSError, ValueError) as error:  # ValueError: a null byte in the name
                 raise DataError(
                     f"{image}: the image cannot be read ({getattr(error, 'strerror', None) or error})"

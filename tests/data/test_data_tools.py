@@ -235,7 +235,7 @@ def test_check_reads_the_captions_asked_for(tmp_path):
         ],
     )
     figures = check(tmp_path / "d", progress=False)
-    assert figures["bad"] == 2 and figures["causes"] == {"no caption": 2, "empty": 1}
+    assert figures["bad"] == 2 and figures["causes"] == {"no caption": 2, "empty": 1, "does not parse": 1}
     assert figures["first"][0]["sample"].endswith("sample 'b'") and "no caption 'txt'" in figures["first"][0]["reason"]
     figures = check(tmp_path / "d", "long", progress=False)
     assert figures["bad"] == 1 and figures["causes"] == {"does not parse": 1, "empty": 1}

@@ -168,7 +168,7 @@ def test_links_to_a_folder_above_are_not_followed_for_ever(tmp_path):
     (tmp_path / "d/sub/loop").symlink_to(tmp_path / "d")
     (tmp_path / "d/linked").symlink_to(tmp_path / "other")
     (tmp_path / "d/broken.txt").symlink_to(tmp_path / "nothing")
-    samples = LooseFiles(tmp_path / "d")
+    samples = LooseFiles(tmp_path / "d", DataOptions(follow_links=True))
     assert keys(samples) == ["a", "broken", "linked/c", "sub/b"]
     with pytest.raises(BadText, match="there is no"):
         samples.caption(1)

@@ -12,7 +12,6 @@ The captions of an image stay in the order of the file. Of a file with splits, t
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ from ...data.captions import checked_caption
 from ...data.options import DataOptions
 from ...data.samples import BadText
 from ...errors import DataError
+from ...foreign import parse_json
 from ..held_out_set import HeldOutSet
 from ..questions import Questions
 from .entries import Entries, first_line, identity_of, list_of, name_of, object_of, shown, text_of
@@ -138,8 +138,8 @@ def _of_table(entries: Entries) -> Captions:
                 name = name_of(row, "filename", where)
                 _add(found, name, where)
                 try:
-                    captions = json.loads(row.get("raw") or "")
-                except (ValueError, RecursionError) as error:
+                    captions = parse_json((row.get("raw") or "").encode())
+                except ValueError as error:
                     raise BadText("does not parse", f"{where}: its 'raw' is no JSON list ({error})") from error
                 for caption in list_of(captions, f"{where}: 'raw'"):
                     with entries.sorted_out():

@@ -19,12 +19,14 @@ from ...data.options import DataOptions
 from ...data.samples import BadText, Samples, SeveralCaptions
 from ...data.scan import IMAGE_SUFFIXES
 from ...data.shards import Shards
+from ...files import read_regular
 from ..held_out_set import HeldOutSet
 from ..labels import check_classes, classes_of, tar_suffixes
 from ..questions import Questions
 from ..templates import ClassNames
 
 _TYPE_FILE, _RETRIEVAL = "dataset_type.txt", "retrieval"  # of clip_benchmark
+_LONGEST = 1000  # bytes of it
 _LOOKED_AT = 200  # files of a folder
 _SPLITS = ("test", "val", "validation")  # with tars; the first that there is
 _CAPTIONS = {"txt", "json", "text", "caption"}
@@ -122,7 +124,7 @@ def _says_retrieval(folder: Path) -> bool:
     """Whether the file of clip_benchmark in the folder of the tars, or in the one above it, says so."""
     for place in folder, folder.parent:
         try:
-            return (place / _TYPE_FILE).read_text(encoding="utf-8").strip().lower() == _RETRIEVAL
+            return read_regular(place / _TYPE_FILE, _LONGEST).decode().strip().lower() == _RETRIEVAL
         except (OSError, UnicodeDecodeError):
             continue
     return False

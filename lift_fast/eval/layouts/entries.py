@@ -1,6 +1,5 @@
 """Files that list images and texts: read whole, and each entry that cannot be used named or left out."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from ...data.captions import checked_caption, halved, kept
 from ...data.reading import read_image
 from ...data.samples import BadSample, BadText, Cause, Problem
 from ...errors import DataError
+from ...files import open_regular
+from ...foreign import parse_json
 
 _NAMED = 3  # entries that a problem names
 _LONGEST = 60  # characters of a value in a message
@@ -51,8 +52,8 @@ class Entries:
             return found
 
         try:
-            return json.loads(self.bytes(), object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
+            return parse_json(self.bytes(), unique)
+        except ValueError as error:
             raise DataError(f"{self.path} is no whole JSON file ({error}); write or download it again") from error
 
     def lines(self) -> list[str]:
@@ -91,8 +92,9 @@ class Entries:
 def first_line(path: Path, most: int) -> str:
     """The first line of a text file, cut at `most` bytes. Raises DataError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.readline(most).decode("utf-8-sig", errors="replace").rstrip("\r\n")
+        with open_regular(path) as file:
+            line = (file.read(most) or b"").partition(b"\n")[0]
+            return line.decode("utf-8-sig", errors="replace").rstrip("\r")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
 

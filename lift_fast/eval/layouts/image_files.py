@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...data.links import Folder
 from ...data.options import DataOptions
 from ...data.reading import read_image, stamp_of
 from ...data.samples import BadSample, Problem, located
-from ...data.tables import TableSamples, inside
+from ...data.tables import TableSamples
 from ...errors import DataError
 
 _IMAGE, _CAPTIONS = "file_name", "caption"
@@ -82,7 +83,8 @@ class ImageFiles(TableSamples):
     ):
         options = replace(options or DataOptions(), key=_IMAGE)
         super().__init__(path, _List(path, images, captions, list(problems), files or [path]), options)
-        self.root = Path(os.path.abspath(root))
+        self._images = Folder(root, options)
+        self.root = self._images.path
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i. Raises BadSample: "missing", "unreadable", "too large"."""
@@ -91,7 +93,7 @@ class ImageFiles(TableSamples):
     def image_file(self, i: int) -> Path:
         """The image of sample i, which need not exist. Raises BadSample: "unreadable" for a name that leads out of the
         folder."""
-        return inside(self.root, self._table.value(i, _IMAGE), self._options.absolute_paths)
+        return self._images.file(self._table.value(i, _IMAGE))
 
 
 def images_folder(path: Path, images: Sequence[str], folders: Sequence[Path], options: DataOptions) -> Path:
@@ -101,7 +103,8 @@ def images_folder(path: Path, images: Sequence[str], folders: Sequence[Path], op
     """
     for count in (_LOOKED_AT, len(images)):
         for folder in folders:
-            if any(_lies_in(folder, name, options) for name in images[:count]):
+            place = Folder(folder, options)
+            if any(_lies_in(place, name) for name in images[:count]):
                 return folder
     shown = " or ".join(str(folder) for folder in folders)
     raise DataError(
@@ -110,9 +113,9 @@ def images_folder(path: Path, images: Sequence[str], folders: Sequence[Path], op
     )
 
 
-def _lies_in(folder: Path, name: str, options: DataOptions) -> bool:
+def _lies_in(folder: Folder, name: str) -> bool:
     try:
-        return os.path.isfile(inside(Path(os.path.abspath(folder)), name, options.absolute_paths))
+        return os.path.isfile(folder.file(name))
     except BadSample:
         return False
 
