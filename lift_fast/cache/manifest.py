@@ -19,7 +19,7 @@ CONDITIONED_FORMAT = 4  # of those with a conditioning, which an older lift-fast
 FORMATS = (2, 3, 4)  # that are read: 2 has no `read`, no stamps and no rows that are left out
 ENDIAN = "little"
 MANIFEST = "manifest.json"
-_LARGEST_DIM, _MOST_ROWS = 1 << 24, 1 << 36  # together at most 2^62 bytes of codes
+_LARGEST_DIM, MOST_ROWS = 1 << 24, 1 << 36  # together at most 2^62 bytes of codes
 PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
 
 
@@ -123,8 +123,8 @@ class Manifest:
             raise CacheError(f"{path} is not a complete manifest ({error}); {again}") from error
         shards = tuple(Shard(**shard) for shard in data.pop("shards"))
         manifest = Manifest(shards=shards, **data)
-        valid = 1 <= manifest.dim <= _LARGEST_DIM and all(0 <= s.skipped <= s.rows <= _MOST_ROWS for s in shards)
-        valid = valid and manifest.rows <= _MOST_ROWS
+        valid = 1 <= manifest.dim <= _LARGEST_DIM and all(0 <= s.skipped <= s.rows <= MOST_ROWS for s in shards)
+        valid = valid and manifest.rows <= MOST_ROWS
         # Shard names are joined to the folder, so one such as "../x" must be refused.
         if not valid or any(shard.name != shard_name(k) for k, shard in enumerate(shards)):
             raise CacheError(f"{path} is damaged: it has an invalid count or name; {again}")

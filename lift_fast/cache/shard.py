@@ -21,18 +21,20 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import foreign
 from ..errors import CacheError
 from ..files import open_regular
+from ..foreign import Count
 from ..ops.rows.codecs import CODECS
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import MappedFile
-from .manifest import Manifest, Shard
+from .manifest import MOST_ROWS, Manifest, Shard
 
 PAGE = 4096
 AGAIN = "run the same lift-fast embed again"  # the end of messages: embed writes only the shards that are missing
@@ -45,6 +47,30 @@ _SAFETENSORS = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
 }
+
+
+class _Texts(TypedDict):
+    sha256: str
+    captions: str
+
+
+class _Metadata(_Texts, total=False):
+    stamp: str
+
+
+class _OneDimension(TypedDict):
+    shape: tuple[Count]
+
+
+class _Needed(TypedDict):
+    __metadata__: _Metadata
+    keys: _OneDimension
+
+
+class _Header(_Needed, total=False):
+    """What a header says of the rows."""
+
+    skipped: _OneDimension
 
 
 def tensors(manifest: Manifest, rows: int, skipped: int = 0) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -103,16 +129,15 @@ def describe(manifest: Manifest, number: int, path: Path) -> Shard:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _LONGEST_HEADER:
                 raise ValueError("the length of its header is wrong")
-            entries = json.loads(file.read(length))
-        metadata, rows = entries["__metadata__"], entries["keys"]["shape"][0]
-        if type(rows) is not int or not 0 <= rows < 1 << 48:
-            raise ValueError(f"its number of rows is {rows!r}")
-        skipped = entries["skipped"]["shape"][0] if "skipped" in entries else 0
-        if type(skipped) is not int or not 0 <= skipped <= rows:
-            raise ValueError(f"its number of rows left out is {skipped!r}")
-        texts = {name: str(metadata[name]) for name in ("sha256", "captions")}
-        found = replace(entry, rows=rows, skipped=skipped, stamp=str(metadata.get("stamp", "")), **texts)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            entries = foreign.parse_json(file.read(length))
+        foreign.check(entries, _Header)
+        metadata, [rows] = entries["__metadata__"], entries["keys"]["shape"]
+        [skipped] = entries["skipped"]["shape"] if "skipped" in entries else [0]
+        if not skipped <= rows <= MOST_ROWS:
+            raise ValueError(f"its number of rows is {rows}, of which {skipped} are left out")
+        texts = {name: metadata[name] for name in ("sha256", "captions")}
+        found = replace(entry, rows=rows, skipped=skipped, stamp=metadata.get("stamp", ""), **texts)
+    except (OSError, ValueError) as error:
         raise CacheError(f"{path} is damaged: {error}; remove it and {AGAIN}") from error
     with _opened(manifest, number, found, path):
         return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import foreign
 from ..errors import DataError
 from ..files import for_appending, open_regular
 from .samples import BadSample, Collection
@@ -207,8 +208,8 @@ def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
             if not text.endswith(b"\n"):
                 break
             whole += len(text)
-            with suppress(ValueError, RecursionError):  # damage costs no more than samples that are listed once more
-                line = json.loads(text)
+            with suppress(ValueError):  # damage costs no more than samples that are listed once more
+                line = foreign.parse_json(text)
                 if isinstance(line, dict) and type(line.get("row")) is int:
                     yield line
         cut = text != b""

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import foreign
 from ..data.samples import BadSample, Samples, located
 from ..data.stamps import data_stamp
 from ..files import remove_abandoned, write_whole
@@ -106,13 +107,13 @@ class KeptImages:
         try:
             tensors = _read(path, identity, ("features", "samples", "causes"), len(piece))
             features, samples = tensors["features"], tensors["samples"]
-            causes = json.loads(tensors["causes"].numpy().tobytes())
+            causes = foreign.parse_json(tensors["causes"].numpy().tobytes())
+            foreign.check(causes, dict[str, foreign.Count])
             rows = samples.tolist()
             known = len(rows) + sum(causes.values())
-            counted = all(type(count) is int and count > 0 for count in causes.values())
-        except (*_UNUSABLE, AttributeError):
+        except _UNUSABLE:
             return None
-        whole = samples.dim() == 1 and len(features) == len(rows) and known == len(piece) and counted
+        whole = samples.dim() == 1 and len(features) == len(rows) and known == len(piece) and 0 not in causes.values()
         whole = whole and rows == sorted({*rows}) and all(0 <= row < len(piece) for row in rows)
         return Piece(features, [piece.start + row for row in rows], Counter(causes)) if whole else None
 

@@ -1,11 +1,11 @@
 """Uploads an export to the Hugging Face hub. The only code of lift-fast that sends anything."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from .. import foreign
 from ..errors import ConfigError
 from ..inference.exports import ABOUT
 from ..text.repository import HUB_NAME, first_line
@@ -49,7 +49,7 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
 @contextmanager
 def _placed(folder: Path, name: str) -> Iterator[None]:
     """While this lasts, the files of a target that have to say where the folder is say that it is on the hub."""
-    target = import_module(f".{TARGETS[json.loads((folder / ABOUT).read_bytes())['format']]}", __package__)
+    target = import_module(f".{TARGETS[foreign.read_json(folder / ABOUT)['format']]}", __package__)
     if not hasattr(target, "place"):
         yield
         return

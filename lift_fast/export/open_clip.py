@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from .. import foreign
 from ..inference import Model
 from ..nn import Clip, Lift, VitConfig
 from ..nn.weights import whole_open_clip
@@ -85,7 +86,7 @@ def place(folder: Path, address: str) -> None:
 
     open_clip hands these names on to timm and transformers as they are, and finds nothing relative to its own file.
     """
-    about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    about = foreign.read_json(folder / _CONFIG)
     vision, text = (about["model_cfg"][key] for key in ("vision_cfg", "text_cfg"))
     if ":" in vision.get("timm_model_name", ""):
         vision["timm_model_name"] = address

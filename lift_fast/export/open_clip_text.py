@@ -1,6 +1,5 @@
 """The text encoder of a run of LIFT as open_clip's HFTextEncoder, where that computes it."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import foreign
 from ..cache import Rotation
 from ..errors import EncoderError
 from ..inference import Model
@@ -79,4 +79,4 @@ def text_of(model: Model, out: Path) -> Text | None:
         "hf_pooler_type": _POOLERS[spec.pooling],
         "hf_proj_type": None if rotation is None else "linear",
     }
-    return Text(cfg, json.loads((out / "config.json").read_text(encoding="utf-8")), state)
+    return Text(cfg, foreign.read_json(out / "config.json"), state)

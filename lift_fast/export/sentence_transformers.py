@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import foreign
 from ..cache import Rotation
 from ..errors import BackendError, ConfigError
 from ..inference import Model
@@ -84,7 +85,7 @@ def write(model: Model, out: Path) -> list[str]:
     write_preprocessor(model.preprocess, out / _IMAGE)
     if whole_hf.layout_of(module.visual.config) == "hf_vit":  # without a pooler, for which there are no weights
         file = out / _IMAGE / "sentence_bert_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8")) | {"model_kwargs": {"add_pooling_layer": False}}
+        settings = foreign.read_json(file) | {"model_kwargs": {"add_pooling_layer": False}}
         file.write_text(json.dumps(settings, indent=4), encoding="utf-8")
     if "text" in routes:
         remarks.append(

@@ -35,6 +35,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
+from .. import foreign
 from ..data.captions import halved
 from ..data.images import read_header
 from ..data.samples import BadSample
@@ -340,8 +341,8 @@ def as_json(content: Any) -> tuple[bytes, str]:
 def parsed(data: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises Refused."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        content = foreign.parse_json(data)
+    except ValueError as error:
         raise Refused(400, "the request is not JSON") from error
     if not isinstance(content, dict):
         raise Refused(400, "the request is not a JSON object")

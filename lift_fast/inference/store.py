@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import foreign
 from ..cache.codec import encode as quantize
 from ..data.samples import BadSample, Samples, located
 from ..data.skipped import in_words
@@ -262,15 +263,15 @@ def _read(piece: _Piece, codec: str) -> Part | None:
             tensors = {name: file.get_tensor(name) for name in names}
         codes, rows, ends, scales = tensors["codes"], tensors["rows"], tensors["ends"], tensors.get("scales")
         features = QuantizedRows(codes, scales, codec, codes.shape[1])  # checks their shapes
-        bad = json.loads(tensors["bad"].numpy().tobytes())
+        bad = foreign.parse_json(tensors["bad"].numpy().tobytes())
+        foreign.check(bad, list[tuple[int, str, str]])
         part = Part(piece.first, features, rows, tensors["keys"], ends, bad)
-        known = torch.cat([rows, torch.tensor([int(row) for row, _, _ in bad], dtype=torch.int64)]).sort().values
+        known = torch.cat([rows, torch.tensor([row for row, _, _ in bad], dtype=torch.int64)]).sort().values
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, OverflowError):
         return None
     whole = rows.dtype == ends.dtype == torch.int64 and part.keys.dtype == torch.uint8
     whole = whole and torch.equal(known, torch.arange(piece.size)) and bool((rows.diff() > 0).all())
     whole = whole and len(rows) == len(ends) == len(part) and bool((ends.diff() >= 0).all())
     whole = whole and (ends[-1:].tolist() or [0]) == [len(part.keys)]
-    whole = whole and all(isinstance(cause, str) and isinstance(reason, str) for _, cause, reason in bad)
     finite = scales is None or bool((scales.isfinite() & (scales >= 0)).all())
     return part if whole and finite else None

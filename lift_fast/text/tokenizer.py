@@ -23,6 +23,8 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor
 
+from .. import foreign
+
 _START, _END = 49406, 49407
 _SPECIAL = {"<start_of_text>": _START, "<end_of_text>": _END}
 # regex, not re: its \p{L} and its way of ignoring case are open_clip's.
@@ -57,7 +59,7 @@ class ClipTokenizer:
         self._merges.save(str(folder))
         file = folder / "vocab.json"
         start, end = "<|startoftext|>", "<|endoftext|>"  # Hugging Face's names of the two
-        vocabulary = json.loads(file.read_text(encoding="utf-8")) | {start: _START, end: _END}
+        vocabulary = foreign.read_json(file) | {start: _START, end: _END}
         file.write_text(json.dumps(vocabulary), encoding="utf-8")
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context}
         config |= {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
