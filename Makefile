@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 gpu: PYTHON := python3
 gpu: OUT := runs/gpu
 
-.PHONY: demo test check docs bench campaign soak gpu clean
+.PHONY: demo test check docs bench campaign sanitize soak gpu clean
 
 demo: .venv/.demo
 	$(BIN)/lift-fast demo --out $(OUT)
@@ -39,6 +39,11 @@ bench: .venv/.test
 campaign: .venv/.test
 	OMP_WAIT_POLICY=passive timeout 1200 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'campaign or attack' --bars
 
+# The tests of the C++ engine in builds with sanitizers.
+sanitize: .venv/.test
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m sanitize
+
+# Long tests: kernels compiled for GPUs that are not here, leaks, other numbers of ranks, a run that is killed 30 times.
 soak: .venv/.test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 

@@ -290,7 +290,7 @@ def test_its_largest_forms_compile_causal_and_without_out(capability, usage):
         sound(usage("backward", tokens, 64, capability, want_out=False), "backward", tokens, 64, capability)
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 @pytest.mark.parametrize("dtype", STEP)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -224,7 +224,7 @@ def test_resident_memory_is_read_until_the_command_ends(tmp_path):
     assert bench_train._resident_bytes(2**22 + 1) is None
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 def test_a_run(monkeypatch, tmp_path):
     """All parts, as they are, in the short form."""
     monkeypatch.setattr(bench_train, "OTHERS", math.inf)

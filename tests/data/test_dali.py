@@ -401,7 +401,7 @@ def test_memory_stays_when_pipelines_are_opened_and_fail(monkeypatch, threads_en
     assert max(resident[4:]) <= 1.02 * resident[3], resident
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 def test_twenty_epochs_of_large_pictures_leak_nothing(graph, mixed):
     pictures = photographs(200, 300, 700) + [data for data, _ in hostile(random.Random(0)).values()]
     resident = soak(DaliPipeline(collection(pictures), Loading(16, 224, ahead=2, max_skipped=0.9)), 20, 14)

@@ -28,7 +28,7 @@ CASES = [
     if form != "persistent" or not (int8 or dtype == torch.float32)  # these would run as "fused"
 ]
 
-CAMPAIGN = pytest.mark.campaign
+SOAK = pytest.mark.soak
 
 
 @contextlib.contextmanager
@@ -602,7 +602,7 @@ def tile_of(capability, setting, **facts):
     return TileConfig(*tuned.lookup("pairs", f"sm_{capability}", setting, **facts))
 
 
-@pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=CAMPAIGN)], ids=["even", "odd"])
+@pytest.mark.parametrize("aligned", [True, pytest.param(False, marks=SOAK)], ids=["even", "odd"])
 @pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_that_form_scores_compile_for_gpus_that_are_not_here(capability, name, aligned, usage):

@@ -63,7 +63,7 @@ def test_many_rows(device, backend, rows, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("device", "backend", "rows", "dim"), many_rows(pytest.mark.campaign))
+@pytest.mark.parametrize(("device", "backend", "rows", "dim"), many_rows(pytest.mark.soak))
 def test_many_rows_of_sigmoid(device, backend, rows, dim, dtype):
     for scale in SCALES:
         check_by_hand(sigmoid, rows, dim, dtype, scale, backend, trained=dim < 4096, device=device)

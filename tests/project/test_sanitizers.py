@@ -16,7 +16,7 @@ def library(name):
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.campaign
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "tests",
     [

@@ -238,7 +238,7 @@ def test_a_few_kills_at_random_moments(tmp_path, lines, whole, world):
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("world", [1, 2])
-def test_forty_kills(tmp_path, lines, whole, world):
+def test_forty_kills(tmp_path, lines, whole, tally, world):
     """Every other run is killed a second time; then the same command runs to completion."""
     rng = random.Random(10 + world)
     states = []
@@ -246,6 +246,7 @@ def test_forty_kills(tmp_path, lines, whole, world):
         out = tmp_path / f"{turn}"
         for _ in range(turn % 2 + 1):
             ended = run_killed(lines, out, world, rng)
+            tally("kill", "right answer", world - ended)
         names = [path.name for path in out.iterdir()] if out.exists() else []
         parts = sum(name.endswith(".part") for name in names)
         states.append((len([name for name in names if name.endswith("tensors")]), parts, ended))

@@ -229,7 +229,7 @@ def test_compiling_goes_with_the_others(sets, tmp_path, monkeypatch, options):
     compiles(sets, tmp_path, options)
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 @pytest.mark.parametrize("options", COMPILED, ids=["-".join(options) for options in COMPILED])
 def test_inductor_goes_with_the_others(sets, tmp_path, options):
     compiles(sets, tmp_path, options)

@@ -343,8 +343,8 @@ def train_both(rank, root, name, how):
 @pytest.mark.parametrize(("name", "world", "how"), [
     ("lift", 1, "ddp"),
     ("clip", 2, "fsdp"),
-    pytest.param("lift", 3, "ddp", marks=pytest.mark.campaign),
-    pytest.param("lift", 2, "fsdp", marks=pytest.mark.campaign),
+    pytest.param("lift", 3, "ddp", marks=pytest.mark.soak),
+    pytest.param("lift", 2, "fsdp", marks=pytest.mark.soak),
 ])  # fmt: skip
 def test_on_ranks_while_a_run_trains(root, name, world, how, monkeypatch):
     """The training is the same, bit for bit, as without evaluation; the scores are those of the weights of the moment,

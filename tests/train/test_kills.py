@@ -1,7 +1,8 @@
 """Ranks that are killed, stopped or asked to stop, anywhere: the run ends as if nothing had happened.
 
 Ranks strike themselves (support/launched.py), at places in the setup, a step, the exchange and a save, or when a thread
-comes to it. `make test` runs a few cases with a launcher of its own, `make campaign` all of them, under torchrun.
+comes to it. `make test` runs a few cases with a launcher of its own, `make campaign` nearly all, some under torchrun;
+`make soak` runs the one that is killed 30 times.
 """
 
 import json
@@ -170,7 +171,7 @@ OTHERS = [{"parallel": "fsdp"}, {"model": "clip", "cache": (), "context": 12}]
 
 
 @pytest.mark.parametrize("changes", [{}, *(pytest.param(other, marks=pytest.mark.campaign) for other in OTHERS)])
-def test_two_kills(config, undisturbed, tmp_path, changes):
+def test_two_kills(config, undisturbed, tmp_path, tally, changes):
     """One in the exchange, one while a checkpoint gets its name, and a restart of each."""
     run = replace(config, out=tmp_path / "run", **changes)
     blows = [
@@ -182,6 +183,7 @@ def test_two_kills(config, undisturbed, tmp_path, changes):
     assert struck(tmp_path / "logs") == blows
     check_same(run, undisturbed(2, **changes))
     check_clear((tmp_path / "logs" / "0.err").read_text() + (tmp_path / "logs" / "1.err").read_text())
+    tally("kill", "right answer", len(blows))
 
 
 def check_clear(err: str) -> None:
@@ -189,8 +191,8 @@ def check_clear(err: str) -> None:
     assert "Traceback" not in err, err
 
 
-@pytest.mark.campaign
-def test_thirty_kills(config, undisturbed, tmp_path):
+@pytest.mark.soak
+def test_thirty_kills(config, undisturbed, tmp_path, tally):
     """Under torchrun, of random ranks at random places."""
     changes = {"steps": 200, "save_every": 2}
     whole = undisturbed(2, **changes)
@@ -205,12 +207,13 @@ def test_thirty_kills(config, undisturbed, tmp_path):
     assert struck(tmp_path / "logs") == blows
     check_same(run, whole)
     check_clear((tmp_path / "logs" / "err").read_text())
+    tally("kill", "right answer", len(blows))
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("place", [place for kind in PLACES.values() for place, *_ in kind])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_kill_at_each_place(config, undisturbed, tmp_path, place, after):
+def test_a_kill_at_each_place(config, undisturbed, tmp_path, tally, place, after):
     """Each place is struck once on each rank that comes there, in a run that has been restarted once."""
     run = replace(config, out=tmp_path / "run")
     ranks = next(ranks for kind in PLACES.values() for name, ranks, _ in kind if name == place)
@@ -220,6 +223,7 @@ def test_a_kill_at_each_place(config, undisturbed, tmp_path, place, after):
     assert struck(tmp_path / "logs") == blows
     check_same(run, undisturbed(2))
     check_clear((tmp_path / "logs" / "0.err").read_text() + (tmp_path / "logs" / "1.err").read_text())
+    tally("kill", "right answer", len(blows))
 
 
 @pytest.mark.parametrize("changes", [{}, *(pytest.param(other, marks=pytest.mark.campaign) for other in OTHERS)])
@@ -238,13 +242,14 @@ def test_other_ranks_go_on(config, undisturbed, tmp_path, changes):
 @pytest.mark.campaign
 @pytest.mark.parametrize("stop", [3, 7, 20, 39])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_ranks_goes_on(config, undisturbed, tmp_path, world, stop):
+def test_any_number_of_ranks_goes_on(config, undisturbed, tmp_path, tally, world, stop):
     """A run that was killed on 2 ranks."""
     run = replace(config, out=tmp_path / "run")
     Launched(run, 2, tmp_path / "logs", [Blow(STEP, 1, 0, stop)]).ended()
     check_complete(Launched(run, world, tmp_path / "others").ended())
     check_logs(run, undisturbed(2))
     print(f"2 ranks until step {stop}, then {world}: {check_losses(run, undisturbed(2)):.1e}")
+    tally("kill", "right answer")
 
 
 def check_losses(run: TrainConfig, other: TrainConfig) -> float:
@@ -350,11 +355,12 @@ AT_ONCE = "lift_fast.ops.pairs.exchange:gather"
     "place",
     [AT_ONCE, *(pytest.param(place, marks=pytest.mark.campaign) for place in OF_A_DEATH if place != AT_ONCE)],
 )
-def test_a_rank_that_dies(config, tmp_path, place):
+def test_a_rank_that_dies(config, tmp_path, tally, place):
     """The other ends at once, with one sentence."""
     run = replace(config, out=tmp_path / "run", timeout=60)
     rank = OF_A_DEATH[place]
     check_lost(Launched(run, 2, tmp_path / "logs", [Blow(place, rank)]).ended(), 2, rank, within=20)
+    tally("kill", "error")
 
 
 def check_lost(ended: list[Ended], world: int, lost: int, within: float) -> None:

@@ -94,7 +94,7 @@ def test_two_ranks(configs):
     check(configs, SHORT, losses_of(configs, SHORT, 1, "ddp"), [(2, "ddp"), (2, "fsdp")])
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 def test_any_number_of_ranks(configs):
     alone = losses_of(configs, [*RUNS], 1, "ddp")
     check(configs, [*RUNS], alone, [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])

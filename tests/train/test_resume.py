@@ -298,7 +298,7 @@ def test_what_does_not_change_the_mathematics_may_change(sets, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch": 4, "checkpointing": "block"}, pytest.param({"compile": True}, marks=pytest.mark.campaign)],
+    [{"micro_batch": 4, "checkpointing": "block"}, pytest.param({"compile": True}, marks=pytest.mark.soak)],
 )
 def test_what_changes_losses_by_rounding_may_change(sets, tmp_path, change):
     config = config_of("clip", sets, tmp_path / "a")

@@ -18,7 +18,7 @@ PRODUCTS = [(1, 1, 1), (3, 17, 17), (50, 192, 384), (197, 257, 17), (3, 768, 192
 # Large shapes have one dtype each, because the interpreter is slow.
 CASES = [(s, d) for at, s in enumerate(SHAPES) for d in DTYPES if s[0] * s[1] < 5000 or d is DTYPES[at % 3]]
 
-CAMPAIGN = pytest.mark.campaign
+SOAK = pytest.mark.soak
 
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -341,8 +341,8 @@ def fits(found, capability, warps, programs=1):
     )
 
 
-@pytest.mark.parametrize("absent", [(), *(pytest.param(names, marks=CAMPAIGN) for names in (("d_stream",), ("y",)))])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=CAMPAIGN)])
+@pytest.mark.parametrize("absent", [(), *(pytest.param(names, marks=SOAK) for names in (("d_stream",), ("y",)))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SOAK)])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_layernorm_compiles_for_gpus_that_are_not_here(capability, dtype, absent, usage):
     """The widths of ViTs, and the widest; kernels differ only by the padded width."""
@@ -365,7 +365,7 @@ def test_layernorm_compiles_for_gpus_that_are_not_here(capability, dtype, absent
     assert fits(found, capability, tile.warps, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=CAMPAIGN)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SOAK)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_bias_act_compiles_for_gpus_that_are_not_here(capability, activation, dtype, usage):
@@ -389,9 +389,9 @@ def product_sizes(tile, activation):
         ("gelu", "even"),
         ("gelu_tanh", "even"),
         ("gelu", "odd"),
-        *(pytest.param("quick_gelu", name, marks=CAMPAIGN) for name in ("even", "odd", "fp16")),
-        *(pytest.param("gelu_tanh", name, marks=CAMPAIGN) for name in ("odd", "fp16")),
-        pytest.param("gelu", "fp16", marks=CAMPAIGN),
+        *(pytest.param("quick_gelu", name, marks=SOAK) for name in ("even", "odd", "fp16")),
+        *(pytest.param("gelu_tanh", name, marks=SOAK) for name in ("odd", "fp16")),
+        pytest.param("gelu", "fp16", marks=SOAK),
     ],
 )
 @pytest.mark.parametrize("capability", [80, 90, 100])
