@@ -18,7 +18,7 @@ from .images import decode, memory_for, read_header
 from .index import build_index
 from .passes import Findings, in_order, whole_meta
 from .samples import BadSample, BadText, Samples
-from .shards import ShardWriter, exists, give_name
+from .shards import ShardWriter, check_new, give_name
 
 _SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}  # images in other formats are written as PNG
 _KEY = re.compile(r"[^./\x00-\x1f\x7f\ud800-\udfff]+")
@@ -68,8 +68,7 @@ def pack(
     if not fields:
         raise ConfigError("pack needs the name of the captions: txt, an entry of the .json, or a column")
     out = Path(out)
-    if os.path.lexists(out):
-        raise exists(out)
+    check_new(out)
 
     def make(row: int) -> _Packed | BadSample:
         try:

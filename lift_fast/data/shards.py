@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import part_folder
+from ..files import part_folder, remove_abandoned
 from .captions import checked_caption, checked_captions, kept, parsed_meta
 from .index import Index, open_index, unread_files
 from .options import DataOptions
@@ -44,8 +44,7 @@ class ShardWriter:
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000):
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
-        if os.path.lexists(self.folder):
-            raise exists(self.folder)
+        check_new(self.folder)
         self._made = ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._written = 0
@@ -98,6 +97,14 @@ def give_name(part: Path, folder: Path) -> None:
         if os.path.lexists(folder):
             raise exists(folder) from error
         raise
+
+
+def check_new(folder: Path) -> None:
+    """Raises DataError for a folder that is to be written and is there, without the parts of it that killed processes
+    have left."""
+    if os.path.lexists(folder):
+        remove_abandoned(folder.parent, folder.name)
+        raise exists(folder)
 
 
 def exists(folder: Path) -> DataError:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +65,9 @@ def embed_images(
     for path in (out, _keys_file(out)) if out.suffix == ".npy" else (out,):
         # A run that was killed may have written the keys and not the features.
         if path.exists() and (path == out or not partial.exists()):
+            if partial.exists():
+                with suppress(OSError), shared_folder(partial):  # one that was killed before it removed the folder
+                    pass
             raise _exists(path)
         remove_abandoned(path.parent, path.name)
     with ExitStack() as stack:

@@ -73,6 +73,9 @@ def written(folder: Path) -> dict[str, object]:
             name, data = "events", None
         elif path.name == "checkpoint.json" or (name.startswith("packed") and path.name == "index.lift-fast"):
             data = None  # it has times: of steps, of the last change of tars
+        elif path.suffix == ".safetensors":
+            size = 8 + int.from_bytes(data[:8], "little")
+            data = json.loads(data[8:size]), data[size:]  # its library writes metadata in any order
         elif path.name in ("run.json", "eval.json"):
             data = without_times(json.loads(data))
         elif path.name == "metrics.jsonl":
