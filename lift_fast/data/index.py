@@ -189,7 +189,7 @@ def open_index(folder: Path, options: DataOptions | None = None) -> Index:
     options = options or DataOptions()
     suffixes = suffixes_of(options)
     paths = _tars(folder)
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         index = _opened(folder, len(paths))
         if index.suffixes != suffixes:
             raise DataError(
@@ -344,7 +344,7 @@ def _known(
     """The folder's index, None when it has none with these suffixes or a damaged one, and the numbers of its intact
     entries by a tar's name and stamp."""
     try:
-        index = _opened(folder, tars) if (folder / INDEX).exists() else None
+        index = _opened(folder, tars) if os.path.lexists(folder / INDEX) else None
     except DataError:
         index = None
     if index is None or index.suffixes != suffixes:

@@ -129,6 +129,14 @@ _NO_FOLDER = "images that do not lie in a class folder"
 _TOO_DEEP = "images in a folder within a class folder"
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder, or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def holds_images(folder: str | Path, options: DataOptions | None = None) -> bool:
     """Whether image files lie in a folder or below it, judged from the first 10 000 entries that are met."""
     suffixes, root = _Suffixes(options or DataOptions()), Folder(folder, options)
@@ -139,7 +147,7 @@ def holds_images(folder: str | Path, options: DataOptions | None = None) -> bool
                 for entry in entries:
                     left -= 1
                     if not entry.name.startswith("."):
-                        if entry.is_dir():
+                        if is_folder(entry):
                             if not (entry.is_symlink() and root.leads_out(entry.path)):
                                 folders.append(entry.path)
                         elif (found := suffixes.split(entry.name)) and found[2] == _IMAGE:
@@ -353,7 +361,7 @@ class LooseFiles:
                 if (identity := (status.st_dev, status.st_ino)) in above:
                     continue
                 with os.scandir(self.folder / folder) as entries:
-                    named = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+                    named = sorted((e.name, is_folder(e)) for e in entries if not e.name.startswith("."))
             except OSError as error:
                 where = str(self.folder / folder)
                 if not self._options.skip_bad or not folder:
@@ -361,10 +369,10 @@ class LooseFiles:
                     raise DataError(f"{where} cannot be read ({error.strerror}){remedy}") from error
                 self.problems.append(Problem(where, "unreadable", f"it cannot be listed ({error.strerror})"))
                 continue
-            files = [name for name, is_folder in named if not is_folder]
+            files = [name for name, with_more in named if not with_more]
             other = other or next((folder + name for name in files if _OTHER_LAYOUT.fullmatch(name)), "")
             _add_samples(found, folder, files, suffixes, unused)
-            below = [f"{folder}{name}/" for name, is_folder in named if is_folder]
+            below = [f"{folder}{name}/" for name, with_more in named if with_more]
             waiting += [(name, above | {identity}) for name in reversed(below)]
         return found, other
 

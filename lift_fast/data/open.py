@@ -157,7 +157,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _bare(name: Any) -> str:
     """The name of a file in the folder. Raises ValueError."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or not name or Path(name).name != name:
         raise ValueError("it names a file that is not in this folder")
     return name
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ...data.loose import LooseFiles
+from ...data.loose import LooseFiles, is_folder
 from ...data.open import open_data
 from ...data.options import DataOptions
 from ...data.samples import BadText, Samples, SeveralCaptions
@@ -153,7 +153,7 @@ def _first_entries(path: Path) -> tuple[list[str], list[Path]]:
     try:
         with os.scandir(path) as entries:
             for entry in islice(entries, _LOOKED_AT):
-                if entry.is_dir():
+                if is_folder(entry):
                     folders.append(Path(entry.path))
                 else:
                     files.append(entry.name)
