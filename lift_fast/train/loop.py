@@ -190,6 +190,7 @@ class Run:
     def _save(self, step: int) -> None:
         """Starts to write the checkpoint after `step` steps, and writes the weights alone where they are asked for."""
         training, config = self.training, self.config
+        training.check_text()
         self.saved_at = time.monotonic()
         state = {
             "seconds": self.seconds,
@@ -222,6 +223,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Writes the weights and run.json."""
         training = self.training
+        training.check_text()
         run = summarise(training, self.recorder, self.seconds, gathered(training))
         if self.best.kept is not None:
             run["best"] = self.best.kept
