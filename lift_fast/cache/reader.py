@@ -213,6 +213,7 @@ class Cache:
             if self._keys is None:
                 shards = [self.shard(number) for number in range(len(self.manifest.shards))]
                 self._keys = KeyTable([shard.keys for shard in shards]), shards
+                self._look_at = 0.0  # the table will read all of them
             table, shards = self._keys
         found = table.find(key_hashes(keys))
         with self._lock:
@@ -233,8 +234,8 @@ class Cache:
             lost = [number for number, shard in self._mapped.items() if self._lost != lost_files() and shard.lost]
             self._lost = lost_files()
             touched = sorted({*self._table.touched(), *lost} & self._mapped.keys())
-            self._check([*((number, self._mapped[number]) for number in touched), *enumerate(self._searched)])
-            self._searched = []
+            searched, self._searched = self._searched, []
+            self._check([*((number, self._mapped[number]) for number in touched), *enumerate(searched)])
             now = time.monotonic()
             self._look_at = now + max(_LOOK_SECONDS, 100 * (now - begun))
 

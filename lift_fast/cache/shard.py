@@ -173,15 +173,17 @@ class MappedShard:
 
         A file that only got a new name, owner or time has its checksum compared.
         """
-        if self.lost:
-            raise CacheError(
-                f"{self._path} was cut short while it was mapped, or its disk cannot be read; remove it and {AGAIN}"
-            )
         try:
             status = os.stat(self._path)
         except OSError:
-            return  # removed; the file stays while it is mapped
-        if (status.st_dev, status.st_ino) != self._file:
+            status = None
+        if status is not None and (status.st_dev, status.st_ino) != self._file:
+            status = None  # replaced, or removed; the file stays while it is mapped
+        if self.lost or (status is not None and status.st_size < self._stamp[0]):
+            raise CacheError(
+                f"{self._path} was cut short while it was mapped, or its disk cannot be read; remove it and {AGAIN}"
+            )
+        if status is None:
             return
         if (status.st_size, status.st_mtime_ns) != self._stamp:
             raise CacheError(
