@@ -8,6 +8,7 @@ from .. import __version__
 from ..inference import Model
 from ..inference.exports import ONE_WAY
 from ..nn import Clip, Lift
+from ..printable import printable
 from . import conditioned
 from .description import bad_scores
 
@@ -295,17 +296,18 @@ def _licences(run: Mapping[str, Any], config: Mapping[str, Any], licence: str | 
 
 
 def _items(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {sentence[:1].upper()}{sentence[1:]}." for sentence in sentences)
+    return "\n".join(f"- {printable(sentence[:1].upper() + sentence[1:])}." for sentence in sentences)
 
 
 def _table(rows: Mapping[str, Any]) -> str:
     """A table of the rows that have a value."""
-    return "\n".join(["| | |", "|-|-|", *(f"| {key} | {value} |" for key, value in rows.items() if value is not None)])
+    given = (f"| {key} | {printable(str(value))} |" for key, value in rows.items() if value is not None)
+    return "\n".join(["| | |", "|-|-|", *given])
 
 
 def _code(name: Any) -> str:
     """A name as code, whatever characters it has."""
-    text = "".join(c if c.isprintable() else " " for c in str(name)).replace("`", "'").replace("|", "\\|")
+    text = printable(str(name)).replace("`", "'").replace("|", "\\|")
     return f"`{text}`"
 
 

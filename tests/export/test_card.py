@@ -209,7 +209,7 @@ def test_a_hostile_description_stays_text(tmp_path):
     model = recorded(tmp_path / "run", encoder=encoder)
     front, text = card_of(model, tmp_path / "out", licence='x"\ntags: [y]')
     assert front["license"] == 'x"\ntags: [y]' and front["tags"][0] == "lift"
-    assert "\n# Title" not in text and "`a'b\\|c # Title ---`" in text
+    assert "\n# Title" not in text and r"`a'b\|c\n# Title\n---`" in text
 
 
 def test_a_damaged_evaluation(tmp_path):

@@ -135,6 +135,7 @@ def test_commands_about_models(root, run, tmp_path):
     run("classify", "ROOT/clip", "ROOT/images", "--names", f"a {BAD}", f"b {BAD}", status=1)
     run("embed-images", "ROOT/clip", "--data", "ROOT/images", "--skip-bad", "--out", f"{tmp_path}/{BAD}.parquet")
     run("export", "ROOT/lift", "--to", "open_clip", "--out", f"{tmp_path}/{BAD}")
+    assert not unprintable(Path(tmp_path, BAD, "README.md").read_text())
 
 
 @pytest.mark.parametrize(
