@@ -24,7 +24,7 @@ import torch
 from .. import __version__
 from ..cache.conditioning import CONDITIONING
 from ..errors import ConfigError
-from ..files import is_part, locked_folder, part_folder
+from ..files import is_part, locked_folder, part_folder, remove_abandoned
 from ..inference import Model
 from ..nn import Clip, Lift
 from . import conditioned
@@ -68,6 +68,8 @@ def export(
     if to not in TARGETS:
         raise ConfigError(f"no target {to!r}; choose one of {', '.join(TARGETS)}")
     out = Path(os.path.realpath(Path(out).expanduser()))
+    for within in (out.parent, out):
+        remove_abandoned(within, out.name)
     if out.exists() and not (out.is_dir() and _is_free(out)):
         raise _exists(out)
     if not isinstance(model.module, Lift | Clip):

@@ -1,5 +1,6 @@
 """Functions run in forked processes, to be killed or many at once. A fork takes milliseconds, a new process seconds."""
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -7,6 +8,8 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+SECONDS = 60.0  # after which a process prints where it hangs, and ends
 
 
 def forked(function: Callable[[], Any]) -> Any:
@@ -66,6 +69,7 @@ def _start(function: Callable[[], Any]) -> tuple[int, int]:
     if process:
         os.close(theirs)
         return process, ours
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     try:
         outcome = ("returned", function())
     except BaseException:
