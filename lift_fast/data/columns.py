@@ -251,7 +251,10 @@ class Columns:
         """With skip_bad: a column of lost rows, for a file without one column of this name. Raises DataError."""
         if file.schema.names.count(name) == 1:
             return None
-        reason = f"{file.path} does not have exactly one column {name!r}, as {self._first.path} has"
+        if self._first.schema.names.count(name) == 1:
+            reason = f"{file.path} does not have exactly one column {name!r}, as {self._first.path} has"
+        else:
+            reason = f"{file.path} has several columns {name!r}; give each a name of its own"
         if not self._skip_bad:
             raise DataError(reason)
         return _lost(file.rows, reason)

@@ -305,5 +305,9 @@ class TableImages(TableSamples):
             return chosen, chosen in holding
         structs = [name for name in holding if is_image_struct(kinds[name])]
         for name in (*(name for name in IMAGE_COLUMNS if name in holding), *(structs if len(structs) == 1 else ())):
+            self._check_column(name, "--image-column")
             return name, True
-        return next((name for name in IMAGE_COLUMNS if name in naming), None), False
+        named = next((name for name in IMAGE_COLUMNS if name in naming), None)
+        if named is not None:
+            self._check_column(named, "--image-column")
+        return named, False

@@ -184,7 +184,18 @@ PLACES = {
 @pytest.mark.attack
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_file_is_an_error_at_once(tmp_path, place):
-    for kind in KINDS:
+    turn = [*PLACES].index(place)
+    try_kinds(tmp_path, place, [KINDS[(turn + step) % len(KINDS)] for step in (0, 2)])
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("place", PLACES)
+def test_every_kind_of_no_file_is_an_error_at_once(tmp_path, place):
+    try_kinds(tmp_path, place, KINDS)
+
+
+def try_kinds(tmp_path, place, kinds):
+    for kind in kinds:
         if kind == "folder" and place.startswith("loose"):
             continue  # a folder called b.png is searched like any other
         folder = tmp_path / kind / "data"

@@ -597,3 +597,24 @@ def test_a_page_with_fewer_rows_than_its_file_says(tmp_path):
     with pytest.raises(DataError, match="2 of 3 rows of 'caption' can be read"):
         open_data(path).captions(0)
     assert captions_of(open_data(path, options=SKIP)) == ["damaged shard"] * 3
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow"])
+@pytest.mark.parametrize("twice", ["key", "image", "caption"])
+def test_a_column_that_occurs_twice(tmp_path, kind, twice):
+    names = ["key", "image", "caption", twice]
+    columns = {"key": ["k", "l"], "image": ["a.png", "a.png"], "caption": ["x", "y"]}
+    path = tmp_path / f"t.{kind}"
+    table = pa.Table.from_arrays([pa.array(columns[name]) for name in names], names=names)
+    if kind == "parquet":
+        parquet.write_table(table, path)
+    elif kind == "arrow":
+        write_arrow(path, table)
+    else:
+        rows = [",".join(columns[name][row] for name in names) for row in range(2)]
+        written(path, "\n".join([",".join(names), *rows]))
+    (tmp_path / "a.png").write_bytes(b"x")
+    for skip in (False, True):
+        with pytest.raises(DataError, match=f"has several columns '{twice}'"):
+            samples = open_data(path, options=DataOptions(skip_bad=skip))
+            samples.captions(0)
