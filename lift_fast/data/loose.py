@@ -332,7 +332,7 @@ class LooseFiles:
         except BadSample as error:
             raise BadText(error.cause, error.reason) from error
         except FileNotFoundError as error:
-            raise BadText("unreadable", f"there is no {path}") from error
+            raise BadText("unreadable", f"there is no file {path}") from error
         except (OSError, ValueError) as error:
             if isinstance(error, OSError):
                 check_limit(error)
