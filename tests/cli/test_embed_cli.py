@@ -9,6 +9,7 @@ from support.tiny_sets import make_set, png
 
 from lift_fast.cache import Cache
 from lift_fast.cli.main import main
+from lift_fast.text.encoder import Encoder
 from lift_fast.text.presets import PRESETS
 
 TRAIN = "train --model lift --steps 2 --batch-size 4 --preset tiny"
@@ -47,6 +48,27 @@ def edit(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def test_an_embed_that_another_one_outruns(tmp_path, capfd, monkeypatch):
+    """It failed: the first to finish removed the parts of the others."""
+    data, cache = make_set(tmp_path / "data", 9, per_shard=3).folder, tmp_path / "cache"
+    real, calls = Encoder.encode, []
+
+    def encode(self, captions, *rest):
+        calls.append(len(captions))
+        if len(calls) == 2:
+            run(f"embed --data {data} --out {cache}")
+            capfd.readouterr()
+        return real(self, captions, *rest)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
+    run(f"embed --data {data} --out {cache}")
+    out = capfd.readouterr().out
+    assert "6 captions encoded" in out and "another process has written 2 shards meanwhile" in out
+    assert f"9 captions, dim 384, in {cache}" in out and "nothing was to do" not in out
+    Cache(cache).verify()
+    assert len(calls) == 4 and not list(cache.glob("*.part"))
 
 
 def test_keys_and_reading_are_recorded_and_found_again(tmp_path, capfd, photos):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.forked import forked
 from support.tiny_models import tiny_model
 from support.tiny_sets import keys_of, make_set
 
 from lift_fast import files as whole
 from lift_fast.errors import BackendError, ConfigError, DataError
+from lift_fast.inference import feature_files
 from lift_fast.inference import store as storing
 from lift_fast.inference.feature_files import embed_images
 from lift_fast.inference.features import open_images
@@ -96,6 +98,34 @@ def test_a_disk_that_is_full_leaves_no_file(tmp_path, model, monkeypatch, suffix
     model.module.seen = 0
     embed_images(model, data, out)
     assert model.module.seen == 0 and len(read(out)[1]) == 6
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
+def test_another_process_that_writes_the_same_file_meanwhile(tmp_path, model, monkeypatch, suffix, same):
+    """The same features are the same file, and both have succeeded; others are not replaced."""
+    data, out = make_set(tmp_path / "data", 6), tmp_path / f"x{suffix}"
+
+    def meanwhile(*args, **options):
+        store = build(*args, **options)
+        if not out.exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(feature_files, "build", build)
+                forked(lambda: len(embed_images(model if same else tiny_model(1), data, out)))
+            assert (tmp_path / f"x{suffix}.partial").exists()  # this one uses it still
+        return store
+
+    build = feature_files.build
+    monkeypatch.setattr(feature_files, "build", meanwhile)
+    if same:
+        assert len(embed_images(model, data, out)) == 6 and not (tmp_path / f"x{suffix}.partial").exists()
+    else:
+        with pytest.raises(DataError, match="exists already; remove it or name another --out"):
+            embed_images(model, data, out)
+    monkeypatch.undo()
+    embed_images(model if same else tiny_model(1), data, tmp_path / f"y{suffix}")
+    assert out.read_bytes() == (tmp_path / f"y{suffix}").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_settings_are_checked_before_anything_is_computed(tmp_path, model, monkeypatch):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 SECONDS = 60.0  # after which a process prints where it hangs, and ends
 
 
@@ -70,6 +72,7 @@ def _start(function: Callable[[], Any]) -> tuple[int, int]:
         os.close(theirs)
         return process, ours
     faulthandler.dump_traceback_later(SECONDS, exit=True)
+    torch.set_num_threads(1)  # the threads of this process's OpenMP are not in the new one, which would wait for them
     try:
         outcome = ("returned", function())
     except BaseException:
