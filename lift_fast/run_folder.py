@@ -309,8 +309,12 @@ def frozen_encoder(
     device: torch.device,
     trust_remote_code: bool = False,
     conditioning: Conditioning | None = None,
+    *,
+    download: bool = False,
 ) -> EncodeText:
     """The same of the frozen encoder that "encoder", "text_dim", "conditioning" and "rotation" of a run describe.
+
+    download: as of text.repository.locate.
 
     Raises EncoderError when the encoder cannot be loaded, ConfigError when it needs trust_remote_code, CacheMismatch
     when its dim, or that of the conditioned vectors, is not the one that is needed; ValueError for another conditioning
@@ -325,12 +329,11 @@ def frozen_encoder(
     recorded = EncoderSpec.of_dict(run["encoder"])
     spec = replace(recorded, trust_remote_code=trust_remote_code)
     if recorded.trust_remote_code and not trust_remote_code:
-        code = "; ".join(code_of(spec, locate(spec, download=False)[0])) or "now none"
+        code = "; ".join(code_of(spec, locate(spec, download=download)[0])) or "now none"
         raise ConfigError(
             f"{spec.name} runs code from its repository ({code}); read it, then allow it with --trust-remote-code"
         )
-    # Nor does that it names a model on the hub have it downloaded; `load` does that for a name that the user gives it.
-    encoder = Encoder(spec, device=device, download=False)
+    encoder = Encoder(spec, device=device, download=download)
     wanted = run["text_dim"] if conditioning is None else conditioning.source_dim
     if encoder.dim != wanted:
         needs = "the head of this run" if conditioning is None else "the conditioning of this run is for"

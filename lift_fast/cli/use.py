@@ -237,5 +237,6 @@ def print_code(model: "Model", trust_remote_code: bool) -> None:
 
     encoder = model.description.get("encoder")
     if trust_remote_code and encoder:
-        for line in code_notice(replace(EncoderSpec.of_dict(encoder), trust_remote_code=True), download=False):
+        spec = replace(EncoderSpec.of_dict(encoder), trust_remote_code=True)
+        for line in code_notice(spec, download=model.download_encoder):
             say(line)

@@ -160,7 +160,7 @@ def _lift_text(library: Any, model: Model, folder: Path) -> tuple[list[Any], str
     only = f"only images can be encoded: the vectors of {without_path(spec.name)}"
     if spec.trust_remote_code:
         return [], "", [f"{only} come from code of its repository, which it may not run"]
-    encoder = Encoder(spec, download=False)
+    encoder = Encoder(spec, download=model.download_encoder)
     if encoder.pooling not in _POOLINGS:
         return [], "", [f"{only} are no pooling of its hidden states"]
     assert isinstance(model.module, Lift)

@@ -18,7 +18,7 @@ from ..data.captions import halved
 from ..data.images import read_header
 from ..data.samples import BadSample, Samples
 from ..data.skipped import in_words
-from ..errors import DataError, TrainingError
+from ..errors import DataError
 from ..inference import Model
 from ..inference.features import encode_images
 from ..text.encoder import NoTokens
@@ -45,8 +45,8 @@ class Library:
     models: name -> model. sets: name -> data set, opened with skip_bad. fields: name of a set -> caption to read.
     left_out: name of a set -> cause -> how many of its images cannot be read or decoded, and are not shown.
 
-    Raises DataError when no image can be shown or there are no such captions; TrainingError for a model whose features
-    are not finite; what Model.encode_text raises.
+    Raises DataError when no image can be shown or there are no such captions; what Model.encode_image and encode_text
+    raise.
     """
 
     def __init__(self, models: Mapping[str, Model], sets: Mapping[str, Samples], fields: Mapping[str, str]):
@@ -68,9 +68,6 @@ class Library:
         self.captions = [texts[number] for number in used]
         unused = {texts[number] for number in empty}
         self.items = [items[i]._replace(caption="") if items[i].caption in unused else items[i] for i in good]
-        for of_model in (*self._images.values(), *self._captions.values()):
-            if not of_model.isfinite().all():
-                raise TrainingError("the model's features are not finite: its weights have diverged; take earlier ones")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     def __len__(self) -> int:

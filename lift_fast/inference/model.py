@@ -35,7 +35,8 @@ class Parts:
     run of lift-fast or can be one. logit_scale: the factor, not its logarithm. description: as in run.json; of other
     projects' models only the text encoder and the preprocessing. make_text: a device -> the function that encodes
     texts, called once, when a text is first encoded. read_conditioning: reads `conditioning`, that of the text; None
-    without one. It is read when it is first asked for: images do without its file.
+    without one. It is read when it is first asked for: images do without its file. download: whether the text encoder,
+    where it is a model on the hub, may be downloaded: the user has named it, and not only the source.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Parts:
     description: dict[str, Any]
     make_text: Callable[[torch.device], EncodeText]
     read_conditioning: Callable[[], Conditioning | None] = lambda: None
+    download: bool = False
 
     @cached_property
     def conditioning(self) -> Conditioning | None:
@@ -56,7 +58,8 @@ class Model:
 
     Features are float32, of unit length, and on the model's device. Attributes: `module` (the torch module: a Lift, a
     Clip, or another project's tower), `preprocess` (a Preprocessing, the transform of an image), `logit_scale` (the
-    factor of the cosines before a softmax), `description` (of run.json), `source`, `device`, `dtype`.
+    factor of the cosines before a softmax), `description` (of run.json), `source`, `device`, `dtype`,
+    `download_encoder` (whether the text encoder, where it is a model on the hub, may be downloaded).
     """
 
     def __init__(self, parts: Parts, source: str, device: str | torch.device = "auto"):
@@ -64,6 +67,7 @@ class Model:
         self.preprocess = parts.preprocessing
         self.logit_scale = parts.logit_scale
         self.description = parts.description
+        self.download_encoder = parts.download
         self.source = source
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -139,7 +143,8 @@ class Model:
 
         Raises EncoderError when the text encoder cannot be loaded or makes no tokens of a text; DataError for a text
         that is not valid Unicode; ConfigError when no text encoder is known, or it needs trust_remote_code, and for
-        features that are not finite; CacheMismatch when its dim is not the image features'; CacheError as `conditioning`.
+        features that are not finite; CacheMismatch when its dim is not the image features'; CacheError as
+        `conditioning`.
         """
         if self._text is None:
             self._text = self._parts.make_text(self.device)

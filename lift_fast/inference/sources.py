@@ -15,8 +15,7 @@ from ..nn import Clip, Lift, fill
 from ..nn.weights.files import may_hold_weights, run_of
 from ..run_folder import EncodeText
 from ..text.presets import spec_for
-from ..text.repository import HUB_NAME, hub_snapshot, locate
-from ..text.spec import EncoderSpec
+from ..text.repository import HUB_NAME, hub_snapshot
 from . import exports, others
 from .model import Parts
 from .preprocessing import Preprocessing
@@ -73,8 +72,6 @@ def _parts(
     "" if it is."""
     if encoder is not None:
         run = run | {"encoder": _named(encoder, run.get("encoder"))}
-        if HUB_NAME.fullmatch(encoder):
-            locate(EncoderSpec.of_dict(run["encoder"]))  # downloads it: what the user names, unlike what a run names
     size = model.visual.config.image_size
     given = run.get("preprocessing") or {"image_size": size, "resize_size": size}
     preprocessing = Preprocessing.of_dict(given)
@@ -88,10 +85,10 @@ def _parts(
             if encoder is None:
                 return run_folder.text_encoder(model, run, device)
             own = {"text_dim": model.visual_projection.out_features, "rotation": None, "conditioning": None}
-            return run_folder.frozen_encoder(run | own, device, trust_remote_code)
+            return run_folder.frozen_encoder(run | own, device, trust_remote_code, download=parts.download)
         if run.get("encoder") is None:
             raise ConfigError(f"the text encoder of this model is not known: {why}; name it with encoder= or --encoder")
-        return run_folder.frozen_encoder(run, device, trust_remote_code, parts.conditioning)
+        return run_folder.frozen_encoder(run, device, trust_remote_code, parts.conditioning, download=parts.download)
 
     folder = folder.absolute()  # it is read later
 
@@ -103,7 +100,7 @@ def _parts(
         raise ConfigError(
             f"{folder}: its logit_scale is e^{model.logit_scale.item():g}, which no model has; copy it again"
         )
-    parts = Parts(model, preprocessing, scale, run, make_text, read_conditioning)
+    parts = Parts(model, preprocessing, scale, run, make_text, read_conditioning, download=encoder is not None)
     return parts
 
 

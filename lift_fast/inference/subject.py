@@ -40,7 +40,7 @@ def features_folder(model: Model) -> Path | None:
 
 def _text_identity(model: Model) -> str | None:
     """text.identity.text_identity of the model; with that of a CLIP's own text tower."""
-    run, frozen = model.description, text_identity(model.description, model.device)
+    run, frozen = model.description, text_identity(model.description, model.device, download=model.download_encoder)
     if not isinstance(model.module, Clip) or (frozen is None and run.get("encoder") is not None):
         return frozen
     state = {name: weights for name, weights in model.module.state_dict().items() if not name.startswith("visual")}

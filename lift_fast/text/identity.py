@@ -16,13 +16,13 @@ from .spec import EncoderSpec
 FEATURES = "eval-features"  # in a model's folder: what evaluation keeps, and no file of an encoder
 
 
-def text_identity(run: Mapping[str, Any], device: torch.device) -> str | None:
+def text_identity(run: Mapping[str, Any], device: torch.device, *, download: bool = False) -> str | None:
     """All that decides the text features of a frozen encoder on a device: the same text for runs that share its
     settings, conditioning and rotation. None where the encoder is not known or not found.
 
-    run: "encoder", "text_dim", "conditioning" and "rotation" as in run.json. Of an encoder in a folder the identity has
-    the sizes and times of the files, of one on the hub the commit. It has no versions of libraries, which change
-    features by rounding errors.
+    run: "encoder", "text_dim", "conditioning" and "rotation" as in run.json. download: as of `locate`. Of an encoder in
+    a folder the identity has the sizes and times of the files, of one on the hub the commit. It has no versions of
+    libraries, which change features by rounding errors.
     """
     if run.get("encoder") is None:
         return None
@@ -30,7 +30,7 @@ def text_identity(run: Mapping[str, Any], device: torch.device) -> str | None:
     try:
         spec = EncoderSpec.of_dict(run["encoder"])
         spec = replace(spec, trust_remote_code=False)  # a permission: it changes no vector
-        folder, file = locate(spec, download=False)
+        folder, file = locate(spec, download=download)
         spec = resolved(spec, folder)
         if Path(folder).parent.name != "snapshots":  # of the hub's cache, in which a commit's files do not change
             spec = replace(spec, name="")  # a copy will do

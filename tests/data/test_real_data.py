@@ -48,7 +48,7 @@ TALLY: Counter[str] = Counter()
 class HashEncoder(TinyEncoder):
     """Encodes a caption as its hash, and has no token for spaces of no width."""
 
-    def __init__(self, spec: Any, *, device: Any = "cpu", dtype: Any = None):
+    def __init__(self, spec: Any, *, device: Any = "cpu", dtype: Any = None, download: bool = True):
         super().__init__(mixed=False, spec=spec, dim=DIM, device=torch.device(device))
 
     def encode(self, captions, batch_size=64, done=lambda count: None):

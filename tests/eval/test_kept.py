@@ -587,7 +587,7 @@ def test_a_hub_encoders_identity_is_its_commit(tmp_path, monkeypatch):
     for commit in ("a" * 40, "b" * 40):
         snapshot = tmp_path / "hub/snapshots" / commit
         snapshot.mkdir(parents=True)
-        monkeypatch.setattr(identity_module, "locate", lambda spec, at=snapshot: (str(at), None))
+        monkeypatch.setattr(identity_module, "locate", lambda spec, download, at=snapshot: (str(at), None))
         found |= {of_text(model, encoder={"name": f"owner/{name}", "revision": "main"}) for name in ("one", "two")}
     assert len(found) == 4
 

@@ -10,7 +10,7 @@ from support.tiny_sets import make_set
 import lift_fast
 from lift_fast.data.open import open_data
 from lift_fast.data.samples import BadSample
-from lift_fast.errors import ConfigError, DataError, EncoderError, TrainingError
+from lift_fast.errors import ConfigError, DataError, EncoderError
 from lift_fast.gallery import Library
 from lift_fast.gallery.find import find_models, find_sets, short_names
 from lift_fast.gallery.library import CAPTIONS, IMAGES, foils_of
@@ -179,7 +179,7 @@ def test_sets_and_weights_that_cannot_be_used(demo, tmp_path):
     with pytest.raises(DataError, match="broken: no image decodes .*4"):
         Library({"clip": model}, {"broken": data}, {"broken": "txt"})
     model.module.visual.ln_post.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(ConfigError, match="not finite"):
         Library({"clip": model}, {"good": make_set(tmp_path / "good", 4)}, {"good": "txt"})
 
 

@@ -30,7 +30,7 @@ class ConeEncoder(TinyEncoder):
         return super().vector(caption) * scales + np.cos(np.arange(self.dim, dtype=np.float32)) + 2
 
 
-def make_encoder(spec: EncoderSpec, *, device: torch.device) -> ConeEncoder:
+def make_encoder(spec: EncoderSpec, *, device: torch.device, download: bool = False) -> ConeEncoder:
     """In the place of text.encoder.Encoder. "short": the name of an encoder with shorter vectors."""
     return ConeEncoder(spec=spec, dim=DIM - 5 if spec.name == "short" else DIM)
 

@@ -302,7 +302,7 @@ def test_a_name_in_a_run_is_downloaded_only_if_the_user_names_it_too(plain, tmp_
         assert "with --encoder owner/model" in error or line[0] == "classify", error
     assert hub == []
     with pytest.raises(EncoderError, match="the hub cannot be reached"):
-        lift_fast.load(run, device="cpu", encoder="owner/model")
+        lift_fast.load(run, device="cpu", encoder="owner/model").encode_text("a dog")
     assert hub == ["owner/model"]
 
 
