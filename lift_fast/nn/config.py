@@ -159,5 +159,5 @@ PRESETS = {
 def preset(name: str) -> Preset:
     """The preset of that name. Raises ConfigError, listing the names, for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+        raise ConfigError(f"no preset {name[:60]!r}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]

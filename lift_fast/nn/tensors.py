@@ -10,6 +10,8 @@ from torch import Tensor
 from ..files import open_regular
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of weights that are read
+LONGEST_NAME = 500  # characters
+_SHOWN = 300  # characters of another library's message
 _LONGEST_HEADER = 1 << 24  # bytes: of 100 000 tensors
 
 
@@ -24,9 +26,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if length > _LONGEST_HEADER:
         raise ValueError(f"its header has {length} bytes, and at most {_LONGEST_HEADER} are read")
     try:
-        return load_file(path)
+        state = load_file(path)
     except Exception as error:  # SafetensorError, torch's RuntimeError, and others for dtypes that this torch lacks
-        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
+        raise ValueError(str(error).partition("\n")[0][:_SHOWN] or type(error).__name__) from error
+    if any(len(name) > LONGEST_NAME for name in state):
+        raise ValueError(f"a tensor's name has more than {LONGEST_NAME} characters")
+    return state
 
 
 def unusable(state: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,7 @@ from ... import foreign
 from ...errors import ConfigError
 from ...files import open_regular
 from ..config import preset
-from ..tensors import read_tensors
+from ..tensors import LONGEST_NAME, read_tensors
 from .torchscript import check_stored, is_archive, read_archive
 
 # The weights that are looked for in a folder, in this order, and the configuration file of each. Each may also be cut
@@ -187,7 +187,7 @@ def _file(path: Path) -> dict[str, Tensor]:
             raise ConfigError(
                 f"{path}: cut short, or a pickle of more than tensors and plain values, which could run code and was "
                 "refused. If you trust it, load it yourself and save its state_dict as .safetensors "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0][:300]})"
             ) from error
     else:
         raise ConfigError(f"{path}: must be .safetensors, .pt, .pth, .bin or .ckpt, or a folder with such a file")
@@ -207,6 +207,8 @@ def _not_plain(state: Mapping[Any, Tensor], size: int) -> str:
     for key, tensor in state.items():
         if not isinstance(key, str):
             return f"a key is no text but a {type(key).__name__}"
+        if len(key) > LONGEST_NAME:
+            return f"a key has more than {LONGEST_NAME} characters"
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
             return f"{key} is on {tensor.device.type}, {tensor.layout}{', quantized' * tensor.is_quantized}"
         total += tensor.numel() * tensor.element_size()

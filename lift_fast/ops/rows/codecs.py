@@ -83,5 +83,5 @@ CODECS = {
 def codec_named(name: str) -> Codec:
     """The codec of this name. Raises CacheError for an unknown name."""
     if name not in CODECS:
-        raise CacheError(f"no codec {name!r}; there are {', '.join(CODECS)}")
+        raise CacheError(f"no codec {name[:60]!r}; there are {', '.join(CODECS)}")
     return CODECS[name]
