@@ -109,6 +109,7 @@ def test_metadata_that_does_not_parse(tmp_path):
             Shards(tmp_path).meta(i)
 
 
+@pytest.mark.attack
 def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     shards = make_set(tmp_path / "set", 200, per_shard=1)

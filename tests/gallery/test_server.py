@@ -127,6 +127,7 @@ def test_the_page(port, path):
     assert answer.headers["content-type"].startswith(kinds[path])
 
 
+@pytest.mark.attack
 def test_the_page_needs_nothing_from_elsewhere(port):
     text = b"".join(get(port, path).body for path in PAGE).decode()
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # the icon's namespace

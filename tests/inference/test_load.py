@@ -141,9 +141,10 @@ class Touch:
         return self.call
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("function", [os.system, eval], ids=["os.system", "eval"])
 @pytest.mark.parametrize("place", ["state_dict", "optimizer", "alone", "archive"])
-def test_hostile_pickles_are_refused_and_not_run(function, place, lift_state, tmp_path):
+def test_hostile_pickles_are_refused_and_not_run(function, place, lift_state, tmp_path, tally):
     path, made = tmp_path / "lift.pt", tmp_path / "made"
     content = checkpoint(lift_state)
     if place == "archive":
@@ -159,6 +160,7 @@ def test_hostile_pickles_are_refused_and_not_run(function, place, lift_state, tm
     with pytest.raises(ConfigError, match="could run code"):
         opened(path)
     assert not made.exists()
+    tally("weights", "error")
 
 
 # Runs.

@@ -149,6 +149,7 @@ def test_an_image_that_is_elsewhere_is_not_shown(report, address):
     assert addresses and all(v == "" or v.startswith("data:image/") for v in addresses)
 
 
+@pytest.mark.attack
 def test_every_string_is_escaped(report):
     attack = '</b><script>alert("1")</script>&\'{0}{{ 7 * 7 }}'
 

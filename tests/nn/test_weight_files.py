@@ -316,9 +316,10 @@ def hostile(made: Path) -> dict[str, object]:
 KINDS = ["os.system", "eval", "exec", "Path.touch", "open"]
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["alone", "in the state dict", "in the optimizer", "legacy"])
-def test_hostile_pickles_are_refused_and_not_run(kind, place, tmp_path):
+def test_hostile_pickles_are_refused_and_not_run(kind, place, tmp_path, tally):
     made, path = tmp_path / "made", tmp_path / "checkpoint.pt"
     bad = hostile(made)[kind]
     state = {f"module.{key}": tensor for key, tensor in open_clip_state().items()}
@@ -335,11 +336,13 @@ def test_hostile_pickles_are_refused_and_not_run(kind, place, tmp_path):
     with pytest.raises(Exception):  # noqa: B017  it is hostile: plain unpickling runs it
         torch.load(path, weights_only=False)["x"]
     assert made.exists()
+    tally("weights", "error")
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_hostile_archives_are_refused_and_not_run(kind, protocol, archive, tmp_path):
+def test_hostile_archives_are_refused_and_not_run(kind, protocol, archive, tmp_path, tally):
     made, path = tmp_path / "made", tmp_path / "bad.pt"
     data = pickle.dumps(hostile(made)[kind], protocol)
     altered(archive[0], path, {"ViT-B-32/data.pkl": data})
@@ -351,6 +354,7 @@ def test_hostile_archives_are_refused_and_not_run(kind, protocol, archive, tmp_p
     with pytest.raises(ConfigError, match="could run code"):
         read(path)
     assert not made.exists()
+    tally("weights", "error", 2)
 
 
 # Pickles by hand, in opcodes of protocol 2: a module is NEWOBJ of its class and (), then BUILD with its attributes.

@@ -758,6 +758,7 @@ class Code:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_with_code_is_refused(legacy, tmp_path):
     state = random_state(timm_shapes())

@@ -66,6 +66,8 @@ class Table:
         rows |= {kind: (kind,) for kind in BARS if kind not in DAMAGED}
         for name, kinds in rows.items():
             each = [sum(self.counts[kind, outcome] for kind in kinds) for outcome in OUTCOMES]
+            if not (self.bars or sum(each)):
+                continue
             found.append(f"{name:12}{sum(each):8}{each[0]:16}{each[1]:8}")
         return found
 
