@@ -51,7 +51,7 @@ def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None, values: 
     Raises ValueError for what is not JSON, for lists and objects nested deeper than 64, and for so many values that
     they would take far more memory than the text.
     """
-    count = data.count(b"[") + data.count(b"{")
+    brackets = count = data.count(b"[") + data.count(b"{")
     if count > max(_FEW, len(data) // _BYTES_EACH):
         raise ValueError(f"it is nearly all brackets: {count} in {len(data)} bytes")
     count = data.count(b",") + data.count(b":")
@@ -61,6 +61,8 @@ def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None, values: 
         content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("its lists and objects are nested too deeply") from None
+    if brackets <= _DEEPEST:  # as in the rows of a table, of which there are millions
+        return content
     level: list[Any] = [content]
     for _ in range(_DEEPEST + 1):
         level = [each for value in level for each in _inside(value) if isinstance(each, list | tuple | dict)]
