@@ -1,7 +1,9 @@
 """Reading a cache while other threads change the row numbers, and in forked processes, whatever other threads do."""
 
-import ctypes
+import mmap
 import multiprocessing
+import os
+import signal
 import threading
 from contextlib import contextmanager
 
@@ -24,22 +26,25 @@ WILD = np.array([-1, ROWS, 2**62, -(2**63), 2**63 - 1, 1 << 40])
 
 
 @contextmanager
-def changing(index, contents):
-    """A thread that writes one of `contents` after another into an index, int64 [m], for as long as the block runs."""
-    ended = threading.Event()
-
-    def change():
-        while not ended.is_set():
+def changing(*contents):
+    """An index, int64 [m], into which another process writes one of `contents` after another while the block runs: a
+    thread would need Python's lock, which who calls the engine has back only after it is done."""
+    index = np.frombuffer(mmap.mmap(-1, contents[0].nbytes), np.int64)
+    index[:] = contents[0]
+    parent = os.getpid()
+    process = os.fork()
+    if process == 0:
+        while os.getppid() == parent:  # which a wild number may have ended
             for content in contents:
                 index[:] = content
-
-    thread = threading.Thread(target=change)
-    thread.start()
+                for _ in range(500):  # some 10 us, as long as a gather
+                    pass
+        os._exit(0)
     try:
-        yield
+        yield index
     finally:
-        ended.set()
-        thread.join()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def some_rows(seed, m=3000):
@@ -58,20 +63,17 @@ def table_of(codes):
 
 @pytest.mark.parametrize("use", ["gather", "unmapped", "advise", "dequant_cpu"])
 def test_the_engine_uses_the_row_numbers_that_it_has_checked(use):
-    """The index is changed without Python's lock being needed: the engine runs without it. Each row of the result is
-    that of either content."""
+    """Each row of the result is that of either content."""
     one, two = some_rows(1), some_rows(2)
     codes = np.random.default_rng(0).integers(-128, 128, (ROWS, DIM), np.int8)
     scales = np.ones(ROWS, np.float32)
 
     def many_gathers():
         table, right = table_of(codes), 0
-        # An address, not an array: numbers that Python's own array is made of may not be moved meanwhile.
-        memory = (ctypes.c_int64 * len(one)).from_buffer_copy(one.tobytes())
-        index, out = np.frombuffer(memory, np.int64), np.empty((len(one), DIM), np.int8)
-        at = ctypes.addressof(memory)
-        with changing(index, [one, np.resize(WILD, len(one)), two, one]):
-            for _ in range(300):
+        out = np.empty((len(one), DIM), np.int8)
+        with changing(one, np.resize(WILD, len(one)), two, one, two) as index:
+            at = index.ctypes.data
+            for _ in range(1000):
                 out[:] = 0
                 try:
                     if use == "gather":
@@ -102,11 +104,10 @@ def test_dequant_of_an_index_that_changes(backend):
     wide = codes.numpy().astype(np.float32)
 
     def many():
-        index = torch.from_numpy(one.copy())
-        with changing(index.numpy(), [one, np.resize(WILD, len(one)), two]):
-            for _ in range(100):
+        with changing(one, np.resize(WILD, len(one)), two, one, two) as index:
+            for _ in range(300):
                 try:
-                    out = dequant(codes, scales, index, backend=backend).numpy()
+                    out = dequant(codes, scales, torch.from_numpy(index), backend=backend).numpy()
                 except IndexError:
                     continue
                 assert ((out == wide[one]).all(1) | (out == wide[two]).all(1)).all()
@@ -120,12 +121,12 @@ def test_a_cache_reads_right_rows_of_an_index_that_changes(tmp_path):
     one, two = some_rows(1), some_rows(2)
 
     def many():
-        cache, index = Cache(tmp_path / "c"), torch.from_numpy(one.copy())
-        with changing(index.numpy(), [one, np.resize(WILD, len(one)), two]):
-            for turn in range(100):
+        cache = Cache(tmp_path / "c")
+        with changing(one, np.resize(WILD, len(one)), two, one, two) as index:
+            for turn in range(300):
                 use = (cache.rows, lambda rows: cache.prefetch(rows).result())[turn % 2]
                 try:
-                    out = use(index).codes.numpy()
+                    out = use(torch.from_numpy(index)).codes.numpy()
                 except IndexError:
                     continue
                 assert ((out == codes[one]).all(1) | (out == codes[two]).all(1)).all()
