@@ -159,20 +159,25 @@ def part_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Within it no other process is within it for the same folder; it waits for that. Without locks it changes nothing.
+def locked_folder(path: Path, wait: bool = True) -> Iterator[None]:
+    """Within it no other process is within it for the same folder. wait: whether it waits for that; else there is a
+    BlockingIOError. Without locks it changes nothing.
 
     Raises OSError when the folder cannot be opened.
     """
-    number = _opened_folder(path)
+    if fcntl is None:
+        yield
+        return
+    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if number is not None:
-            with suppress(OSError):
-                fcntl.flock(number, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _LOCKED:
+                raise
         yield
     finally:
-        if number is not None:
-            os.close(number)
+        os.close(number)
 
 
 @contextmanager

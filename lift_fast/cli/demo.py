@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import locked_folder
 from ..train.config import TrainConfig
 from .cache import CacheCondition
 from .common import say
@@ -34,6 +36,18 @@ class Demo:
 
     def __call__(self) -> None:
         lift, clip = self.lift(), self.clip()  # made before an earlier demo is removed, since they check their settings
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked_folder(self.out, wait=False))
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another demo is running in {self.out}; wait for it or name another --out"
+                ) from error
+            self.run(lift, clip)
+
+    def run(self, lift: TrainConfig, clip: TrainConfig) -> None:
+        """Runs the commands."""
         self.make_data()
         self.make_text()
         first, cache = next(iter(self.caches.values())), self.out / "cache"
@@ -101,11 +115,14 @@ class Demo:
         drawings = DataOpenMoji(self.sets["openmoji"], heldout=self.heldout, seed=self.seed)
         scenes = DataScenes(self.sets["scenes"], self.scenes, self.heldout, seed=self.seed)
         marker = self.out / ".lift-fast-demo"
-        if self.out.exists():
-            if not marker.exists() and any(self.out.iterdir()):
-                raise ConfigError(f"{self.out} exists and holds no demo; name another --out")
-            shutil.rmtree(self.out)
-        marker.parent.mkdir(parents=True)
+        there = [*self.out.iterdir()]
+        if there and marker not in there:
+            raise ConfigError(f"{self.out} exists and holds no demo; name another --out")
+        for path in there:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != marker:
+                path.unlink()
         marker.touch()
         step("drawings", drawings)
         step("scenes", scenes)

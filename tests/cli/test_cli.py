@@ -22,6 +22,7 @@ from lift_fast.cache import Cache
 from lift_fast.cli.embed import duration
 from lift_fast.cli.main import main, parse
 from lift_fast.data.shards import Shards, ShardWriter
+from lift_fast.files import locked_folder
 from lift_fast.sugarcrepe import TASKS
 
 
@@ -323,6 +324,14 @@ def test_what_exists_is_not_overwritten(tmp_path, capfd, scenes):
     (tmp_path / "mine").write_text("x")
     assert "holds no demo" in error_of(capfd, f"demo --out {tmp_path}")
     assert files(tmp_path) == ["mine"]
+
+
+def test_a_demo_does_not_remove_one_that_is_running(tmp_path, capfd):
+    (tmp_path / ".lift-fast-demo").touch()
+    (tmp_path / "report.html").write_text("x")
+    with locked_folder(tmp_path):  # as the running one has it
+        assert "another demo is running in" in error_of(capfd, f"demo --out {tmp_path}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lift-fast-demo", "report.html"]
 
 
 def test_runs_that_do_not_belong_together(report, scenes, tmp_path, capfd):
