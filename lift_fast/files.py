@@ -62,13 +62,14 @@ def read_regular(path: str | Path, most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= most:
-            data = bytearray()
-            while block := file.read(most + 1 - len(data)):  # it may grow meanwhile; a file of /proc says 0
+            data = file.read(size + 1)
+            # It may grow meanwhile, and a file of /proc says 0.
+            while block := file.read(min(1 << 20, most + 1 - len(data))):
                 data += block
             size = len(data)
     if size > most:
         raise OSError(errno.EFBIG, f"it has {size} bytes or more, and at most {most} are read", str(path))
-    return bytes(data)
+    return data
 
 
 def write_whole(files: Mapping[Path, bytes]) -> None:
