@@ -83,7 +83,7 @@ class _Machine(TypedDict, total=False):
     os: str | None
 
 
-class _Best(TypedDict, total=False):
+class _Best(TypedDict):
     step: Count
     score: float
     of: str
@@ -174,6 +174,8 @@ def check(run: Any) -> None:
                 raise ValueError(f"it has no {name}")
         for name in ("text_dim", "embed_dim", "context"):
             check_size(name, run.get(name, 1))
+        if "context" in run.get("text", ()):
+            raise ValueError("its text has a context of its own")
         if run.get("encoder") is not None:
             spec = EncoderSpec(**run["encoder"])
             if not run["encoder"].get("name") or "\0" in spec.name:

@@ -33,7 +33,11 @@ def composition(image: Tensor, text: Tensor, choices: Sequence[Rows]) -> dict[st
     Also "ties" and "counts": task -> how many choices were ties (the least of the true captions and the foil), and how
     many there are; "chance": the accuracies and their mean for scores drawn at random; and "blind": the same with the
     mean of all images' features in place of each image's, so that the text alone decides.
+
+    Raises ValueError for features that are not finite.
     """
+    if not (image.isfinite().all() and text.isfinite().all()):
+        raise ValueError("a feature is not finite")
     mean_image = F.normalize(image.double().mean(dim=0), dim=0).to(image.dtype)
     right, blind, ties, counts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     chance: dict[str, float] = dict.fromkeys((choice.task for choice in choices), 0.0)

@@ -23,8 +23,10 @@ def zero_shot(
     Returns top1 and top5, the fractions of images whose class is among the first 1 and 5, where a class that ties goes
     before the right one; mean_per_class, top1 averaged over the classes that occur in labels; classes, templates and n,
     the counts; chance; majority, the top1 of always answering the most frequent class; and one_template, top1 and top5
-    with the one template, None where there is no other.
+    with the one template, None where there is no other. Raises ValueError for features that are not finite.
     """
+    if not (image.isfinite().all() and classes.isfinite().all()):
+        raise ValueError("a feature is not finite")
     number = {name: i for i, name in enumerate(names or ())}
     same = torch.tensor([number[name] for name in names]) if names else torch.arange(len(classes))
     ranks = _ranks(image, classes.double().mean(dim=1), labels, same)

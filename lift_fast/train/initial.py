@@ -79,7 +79,7 @@ def _from_run(model: Lift | Clip, folder: Path) -> str:
     sizes = [{key: tensor.shape for key, tensor in state.items()} for state in (theirs, ours)]
     if sizes[0] == sizes[1]:
         model.load_state_dict(theirs)
-        text = f", for the text of {run['encoder']['name']}" if isinstance(model, Lift) else ""
+        text = f", for the text of {run['encoder']['name']}" if run.get("encoder") else ""
         if conditioning := run.get("conditioning"):
             text += f", conditioned with power {conditioning['power']:g}"
         return f"Weights: all of the {name} run {folder}{text}"

@@ -194,8 +194,8 @@ def report_on(root: Path) -> None:
 
 
 def read_cache(folder: Path, expected: torch.Tensor) -> None:
-    """Reads all rows of a text cache and asserts that each is one of those that were written: a manifest that is forged,
-    its checksum too, may leave out shards."""
+    """Reads all rows of a text cache and asserts that each is one of those that were written: a manifest whose checksum
+    is forged, too, may leave out shards."""
     cache = Cache(folder)
     found = cache.vectors(torch.arange(len(cache)))
     assert (found[:, None] == expected).all(dim=2).any(dim=1).all()
