@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..data.captions import halved
 from ..errors import DataError, EncoderError, LiftFastError
-from .repository import check_names, code_of, confined, declared_pooling, first_line, locate, model_type, resolved
+from .repository import check_files, code_of, confined, declared_pooling, first_line, locate, model_type, resolved
 from .spec import Dtype, EncoderSpec, check_batch_size
 
 # Trained on rows of full length whose padding is attended to, so that a caption is encoded as such a row, padded on the
@@ -75,7 +75,7 @@ class Encoder:
             spec = replace(spec, dtype=cast(Dtype, str(dtype).removeprefix("torch.")))
         # Before the slow imports and the weights, so that a wrong name or pooling is reported at once.
         path, gguf = locate(spec, download=download)
-        check_names(path)
+        check_files(path)
         pooling: str = spec.pooling
         if pooling == "own" and not spec.trust_remote_code:
             pooling = declared_pooling(spec, path)

