@@ -74,7 +74,7 @@ class Eval:
     loader: Literal["auto", "host", "dali"] = "auto"
     """Decoder of the images, as in train."""
     encoder: str | None = None
-    """Text encoder, a folder or name as for embed, where the model does not say it."""
+    """Text encoder as in embed, where the model names none, or one on the hub that is not in the local hub cache."""
     trust_remote_code: bool = False
     """Run Python code that comes with the text encoder."""
     device: str = "auto"

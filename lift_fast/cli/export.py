@@ -38,7 +38,7 @@ class Export:
     private: bool = False
     """--push: make it private."""
     encoder: str | None = None
-    """Text encoder, where RUN does not say which: as in embed."""
+    """Text encoder as in embed, where RUN names none, or one on the hub that is not in the local hub cache."""
     trust_remote_code: bool = False
     """--names: run Python code that comes with the text encoder."""
 

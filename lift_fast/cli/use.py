@@ -46,7 +46,7 @@ class Search:
     """Folder of the image files; needed when they are not where the captions are."""
     batch_size: int = 64
     encoder: str | None = None
-    """Text encoder, where RUN does not say which: as in embed."""
+    """Text encoder as in embed, where RUN names none, or one on the hub that is not in the local hub cache."""
     trust_remote_code: bool = False
     """Run Python code that comes with the text encoder."""
     device: str = "auto"
@@ -120,7 +120,7 @@ class Classify:
     """File to write all probabilities to."""
     batch_size: int = 64
     encoder: str | None = None
-    """Text encoder, where RUN does not say which: as in embed."""
+    """Text encoder as in embed, where RUN names none, or one on the hub that is not in the local hub cache."""
     trust_remote_code: bool = False
     """Run Python code that comes with the text encoder."""
     device: str = "auto"
