@@ -14,6 +14,7 @@ import pytest
 from support.forked import at_once, forked, forked_later, killed_in
 
 from lift_fast import files
+from lift_fast.cli.common import write_json
 from lift_fast.files import (
     for_appending,
     is_part,
@@ -215,6 +216,21 @@ def test_planted_links_at_guessed_names_of_parts_lead_nowhere(tmp_path, monkeypa
         pass
     assert (tmp_path / "victim").read_bytes() == b"precious"
     assert names(tmp_path) == sorted(["victim", "a.part", *planted])
+
+
+def test_a_json_file_of_a_command(tmp_path):
+    """--json wrote through a link planted at PATH.part."""
+    (tmp_path / "victim").write_bytes(b"precious")
+    path = tmp_path / "inner" / "x.json"
+    path.parent.mkdir()
+    for name in ("x.json.part", "x.json"):
+        (path.parent / name).symlink_to("../victim")
+    killed_in(lambda: opened(written_whole(path)))
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n "a": 1\n}' and not path.is_symlink()
+    assert (tmp_path / "victim").read_bytes() == b"precious" and names(path.parent) == ["x.json", "x.json.part"]
+    with pytest.raises(OSError, match="it is a device, not a file"):
+        write_json(Path("/dev/null"), {})
 
 
 def test_logs_are_appended_to_files_alone(tmp_path):
