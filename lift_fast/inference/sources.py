@@ -160,7 +160,9 @@ def _of_checkpoint(path: Path) -> tuple[Lift | Clip, dict[str, Any], Path]:
         state = whole_tensors(found.folder, found.index, "model.") | whole_tensors(found.folder, found.index, "ema.")
         fill(model, state)
     except (OSError, SafetensorError, ValueError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"{found.folder}: the checkpoint does not fit its run's {_STARTED} ({error!s:.300})") from error
+        raise ConfigError(
+            f"{found.folder}: the checkpoint does not fit its run's {_STARTED} ({error!s:.300})"
+        ) from error
     return model.eval(), run, folder
 
 

@@ -105,7 +105,9 @@ def config_fields(path: str | Path) -> dict[str, Any]:
         if not isinstance(found.get("norm_eps", 0.0), (int, float)):
             raise ValueError(f"a layernorm's epsilon of {found['norm_eps']!r}")
     except Exception as error:  # a file of another kind or of another project may cause any
-        raise ConfigError(f"{file}: not the configuration of a ViT that this tower computes ({error!r:.300})") from error
+        raise ConfigError(
+            f"{file}: not the configuration of a ViT that this tower computes ({error!r:.300})"
+        ) from error
     return found
 
 
