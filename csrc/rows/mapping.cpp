@@ -5,6 +5,9 @@
 
 #include <signal.h>
 #include <sys/mman.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 #include <atomic>
@@ -53,8 +56,17 @@ MappedRange* range_of(uintptr_t address) {
   return nullptr;
 }
 
-void* map(void* at, size_t bytes, int flags, int file) {
-  return mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | flags, file, 0);
+constexpr int kAccess = PROT_READ | PROT_WRITE, kFlags = MAP_PRIVATE | MAP_NORESERVE;
+
+// Zeros in the place of what is mapped there. Called by the handler.
+bool map_zeros(uintptr_t from, size_t bytes) {
+  constexpr int flags = kFlags | MAP_FIXED | MAP_ANONYMOUS;
+#if defined(SYS_mmap)
+  // Not by the function, which sanitizers and profilers wrap in what no handler may do.
+  return syscall(SYS_mmap, from, bytes, kAccess, flags, -1, 0) != -1;
+#else
+  return mmap(reinterpret_cast<void*>(from), bytes, kAccess, flags, -1, 0) != MAP_FAILED;
+#endif
 }
 
 void end_by(int signal) {
@@ -84,7 +96,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
     const uintptr_t from = range->from.load(), to = range->to.load();
     range->lost.store(true);  // before the zeros are there: who reads them must find that they are none of the file's
     lost_count.fetch_add(1);
-    if (map(reinterpret_cast<void*>(from), to - from, MAP_FIXED | MAP_ANONYMOUS, -1) == MAP_FAILED) range = nullptr;
+    if (!map_zeros(from, to - from)) range = nullptr;
   }
   if (!range) pass_on(signal, info, context);
   errno = error;
@@ -122,7 +134,7 @@ MappedRange* added(uintptr_t from, size_t bytes) {
 }  // namespace
 
 Mapping::Mapping(int file, int64_t bytes) : bytes_(bytes) {
-  data_ = map(nullptr, static_cast<size_t>(bytes), 0, file);
+  data_ = mmap(nullptr, static_cast<size_t>(bytes), kAccess, kFlags, file, 0);
   if (data_ == MAP_FAILED) throw std::system_error(errno, std::generic_category());
   try {
     range_ = added(reinterpret_cast<uintptr_t>(data_), bytes_);
