@@ -79,12 +79,12 @@ def check_pair(runs: Mapping[str, dict[str, Any]], measured: bool = False) -> No
     run.json lacks what tells that. measured: also what `compare_runs` measures by."""
     for name, run in runs.items():
         check_run(run, _OfPair, name)
+        if run["model"] != name:
+            raise ConfigError(f"--{name} names a run of {run['model']}")
         if measured:
             check_run(run, _MeasuredLift if name == "lift" else _MeasuredClip, name)
             if not 1 <= run["config"]["batch_size"] <= _LARGEST_BATCH:
                 raise ConfigError(f"--{name}: a batch of {run['config']['batch_size']} cannot be measured; train again")
-        if run["model"] != name:
-            raise ConfigError(f"--{name} names a run of {run['model']}")
     lift, clip = runs["lift"], runs["clip"]
     for key in ("preset", "precision", "device", "machine"):
         if lift[key] != clip[key]:

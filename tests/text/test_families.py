@@ -421,9 +421,9 @@ def test_embed_names_the_code_and_its_place(saved, tmp_path, own_modules, capfd)
     # The manifest says that the encoder needs code, which a run does not decide to allow.
     from lift_fast.run_folder import encoder_code
 
-    (tmp_path / "run.json").write_text(
-        json.dumps({"encoder": json.loads((tmp_path / "cache/manifest.json").read_text())["encoder"]})
-    )
+    encoder = json.loads((tmp_path / "cache/manifest.json").read_text())["encoder"]
+    run = {"model": "lift", "preset": "tiny", "text_dim": 16, "rotation": None, "encoder": encoder}
+    (tmp_path / "run.json").write_text(json.dumps(run))
     assert encoder_code(tmp_path) == [f"{folder} runs code that comes with it: {code}"]
 
 
