@@ -113,6 +113,7 @@ def test_a_killed_command_goes_on(sets, tmp_path, name):
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_that_are_killed_many_times(sets, tmp_path, tally, name):
-    killed = kill(name, sets, tmp_path, 20, 1)
-    assert killed >= 10
+    kills = 8 if name == "export hf" else 20  # transformers takes seconds to make what it writes
+    killed = kill(name, sets, tmp_path, kills, 1)
+    assert killed >= kills / 2
     tally("kill", "right answer", killed)

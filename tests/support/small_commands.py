@@ -13,6 +13,7 @@ import torch
 
 import lift_fast.export  # noqa: F401
 from lift_fast.nn import PRESETS
+from lift_fast.text.spec import EncoderSpec
 from lift_fast.train.config import TrainConfig
 from lift_fast.train.loop import train
 
@@ -49,7 +50,6 @@ def made_in(root: Path) -> Iterator[Path]:
     """Writes data sets, a cache, parquet embeddings and a CLIP run into a folder. Within the block, the preset tiny is
     support.ranks.SMALL, and every text encoder a TinyEncoder."""
     data = make_set(root / "set", 40, per_shard=8)
-    cache_of(root / "cache", data)
     write_lines(root / "captions.jsonl", captions_of(100, 60))
     for shard in range(3):
         folder = root / "parquet" / f"{shard:05d}"
@@ -57,6 +57,8 @@ def made_in(root: Path) -> Iterator[Path]:
         vectors = torch.randn(8, 24).tolist()
         pq.write_table(pa.table({"key": data.shard_keys(shard), "embedding": vectors}), folder / "0.parquet")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.tiny_caches.ENCODER", EncoderSpec("some/encoder", pooling="mean").as_dict())
+        cache_of(root / "cache", data)
         patch.setitem(PRESETS, "tiny", SMALL)
         patch.setattr("lift_fast.text.encoder.Encoder", lambda spec, device: TinyEncoder())
         settings = {"preset": "tiny", "steps": 2, "batch_size": 6, "warmup": 1, "context": 12, "device": "cpu"}
