@@ -39,7 +39,10 @@ from lift_fast import foreign, run_folder
 from lift_fast.cache import Cache
 from lift_fast.data.options import DataOptions
 from lift_fast.errors import CacheError, ConfigError, DataError, LiftFastError
+from lift_fast.eval.composition import Rows, composition
+from lift_fast.eval.retrieval import ranks
 from lift_fast.eval.sets import options_of
+from lift_fast.eval.zero_shot import zero_shot
 from lift_fast.foreign import Count, Number, Share
 from lift_fast.measure.charts import ticks
 from lift_fast.measure.gather import read_curves
@@ -49,6 +52,7 @@ from lift_fast.nn.weights import read as read_weights
 from lift_fast.nn.weights import save as save_weights
 from lift_fast.train.folder import read_started, start
 from lift_fast.train.identity import differences, digest_of
+from lift_fast.train.initial import init_from
 
 ROOT = Path(__file__).parents[2]
 
@@ -268,6 +272,7 @@ def test_compare_json(copy):
         (("machine", "cores"), "two", "it.machine.cores must be an integer from 0 or null, not 'two'"),
         (("loss",), ["x"], r"it.loss\[0\] must be a number or null"),
         (("config", "data"), "a set", "it.config.data must be a list"),
+        (("text",), {"context": 5}, "its text has a context of its own"),
     ],
 )
 def test_a_description_is_refused_in_words(copy, path, value, match):
@@ -561,6 +566,26 @@ def test_features_that_are_not_finite(copy):
     refused(
         lambda: model.encode_image(torch.randn(2, 3, 24, 24)), "the features of some images are not finite", ConfigError
     )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_ranks_features_that_are_not_finite(value):
+    good, bad = torch.eye(3), torch.eye(3).index_fill(0, torch.tensor([1]), value)
+    rows = torch.arange(3)
+    for image, text in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="not finite"):
+            ranks(image, text, rows, rows)
+        with pytest.raises(ValueError, match="not finite"):
+            zero_shot(image, text[:, None], rows)
+        with pytest.raises(ValueError, match="not finite"):
+            composition(image, text, [Rows("swap_obj", 0, (1,), 2)])
+
+
+def test_weights_to_begin_with_of_a_run_without_an_encoder(copy):
+    file = copy / "lift" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"encoder": None}))
+    said = init_from(random_model("lift").module, copy / "lift")
+    assert said == f"Weights: all of the LIFT run {copy / 'lift'}"
 
 
 def test_loading_stays_fast(copy):
