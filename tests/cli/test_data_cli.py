@@ -223,7 +223,7 @@ def test_a_cancelled_pack_leaves_nothing(tmp_path, number):
         stderr=subprocess.DEVNULL,
     )
     until = time.monotonic() + 60
-    while not list(tmp_path.glob("out.*/00001.tar")) and time.monotonic() < until:
+    while not list(tmp_path.glob("out.*/**/00001.tar")) and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(number)
     assert process.wait(60) != 0
