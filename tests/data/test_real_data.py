@@ -476,7 +476,7 @@ def test_every_command_on_generated_sets(layout):
     try_layout(layout, 4)
 
 
-@pytest.mark.campaign
+@pytest.mark.soak
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_every_command_on_200_generated_sets(layout):
     sets = int(os.environ.get("REAL_DATA_SETS", "0"))

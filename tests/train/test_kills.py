@@ -210,9 +210,10 @@ def test_thirty_kills(config, undisturbed, tmp_path, tally):
     tally("kill", "right answer", len(blows))
 
 
-@pytest.mark.campaign
 @pytest.mark.parametrize("place", [place for kind in PLACES.values() for place, *_ in kind])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "after", [pytest.param(False, marks=pytest.mark.campaign), pytest.param(True, marks=pytest.mark.soak)]
+)
 def test_a_kill_at_each_place(config, undisturbed, tmp_path, tally, place, after):
     """Each place is struck once on each rank that comes there, in a run that has been restarted once."""
     run = replace(config, out=tmp_path / "run")
