@@ -27,6 +27,8 @@ from lift_fast.cache.tools import convert, merge
 from lift_fast.errors import CacheError
 from lift_fast.ops.rows.codecs import CODECS
 from lift_fast.ops.rows.quantized import QuantizedRows
+from lift_fast.text.cached import CachedText
+from lift_fast.train.setup import Training
 
 SIZES, DIM = [40, 50], 512
 ROWS = sum(SIZES)
@@ -134,11 +136,23 @@ def test_a_shard_that_is_written_to_in_place(cache):
 def test_it_is_found_at_the_end_of_an_epoch_by_who_has_read_from_it(cache):
     overwrite(shard_of(cache), shard_of(cache).read_bytes())
     cache.check_unchanged()  # since the last look nobody has read
-    cache.rows(torch.tensor([ROWS - 1]))
     with pytest.raises(CacheError, match=WRITTEN):
+        cache.rows(torch.tensor([ROWS - 1]))  # finds it itself on a machine that is slow
         cache.check_unchanged()
     cache.check_unchanged()
     assert cache.rows(torch.arange(ROWS)).codes.equal(codes())  # it was written with the same bytes
+
+
+def test_it_is_found_before_a_run_writes_a_checkpoint(cache):
+    """By Training.check_text, which asks the text."""
+    text = CachedText.__new__(CachedText)
+    text.caches = [cache]
+    overwrite(shard_of(cache), shard_of(cache).read_bytes())
+    training = Training.__new__(Training)
+    training.text = text
+    with pytest.raises(CacheError, match=WRITTEN):
+        text.rows(torch.tensor([ROWS - 1]))  # finds it itself on a machine that is slow
+        training.check_text()
 
 
 def test_new_times_do_not_hide_new_content(cache):
