@@ -670,7 +670,8 @@ def test_an_entry_that_is_none(rng, tmp_path, entry):
     cache = conditioned(tmp_path / "c", some(rng, 4, 3))
     path = cache.folder / "manifest.json"
     path.write_bytes(replace(cache.manifest, conditioning=entry).to_json())
-    with pytest.raises(CacheError, match=r"manifest.json(: this version of lift-fast does not know the | .*it\.)conditioning"):
+    message = r"manifest.json(: this version of lift-fast does not know the | .*it\.)conditioning"
+    with pytest.raises(CacheError, match=message):
         Cache(cache.folder)
 
 
