@@ -62,14 +62,16 @@ def embed_images(
     if out.suffix == ".parquet":
         _pyarrow()
     partial = out.with_name(f"{out.name}.partial")
-    for path in (out, _keys_file(out)) if out.suffix == ".npy" else (out,):
+    paths = (out, _keys_file(out)) if out.suffix == ".npy" else (out,)
+    for path in paths:
+        remove_abandoned(path.parent, path.name)
+    for path in paths:
         # A run that was killed may have written the keys and not the features.
         if path.exists() and (path == out or not partial.exists()):
             if partial.exists():
                 with suppress(OSError), shared_folder(partial):  # one that was killed before it removed the folder
                     pass
             raise _exists(path)
-        remove_abandoned(path.parent, path.name)
     with ExitStack() as stack:
         with _writing(partial):
             stack.enter_context(shared_folder(partial))

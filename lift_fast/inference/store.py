@@ -158,8 +158,7 @@ def build(
     parts = [_read(piece, codec) for piece in pieces]
     missing = [piece for piece, part in zip(pieces, parts, strict=True) if part is None]
     done = len(data) - sum(piece.size for piece in missing)
-    if missing:
-        remove_abandoned(folder)
+    remove_abandoned(folder)
     with bar(desc="images", total=len(data), initial=done, unit="image", disable=not progress or not missing) as shown:
         for piece in missing:
             _write(piece.path, _content(model, data, piece, codec, batch_size, shown.update), remedy)
