@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError, DataError
+from ..files import open_regular
 from ..ops.rows.codecs import codec_named
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
@@ -72,7 +73,10 @@ def import_parquet(
             group = groups[number]
             parts = [_no_rows(dim, codec, rotation)]
             hashes = [torch.empty(0, dtype=torch.int64)]
-            for rows, keys in pool.map(lambda path: _encoded(path, dim, codec, rotation), group.files):
+            read = pool.map(lambda path: _encoded(path, dim, codec, rotation), group.files)
+            for path, count, (rows, keys) in zip(group.files, group.rows, read, strict=True):
+                if len(rows) != count:
+                    raise DataError(f"{path} says that it has {count} rows, and has {len(rows)}; copy it again")
                 parts.append(rows)
                 hashes.append(keys)
                 shown.update(len(rows))
@@ -127,8 +131,10 @@ def _numbered(folder: Path) -> list[Path]:
 def _count(path: Path) -> int:
     """The number of rows of a file. Raises DataError unless it has the columns key and embedding."""
     pa = _pyarrow()
-    with _reading(path), pa.parquet.ParquetFile(path) as file:
+    with _reading(path), _opened(path) as file:
         schema = file.schema_arrow
+        if twice := [name for name in _COLUMNS if schema.names.count(name) > 1]:
+            raise DataError(f"{path} has the column {twice[0]} more than once; write the file again with one of them")
         types = {name: schema.field(name).type for name in _COLUMNS if name in schema.names}
         key, embedding = types.get("key"), types.get("embedding")
         texts = key is not None and (pa.types.is_string(key) or pa.types.is_large_string(key))
@@ -177,7 +183,8 @@ def _encoded(path: Path, dim: int, codec: str, rotation: Rotation | None) -> tup
         _refuse(path, start, ~x.isfinite().all(dim=1).numpy(), "a number is not finite")
         parts.append(encode(x, codec, rotation))
         # Cut at the first dot after the last slash: a key may be a path, whose folders have dots of their own.
-        hashes.append(key_hashes(pc.replace_substring_regex(keys, r"\.[^/]*$", "").to_pylist()))
+        with _reading(path):  # Arrow does not check that a text is UTF-8
+            hashes.append(key_hashes(pc.replace_substring_regex(keys, r"\.[^/]*$", "").to_pylist()))
         start += len(keys)
     return QuantizedRows.cat(parts), torch.cat(hashes)
 
@@ -218,9 +225,14 @@ def _no_rows(dim: int, codec: str, rotation: Rotation | None) -> QuantizedRows:
 
 def _batches(path: Path, rows: int) -> Iterator[Any]:
     """Yields the two columns of a file in batches of at most `rows` rows."""
-    pa = _pyarrow()
-    with _reading(path), pa.parquet.ParquetFile(path) as file:
+    with _reading(path), _opened(path) as file:
         yield from file.iter_batches(batch_size=rows, columns=_COLUMNS, use_threads=False)
+
+
+def _opened(path: Path) -> Any:
+    """The file, opened by pyarrow, which would wait for ever for what is no regular file. Raises OSError."""
+    open_regular(path).close()
+    return _pyarrow().parquet.ParquetFile(path)
 
 
 @contextmanager
@@ -228,7 +240,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns an error of pyarrow or of the file system while a file is read into a DataError."""
     try:
         yield
-    except (_pyarrow().ArrowException, OSError) as error:
+    except (_pyarrow().ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path} is not a complete parquet file ({reason}); copy it again") from error
 

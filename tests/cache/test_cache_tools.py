@@ -403,6 +403,44 @@ def test_import_names_the_file_and_the_row(tmp_path, change, words):
     assert not (tmp_path / "c" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("column", ["key", "embedding"])
+def test_import_of_a_column_that_occurs_twice(tmp_path, column):
+    """On pyarrow's side this is a KeyError: the column does not exist."""
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "p" / "0.parquet", ["a", "b"], torch.zeros(2, 4))
+    table = pq.read_table(tmp_path / "p" / "0.parquet")
+    pq.write_table(table.append_column(column, table[column]), tmp_path / "p" / "0.parquet")
+    with pytest.raises(DataError, match=f"0.parquet has the column {column} more than once"):
+        imported(tmp_path / "p", tmp_path / "c")
+
+
+def test_import_of_keys_that_are_not_utf8(tmp_path):
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "p" / "0.parquet", ["abcd", "b"], torch.zeros(2, 4))
+    table = pq.read_table(tmp_path / "p" / "0.parquet")
+    keys = pa.array([b"ab\xff\xfe", b"b"]).view(pa.string())
+    pq.write_table(table.set_column(0, "key", keys), tmp_path / "p" / "0.parquet")
+    with pytest.raises(DataError, match=r"0.parquet is not a complete parquet file \(.*(UTF|utf)"):
+        imported(tmp_path / "p", tmp_path / "c")
+
+
+def test_import_of_what_is_no_file(tmp_path):
+    (tmp_path / "p").mkdir()
+    os.mkfifo(tmp_path / "p" / "0.parquet")
+    with pytest.raises(DataError, match="0.parquet is not a complete parquet file .*a pipe, not a file"):
+        imported(tmp_path / "p", tmp_path / "c")
+
+
+def test_import_of_a_footer_with_another_number_of_rows(tmp_path, monkeypatch):
+    authors(tmp_path / "p", sizes=(10,))
+    count = parquet._count
+    monkeypatch.setattr(parquet, "_count", lambda path: count(path) + 1)
+    with pytest.raises(DataError, match="0.parquet says that it has 6 rows, and has 5"):
+        imported(tmp_path / "p", tmp_path / "c")
+
+
 def test_import_goes_on_where_it_stopped(tmp_path, monkeypatch):
     authors(tmp_path / "p", sizes=(12, 7, 9))
     imported(tmp_path / "p", tmp_path / "whole")
