@@ -63,8 +63,8 @@ def read_regular(path: str | Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size <= most:
             data = file.read(size + 1)
-            # It may grow meanwhile, and a file of /proc says 0.
-            while block := file.read(min(1 << 20, most + 1 - len(data))):
+            # It may grow meanwhile, a file of /proc says 0, and Linux reads 2 GB at a time at most.
+            while block := file.read(min(max(1 << 20, size - len(data)), most + 1 - len(data))):
                 data += block
             size = len(data)
     if size > most:
@@ -191,7 +191,7 @@ def shared_folder(path: Path) -> Iterator[None]:
     while True:
         path.mkdir(parents=True, exist_ok=True)
         try:
-            lock = open(path / ".lock", "ab", opener=for_appending)
+            lock = open(path / ".lock", "a+b", opener=for_appending)  # a shared lock of NFS needs a reader
         except FileNotFoundError:  # the last one has just removed the folder
             continue
         with lock:

@@ -231,8 +231,10 @@ class Cache:
         """
         with self._lock:
             begun = time.monotonic()
-            lost = [number for number, shard in self._mapped.items() if self._lost != lost_files() and shard.lost]
-            self._lost = lost_files()
+            files_lost = lost_files()  # counted first: one that is lost from here on is found by the next look
+            changed = files_lost != self._lost
+            lost = [number for number, shard in self._mapped.items() if changed and shard.lost]
+            self._lost = files_lost
             touched = sorted({*self._table.touched(), *lost} & self._mapped.keys())
             searched, self._searched = self._searched, []
             self._check([*((number, self._mapped[number]) for number in touched), *enumerate(searched)])
@@ -425,6 +427,7 @@ _open_caches: "weakref.WeakSet[Cache]" = weakref.WeakSet()
 def _renew_caches() -> None:
     for cache in _open_caches:
         cache._renew()
+        cache._pin = False  # CUDA, which allocates pinned memory, does not work in a forked process
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork

@@ -171,7 +171,7 @@ class MappedShard:
     def check(self) -> None:
         """Raises CacheError when the file was cut short or written to since it was mapped: what was read may be wrong.
 
-        A file that only got a new name, owner or time has its checksum compared.
+        A file that only got another owner, mode or link has its checksum compared.
         """
         try:
             status = os.stat(self._path)
@@ -249,7 +249,8 @@ def _views(manifest: Manifest, shard: Shard, content: Tensor) -> dict[str, Tenso
 
 
 def _checked_blocks(manifest: Manifest, number: int, path: Path) -> Iterator[bytes]:
-    """The content of a shard in blocks, of which the last one comes after its checksum was compared."""
+    """The content of a shard in blocks, whose checksum is compared after the last one. Raises CacheError as
+    check_content."""
     shard, digest, bad = manifest.shards[number], hashlib.sha256(), None
     with _opened(manifest, number, shard, path) as file:
         for name, (dtype, shape) in tensors(manifest, shard.rows, shard.skipped).items():

@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import CacheError, CacheMismatch
-from ..files import free_bytes, remove_abandoned, write_first, write_whole
+from ..files import free_bytes, open_regular, remove_abandoned, write_first, write_whole
 from ..ops.rows.quantized import QuantizedRows
 from ..ops.rows.table import key_hashes
 from .conditioning import CONDITIONING, Conditioning
@@ -365,7 +365,11 @@ class CacheWriter:
             return
         path, data = self.folder / CONDITIONING, self._conditioning.to_bytes()
         with self._writing(CONDITIONING):
-            there = path.exists() and path.read_bytes() == data
+            try:
+                with open_regular(path) as file:
+                    there = os.fstat(file.fileno()).st_size == len(data) and file.readall() == data
+            except FileNotFoundError:
+                there = False
         if not there:
             self._write(CONDITIONING, data)
 

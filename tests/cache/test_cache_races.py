@@ -289,6 +289,19 @@ def test_a_fork_while_the_lock_of_a_cache_is_held(tmp_path):
         thread.join()
 
 
+def test_a_forked_process_reads_without_pinned_memory(tmp_path):
+    """CUDA allocates it, which does not work after a fork; and without a GPU torch refuses it in any process."""
+    wanted = encode(write(tmp_path / "c", SIZES, DIM), "int8")
+    cache = Cache(tmp_path / "c")
+    cache._pin = True
+
+    def read():
+        assert cache.rows(torch.arange(ROWS)).codes.equal(wanted.codes)
+        assert cache.widen(torch.arange(ROWS)).equal(wanted.widen())
+
+    judged(read)
+
+
 class Numbers(Dataset):
     """Rows of a cache as a DataLoader's workers read them: opened before they start, or by themselves when sent."""
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from support.damage import flip_bit
+from support.judged import judged
 from support.tiny_caches import ENCODER, contents, data_of, rotation_for, vectors_of, write
 
 from lift_fast.cache import Cache, CacheWriter, Conditioning, encode, tools
@@ -829,6 +831,15 @@ def test_an_unfinished_cache_that_lost_its_conditioning(rng, tmp_path):
     flip_bit(tmp_path / "c" / CONDITIONING, -1)
     conditioned(tmp_path / "c", c)
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+def test_a_pipe_in_the_place_of_a_conditioning_is_an_error_at_once(rng, tmp_path):
+    c = some(rng, 4, 3)
+    writer_of(tmp_path / "c", c).missing()
+    (tmp_path / "c" / CONDITIONING).unlink()
+    os.mkfifo(tmp_path / "c" / CONDITIONING)
+    found = judged(writer_of(tmp_path / "c", c).missing, seconds=20)
+    assert found.outcome == "error" and f"cannot write {tmp_path / 'c' / CONDITIONING}: it is a pipe" in found.message
 
 
 def test_the_space_for_a_conditioning_counts_once(rng, tmp_path, monkeypatch):
