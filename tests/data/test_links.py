@@ -140,6 +140,16 @@ def test_a_cache_of_the_hub(tmp_path, rng):
         open_data(snapshot).caption(0)
 
 
+def test_class_names_next_to_tars_in_a_cache_of_the_hub(tmp_path):
+    repository = tmp_path / "datasets--owner--name"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs/0").write_text("cat\n")
+    snapshot = make_set(repository / "snapshots/0123", 4, per_shard=4).folder
+    (snapshot / "classnames.txt").symlink_to("../../blobs/0")
+    for folder in (snapshot, snapshot.parent):
+        assert not Folder(folder).leads_out(snapshot / "classnames.txt")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_images_that_a_table_names(data, outside, kind):
     (data / "c.png").symlink_to(outside / "secret")

@@ -284,6 +284,17 @@ def test_the_code_of_an_archive_is_not_read(archive, tmp_path):
     same_bits(read(altered(path, tmp_path / "other.pt", dict.fromkeys(code, b"no code at all"))), state)
 
 
+def test_the_code_of_an_archive_is_compressed(tmp_path):
+    """Unpacked it may have more bytes than all of the file."""
+    module = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(40)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(module, torch.ones(1, 4)).save(str(tmp_path / "x.pt"))
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert sum(entry.file_size for entry in archive.infolist()) > (tmp_path / "x.pt").stat().st_size
+    same_bits(read(tmp_path / "x.pt"), dict(module.state_dict()))
+
+
 def altered(path: Path, to: Path, changes: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
     """A copy of a zip with other contents of some of its files."""
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w", compression) as target:

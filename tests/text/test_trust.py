@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from lift_fast.cli.main import main
 from lift_fast.errors import ConfigError, DataError, EncoderError, LiftFastError
 from lift_fast.run_folder import read_description
 from lift_fast.text.encoder import Encoder
-from lift_fast.text.repository import declared_pooling, locate
+from lift_fast.text.repository import check_files, confined, declared_pooling, locate
 from lift_fast.text.spec import EncoderSpec
 
 WIDTH = 384  # of the encoder: what the head of small_model gives
@@ -479,6 +480,34 @@ def test_more_layers_than_can_be_made(where, copied):
     values = {"num_hidden_layers": 10**9}
     change(copied / "config.json", **(values if not where else {where[0]: values}))
     assert "num_hidden_layers is 1000000000, more than any model has" in refused(copied)
+
+
+def test_two_threads_load_encoders(monkeypatch):
+    """After both, the hub can be reached again."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    within, ended, found = threading.Event(), threading.Event(), []
+
+    def load():
+        with confined():
+            within.set()
+            ended.wait()
+            found.append(constants.HF_HUB_OFFLINE)
+
+    other = threading.Thread(target=load)
+    with confined():
+        other.start()
+        within.wait(0.2)
+    ended.set()
+    other.join()
+    assert found == [True] and not constants.HF_HUB_OFFLINE
+
+
+def test_sizes_that_are_no_numbers_of_layers(copied):
+    """Of Gemma 3n."""
+    change(copied / "config.json", text_config={"vocab_size_per_layer_input": 262144})
+    check_files(str(copied))
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt", "model-00001-of-00001.safetensors", "special"])
