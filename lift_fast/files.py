@@ -208,7 +208,9 @@ def shared_folder(path: Path) -> Iterator[None]:
                     if error.errno in _LOCKED:
                         return
             shutil.rmtree(path, ignore_errors=True)
-            return
+        with suppress(OSError):
+            path.rmdir()  # that of a file which is open stays on NFS until the file is closed
+        return
 
 
 def is_part(name: str) -> bool:

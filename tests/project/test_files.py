@@ -511,6 +511,14 @@ def test_the_last_process_removes_a_shared_folder(tmp_path):
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
+def test_a_shared_folder_on_nfs_is_removed(tmp_path, monkeypatch):
+    """There a removed file that is open keeps its folder from being removed, under another name."""
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, ignore_errors: (path / ".lock").unlink())
+    with shared_folder(tmp_path / "shared"):
+        pass
+    assert not names(tmp_path)
+
+
 # Several at once
 
 
