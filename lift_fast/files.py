@@ -278,8 +278,15 @@ def flush_names(folder: Path) -> None:
 
 def _regular(path: str, flags: int) -> int:
     """Opens a file as os.open does. Raises OSError, also for what is not a regular file."""
-    # Non-blocking: opening a pipe whose other end nobody has opened would wait. It changes nothing for regular files.
-    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0), 0o666)
+    flags |= getattr(os, "O_NOCTTY", 0)
+    try:
+        # Non-blocking: opening a pipe whose other end nobody has opened would wait.
+        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except BlockingIOError:
+        # A lease on a regular file, as Samba takes (F_SETLEASE): its holder gives it back within some seconds.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        number = os.open(path, flags, 0o666)
     try:
         kind = stat.S_IFMT(os.fstat(number).st_mode)
         if kind != stat.S_IFREG:

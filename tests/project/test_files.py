@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import threading
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -118,6 +119,26 @@ def test_a_file_that_grows_and_one_that_says_no_size(tmp_path, monkeypatch):
     assert read_regular("/proc/self/status", 1 << 16).startswith(b"Name:")
     with pytest.raises(OSError, match="at most 4 are read"):
         read_regular("/proc/self/status", 4)
+
+
+def test_a_file_on_which_another_process_holds_a_lease(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    ours, theirs = os.pipe()
+
+    def hold():
+        file, asked = os.open(path, os.O_RDWR), []
+        signal.signal(signal.SIGIO, lambda *_: asked.append(True))
+        files.fcntl.fcntl(file, files.fcntl.F_SETLEASE, files.fcntl.F_WRLCK)
+        os.write(theirs, b"held")
+        while not asked:
+            time.sleep(0.01)
+        files.fcntl.fcntl(file, files.fcntl.F_SETLEASE, files.fcntl.F_UNLCK)
+
+    with forked_later(hold):
+        os.close(theirs)
+        assert os.read(ours, 4) == b"held" and read_regular(path, 10) == b"12345"
+    os.close(ours)
 
 
 def test_only_as_much_is_read_as_may_be(tmp_path):
