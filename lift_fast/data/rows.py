@@ -388,8 +388,8 @@ class _Lines:
 
     since: the bytes of the lines since the last `begin`, which was called at the place `began`.
 
-    Iterating raises UnicodeDecodeError, and goes on with the next line afterwards; DataError for a row that is too
-    long. path: for its message.
+    Iterating raises UnicodeDecodeError, and goes on with the next line afterwards; csv.Error for a quote that stays
+    open too long; DataError for any other row that is too long. path: for its message.
     """
 
     def __init__(self, file: BinaryIO, path: Path, place: tuple[int, int] = (0, 0)):
@@ -431,6 +431,8 @@ class _Lines:
         first = not self._at
         self._at += len(line)
         self.number += 1
+        if self._at - self.began[0] > _MOST_BYTES and self.since and not any(b'"' in each for each in self.since[1:]):
+            raise csv.Error(_UNCLOSED[1])  # in few characters of many bytes, which csv does not say of itself
         self._check_length(self.began[0])
         self.since.append(line)
         return line.decode("utf-8-sig" if first else "utf-8")

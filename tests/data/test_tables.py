@@ -148,6 +148,19 @@ def test_a_quote_that_stays_open(tmp_path):
     assert rows_of(path, skip_bad=True) == ["one", "does not parse", "three", "four"]
 
 
+def test_a_quote_that_stays_open_over_many_bytes(tmp_path, monkeypatch):
+    """A row may have fewer characters than a field at most, and more bytes than a row at most."""
+    monkeypatch.setattr("lift_fast.data.rows._MOST_BYTES", 1000)
+    lines = ["file_name,text", "a.png,x", 'b.png,"y', *(f"{i}.png,红色的圆" for i in range(100))]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 3 does not parse .a double quote opens there and does not close"):
+        open_data(tmp_path / "t.csv")
+    data = open_data(tmp_path / "t.csv", options=DataOptions(skip_bad=True))
+    assert len(data) == 102 and data.caption(101) == "红色的圆"
+    with pytest.raises(BadText, match="does not parse"):
+        data.caption(1)
+
+
 @pytest.mark.parametrize("last", ['d.jpg,"x",4', 'd.jpg,x" y,4'])
 def test_a_quote_that_joins_bad_rows_loses_none(tmp_path, last):
     """Each line that it joined is counted."""
