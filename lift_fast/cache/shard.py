@@ -147,8 +147,8 @@ class MappedShard:
     """Views of one memory-mapped file: codes [rows, columns], scales float32 [rows] or None, keys int64 [rows]; and
     skipped, int64, a copy: the numbers of the rows without a vector.
 
-    A file that takes the place of this one changes nothing: what is mapped is the one that was opened. Whoever reads
-    from the views calls `check` afterwards.
+    A file that takes the place of this one changes nothing: what is mapped is the one that was opened. Call
+    `check` after reading from the views.
     """
 
     def __init__(self, manifest: Manifest, number: int, path: Path, file: BinaryIO, begin: int):

@@ -26,8 +26,8 @@ ROWS = sum(SIZES)
 
 @contextmanager
 def changing(*contents):
-    """An index, int64 [m], into which another process writes one of `contents` after another while the block runs: a
-    thread would need Python's lock, which who calls the engine has back only after it is done."""
+    """An index, int64 [m], into which another process writes one of `contents` after another while the block runs: it
+    needs no lock of this process's Python."""
     index = np.frombuffer(mmap.mmap(-1, contents[0].nbytes), np.int64)
     index[:] = contents[0]
     parent = os.getpid()

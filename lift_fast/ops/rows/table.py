@@ -98,7 +98,7 @@ class MappedFile:
 
     @property
     def lost(self) -> bool:
-        _C.handle_bus_errors()  # another library may have taken the signal over: who asks is about to read
+        _C.handle_bus_errors()  # another library may have installed its handler since the last read
         return self._mapping.lost
 
 
