@@ -34,7 +34,7 @@ from .foreign import Count, Number
 from .nn import Clip, Lift, TextConfig, VitConfig, check_size, fill, preset
 from .nn.tensors import read_tensors
 from .text.encoder import Encoder
-from .text.repository import code_notice, code_of, first_line, locate
+from .text.repository import code_of, first_line, locate
 from .text.spec import EncoderSpec
 from .text.tokenizer import ClipTokenizer
 
@@ -350,17 +350,6 @@ def frozen_encoder(
         return (vectors if rotation is None else rotation.apply(vectors)).cpu()
 
     return encode
-
-
-def encoder_code(folder: Path) -> list[str]:
-    """What to print before the encoder of the run in `folder` may run code: `text.repository.code_notice` of it.
-
-    Raises DataError as read_description does, EncoderError when the encoder is not found.
-    """
-    encoder = read_description(folder).get("encoder")
-    if not encoder:
-        return []
-    return code_notice(replace(EncoderSpec.of_dict(encoder), trust_remote_code=True), download=False)
 
 
 def _check_named(conditioning: Conditioning | None, run: dict[str, Any]) -> None:

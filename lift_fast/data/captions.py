@@ -101,7 +101,7 @@ def parsed_meta(data: bytes | None, where: Callable[[], str]) -> dict:
         meta = parse_json(data)
     except UnicodeDecodeError as error:
         raise BadText("not UTF-8", f"{where()}: its .json is not UTF-8 (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadText("does not parse", f"{where()}: its .json does not parse ({error})") from error
     if not isinstance(meta, dict):
         raise BadText("does not parse", f"{where()}: its .json is not an object")

@@ -65,7 +65,7 @@ class Rows:
             lines = _Lines(file, self.path)
             try:
                 self.columns = self._header(lines) if self._delimited else self._names_of_first(lines)
-            except (csv.Error, ValueError, RecursionError) as error:
+            except (csv.Error, ValueError) as error:
                 raise self._error(error, max(1, lines.number)) from error
             self._first = lines.place if self._delimited else (0, 0)
 
@@ -331,7 +331,7 @@ class Rows:
                     return []
                 if line.strip():
                     return sorted(_object(line))
-            except (ValueError, RecursionError):
+            except ValueError:
                 if not self._options.skip_bad:
                     raise
 
@@ -341,7 +341,7 @@ class Rows:
             return _object(data.decode("utf-8" if self._places[i] else "utf-8-sig"))
         except UnicodeDecodeError as error:
             return BadText("not UTF-8", f"{self.place(i)} is not UTF-8 ({error.reason})")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return BadText("does not parse", f"{self.place(i)} does not parse ({_in_words(error)})")
 
 

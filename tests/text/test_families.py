@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -418,13 +419,10 @@ def test_embed_names_the_code_and_its_place(saved, tmp_path, own_modules, capfd)
     assert "Traceback" not in printed and not (tmp_path / "cache").exists()
     printed, status = command(f"{line} --trust-remote-code", capfd)
     assert status == 0 and f"{folder} runs code that comes with it: {code}\n" in printed
-    # The manifest says that the encoder needs code, which a run does not decide to allow.
-    from lift_fast.run_folder import encoder_code
-
-    encoder = json.loads((tmp_path / "cache/manifest.json").read_text())["encoder"]
-    run = {"model": "lift", "preset": "tiny", "text_dim": 16, "rotation": None, "encoder": encoder}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    assert encoder_code(tmp_path) == [f"{folder} runs code that comes with it: {code}"]
+    # The manifest says that the encoder runs code. Whether it may is decided anew.
+    encoder = EncoderSpec.of_dict(json.loads((tmp_path / "cache/manifest.json").read_text())["encoder"])
+    assert code_notice(encoder) == [f"{folder} runs code that comes with it: {code}"]
+    assert not code_notice(replace(encoder, trust_remote_code=False))
 
 
 def test_embed_stops_where_all_captions_get_one_vector(saved, tmp_path, capfd):
