@@ -3,7 +3,9 @@
 A command's --quiet and --log-every set how, for the process, through `configure`.
 """
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -39,7 +41,7 @@ def bar(
     desc = printable(desc)
     hidden = bool(disable or _settings["quiet"])
     if hidden or _on_terminal():
-        return tqdm(
+        return _Bar(
             iterable,
             desc,
             total,
@@ -51,6 +53,17 @@ def bar(
             disable=hidden,
         )
     return _Lines(iterable, desc, total, unit, unit_scale, initial, leave, delay)
+
+
+class _Bar(tqdm):
+    """A tqdm with a lock of this process alone. Forked processes share tqdm's own with their parent: they would wait
+    for ever where one was killed with it, or forked while another thread of the parent had it."""
+
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=lambda: _Bar.set_lock(threading.RLock()))
 
 
 class _Lines:

@@ -7,10 +7,13 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
 from support import complete  # noqa: F401
+from support.forked import killed_in
+from support.judged import judged
 from support.tiny_sets import make_set
 
 from lift_fast import progress
@@ -124,3 +127,34 @@ def test_commands_write_few_plain_lines(tmp_path, command):
     if command == "train":
         assert "train clip: 12/12" in out
         assert "train clip" not in shown_by(*args[:-5], tmp_path / "again", *args[-4:], "--quiet")
+
+
+def test_forked_processes_do_not_wait_for_the_lock_of_bars():
+    """Forked while another thread has it, and after another process was killed with it."""
+
+    def show():
+        with bar(range(3), disable=True) as shown:
+            return [*shown]
+
+    def killed():
+        with bar(disable=True)._lock:
+            yield
+
+    lock = bar(disable=True)._lock
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    killed_in(killed)
+    assert judged(show, seconds=20).value == [0, 1, 2]
+    holder.start()
+    try:
+        taken.wait()
+        assert judged(show, seconds=20).value == [0, 1, 2]
+    finally:
+        done.set()
+        holder.join()
