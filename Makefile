@@ -37,7 +37,7 @@ bench: .venv/.test
 
 # Attacks, with a table of how many of each kind there were and how they ended; at most 20 minutes on two cores.
 campaign: .venv/.test
-	OMP_WAIT_POLICY=passive timeout 1200 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'campaign or attack' --bars
+	OMP_WAIT_POLICY=passive timeout -s INT 1200 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'campaign or attack' --bars
 
 # The tests of the C++ engine in builds with sanitizers.
 sanitize: .venv/.test
