@@ -94,7 +94,7 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
   MappedRange* range = info->si_code > 0 ? range_of(reinterpret_cast<uintptr_t>(info->si_addr)) : nullptr;
   if (range) {
     const uintptr_t from = range->from.load(), to = range->to.load();
-    range->lost.store(true);  // before the zeros are there: who reads them must find that they are none of the file's
+    range->lost.store(true);  // before the zeros are there, so that a reader of them finds it set
     lost_count.fetch_add(1);
     if (!map_zeros(from, to - from)) range = nullptr;
   }

@@ -31,7 +31,7 @@ class Mapping {
 int64_t lost_mappings();
 
 // Makes this module's handler the first to see SIGBUS. Other libraries install theirs at any time (faulthandler,
-// DataLoader workers), so whoever reads from a mapping calls this before.
+// DataLoader workers), so a reader of a mapping calls this before.
 void handle_bus_errors();
 
 }  // namespace lift_fast

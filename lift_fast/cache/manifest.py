@@ -18,6 +18,7 @@ FORMAT = 3  # of new caches
 CONDITIONED_FORMAT = 4  # of those with a conditioning, which an older lift-fast must refuse
 FORMATS = (2, 3, 4)  # that are read: 2 has no `read`, no stamps and no rows that are left out
 ENDIAN = "little"
+_MOST_BYTES = 1 << 28  # of a manifest: nearly a million shards
 MANIFEST = "manifest.json"
 _LARGEST_DIM, MOST_ROWS = 1 << 24, 1 << 36  # together at most 2^62 bytes of codes
 PARTIAL = "partial.json"  # stands in for manifest.json while shards are missing
@@ -105,7 +106,7 @@ class Manifest:
         """
         again = f"remove the folder {path.parent} and embed the captions again"
         try:
-            data = foreign.read_json(path)
+            data = foreign.read_json(path, _MOST_BYTES)
         except (OSError, ValueError) as error:
             raise CacheError(f"{path} cannot be read ({error}); {again}") from error
         if not isinstance(data, dict) or "format" not in data:
