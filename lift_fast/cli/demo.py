@@ -115,6 +115,7 @@ class Demo:
         drawings = DataOpenMoji(self.sets["openmoji"], heldout=self.heldout, seed=self.seed)
         scenes = DataScenes(self.sets["scenes"], self.scenes, self.heldout, seed=self.seed)
         marker = self.out / ".lift-fast-demo"
+        self.out.mkdir(parents=True, exist_ok=True)
         there = [*self.out.iterdir()]
         if there and marker not in there:
             raise ConfigError(f"{self.out} exists and holds no demo; name another --out")

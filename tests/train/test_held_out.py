@@ -90,7 +90,7 @@ def quick_encoder(model, run, device, trust_remote_code=False, conditioning=None
     return quick_frozen(run, device)
 
 
-def quick_frozen(run, device, trust_remote_code=False, conditioning=None):
+def quick_frozen(run, device, trust_remote_code=False, conditioning=None, download=True):
     """run_folder.frozen_encoder with an encoder that takes no time."""
     encoder = TinyEncoder(mixed=False, dim=run["text_dim"])
     return lambda captions: torch.nn.functional.normalize(encoder.encode(captions), dim=1)
