@@ -98,7 +98,7 @@ def test_composition_of_integers(rng, chunk):
     """With many ties of texts that differ."""
     dim, texts = int(rng.integers(1, 3)), int(rng.integers(8, 30))  # few dims, so that there are ties for any seed
     image, text = (torch.tensor(rng.integers(-2, 3, (n, dim))).float() for n in (7, texts))
-    choices = random_choices(rng, 7, texts, 100)
+    choices = random_choices(rng, 7, texts, 300)
     got, want = composition(image, text, choices), as_expected(image, text, choices)
     got.pop("blind"), want.pop("blind")  # of means that are rounded
     assert got == want
