@@ -66,7 +66,6 @@ class Kept:
     def __init__(self, folder: Path, image_identity: str | None, text_identity: str | None):
         self.folder, self._image, self._text = folder, image_identity, text_identity
         self._refused = False
-        self._tidied: set[Path] = set()  # folders without parts of killed processes
 
     def images(self, data: Samples, made_by: Sequence[object]) -> "KeptImages | None":
         """Those of the images of a data set. made_by: of eval.images.Images. Raises DataError as shard_hashes of it."""
@@ -83,9 +82,6 @@ class Kept:
         about = _metadata(identity) | {"sha256": _sha256(tensors)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.parent not in self._tidied:
-                remove_abandoned(path.parent)
-                self._tidied.add(path.parent)
             write_whole({path: save(dict(tensors), about)})
         except OSError as error:
             self._refused = True
@@ -98,6 +94,8 @@ class KeptImages:
 
     def __init__(self, kept: Kept, data: Samples, identity: str):
         self._kept, self._data, self._identity = kept, data, identity
+        self._folder = kept.folder / "images" / identity
+        remove_abandoned(self._folder)
         self._starts = [0, *accumulate(data.shard_sizes)]
         self._stamps = [data_stamp(data, number, first) for number, first in enumerate(self._starts[:-1])]
 
@@ -131,8 +129,7 @@ class KeptImages:
         stamps = self._stamps[first : last + 1]
         shown = sorted({piece[0], piece[len(piece) // 2], piece[-1]})
         name = _digest(piece[0] - self._starts[first], len(piece), stamps, *map(self._content, shown))
-        path = self._kept.folder / "images" / self._identity / f"{name}.safetensors"
-        return path, f"{self._identity} {name}"
+        return self._folder / f"{name}.safetensors", f"{self._identity} {name}"
 
     def _content(self, sample: int) -> str:
         try:
@@ -147,6 +144,7 @@ class KeptTexts:
     def __init__(self, kept: Kept, identity: str):
         self._kept, self._identity = kept, identity
         self._folder = kept.folder / "texts" / identity
+        remove_abandoned(self._folder)
 
     def find(self, texts: Sequence[str]) -> list[tuple[list[int], Tensor]]:
         """Those of the texts, each different, that are kept: their positions, and their vectors, float32 [n, dim]; in
