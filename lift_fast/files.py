@@ -48,13 +48,13 @@ def open_regular(path: str | Path) -> FileIO:
     Raises OSError when it cannot be opened, and for what is not a regular file: reading a pipe may wait for ever, and a
     device may have no end.
     """
-    return open(path, "rb", buffering=0, opener=_regular)
+    return open(path, "rb", buffering=0, opener=regular_descriptor)
 
 
 def for_appending(path: str, flags: int) -> int:
     """For open(path, "a", opener=for_appending): only a regular file is opened, and through no link, which somebody may
     have put there. Raises OSError."""
-    return _regular(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    return regular_descriptor(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
@@ -276,8 +276,8 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _regular(path: str, flags: int) -> int:
-    """Opens a file as os.open does. Raises OSError, also for what is not a regular file."""
+def regular_descriptor(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file as os.open does; the caller closes it. Raises OSError, also for what is not a regular file."""
     flags |= getattr(os, "O_NOCTTY", 0)
     try:
         # Non-blocking: opening a pipe whose other end nobody has opened would wait.

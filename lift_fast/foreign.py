@@ -26,7 +26,7 @@ MOST_BYTES = 1 << 26  # of a JSON file, unless a reader says another number
 _DEEPEST = 64  # lists and objects within each other: code that walks through them may not run out of stack
 # Lists and objects take up to 232 bytes each, other values about 100. So many in any file, and more only where the text
 # has so many bytes for each.
-_FEW, _BYTES_EACH = 100_000, 32
+_FEW, BYTES_EACH = 100_000, 32
 MOST_VALUES, _BYTES_EACH_VALUE = 1_000_000, 8
 _LARGEST_INT, _LARGEST = 1 << 63, 1e100  # sums and products of a few such numbers are no infinity
 _ROUNDING = 1e-6  # by which a mean of shares may be off
@@ -52,7 +52,7 @@ def parse_json(data: bytes, pairs: Callable[[list], Any] | None = None, values: 
     they would take far more memory than the text.
     """
     brackets = count = data.count(b"[") + data.count(b"{")
-    if count > max(_FEW, len(data) // _BYTES_EACH):
+    if count > max(_FEW, len(data) // BYTES_EACH):
         raise ValueError(f"it is nearly all brackets: {count} in {len(data)} bytes")
     count = data.count(b",") + data.count(b":")
     if count > max(values, len(data) // _BYTES_EACH_VALUE):

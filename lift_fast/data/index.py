@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import remove_abandoned, written_whole
-from ..foreign import parse_json
+from ..foreign import BYTES_EACH, parse_json
 from ..progress import bar
 from .options import DataOptions
 from .reading import OpenFile, Stamp, cpu_count, stamp_at
@@ -254,7 +254,7 @@ def build_index(
             done.update()
         tars = [[getattr(entry, field.name) for field in fields(entry)] for entry in entries]
         directory = json.dumps({"suffixes": suffixes, "tars": tars}).encode()
-        directory += b" " * max(0, 32 * (directory.count(b"[") + 1) - len(directory))  # as parse_json asks for
+        directory += b" " * max(0, BYTES_EACH * (directory.count(b"[") + 1) - len(directory))  # as parse_json asks for
         file.write(directory + _TAIL.pack(at, len(directory), zlib.crc32(directory), _MAGIC))
     samples = sum(entry.samples for entry in entries)
     problems = Index(folder, entries, bytearray(), suffixes).problems() + unread_files(folder)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import open_regular, read_regular
+from ..files import read_regular, regular_descriptor
 from .samples import BadSample
 
 try:
@@ -43,8 +43,7 @@ class _File:
 
     def __init__(self, path: Path):
         try:
-            with open_regular(path) as file:
-                self.number = os.dup(file.fileno())
+            self.number = regular_descriptor(path)
         except OSError as error:
             check_limit(error)
             raise

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lift_fast.train import storage
 from lift_fast.train.storage import Reader, Writer, whole_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -154,3 +156,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
     assert loaded["w"].tolist() == [1, 1, 1]
     with safe_open(tmp_path / "x" / "rank-00000.safetensors", framework="pt") as file:
         assert file.get_tensor("w@0").tolist() == [1, 1, 1]
+
+
+def test_the_dtypes_that_an_index_may_name_are_those_that_are_written():
+    assert [getattr(torch, name) for name in get_args(storage.Dtype)] == [*storage._SAFETENSORS]
