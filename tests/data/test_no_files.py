@@ -313,7 +313,7 @@ def test_too_many_open_files_are_not_bad_samples(tmp_path, monkeypatch):
     def full(path, *_):
         raise OSError(24, "Too many open files", str(path))
 
-    monkeypatch.setattr("lift_fast.data.reading.open_regular", full)
+    monkeypatch.setattr("lift_fast.data.reading.regular_descriptor", full)
     with pytest.raises(DataError, match="too many files are open; raise the limit with ulimit -n") as error:
         samples.image_bytes(0)
     assert not isinstance(error.value, BadSample)
