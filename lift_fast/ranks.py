@@ -19,6 +19,7 @@ import torch.distributed as dist
 from .errors import ConfigError, LiftFastError, RankLost, TrainingError
 
 T = TypeVar("T")
+_stores: "dict[tuple[object, ...], dist.Store]" = {}
 _groups = count()  # that this process has joined: each finds its members under a name of its own
 _NOISE = re.compile(r"^\[\S+:\d+\] |\. This is typically.*")  # of gloo: a place in its source, and advice
 _COMMUNICATION = re.compile(r"^Dist|gloo|[Cc]onnection (closed|reset|refused)|[Tt]imed out|peer|NCCL|Broken pipe")
@@ -90,8 +91,7 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
     # torchrun keeps one store through its restarts, in which a restarted rank may find the addresses of dead ones.
     attempt = f"lift-fast attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, group {next(_groups)}"
     try:
-        store, *_ = next(dist.rendezvous("env://", rank.number, rank.world, timeout=limit))
-        store = dist.PrefixStore(attempt, store)
+        store = dist.PrefixStore(attempt, _store(rank, limit))
         dist.init_process_group(backend, store=store, timeout=limit, rank=rank.number, world_size=rank.world)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{rank}: the ranks did not find each other ({error}); start them with torchrun") from error
@@ -100,6 +100,16 @@ def joined(rank: Rank, device: torch.device, timeout: float) -> Iterator[None]:
     finally:
         time.sleep(0.02)  # torch 2.6 hangs where gloo's thread is still about the last collective
         dist.destroy_process_group()
+
+
+def _store(rank: Rank, limit: timedelta) -> "dist.Store":
+    """Where the ranks find each other. It lasts as long as the process: a rank that joined its next group while rank 0
+    ends the server of the last one would connect to that."""
+    address = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), rank.number, rank.world)
+    if address not in _stores:
+        _stores[address], *_ = next(dist.rendezvous("env://", rank.number, rank.world, timeout=limit))
+    _stores[address].set_timeout(limit)
+    return _stores[address]
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """ranks.py: what ranks tell each other, and errors on some of them."""
 
+import time
+
 import pytest
 import torch
 from support.ranks import in_group, on_ranks
@@ -15,6 +17,23 @@ def talk(rank: Rank):
 def test_values_of_all_ranks():
     for found in on_ranks(3, in_group, talk):
         assert found == ([0, 10, 20], "from 0", 0)
+
+
+def one_group_after_another(late: int):
+    """Joins groups in each of which one rank ends later than the others."""
+    rank, found = Rank.from_environment(), []
+    for number in range(8):
+        with joined(rank, torch.device("cpu"), 20):
+            found.append(every(10 * number + rank.number))
+            time.sleep(0.25 if rank.number == late else 0)
+    return found
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_join_one_group_after_another(late):
+    """Also where a rank joins the next before rank 0, which holds their store, has left the last."""
+    want = [[10 * number + rank for rank in range(3)] for number in range(8)]
+    assert on_ranks(3, one_group_after_another, late) == [want] * 3
 
 
 def test_one_process_is_its_own_group():

@@ -608,7 +608,7 @@ def test_a_run_that_is_killed_with_its_best_weights_goes_on(tmp_path, action):
         if fault is not None:
             assert all(rank.error is not None for rank in ended)
             ended = run(config, 2)
-        assert all(rank.error is None for rank in ended), [rank.trace for rank in ended]
+        assert all(rank.error is None for rank in ended), [(rank.error, rank.trace) for rank in ended]
     whole, struck = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "struck"))
     assert whole["best"] == struck["best"] and whole["best"]["of"] == "held out/r1"
     for place in (".", "weights/best"):
