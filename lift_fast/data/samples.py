@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -39,6 +39,10 @@ class BadSample(Exception):
         super().__init__(f"{cause}: {reason}")
         self.cause, self.reason = cause, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For workers, which pass errors on pickled; else they would be made anew from the message alone.
+        return type(self), (self.cause, self.reason), vars(self)
+
 
 class BadText(DataError, BadSample):
     """A sample whose caption or key cannot be used. As a DataError it ends a command that does not skip bad samples."""
@@ -54,6 +58,9 @@ class SeveralCaptions(BadText):
     def __init__(self, reason: str, captions: Sequence[str]):
         super().__init__("not text", reason)
         self.captions = captions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.captions), vars(self)
 
 
 class Problem(NamedTuple):

@@ -48,6 +48,9 @@ class NoTokens(EncoderError):
         super().__init__(message)
         self.captions = captions
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.captions, str(self)), vars(self)  # as BadSample
+
 
 class Encoder:
     """A frozen text encoder. `encode` returns float32 [captions, dim], each row of norm 1.
