@@ -5,8 +5,6 @@ import importlib
 import pickle
 import pkgutil
 
-import pytest
-
 import lift_fast
 from lift_fast.data.samples import BadSample, BadText, SeveralCaptions
 from lift_fast.errors import LiftFastError
@@ -38,8 +36,3 @@ def test_every_error_can_be_pickled():
         error.reported = True
         for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
             assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
-
-
-@pytest.mark.parametrize("error", MADE_OF_MORE, ids=lambda error: type(error).__name__)
-def test_the_parts_of_an_error_are_kept(error):
-    assert vars(error) and vars(pickle.loads(pickle.dumps(error))) == vars(error)
